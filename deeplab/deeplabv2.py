@@ -1,0 +1,89 @@
+"""DeepLab-v2 (Chen et al., arXiv:1606.00915): a dilated ResNet with atrous spatial pyramid pooling."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from deeplab.resnet import DilatedResNet
+
+ATROUS_RATES = (6, 12, 18, 24)  # ASPP-L of the paper
+OUTPUT_STRIDE = 8
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling: parallel dilated 3x3 convolutions to the classes, summed.
+
+    The published name of the list is ``conv2d_list``; entry k has rate ``rates[k]``.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, rates: Sequence[int] = ATROUS_RATES) -> None:
+        super().__init__()
+        self.conv2d_list = nn.ModuleList(nn.Conv2d(in_channels, num_classes, 3, padding=rate, dilation=rate) for rate in rates)
+        for conv in self.conv2d_list:
+            nn.init.normal_(conv.weight, std=0.01)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, h, w) -> (N, num_classes, h, w)"""
+        first, *others = self.conv2d_list
+        logits = first(x)
+        for conv in others:
+            logits = logits + conv(x)
+        return logits
+
+
+class DeepLabV2(DilatedResNet):
+    """(N, 3, H, W) mean-subtracted BGR pictures -> (N, num_classes, h, w) logits; 8k + 1 pixels give k + 1 positions.
+
+    ``net.config`` holds the arguments that are needed to build the same net again; snapshots carry it.
+
+    Args:
+        backbone, batch_norm, batch_norm_eps, stride_in_3x3: see :class:`DilatedResNet`.
+        num_classes: classes including the background, 1..255 (255 is the void label).
+        atrous_rates: the dilations of the head; (6, 12) gives the historic two-branch head.
+
+    Raises:
+        ValueError: an unknown backbone or batch-norm mode, a class count or rate out of range.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet101",
+        num_classes: int = 21,
+        batch_norm: str = "frozen",
+        atrous_rates: Sequence[int] = ATROUS_RATES,
+        stride_in_3x3: bool = False,
+        batch_norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__(backbone, batch_norm, batch_norm_eps, stride_in_3x3)
+        if not 1 <= num_classes <= 255:
+            raise ValueError(f"num_classes is {num_classes}; expected 1..255 (255 is the void label)")
+        if not atrous_rates or min(atrous_rates) < 1:
+            raise ValueError(f"atrous_rates is {tuple(atrous_rates)}; expected one or more rates of at least 1")
+        self.num_classes = num_classes
+        self.layer5 = ASPP(self.out_channels, num_classes, atrous_rates)
+        self.config = {
+            "backbone": backbone,
+            "num_classes": num_classes,
+            "atrous_rates": [int(rate) for rate in atrous_rates],
+            "stride_in_3x3": bool(stride_in_3x3),
+            "batch_norm_eps": float(batch_norm_eps),
+        }
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer5(self.features(images))
+
+
+def deeplabv2(
+    backbone: str = "resnet101",
+    num_classes: int = 21,
+    batch_norm: str = "frozen",
+    atrous_rates: Sequence[int] = ATROUS_RATES,
+    stride_in_3x3: bool = False,
+    batch_norm_eps: float = 1e-5,
+) -> DeepLabV2:
+    """DeepLab-v2 with published initial values (head N(0, 0.01), head bias 0) and a Kaiming-initialised trunk.
+
+    See :class:`DeepLabV2` for the arguments.
+    """
+    return DeepLabV2(backbone, num_classes, batch_norm, atrous_rates, stride_in_3x3, batch_norm_eps)

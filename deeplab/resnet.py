@@ -1,0 +1,175 @@
+"""Dilated ResNet trunks at output stride 8 (He et al., arXiv:1512.03385; Chen et al., arXiv:1606.00915).
+
+The parameter names are the published ones (``conv1``, ``bn1``, ``layer{1..4}.{i}.conv1`` ...), so published DeepLab-ResNet
+weights load unchanged. Three things differ from torchvision's ResNet, each because the Caffe net that the published weights
+come from differs: the pool rounds its output size up, the stride of a stage sits in the first 1x1 convolution, and every
+block of a dilated stage uses that stage's dilation (torchvision gives the first block the previous one's).
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops import FrozenBatchNorm2d
+
+BATCH_NORM_MODES = ("frozen", "stats", "full")
+
+
+def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module) -> Tensor:
+    """``bn(conv(x))``, with a frozen ``bn`` folded into the convolution.
+
+    A frozen batch norm is the affine map ``y * scale + shift`` per channel, so ``bn(conv(x, w))`` equals
+    ``conv(x, w * scale) + shift``. Folding at call time keeps ``conv.weight`` the parameter that is trained and saved, gives
+    it the same gradient, and stores no activation between the two: the unfolded pair keeps the convolution's output as well.
+
+    Args:
+        x: (N, C_in, H, W) floating point.
+        conv: a convolution, without a bias where ``bn`` is frozen.
+        bn: any module over (N, C_out, h, w); only ``FrozenBatchNorm2d`` is folded.
+
+    Returns:
+        (N, C_out, h, w)
+    """
+    if not isinstance(bn, FrozenBatchNorm2d):
+        return bn(conv(x))
+    scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
+    shift = bn.bias - bn.running_mean * scale
+    weight = conv.weight * scale[:, None, None, None]
+    return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with a shortcut; the block of ResNet-18 and -34."""
+
+    expansion = 1
+
+    def __init__(
+        self, inplanes: int, planes: int, stride: int, dilation: int, norm: Callable[[int], nn.Module], stride_in_3x3: bool
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, padding=dilation, dilation=dilation, bias=False)
+        self.bn1 = norm(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=dilation, dilation=dilation, bias=False)
+        self.bn2 = norm(planes)
+        self.downsample = _shortcut(inplanes, planes, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(conv_bn(x, self.conv1, self.bn1), inplace=True)
+        y = conv_bn(y, self.conv2, self.bn2)
+        shortcut = x if self.downsample is None else conv_bn(x, *self.downsample)
+        return F.relu(y + shortcut, inplace=True)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions with a shortcut; the block of ResNet-50, -101 and -152."""
+
+    expansion = 4
+
+    def __init__(
+        self, inplanes: int, planes: int, stride: int, dilation: int, norm: Callable[[int], nn.Module], stride_in_3x3: bool
+    ) -> None:
+        super().__init__()
+        # MSRA and Caffe stride the first 1x1; torchvision ("ResNet v1.5") strides the 3x3. Weights work only with their own.
+        stride1, stride2 = (1, stride) if stride_in_3x3 else (stride, 1)
+        self.conv1 = nn.Conv2d(inplanes, planes, 1, stride1, bias=False)
+        self.bn1 = norm(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride2, padding=dilation, dilation=dilation, bias=False)
+        self.bn2 = norm(planes)
+        self.conv3 = nn.Conv2d(planes, planes * self.expansion, 1, bias=False)
+        self.bn3 = norm(planes * self.expansion)
+        self.downsample = _shortcut(inplanes, planes * self.expansion, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(conv_bn(x, self.conv1, self.bn1), inplace=True)
+        y = F.relu(conv_bn(y, self.conv2, self.bn2), inplace=True)
+        y = conv_bn(y, self.conv3, self.bn3)
+        shortcut = x if self.downsample is None else conv_bn(x, *self.downsample)
+        return F.relu(y + shortcut, inplace=True)
+
+
+def _shortcut(inplanes: int, outplanes: int, stride: int, norm: Callable[[int], nn.Module]) -> nn.Sequential | None:
+    """The projection of a block's input (published name ``downsample``), or None where the input fits as it is."""
+    if stride == 1 and inplanes == outplanes:
+        return None
+    return nn.Sequential(nn.Conv2d(inplanes, outplanes, 1, stride, bias=False), norm(outplanes))
+
+
+BACKBONES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+    "resnet152": (Bottleneck, (3, 8, 36, 3)),
+}
+
+
+class DilatedResNet(nn.Module):
+    """A ResNet trunk at output stride 8: stage 3 has stride 1 and dilation 2, stage 4 stride 1 and dilation 4.
+
+    An input side of 8k + 1 pixels gives k + 1 positions, 8 pixels apart: 321 -> 41, 505 -> 64. Other sides work as well and
+    round as the pool does: 320 -> 41, 512 -> 65.
+
+    Args:
+        backbone: one of ``BACKBONES``.
+        batch_norm: ``"frozen"`` (``FrozenBatchNorm2d``: nothing in it can change, whatever ``.train()`` says), ``"stats"``
+            (running statistics move in training, weight and bias are fixed) or ``"full"`` (everything learns).
+        batch_norm_eps: added to the variance; 1e-5 in all published nets but those trained with TensorFlow-Slim (1e-3).
+        stride_in_3x3: the stride of a bottleneck stage sits in its 3x3 (torchvision) instead of its first 1x1 (published).
+
+    Raises:
+        ValueError: an unknown ``backbone`` or ``batch_norm``.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet101",
+        batch_norm: str = "frozen",
+        batch_norm_eps: float = 1e-5,
+        stride_in_3x3: bool = False,
+    ) -> None:
+        super().__init__()
+        if backbone not in BACKBONES:
+            raise ValueError(f"backbone {backbone!r} is unknown; choose one of {', '.join(BACKBONES)}")
+        if batch_norm not in BATCH_NORM_MODES:
+            raise ValueError(f"batch_norm {batch_norm!r} is unknown; choose one of {', '.join(BATCH_NORM_MODES)}")
+        block, depths = BACKBONES[backbone]
+        self.grad_checkpoint = False
+
+        def norm(channels: int) -> nn.Module:
+            if batch_norm == "frozen":
+                return FrozenBatchNorm2d(channels, eps=batch_norm_eps)
+            bn = nn.BatchNorm2d(channels, eps=batch_norm_eps)
+            bn.requires_grad_(batch_norm == "full")
+            return bn
+
+        def stage(inplanes: int, planes: int, depth: int, stride: int, dilation: int) -> nn.Sequential:
+            blocks = [block(inplanes, planes, stride, dilation, norm, stride_in_3x3)]
+            for _ in range(1, depth):
+                blocks.append(block(planes * block.expansion, planes, 1, dilation, norm, stride_in_3x3))
+            return nn.Sequential(*blocks)
+
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = norm(64)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)  # Caffe rounds pooled sizes up
+        self.layer1 = stage(64, 64, depths[0], stride=1, dilation=1)
+        self.layer2 = stage(64 * block.expansion, 128, depths[1], stride=2, dilation=1)
+        self.layer3 = stage(128 * block.expansion, 256, depths[2], stride=1, dilation=2)
+        self.layer4 = stage(256 * block.expansion, 512, depths[3], stride=1, dilation=4)
+        self.out_channels = 512 * block.expansion
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def features(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) mean-subtracted BGR pictures -> (N, out_channels, h, w), h and w about an eighth of H and W."""
+        x = F.relu(conv_bn(x, self.conv1, self.bn1), inplace=True)  # N 64 H/2 W/2
+        x = self.maxpool(x)  # N 64 H/4 W/4
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):  # H/4, H/8, H/8, H/8
+            for block in layer:
+                if self.grad_checkpoint and torch.is_grad_enabled():
+                    x = checkpoint(block, x, use_reentrant=False)
+                else:
+                    x = block(x)
+        return x
