@@ -1,6 +1,27 @@
 """DeepLab-v2: the net, its losses, multi-scale prediction, the dense CRF and the published weights."""
 
-from deeplab.deeplabv2 import ASPP, ATROUS_RATES, OUTPUT_STRIDE, DeepLabV2, deeplabv2
-from deeplab.resnet import BACKBONES, BATCH_NORM_MODES, conv_bn
+from deeplab.crf import CRFParams, dense_crf
+from deeplab.deeplabv2 import ASPP, ATROUS_RATES, DeepLabV2, deeplabv2
+from deeplab.loss import LOSS_SIZES, multi_scale_loss, resize_labels, single_scale_loss
+from deeplab.multiscale import fuse_max, multiscale_logits, predict
+from deeplab.resnet import BACKBONES, BATCH_NORM_MODES, conv_bn, fold_batch_norm
 
-__all__ = ["ASPP", "ATROUS_RATES", "BACKBONES", "BATCH_NORM_MODES", "OUTPUT_STRIDE", "DeepLabV2", "conv_bn", "deeplabv2"]
+__all__ = [
+    "ASPP",
+    "ATROUS_RATES",
+    "BACKBONES",
+    "BATCH_NORM_MODES",
+    "LOSS_SIZES",
+    "CRFParams",
+    "DeepLabV2",
+    "conv_bn",
+    "deeplabv2",
+    "dense_crf",
+    "fold_batch_norm",
+    "fuse_max",
+    "multi_scale_loss",
+    "multiscale_logits",
+    "predict",
+    "resize_labels",
+    "single_scale_loss",
+]

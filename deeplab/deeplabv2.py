@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from deeplab.resnet import DilatedResNet
 
 ATROUS_RATES = (6, 12, 18, 24)  # ASPP-L of the paper
-OUTPUT_STRIDE = 8
 
 
 class ASPP(nn.Module):
@@ -19,6 +18,10 @@ class ASPP(nn.Module):
     def __init__(self, in_channels: int, num_classes: int, rates: Sequence[int] = ATROUS_RATES) -> None:
         super().__init__()
         self.conv2d_list = nn.ModuleList(nn.Conv2d(in_channels, num_classes, 3, padding=rate, dilation=rate) for rate in rates)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The published initial values: weights N(0, 0.01), biases 0."""
         for conv in self.conv2d_list:
             nn.init.normal_(conv.weight, std=0.01)
             nn.init.zeros_(conv.bias)

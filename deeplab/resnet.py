@@ -40,6 +40,28 @@ def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module) -> Tensor:
     return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
+def fold_batch_norm(net: nn.Module) -> nn.Module:
+    """Fold every batch norm of a trunk into its convolution for good, for prediction; changes and returns ``net``.
+
+    Each convolution gets the product as its weight and a bias, each batch norm becomes ``nn.Identity``. Running statistics are
+    used, whatever kind of batch norm it was. The net can no longer be trained as it was, nor saved under the published names.
+    """
+    pairs = []
+    for module in net.modules():
+        names = [name for name, _ in module.named_children()]
+        pairs += [(module, f"conv{k}", f"bn{k}") for k in (1, 2, 3) if f"bn{k}" in names]
+        if isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[0], nn.Conv2d):
+            pairs.append((module, "0", "1"))  # a shortcut
+    for module, conv_name, bn_name in pairs:
+        conv, bn = getattr(module, conv_name), getattr(module, bn_name)
+        with torch.no_grad():
+            scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
+            conv.weight.mul_(scale[:, None, None, None])
+            conv.bias = nn.Parameter(bn.bias - bn.running_mean * scale)
+        setattr(module, bn_name, nn.Identity())
+    return net
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with a shortcut; the block of ResNet-18 and -34."""
 

@@ -4,6 +4,16 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
+
+DATA_DIR = "data/VOCdevkit/VOC2012"
+INITIAL_WEIGHTS = "weights/MS_DeepLab_resnet_pretrained_COCO_init.pth"
+TRAINED_WEIGHTS = "snapshots/VOC12_scenes_20000.pth"
+# The choices that the net offers, written out so that --help and a mistyped flag answer without loading torch;
+# a test compares them with deeplab's own.
+BACKBONE_NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+BATCH_NORM_MODES = ("frozen", "stats", "full")
+LOSS_SIZES = ("output", "input")
 
 
 class UserError(Exception):
@@ -44,3 +54,163 @@ def size(text: str) -> tuple[int, int]:
     if min(height, width) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; both sides must be at least 1")
     return height, width
+
+
+def numbers(kind: type, text: str) -> tuple:
+    """Comma-separated numbers of one kind, as an argparse type: ``partial(numbers, float)`` reads ``"1,0.75"``."""
+    try:
+        values = tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers; separate them by commas") from None
+    if min(values) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} holds a number that is not above 0")
+    return values
+
+
+def scale_range(text: str) -> tuple[float, float]:
+    """An argparse type: ``"0.5,1.5"`` -> (0.5, 1.5)."""
+    values = numbers(float, text)
+    if len(values) != 2 or values[0] > values[1]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a range; write LOW,HIGH, as in 0.5,1.5")
+    return values
+
+
+def at_least(low: int, text: str) -> int:
+    """A whole number of at least ``low``, as an argparse type: ``partial(at_least, 1)``."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if value < low:
+        raise argparse.ArgumentTypeError(f"{value} is too small; expected at least {low}")
+    return value
+
+
+positive = partial(at_least, 1)
+not_negative = partial(at_least, 0)
+
+
+def add_data_options(parser: argparse.ArgumentParser, default_list: str) -> None:
+    """Where the pictures, the labels and the weights are; shared by training and evaluation."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--data-dir", default=DATA_DIR, help="folder in the VOC layout (default: %(default)s)")
+    group.add_argument("--data-list", help=f"file of image ids, one a line (default: {default_list})")
+    group.add_argument("--image-dir", default="JPEGImages", help="folder of the pictures in --data-dir (default: %(default)s)")
+    group.add_argument(
+        "--label-dir", help="folder of the masks in --data-dir (default: SegmentationClassAug, else SegmentationClass)"
+    )
+    group.add_argument("--ignore-label", type=int, default=255, help="a label that means void, beside 255")
+    group.add_argument(
+        "--num-workers",
+        type=not_negative,
+        default=min(4, os.cpu_count() or 1),
+        help="processes that read pictures (default: %(default)s)",
+    )
+
+
+def add_net_options(parser: argparse.ArgumentParser) -> None:
+    """The shape of the net; what a weights file says of itself is the default."""
+    group = parser.add_argument_group("net")
+    group.add_argument("--backbone", choices=BACKBONE_NAMES, help="default: that of the weights file, else resnet101")
+    group.add_argument(
+        "--atrous-rates",
+        type=partial(numbers, int),
+        help="dilations of the ASPP head (default: those of the weights file, else 6,12,18,24); "
+        "6,12 for weights trained with the historic two-branch head",
+    )
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """Where and how the arithmetic is done."""
+    group = parser.add_argument_group("device")
+    group.add_argument("--gpu", type=not_negative, default=0, help="index of the CUDA device (default: %(default)s)")
+    group.add_argument("--device", default="auto", help="auto (CUDA, else CPU), cpu, cuda or cuda:N (default: %(default)s)")
+    group.add_argument(
+        "--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision; the loss stays in float32"
+    )
+    group.add_argument("--compile", action="store_true", help="compile the net with torch.compile")
+
+
+def training_parser(description: str, *, batch_size: int, iter_size: int, snapshot_dir: str) -> argparse.ArgumentParser:
+    """The command line of train.py and train_msc.py, with the published flags and defaults."""
+    parser = argparse.ArgumentParser(description=description)
+    add_data_options(parser, "ImageSets/SegmentationAug/train_aug.txt in --data-dir, else ImageSets/Segmentation/train.txt")
+    group = parser.add_argument_group("augmentation")
+    group.add_argument("--input-size", type=size, default=(321, 321), metavar="H,W", help="crop in pixels (default: 321,321)")
+    group.add_argument("--random-mirror", action="store_true", help="mirror every other picture")
+    group.add_argument("--random-scale", action="store_true", help="scale each picture by a random factor")
+    group.add_argument("--scale-range", type=scale_range, default=(0.5, 1.5), metavar="LOW,HIGH", help="default: 0.5,1.5")
+
+    add_net_options(parser)
+    group = parser.add_argument_group("weights")
+    group.add_argument("--num-classes", type=positive, default=21, help="classes with the background (default: %(default)s)")
+    group.add_argument(
+        "--restore-from", default=INITIAL_WEIGHTS, help='initial weights; "" or none: from scratch (default: %(default)s)'
+    )
+    group.add_argument("--not-restore-last", action="store_true", help="leave the head of --restore-from out")
+    group.add_argument(
+        "--batch-norm",
+        choices=BATCH_NORM_MODES,
+        default="frozen",
+        help="frozen; stats: running statistics move; full: everything learns, for training from scratch (default: frozen)",
+    )
+    group.add_argument("--is-training", action="store_true", help="the published name of --batch-norm stats")
+    group.add_argument("--sync-bn", action="store_true", help="with --batch-norm full: share batch statistics over the GPUs")
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--batch-size", type=positive, default=batch_size, help="pictures a batch (default: %(default)s)")
+    group.add_argument("--iter-size", type=positive, default=iter_size, help="batches a step (default: %(default)s)")
+    group.add_argument("--num-steps", type=positive, default=20000, help="optimiser steps (default: %(default)s)")
+    group.add_argument("--learning-rate", type=float, default=2.5e-4, help="base rate (default: %(default)s)")
+    group.add_argument("--momentum", type=float, default=0.9, help="default: %(default)s")
+    group.add_argument("--power", type=float, default=0.9, help="of the polynomial decay (default: %(default)s)")
+    group.add_argument("--weight-decay", type=float, default=5e-4, help="default: %(default)s")
+    group.add_argument(
+        "--loss-size", choices=LOSS_SIZES, default="output", help="shrink the labels to the logits, or enlarge the logits"
+    )
+    group.add_argument("--random-seed", type=not_negative, default=1234, help="default: %(default)s")
+    group.add_argument("--grad-checkpoint", action="store_true", help="recompute activations: less memory, slower")
+
+    group = parser.add_argument_group("output")
+    group.add_argument("--snapshot-dir", default=snapshot_dir, help="default: %(default)s")
+    group.add_argument("--save-pred-every", type=positive, default=1000, help="steps between snapshots (default: %(default)s)")
+    group.add_argument("--save-num-images", type=not_negative, default=2, help="panels a snapshot (default: %(default)s)")
+    group.add_argument("--log-every", type=positive, default=10, help="steps between log lines (default: %(default)s)")
+    group.add_argument("--tensorboard", action="store_true", help="write TensorBoard scalars to --snapshot-dir")
+    group.add_argument(
+        "--resume", nargs="?", const="last", metavar="CKPT", help="go on from CKPT, or from last.ckpt in --snapshot-dir"
+    )
+    add_device_options(parser)
+    return parser
+
+
+def evaluation_parser(description: str) -> argparse.ArgumentParser:
+    """The command line of evaluate.py, with the published flags and defaults."""
+    parser = argparse.ArgumentParser(description=description)
+    add_data_options(parser, "ImageSets/SegmentationAug/val.txt in --data-dir, else ImageSets/Segmentation/val.txt")
+    add_net_options(parser)
+    group = parser.add_argument_group("weights")
+    group.add_argument("--restore-from", default=TRAINED_WEIGHTS, help="a snapshot or published weights (default: %(default)s)")
+    group.add_argument("--num-classes", type=positive, help="default: that of the weights file")
+
+    group = parser.add_argument_group("prediction")
+    group.add_argument("--scales", type=partial(numbers, float), default=(1.0,), help="fused by maximum (default: 1)")
+    group.add_argument("--mirror", action="store_true", help="average with the prediction of the mirrored picture")
+    group.add_argument(
+        "--input-size",
+        type=size,
+        metavar="H,W",
+        help="a fixed canvas, as published: 505,505 (default: each picture's own size)",
+    )
+    group.add_argument("--batch-size", type=positive, default=1, help="pictures of one padded size at once (default: 1)")
+    group.add_argument("--crf", action="store_true", help="refine with the dense CRF; reports the scores before and after")
+    group.add_argument(
+        "--crf-workers", type=positive, default=os.cpu_count() or 1, help="processes for the CRF (default: %(default)s)"
+    )
+
+    group = parser.add_argument_group("output")
+    group.add_argument("--save-dir", help="write the predictions here as <id>.png, indexed with the VOC palette")
+    group.add_argument("--save-panels", metavar="DIR", help="write picture | label | prediction here as <id>.png")
+    group.add_argument("--save-json", metavar="FILE", help="write the scores here")
+    add_device_options(parser)
+    return parser

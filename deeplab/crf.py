@@ -1,0 +1,139 @@
+"""The dense CRF that sharpens a prediction along the edges of the picture (Kraehenbuehl & Koltun, arXiv:1210.5644)."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+MIN_PROBABILITY = 1e-5  # a probability of 0 would be an infinite energy that no neighbour could ever outvote
+TOLERANCE = 1e-3  # how far a sum of probabilities may be from 1: float16 keeps three digits
+
+
+class CRFUnavailable(ImportError):
+    """The package that computes the CRF is not installed."""
+
+    exit_status = 2
+
+
+@dataclass(frozen=True)
+class CRFParams:
+    """The settings of :func:`dense_crf`; the defaults are those published for DeepLab-v2 ResNet-101 on VOC.
+
+    Attributes:
+        iterations: mean-field iterations; 0 leaves the probabilities as they are.
+        gaussian_weight: weight of the smoothness kernel exp(-|p_i - p_j|^2 / 2 gaussian_sxy^2) between pixels at p_i and p_j.
+        gaussian_sxy: its width in pixels.
+        bilateral_weight: weight of the appearance kernel
+            exp(-|p_i - p_j|^2 / 2 bilateral_sxy^2 - |I_i - I_j|^2 / 2 bilateral_srgb^2) with the colours I, 0..255.
+        bilateral_sxy: its width in pixels.
+        bilateral_srgb: its width in grey levels, the same for the three channels.
+
+    Raises:
+        ValueError: ``iterations`` or a weight below 0, a width of 0 or less, a value that is not finite.
+    """
+
+    iterations: int = 10
+    gaussian_weight: float = 3.0
+    gaussian_sxy: float = 1.0
+    bilateral_weight: float = 4.0
+    bilateral_sxy: float = 67.0
+    bilateral_srgb: float = 3.0
+
+    def __post_init__(self) -> None:
+        if self.iterations != int(self.iterations) or self.iterations < 0:
+            raise ValueError(f"CRF iterations is {self.iterations}; expected a whole number of at least 0")
+        for name in ("gaussian_weight", "bilateral_weight"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"CRF {name} is {value}; expected a number of at least 0")
+        for name in ("gaussian_sxy", "bilateral_sxy", "bilateral_srgb"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"CRF {name} is {value}; expected a number above 0")
+
+
+PUBLISHED = CRFParams()
+
+
+def dense_crf(image: np.ndarray, probabilities: np.ndarray, params: CRFParams = PUBLISHED) -> np.ndarray:
+    """Refine class probabilities with a fully connected CRF, by mean field with a Potts model.
+
+    The energy is -log p (p no lower than 1e-5) plus, for each pair of pixels with different classes, the two kernels of
+    :class:`CRFParams`, each normalised symmetrically (k_ij / sqrt(n_i n_j), n_i = sum_j k_ij). The sums over all pairs are
+    approximated on a permutohedral lattice, as in the authors' program; like it, and unlike the paper, they contain the
+    pixel itself. All channels of ``image`` weigh the same: RGB and BGR give the same, but for that approximation.
+
+    Args:
+        image: (H, W, 3) uint8, the raw picture, 0..255, never the mean-subtracted input of the net.
+        probabilities: (C, H, W) floating point, softmax over the classes: 0..1, summing to 1 at each pixel.
+        params: the settings, by default the published ones.
+
+    Returns:
+        (C, H, W) float32 probabilities. The inputs are not changed.
+
+    Raises:
+        ValueError: a shape, dtype or channel order other than the above, sizes that differ, or values that are no
+            probabilities (logits, NaN).
+        CRFUnavailable: pydensecrf is not installed.
+    """
+    image, probabilities = np.asarray(image), np.asarray(probabilities)
+    _check_image(image)
+    _check_probabilities(probabilities, image.shape[:2])
+    try:
+        from pydensecrf import densecrf
+    except ImportError as error:
+        raise CRFUnavailable(f"the dense CRF needs pydensecrf ({error}); pip install pydensecrf2") from None
+
+    classes, height, width = probabilities.shape
+    likely = np.maximum(probabilities.reshape(classes, -1).astype(np.float32), MIN_PROBABILITY)
+    crf = densecrf.DenseCRF2D(width, height, classes)
+    crf.setUnaryEnergy(np.ascontiguousarray(-np.log(likely)))
+    crf.addPairwiseGaussian(
+        sxy=params.gaussian_sxy,
+        compat=params.gaussian_weight,
+        kernel=densecrf.DIAG_KERNEL,
+        normalization=densecrf.NORMALIZE_SYMMETRIC,
+    )
+    crf.addPairwiseBilateral(
+        sxy=params.bilateral_sxy,
+        srgb=params.bilateral_srgb,
+        rgbim=np.ascontiguousarray(image),
+        compat=params.bilateral_weight,
+        kernel=densecrf.DIAG_KERNEL,
+        normalization=densecrf.NORMALIZE_SYMMETRIC,
+    )
+    refined = crf.inference(int(params.iterations))  # C x H*W float32
+    return np.array(refined, dtype=np.float32).reshape(classes, height, width)
+
+
+def _check_image(image: np.ndarray) -> None:
+    if image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+        channels_first = image.ndim == 3 and image.shape[0] == 3
+        hint = "; its channels come first: transpose it with image.transpose(1, 2, 0)" if channels_first else ""
+        raise ValueError(f"the image of the CRF has shape {image.shape}; expected (H, W, 3){hint}")
+    if image.dtype != np.uint8:
+        raise ValueError(f"the image of the CRF is {image.dtype}; expected the raw uint8 picture, 0..255, no mean subtracted")
+
+
+def _check_probabilities(probabilities: np.ndarray, size: tuple[int, int]) -> None:
+    expected = f"expected (C, {size[0]}, {size[1]}), the size of the image"
+    if probabilities.ndim != 3 or probabilities.shape[1:] != size or probabilities.shape[0] == 0:
+        channels_last = probabilities.ndim == 3 and probabilities.shape[:2] == size
+        hint = "; the classes come last: transpose them with probabilities.transpose(2, 0, 1)" if channels_last else ""
+        raise ValueError(f"the probabilities of the CRF have shape {probabilities.shape}; {expected}{hint}")
+    if not np.issubdtype(probabilities.dtype, np.floating):
+        raise ValueError(f"the probabilities of the CRF are {probabilities.dtype}; expected floating point, 0..1")
+    if not np.isfinite(probabilities).all():
+        raise ValueError("the probabilities of the CRF hold NaN or infinity; expected 0..1 everywhere")
+    low, high = float(probabilities.min()), float(probabilities.max())
+    if low < -TOLERANCE or high > 1 + TOLERANCE:
+        raise ValueError(
+            f"the probabilities of the CRF lie in {low:.4g}..{high:.4g}; expected 0..1: give the softmax of the logits"
+        )
+    sums = probabilities.sum(axis=0, dtype=np.float64)
+    worst = float(sums.flat[np.abs(sums - 1).argmax()])
+    if abs(worst - 1) > TOLERANCE:
+        raise ValueError(
+            f"the probabilities of the CRF sum to {worst:.4g} at a pixel; expected 1 over the {len(probabilities)} classes "
+            "of axis 0: give the softmax of the logits, classes first"
+        )

@@ -1,0 +1,14 @@
+"""Score DeepLab-v2 on labelled pictures. The options, with their defaults: ``python evaluate.py --help``."""
+
+from utils.options import evaluation_parser, run_command
+
+
+def main() -> int:
+    args = evaluation_parser(__doc__.split(".")[0]).parse_args()
+    from utils import evaluation
+
+    return evaluation.run(args)
+
+
+if __name__ == "__main__":
+    run_command(main)

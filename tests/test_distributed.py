@@ -1,0 +1,88 @@
+"""Two gloo processes against one."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from tests.test_evaluation import snapshot  # noqa: F401
+from tests.test_training import SCRATCH, SMALL, command, log_lines, model
+
+
+def torchrun(script: str, *options, processes: int = 2) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = [*launcher, str(ROOT / script), *map(str, options)]
+    return subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=240, env=environment)
+
+
+@pytest.mark.parametrize("script", ["train.py", "train_msc.py"])
+def test_two_processes_train_as_one_does(script, toy_voc, tmp_path):
+    """Three steps of four pictures, in two accumulated halves: the parameters agree to 1e-5 of the largest of each tensor.
+
+    Batch norm is frozen: batch statistics are those of a process's own pictures unless --sync-bn shares them.
+    """
+    options = ["--data-dir", toy_voc, *SMALL, *SCRATCH, "--batch-norm", "frozen", "--learning-rate", "1e-4"]
+    options += ["--batch-size", "2", "--iter-size", "2", "--num-steps", "3"]
+    one = command(script, *options, "--snapshot-dir", tmp_path / "one")
+    assert one.returncode == 0, one.stderr
+    two = torchrun(script, *options, "--snapshot-dir", tmp_path / "two")
+    assert two.returncode == 0, two.stderr
+    one, two = model(tmp_path / "one/VOC12_scenes_3.pth"), model(tmp_path / "two/VOC12_scenes_3.pth")
+    for key in one:
+        torch.testing.assert_close(
+            one[key], two[key], rtol=0, atol=1e-5 * float(one[key].abs().max()) + 1e-9, msg=lambda m, key=key: f"{key}: {m}"
+        )
+    assert [line["step"] for line in log_lines(tmp_path / "two")] == [1, 2, 3]
+
+
+def test_two_processes_count_the_same_matrix(toy_voc, snapshot, tmp_path):  # noqa: F811
+    options = [
+        "--data-dir",
+        toy_voc,
+        "--restore-from",
+        snapshot,
+        "--device",
+        "cpu",
+        "--num-workers",
+        "0",
+        "--crf",
+        "--crf-workers",
+        "1",
+    ]
+    one = command("evaluate.py", *options, "--save-json", tmp_path / "one.json", "--save-dir", tmp_path / "one")
+    assert one.returncode == 0, one.stderr
+    two = torchrun("evaluate.py", *options, "--save-json", tmp_path / "two.json", "--save-dir", tmp_path / "two")
+    assert two.returncode == 0, two.stderr
+    one_result, two_result = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert one_result["before_crf"]["confusion_matrix"] == two_result["before_crf"]["confusion_matrix"]
+    assert one_result["after_crf"]["confusion_matrix"] == two_result["after_crf"]["confusion_matrix"]
+    assert two.stdout.count("mean IoU") == 2  # before and after the CRF, from one process alone
+    for i in range(6):
+        assert (tmp_path / f"one/toy_{i}.png").read_bytes() == (tmp_path / f"two/toy_{i}.png").read_bytes()
+
+
+def test_an_indivisible_batch_is_refused(toy_voc, tmp_path):
+    result = torchrun("train.py", "--data-dir", toy_voc, "--snapshot-dir", tmp_path, *SMALL, *SCRATCH, "--batch-size", "3")
+    assert result.returncode != 0
+    assert "--batch-size 3 does not divide into 2 processes" in result.stderr
+
+
+def test_one_failed_process_ends_all_with_its_message(toy_voc, tmp_path):
+    """A picture that only one process reads is broken: its sentence is shown and nothing hangs."""
+    (toy_voc / "JPEGImages/toy_2.jpg").write_bytes(b"no picture")
+    result = torchrun("train.py", "--data-dir", toy_voc, "--snapshot-dir", tmp_path, *SMALL, *SCRATCH, "--num-steps", "100")
+    assert result.returncode != 0
+    assert "toy_2.jpg is not a picture" in result.stderr
+
+
+def test_a_restart_goes_on(toy_voc, tmp_path):
+    options = ["--data-dir", toy_voc, "--snapshot-dir", tmp_path, *SMALL, *SCRATCH, "--batch-norm", "frozen", "--resume"]
+    for steps in (2, 4):
+        result = torchrun("train.py", *options, "--num-steps", steps)
+        assert result.returncode == 0, result.stderr
+    assert [line["step"] for line in log_lines(tmp_path)] == [1, 2, 3, 4]

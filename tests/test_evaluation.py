@@ -1,0 +1,167 @@
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataset import MEAN_BGR, read_label
+from deeplab import CRFParams, deeplabv2, dense_crf
+from tests.conftest import TOY_CLASSES, TOY_SIZES
+from tests.test_multiscale import naive_bilinear
+from tests.test_resnet import naive_forward, randomise_batch_norm
+from tests.test_training import command
+from utils import evaluation
+from utils.checkpoint import make_meta, save_snapshot
+from utils.options import UserError, evaluation_parser
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory) -> Path:
+    torch.manual_seed(1)
+    net = randomise_batch_norm(deeplabv2("resnet18", TOY_CLASSES))
+    path = tmp_path_factory.mktemp("snapshot") / "VOC12_scenes_7.pth"
+    save_snapshot(path, net, make_meta(net, ["ground", "red", "green", "blue"], 7, {}, seen_voc_val=""))
+    return path
+
+
+def evaluate(toy_voc: Path, snapshot: Path, *options: str) -> None:
+    arguments = ["--data-dir", str(toy_voc), "--restore-from", str(snapshot), "--device", "cpu", "--num-workers", "0", *options]
+    assert evaluation.run(evaluation_parser("").parse_args(arguments)) == 0
+
+
+def scores(toy_voc: Path, snapshot: Path, tmp_path: Path, *options: str) -> dict:
+    evaluate(toy_voc, snapshot, "--save-json", str(tmp_path / "scores.json"), *options)
+    return json.loads((tmp_path / "scores.json").read_text())
+
+
+def naive_logits(snapshot: Path, toy_voc: Path, i: int) -> np.ndarray:
+    """One picture from its file to full-size logits: mean, padding to 8k + 1, unfolded net, enlarging, cropping."""
+    net = deeplabv2("resnet18", TOY_CLASSES).double()
+    net.load_state_dict(torch.load(snapshot, weights_only=True)["model"])
+    image = cv2.imread(str(toy_voc / "JPEGImages" / f"toy_{i}.jpg")).astype(np.float64) - MEAN_BGR
+    height, width = image.shape[:2]
+    padded = np.zeros((3, (height + 6) // 8 * 8 + 1, (width + 6) // 8 * 8 + 1))
+    padded[:, :height, :width] = image.transpose(2, 0, 1)
+    with torch.no_grad():
+        logits = naive_forward(net.eval(), torch.from_numpy(padded)[None])[0].numpy()
+    return np.stack([naive_bilinear(plane, padded.shape[1:])[:height, :width] for plane in logits])
+
+
+def naive_scores(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
+    """Pixel accuracy and mean IoU over all pixels, one class at a time with sets of pixels."""
+    labels = np.concatenate([label.ravel() for label, _ in pairs])
+    predictions = np.concatenate([prediction.ravel() for _, prediction in pairs])
+    predictions, labels = predictions[labels != 255], labels[labels != 255]
+    ious = []
+    for k in range(TOY_CLASSES):
+        either = np.logical_or(labels == k, predictions == k).sum()
+        if either:
+            ious.append(np.logical_and(labels == k, predictions == k).sum() / either)
+    return float((labels == predictions).mean()), float(np.mean(ious))
+
+
+def test_scores_and_masks_against_a_naive_evaluation(toy_voc, snapshot, tmp_path):
+    result = scores(
+        toy_voc, snapshot, tmp_path, "--save-dir", str(tmp_path / "masks"), "--save-panels", str(tmp_path / "panels")
+    )
+    pairs = []
+    for i, size in enumerate(TOY_SIZES):
+        logits = naive_logits(snapshot, toy_voc, i)
+        label = np.array(Image.open(toy_voc / "SegmentationClassAug" / f"toy_{i}.png"))
+        mask = Image.open(tmp_path / "masks" / f"toy_{i}.png")
+        assert mask.mode == "P"
+        prediction = read_label(tmp_path / "masks" / f"toy_{i}.png", TOY_CLASSES)  # ready to be read back as labels
+        assert prediction.shape == size
+        ordered = np.sort(logits, axis=0)
+        clear = ordered[-1] - ordered[-2] > 1e-3 * np.abs(logits).max()
+        assert clear.mean() > 0.95
+        assert (prediction == logits.argmax(0))[clear].all()
+        pairs.append((label, prediction))
+        assert Image.open(tmp_path / "panels" / f"toy_{i}.png").size == (3 * size[1] + 8, size[0])
+    accuracy, mean_iou = naive_scores(pairs)
+    assert result["scores"]["pixel_accuracy"] == pytest.approx(accuracy, abs=1e-12)
+    assert result["scores"]["mean_iou"] == pytest.approx(mean_iou, abs=1e-12)
+    assert [entry["name"] for entry in result["scores"]["classes"]] == ["ground", "red", "green", "blue"]
+    assert result["step"] == 7
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--batch-size", "4"), ("--num-workers", "2"), ("--batch-size", "3", "--input-size", "65,65"), ("--input-size", "65,65")],
+)
+def test_batches_workers_and_canvas_give_every_picture_once(toy_voc, snapshot, tmp_path, options):
+    """Pictures of mixed sizes score in batches as they do one by one."""
+    canvas = options[-2:] if "--input-size" in options else ()
+    one = scores(toy_voc, snapshot, tmp_path, *canvas)["scores"]
+    other = scores(toy_voc, snapshot, tmp_path, *options)["scores"]
+    assert other["mean_iou"] == pytest.approx(one["mean_iou"], abs=2e-3)
+    assert other["pixel_accuracy"] == pytest.approx(one["pixel_accuracy"], abs=2e-3)
+
+
+def test_many_sizes_wait_in_bounded_memory(monkeypatch):
+    monkeypatch.setattr(evaluation, "MAX_WAITING", 5)
+    taken = 0
+
+    def stream():
+        nonlocal taken
+        for i in range(40):
+            taken += 1
+            yield evaluation.Sample(str(i), np.zeros((8 * i + 1, 9, 3), np.uint8), np.zeros((8 * i + 1, 9), np.uint8))
+
+    given = []
+    for samples, canvas in evaluation.group_by_canvas(stream(), None, 4):
+        given += [sample.id for sample in samples]
+        assert all(sample.label.shape == canvas for sample in samples)
+        assert taken - len(given) <= 5
+    assert sorted(given, key=int) == [str(i) for i in range(40)]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_crf_scores_before_and_after_in_one_run(toy_voc, snapshot, tmp_path, workers):
+    plain = scores(toy_voc, snapshot, tmp_path)
+    options = ["--crf", "--crf-workers", workers, "--save-dir", str(tmp_path / "masks")]
+    result = scores(toy_voc, snapshot, tmp_path, *options)
+    assert result["before_crf"] == plain["scores"]
+    logits = torch.from_numpy(naive_logits(snapshot, toy_voc, 1))
+    image = cv2.imread(str(toy_voc / "JPEGImages/toy_1.jpg"))[:, :, ::-1]
+    expected = dense_crf(image, torch.softmax(logits, 0).numpy(), CRFParams()).argmax(0)
+    assert (np.array(Image.open(tmp_path / "masks/toy_1.png")) == expected).mean() > 0.99
+    labels = [np.array(Image.open(toy_voc / "SegmentationClassAug" / f"toy_{i}.png")) for i in range(6)]
+    refined = [np.array(Image.open(tmp_path / "masks" / f"toy_{i}.png")) for i in range(6)]
+    assert result["after_crf"]["mean_iou"] == pytest.approx(naive_scores(list(zip(labels, refined)))[1], abs=1e-12)
+
+
+def test_scales_and_mirror_have_an_effect(toy_voc, snapshot, tmp_path):
+    results = [
+        scores(toy_voc, snapshot, tmp_path, *o)["scores"]["pixel_accuracy"] for o in ((), ("--mirror",), ("--scales", "1,0.5"))
+    ]
+    assert len(set(results)) == 3
+
+
+def test_what_cannot_be_evaluated_is_refused(toy_voc, snapshot, tmp_path):
+    with pytest.raises(UserError, match=r"toy_0 of 40x55 does not fit --input-size 41x41"):
+        evaluate(toy_voc, snapshot, "--input-size", "41,41")
+    with pytest.raises(UserError, match="net for 4 classes, --num-classes says 21"):
+        evaluate(toy_voc, snapshot, "--num-classes", "21")
+    headless = {key: value for key, value in torch.load(snapshot, weights_only=True)["model"].items() if "layer5" not in key}
+    torch.save(headless, tmp_path / "headless.pth")
+    with pytest.raises(UserError, match="no usable head"):
+        evaluate(toy_voc, tmp_path / "headless.pth")
+
+
+def test_the_command_line(toy_voc, snapshot):
+    result = command("evaluate.py", "--data-dir", toy_voc, "--restore-from", snapshot, "--device", "cpu")
+    assert result.returncode == 0, result.stderr
+    assert "mean IoU" in result.stdout
+    assert "green" in result.stdout
+    for options, message in (
+        ((), "VOC12_scenes_20000.pth does not exist"),
+        (("--restore-from", snapshot), "VOC2012 does not exist"),
+    ):
+        result = command("evaluate.py", *options)
+        assert result.returncode == 2
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr

@@ -1,0 +1,118 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from deeplab import LOSS_SIZES, multi_scale_loss, resize_labels, single_scale_loss
+from deeplab.loss import cross_entropy
+from tests.test_multiscale import EveryEighth, naive_bilinear
+from utils import options
+
+
+def naive_cross_entropy(logits: np.ndarray, labels: np.ndarray, ignore_label: int = 255) -> float:
+    """Per picture the mean of -log softmax over its labelled pixels, then the mean over the pictures; one pixel at a time."""
+    losses = []
+    for scores, label in zip(logits, labels):
+        pixels = []
+        for i in range(label.shape[0]):
+            for j in range(label.shape[1]):
+                if label[i, j] != ignore_label:
+                    z = scores[:, i, j]
+                    pixels.append(math.log(np.exp(z - z.max()).sum()) + z.max() - z[label[i, j]])
+        losses.append(sum(pixels) / len(pixels) if pixels else 0.0)
+    return sum(losses) / len(losses)
+
+
+def test_labels_shrink_to_every_eighth_pixel():
+    labels = torch.randint(0, 256, (2, 321, 321))
+    assert torch.equal(resize_labels(labels, (41, 41)), labels[:, ::8, ::8])
+    assert torch.equal(resize_labels(labels, (321, 321)), labels)
+    assert torch.equal(resize_labels(labels, (321, 41)), labels[:, :, ::8])
+
+
+@pytest.mark.parametrize(("source", "target"), [(321, 31), (10, 4), (320, 41), (5, 1), (1, 1), (1, 3), (4, 9)])
+def test_labels_shrink_to_the_nearest_pixel_of_the_aligned_grid(source, target):
+    labels = torch.arange(source)[None, None].expand(1, 1, source)
+    position = [i * (source - 1) / (target - 1) if target > 1 else 0.0 for i in range(target)]
+    expected = [math.floor(p + 0.5) for p in position]
+    assert resize_labels(labels, (1, target)).flatten().tolist() == expected
+
+
+def test_hand_worked_loss():
+    """Two classes, logits (0, log 3): probabilities 1/4 and 3/4. One pixel of each class, one void."""
+    logits = torch.zeros(1, 2, 1, 3)
+    logits[:, 1] = math.log(3)
+    labels = torch.tensor([[[0, 1, 255]]])
+    expected = (math.log(4) + math.log(4 / 3)) / 2
+    assert float(cross_entropy(logits, labels)) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", LOSS_SIZES)
+def test_single_scale_loss_against_a_naive_loop(size):
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 33, 41)
+    labels = torch.randint(0, 3, (2, 33, 41))
+    labels[torch.rand(labels.shape) < 0.3] = 255
+    labels[1, 10:] = 255
+    loss = single_scale_loss(EveryEighth(), images, labels, size=size)
+    assert loss.keys() == {"loss"}
+    logits = images[..., ::8, ::8].double().numpy()
+    if size == "output":
+        expected = naive_cross_entropy(logits, labels[:, ::8, ::8].numpy())
+    else:
+        large = np.stack([[naive_bilinear(plane, (33, 41)) for plane in picture] for picture in logits])
+        expected = naive_cross_entropy(large, labels.numpy())
+    assert float(loss["loss"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_multi_scale_loss_is_the_sum_of_four():
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 33, 33, dtype=torch.float64)
+    labels = torch.randint(0, 3, (2, 33, 33))
+    labels[:, :9] = 255
+    losses = multi_scale_loss(EveryEighth(), images, labels)
+    expected, at_full_scale = {}, []
+    for scale, side, grid in ((1.0, 33, 5), (0.75, 25, 4), (0.5, 17, 3)):
+        planes = [[naive_bilinear(plane, (side, side))[::8, ::8] for plane in picture] for picture in images.numpy()]
+        rows = [math.floor(i * 32 / (grid - 1) + 0.5) for i in range(grid)]
+        expected[f"loss_{scale:g}x"] = naive_cross_entropy(np.array(planes), labels.numpy()[:, rows][:, :, rows])
+        at_full_scale.append([[naive_bilinear(plane, (5, 5)) for plane in picture] for picture in planes])
+    expected["loss_max"] = naive_cross_entropy(np.maximum.reduce(np.array(at_full_scale)), labels[:, ::8, ::8].numpy())
+    for name, value in expected.items():
+        assert float(losses[name]) == pytest.approx(value, rel=1e-5), name
+    assert float(losses["loss"]) == pytest.approx(sum(expected.values()), rel=1e-5)
+    assert len(losses) == 5
+
+
+def test_nothing_but_void_gives_zero_with_a_gradient():
+    net = nn.Conv2d(3, 4, 1, stride=8)
+    labels = torch.full((2, 17, 17), 255)
+    for loss_function in (single_scale_loss, multi_scale_loss):
+        net.zero_grad()
+        loss = loss_function(net, torch.randn(2, 3, 17, 17), labels)["loss"]
+        loss.backward()
+        assert float(loss) == 0
+        assert net.weight.grad is not None
+        assert not net.weight.grad.any()
+
+
+def test_one_batch_of_four_equals_four_accumulated_batches_of_one():
+    """Also where the pictures have different shares of void."""
+    torch.manual_seed(0)
+    net = nn.Conv2d(3, 4, 3, stride=8, padding=1).double()
+    images, labels = torch.randn(4, 3, 33, 33, dtype=torch.float64), torch.randint(0, 4, (4, 33, 33))
+    for i in range(4):
+        labels[i, : 8 * i] = 255
+    whole = torch.autograd.grad(multi_scale_loss(net, images, labels)["loss"], net.weight)[0]
+    parts = [
+        torch.autograd.grad(multi_scale_loss(net, x[None], y[None])["loss"] / 4, net.weight)[0] for x, y in zip(images, labels)
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_an_unknown_size_is_refused():
+    with pytest.raises(ValueError, match=r"'both'.*output, input"):
+        cross_entropy(torch.zeros(1, 2, 1, 1), torch.zeros(1, 1, 1, dtype=torch.long), size="both")
+    assert options.LOSS_SIZES == LOSS_SIZES

@@ -1,0 +1,119 @@
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deeplab import deeplabv2, fuse_max, multiscale_logits, predict
+from deeplab.multiscale import canvas_size, enlarge, enlarge_rows, predict_grid, scaled_size
+
+
+def naive_bilinear(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) at another size with the corners in place, one pixel at a time in float64."""
+    result = np.zeros(size)
+    for i in range(size[0]):
+        for j in range(size[1]):
+            y = i * (x.shape[0] - 1) / (size[0] - 1) if size[0] > 1 else 0.0
+            z = j * (x.shape[1] - 1) / (size[1] - 1) if size[1] > 1 else 0.0
+            y0, z0 = min(int(y), x.shape[0] - 2), min(int(z), x.shape[1] - 2)
+            top = x[y0, z0] * (1 - z + z0) + x[y0, z0 + 1] * (z - z0)
+            bottom = x[y0 + 1, z0] * (1 - z + z0) + x[y0 + 1, z0 + 1] * (z - z0)
+            result[i, j] = top * (1 - y + y0) + bottom * (y - y0)
+    return result
+
+
+class EveryEighth(nn.Module):
+    """A stand-in for the net whose logits are the picture itself at every 8th pixel: what is predicted can be worked out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., ::8, ::8]
+
+
+def linear_picture(height: int, width: int) -> Tensor:
+    """A picture that is linear in the position, which every bilinear resizing keeps exactly: (1, 3, H, W) float64."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([y, x, y + 2 * x]).double()[None]
+
+
+def test_published_sizes():
+    assert scaled_size((321, 321), 0.75) == (241, 241)
+    assert scaled_size((321, 513), 0.5) == (161, 257)
+    assert scaled_size((513, 1), 0.75) == (385, 1)
+    assert canvas_size((1, 2)) == (1, 9)
+    assert canvas_size((321, 375)) == (321, 377)
+    assert canvas_size((505, 500)) == (505, 505)
+
+
+def test_multiscale_logits_and_fusion_against_a_naive_loop():
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 33, 49, dtype=torch.float64)
+    logits = multiscale_logits(EveryEighth(), images, (1.0, 0.75, 0.5))
+    assert [tuple(x.shape[-2:]) for x in logits] == [(5, 7), (4, 5), (3, 4)]
+    fused = fuse_max(logits)
+    for n in range(2):
+        for c in range(3):
+            planes = []
+            for scale in (1.0, 0.75, 0.5):
+                small = naive_bilinear(images[n, c].numpy(), scaled_size((33, 49), scale))[::8, ::8]
+                planes.append(small if scale == 1.0 else naive_bilinear(small, (5, 7)))
+            np.testing.assert_allclose(fused[n, c].numpy(), np.maximum.reduce(planes), atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(33, 49), (40, 55), (1, 1), (2, 17), (50, 64)])
+def test_scales_stay_aligned_for_any_size(size):
+    """A linear picture, padded with 0 from its own size on, comes back as it is: inside, away from the padding."""
+    image = linear_picture(*size)
+    inner = ((size[0] - 1) // 8 * 8 + 1, (size[1] - 1) // 8 * 8 + 1)
+    for scales in ((1.0,), (0.5,), (1.5, 1.0)):
+        if scales != (1.0,) and inner != size:
+            continue  # the resized picture blends with the padding, so only 8k + 1 sides can be worked out
+        result = predict(EveryEighth(), image, scales)[0]
+        assert result.shape == (3, *size)
+        torch.testing.assert_close(result[:, : inner[0], : inner[1]], image[0, :, : inner[0], : inner[1]].float())
+
+
+def test_mirrored_prediction_is_the_mean_of_both_views():
+    torch.manual_seed(0)
+    net = nn.Conv2d(3, 2, 9, stride=8, padding=4).double()
+    image = torch.randn(1, 3, 33, 41, dtype=torch.float64)
+    views = (net(image) + net(image.flip(-1)).flip(-1)) / 2
+    torch.testing.assert_close(predict_grid(net, image, mirror=True), views)
+    flipped = predict(net, image.flip(-1), mirror=True)
+    torch.testing.assert_close(flipped, predict(net, image, mirror=True).flip(-1))
+
+
+def test_fixed_canvas_pads_with_the_mean_colour():
+    seen = []
+
+    def net(x: Tensor) -> Tensor:
+        seen.append(x)
+        return x[..., ::8, ::8]
+
+    image = torch.ones(1, 3, 30, 20)
+    assert predict(net, image, canvas=(505, 505)).shape == (1, 3, 30, 20)
+    assert seen[0].shape == (1, 3, 505, 505)
+    assert seen[0].sum() == image.sum()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (8, 9), (9, 9), (10, 30), (33, 47), (64, 64)])
+def test_blocks_of_rows_are_the_enlarged_logits(size):
+    torch.manual_seed(0)
+    rows, columns = ((side - 1) // 8 + 1 for side in canvas_size(size))
+    logits = torch.randn(1, 4, rows, columns)
+    whole = enlarge(logits, size)
+    for max_elements in (1, 4 * 8 * size[1] * 2, 2**25):
+        blocks = list(enlarge_rows(logits, size, max_elements))
+        covered = [row for block, _ in blocks for row in range(*block.indices(size[0]))]
+        assert covered == list(range(size[0]))
+        torch.testing.assert_close(torch.cat([block for _, block in blocks], dim=2), whole, rtol=0, atol=2e-6)
+    expected = naive_bilinear(np.pad(logits[0, 0].double().numpy(), ((0, rows == 1), (0, columns == 1)), mode="edge"),
+                              tuple((side - 1) * 8 + 1 + 8 * (side == 1) for side in (rows, columns)))  # fmt: skip
+    np.testing.assert_allclose(whole[0, 0].numpy(), expected[: size[0], : size[1]], atol=1e-5)
+
+
+def test_predict_takes_one_picture_or_a_batch():
+    net = deeplabv2("resnet18", 3).eval()
+    image = torch.randn(3, 35, 20)
+    with torch.no_grad():
+        one, batch = predict(net, image), predict(net, image[None])
+    assert one.shape == (3, 35, 20)
+    assert torch.equal(one, batch[0])

@@ -1,0 +1,178 @@
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from deeplab import BACKBONES, BATCH_NORM_MODES, conv_bn, deeplabv2, fold_batch_norm
+from utils import options
+
+
+def randomise_batch_norm(net: nn.Module) -> nn.Module:
+    """Weights, biases and running statistics away from 1 and 0, so that a test notices when one is left out."""
+    generator = torch.Generator().manual_seed(3)
+    for module in net.modules():
+        if isinstance(module, (FrozenBatchNorm2d, nn.BatchNorm2d)):
+            for name, low, high in (("weight", 0.5, 1.5), ("bias", -1, 1), ("running_mean", -1, 1), ("running_var", 0.5, 2)):
+                value = getattr(module, name).data
+                value.copy_(torch.rand(value.shape, generator=generator, dtype=value.dtype) * (high - low) + low)
+    return net
+
+
+def naive_forward(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The net written out once more, with the batch norm of the textbook after each convolution."""
+
+    def norm(y, bn):
+        mean, var, weight, bias = (v[None, :, None, None] for v in (bn.running_mean, bn.running_var, bn.weight, bn.bias))
+        return (y - mean) / torch.sqrt(var + bn.eps) * weight + bias
+
+    def block(x, m):
+        shortcut = norm(m.downsample[0](x), m.downsample[1]) if m.downsample is not None else x
+        y = torch.relu(norm(m.conv1(x), m.bn1))
+        y = norm(m.conv2(y), m.bn2)
+        if hasattr(m, "conv3"):
+            y = norm(m.conv3(torch.relu(y)), m.bn3)
+        return torch.relu(y + shortcut)
+
+    x = torch.relu(norm(net.conv1(x), net.bn1))
+    x = F.max_pool2d(x, 3, 2, 1, ceil_mode=True)
+    for layer in (net.layer1, net.layer2, net.layer3, net.layer4):
+        for m in layer:
+            x = block(x, m)
+    return sum(F.conv2d(x, c.weight, c.bias, padding=r, dilation=r) for c, r in zip(net.layer5.conv2d_list, (6, 12, 18, 24)))
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+def test_folded_net_equals_unfolded_net_in_float64(backbone):
+    torch.manual_seed(0)
+    net = randomise_batch_norm(deeplabv2(backbone, 5).double()).train()
+    x = torch.randn(2, 3, 41, 33, dtype=torch.float64)
+    weight = torch.randn(2, 5, 6, 5, dtype=torch.float64)
+    parameters = list(net.parameters())
+
+    folded = net(x)
+    folded_grads = torch.autograd.grad((folded * weight).sum(), parameters)
+    naive = naive_forward(net, x)
+    naive_grads = torch.autograd.grad((naive * weight).sum(), parameters)
+
+    assert folded.shape == weight.shape
+    torch.testing.assert_close(folded, naive, rtol=1e-10, atol=1e-10 * float(naive.detach().abs().max()))
+    for (name, _), a, b in zip(net.named_parameters(), folded_grads, naive_grads):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10 * float(b.abs().max()), msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_conv_bn_leaves_other_norms_alone():
+    conv, bn = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+    x = torch.randn(2, 3, 7, 7)
+    y = conv(x)
+    expected = (y - y.mean((0, 2, 3), keepdim=True)) / (y.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(conv_bn(x, conv, bn), expected)
+
+
+@pytest.mark.parametrize("mode", BATCH_NORM_MODES)
+def test_folding_for_good_gives_the_same_logits(mode):
+    net = randomise_batch_norm(deeplabv2("resnet18", 3, batch_norm=mode).double()).eval()
+    x = torch.randn(1, 3, 33, 40, dtype=torch.float64)
+    with torch.no_grad():
+        expected = naive_forward(net, x)
+        fold_batch_norm(net)
+        torch.testing.assert_close(net(x), expected)
+    assert not any(isinstance(m, (FrozenBatchNorm2d, nn.BatchNorm2d)) for m in net.modules())
+
+
+@pytest.mark.parametrize(("side", "expected"), [(1, 1), (7, 2), (9, 2), (320, 41), (321, 41), (505, 64), (512, 65), (513, 65)])
+def test_output_sizes(side, expected):
+    """Published sizes; 8k + 1 pixels give k + 1 positions, and Caffe's pool rounds 320 and 512 up."""
+    net = deeplabv2("resnet18", 2).to("meta")
+    assert net(torch.zeros(1, 3, side, 33, device="meta")).shape == (1, 2, expected, 5)
+
+
+def test_resnet101_has_the_published_keys_and_size():
+    with torch.device("meta"):
+        frozen, full = deeplabv2(), deeplabv2(batch_norm="full")
+        trunk = torchvision.models.resnet101().state_dict()
+    trunk = {key: tuple(value.shape) for key, value in trunk.items() if not key.startswith("fc.")}
+    head = {f"layer5.conv2d_list.{k}.{name}" for k in range(4) for name in ("weight", "bias")}
+    keys = {key: tuple(value.shape) for key, value in full.state_dict().items()}
+    assert len(keys) == 632
+    assert keys.keys() - trunk.keys() == head
+    assert all(keys[key] == shape for key, shape in trunk.items())
+    assert len(frozen.state_dict()) == 528
+    assert keys["layer5.conv2d_list.3.weight"] == (21, 2048, 3, 3)
+    assert sum(p.numel() for p in full.parameters()) == 44_048_532
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
+def test_geometry(backbone):
+    """Strides and dilations: stage 2 has stride 2, stages 3 and 4 dilation 2 and 4 in every block, the first among them."""
+    with torch.device("meta"):
+        published, shifted = deeplabv2(backbone), deeplabv2(backbone, stride_in_3x3=True)
+    for net in (published, shifted):
+        for number, stride, dilation in ((1, 1, 1), (2, 2, 1), (3, 1, 2), (4, 1, 4)):
+            for i, block in enumerate(getattr(net, f"layer{number}")):
+                dilated = (block.conv1, block.conv2) if backbone in ("resnet18", "resnet34") else (block.conv2,)
+                assert all(conv.dilation == conv.padding == (dilation, dilation) for conv in dilated)
+                strides = [conv.stride[0] for name, conv in block.named_children() if re.fullmatch(r"conv\d", name)]
+                assert sorted(strides) == sorted([stride if i == 0 else 1] + [1] * (len(strides) - 1))
+    if backbone not in ("resnet18", "resnet34"):
+        assert published.layer2[0].conv1.stride == (2, 2)
+        assert shifted.layer2[0].conv2.stride == (2, 2)
+    assert [conv.dilation[0] for conv in published.layer5.conv2d_list] == [6, 12, 18, 24]
+
+
+def test_train_cannot_thaw_frozen_batch_norm():
+    net = deeplabv2("resnet18", 3).train()
+    before = {name: value.clone() for name, value in net.state_dict().items() if "bn" in name or "downsample.1" in name}
+    loss = net(torch.randn(2, 3, 33, 33)).square().mean()
+    loss.backward()
+    torch.optim.SGD(net.parameters(), lr=0.1).step()
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
+    assert not any("bn" in name for name, _ in net.named_parameters())
+
+
+def test_batch_norm_modes():
+    x = torch.randn(2, 3, 33, 33)
+    for mode in ("stats", "full"):
+        net = deeplabv2("resnet18", 3, batch_norm=mode).train()
+        assert net.bn1.weight.requires_grad == (mode == "full")
+        net(x)
+        y = net.conv1(x)
+        torch.testing.assert_close(net.bn1.running_mean, 0.1 * y.mean((0, 2, 3)))
+
+
+def test_initial_values():
+    torch.manual_seed(0)
+    net = deeplabv2("resnet18", 21)
+    for conv in net.layer5.conv2d_list:
+        assert not conv.bias.any()
+        assert abs(conv.weight.std().item() - 0.01) < 2e-4
+    weight = net.layer3[0].conv2.weight  # Kaiming, fan out, rectifier: variance 2 / (256 * 3 * 3)
+    assert abs(weight.std().item() - (2 / (256 * 9)) ** 0.5) < 1e-3
+
+
+def test_grad_checkpoint_gives_the_same_gradients():
+    net = randomise_batch_norm(deeplabv2("resnet18", 3).double()).train()
+    x = torch.randn(1, 3, 33, 33, dtype=torch.float64)
+    plain = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
+    net.grad_checkpoint = True
+    recomputed = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed))
+
+
+def test_wrong_arguments_are_refused_in_words():
+    with pytest.raises(ValueError, match=r"resnet99.*resnet101"):
+        deeplabv2("resnet99")
+    with pytest.raises(ValueError, match=r"thawed.*frozen, stats, full"):
+        deeplabv2(batch_norm="thawed")
+    with pytest.raises(ValueError, match=r"256; expected 1\.\.255"):
+        deeplabv2("resnet18", 256)
+    with pytest.raises(ValueError, match="atrous_rates"):
+        deeplabv2("resnet18", atrous_rates=(6, 0))
+
+
+def test_the_command_line_offers_what_the_net_has():
+    assert tuple(BACKBONES) == options.BACKBONE_NAMES
+    assert options.BATCH_NORM_MODES == BATCH_NORM_MODES

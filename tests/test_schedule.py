@@ -1,0 +1,45 @@
+import pytest
+import torch
+
+from deeplab import deeplabv2
+from utils.schedule import param_groups, poly_lr, set_lr
+
+
+def test_poly_rate_by_hand():
+    assert poly_lr(2.5e-4, 0, 20000) == 2.5e-4
+    assert poly_lr(2.5e-4, 10000, 20000, 1.0) == 1.25e-4
+    assert poly_lr(1.0, 9, 10, 0.9) == pytest.approx(10**-0.9)
+    assert poly_lr(1.0, 3, 4, 2.0) == 0.0625
+
+
+@pytest.mark.parametrize("mode", ["frozen", "stats", "full"])
+def test_groups_are_the_published_ones(mode):
+    net = deeplabv2("resnet18", 3, batch_norm=mode)
+    groups = param_groups(net, weight_decay=5e-4)
+    assert [(g["lr_scale"], g["weight_decay"]) for g in groups] == [(1, 5e-4), (10, 5e-4), (20, 0)]
+    trunk, weights, biases = ({id(p) for p in g["params"]} for g in groups)
+    assert weights == {id(conv.weight) for conv in net.layer5.conv2d_list}
+    assert biases == {id(conv.bias) for conv in net.layer5.conv2d_list}
+    assert trunk | weights | biases == {id(p) for p in net.parameters() if p.requires_grad}
+    convolutions = 20  # of ResNet-18: 17 of 3x3 and 7x7, 3 projections
+    assert len(trunk) == convolutions * (3 if mode == "full" else 1)
+
+
+def test_three_steps_of_sgd_by_hand():
+    """Momentum buffer v <- 0.9 v + (g + decay w), then w <- w - rate v, with each group's multiple of the rate."""
+    net = deeplabv2("resnet18", 2)
+    optimizer = torch.optim.SGD(param_groups(net, 0.1), lr=1.0, momentum=0.9)
+    conv = net.layer5.conv2d_list[0]
+    watched = [(net.conv1.weight, 1, 0.1), (conv.weight, 10, 0.1), (conv.bias, 20, 0.0)]
+    expected = [(p.detach().clone().double(), torch.zeros_like(p, dtype=torch.float64)) for p, _, _ in watched]
+    for step in range(3):
+        rate = poly_lr(0.01, step, 3)
+        set_lr(optimizer, rate)
+        for k, (parameter, scale, decay) in enumerate(watched):
+            parameter.grad = torch.full_like(parameter, 0.5 - step)
+            value, velocity = expected[k]
+            velocity = 0.9 * velocity + (0.5 - step) + decay * value
+            expected[k] = (value - rate * scale * velocity, velocity)
+        optimizer.step()
+    for (parameter, _, _), (value, _) in zip(watched, expected):
+        torch.testing.assert_close(parameter.detach().double(), value, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,171 @@
+import numpy as np
+import pytest
+import torch
+
+from dataset import (
+    MEAN_BGR,
+    PadCrop,
+    RandomMirror,
+    RandomScale,
+    StepSampler,
+    TrainTransform,
+    VOCSegmentation,
+    read_ids,
+    to_input,
+)
+from tests.conftest import TOY_CLASSES
+from utils.data import make_loader
+
+
+class Draws:
+    """A stand-in for a generator that gives the numbers it is told to."""
+
+    def __init__(self, *values):
+        self.values = list(values)
+
+    def uniform(self, low, high):
+        return self.values.pop(0)
+
+    def random(self):
+        return self.values.pop(0)
+
+    def integers(self, stop):
+        value = self.values.pop(0)
+        assert 0 <= value < stop
+        return value
+
+
+def coordinates(height, width):
+    """A picture and a mask that hold their own position, so that geometry can be read off the result."""
+    rows, columns = np.mgrid[:height, :width].astype(np.uint8)
+    return np.stack([rows, columns, rows], axis=2), rows
+
+
+def test_mirror():
+    image, label = coordinates(5, 7)
+    image[..., 2] = label[:] = image[..., 1]
+    for draw, expected in ((0.49, np.arange(6, -1, -1)), (0.5, np.arange(7))):
+        mirrored, mirrored_label = RandomMirror()(image, label, Draws(draw))
+        assert (mirrored_label == expected).all()
+        assert (mirrored[..., 1] == expected).all()
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.73, 1.0, 1.31, 1.5, 0.01])
+def test_scale_keeps_picture_and_mask_together(factor):
+    """The mask is sampled where the bilinear picture is: half-pixel centres, worked out one pixel at a time."""
+    height, width = 37, 52
+    image, label = coordinates(height, width)
+    scaled, scaled_label = RandomScale()(image, label, Draws(factor))
+    expected = (max(1, round(height * factor)), max(1, round(width * factor)))
+    assert scaled.shape[:2] == scaled_label.shape == expected
+    for i in range(expected[0]):
+        centre = (i + 0.5) * height / expected[0] - 0.5
+        assert abs(int(scaled_label[i, 0]) - centre) <= 0.5 + 1e-6
+        assert abs(int(scaled[i, 0, 0]) - min(max(centre, 0), height - 1)) <= 1  # OpenCV rounds to 8 bits
+
+
+def test_scale_keeps_label_values():
+    label = np.array([[0, 255], [20, 3]], dtype=np.uint8).repeat(9, 0).repeat(9, 1)
+    _, scaled = RandomScale()(np.zeros((18, 18, 3), np.uint8), label, Draws(1.37))
+    assert set(np.unique(scaled)) == {0, 3, 20, 255}
+
+
+def test_scale_range_is_uniform():
+    rng = np.random.default_rng(0)
+    sides = [RandomScale(0.5, 1.5)(*coordinates(200, 10), rng)[1].shape[0] for _ in range(400)]
+    assert min(sides) >= 100
+    assert max(sides) <= 300
+    assert abs(np.mean(sides) - 200) < 10
+    with pytest.raises(ValueError, match=r"1\.5\.\.0\.5"):
+        RandomScale(1.5, 0.5)
+
+
+def test_crop_inside_and_padding_at_the_bottom_right():
+    image, label = coordinates(10, 12)
+    crop, crop_label = PadCrop((4, 5))(image, label, Draws(6, 7))
+    assert crop_label[0, 0] == 6
+    assert crop_label.shape == (4, 5)
+    assert (crop[..., 0] == crop_label).all()
+    assert crop[0, 0, 1] == 7
+    crop, crop_label = PadCrop((13, 12))(image, label, Draws(0, 0))
+    assert (crop_label[:10] == label).all()
+    assert (crop_label[10:] == 255).all()
+    assert (crop[10:] == [104, 117, 123]).all()  # the mean colour in whole levels
+    crop, crop_label = PadCrop((4, 20))(image, label, Draws(3, 0))
+    assert (crop_label[:, :12] == label[3:7]).all()
+    assert (crop_label[:, 12:] == 255).all()
+
+
+def test_every_crop_position_occurs():
+    rng = np.random.default_rng(0)
+    tops = {int(PadCrop((3, 3))(*coordinates(6, 3), rng)[1][0, 0]) for _ in range(100)}
+    assert tops == {0, 1, 2, 3}
+
+
+def test_to_input_subtracts_the_mean_once():
+    image = np.array([[[0, 128, 255]], [[104, 117, 123]]], dtype=np.uint8)
+    result = to_input(image)
+    assert result.shape == (3, 2, 1)
+    assert result.dtype == torch.float32
+    expected = np.array([[0, 104], [128, 117], [255, 123]]) - np.array(MEAN_BGR)[:, None]
+    np.testing.assert_allclose(result[..., 0].numpy(), expected, atol=1e-4)
+
+
+@pytest.fixture
+def toy_training_set(toy_voc):
+    transform = TrainTransform(7, [RandomScale(), RandomMirror(), PadCrop((33, 41))])
+    return VOCSegmentation(
+        toy_voc, read_ids(toy_voc / "ImageSets/Segmentation/val.txt"), num_classes=TOY_CLASSES, transform=transform
+    )
+
+
+def take(loader, count):
+    iterator = iter(loader)
+    return [next(iterator) for _ in range(count)]
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(toy_training_set):
+    def batches(workers, start=0):
+        sampler = StepSampler(len(toy_training_set), 4, seed=7, start=start)
+        return take(make_loader(toy_training_set, sampler, workers, torch.device("cpu")), 5 - start)
+
+    reference = batches(0)
+    assert reference[0][0].shape == (4, 3, 33, 41)
+    assert reference[0][0].dtype == torch.float32
+    assert reference[0][1].shape == (4, 33, 41)
+    assert reference[0][1].dtype == torch.int64
+    for workers, start in ((1, 0), (3, 0), (0, 2), (1, 3)):
+        for (images, labels), (other_images, other_labels) in zip(reference[start:], batches(workers, start)):
+            assert torch.equal(images, other_images)
+            assert torch.equal(labels, other_labels)
+
+
+def test_one_picture_is_drawn_differently_each_time(toy_training_set):
+    first, second = toy_training_set[0, 0], toy_training_set[0, 1]
+    assert not torch.equal(first[0], second[0])
+    assert torch.equal(first[0], toy_training_set[0, 0][0])
+
+
+def test_every_pass_takes_every_picture_once():
+    stream = iter(StepSampler(7, 2, seed=1))
+    draws = [pair for _ in range(21) for pair in next(stream)]
+    assert [draw for _, draw in draws] == list(range(42))
+    passes = [[index for index, _ in draws[k : k + 7]] for k in range(0, 42, 7)]
+    assert all(sorted(indices) == list(range(7)) for indices in passes)
+    assert len({tuple(indices) for indices in passes}) > 1
+    other = iter(StepSampler(7, 2, seed=2))
+    assert [pair for _ in range(21) for pair in next(other)] != draws
+
+
+def test_shards_are_parts_of_the_one_stream():
+    whole = StepSampler(5, 4, seed=3)
+    parts = [StepSampler(5, 4, seed=3, shard=shard, num_shards=2) for shard in range(2)]
+    for number in (0, 1, 9):
+        assert whole.batch(number) == parts[0].batch(number) + parts[1].batch(number)
+    assert next(iter(StepSampler(5, 4, seed=3, start=9))) == whole.batch(9)
+
+
+@pytest.mark.parametrize(("length", "batch_size", "shards"), [(0, 1, 1), (3, 0, 1), (3, 4, 3)])
+def test_impossible_batches_are_refused(length, batch_size, shards):
+    with pytest.raises(ValueError, match=r"empty|does not divide"):
+        StepSampler(length, batch_size, seed=0, num_shards=shards)

@@ -1,0 +1,151 @@
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataset import DatasetError, VOCSegmentation, read_class_names, read_ids, read_label, voc_palette
+from tests.conftest import TOY_CLASSES, TOY_SIZES, save_palette_png
+from utils.data import make_loader
+
+
+def write_label(path, array, mode=None):
+    Image.fromarray(array, mode).save(path) if mode else Image.fromarray(array).save(path)
+    return path
+
+
+def test_both_list_formats_give_the_same_ids(tmp_path):
+    bare, official, images = tmp_path / "bare.txt", tmp_path / "official.txt", tmp_path / "images.txt"
+    bare.write_text("2007_000032\n2008_000002\n\n")
+    official.write_text(
+        "/JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png\r\n"
+        "/JPEGImages/2008_000002.jpg /SegmentationClassAug/2008_000002.png\r\n"
+    )
+    images.write_text("/JPEGImages/2007_000032.jpg\nJPEGImages/2008_000002.jpg")
+    assert read_ids(bare) == read_ids(official) == read_ids(images) == ["2007_000032", "2008_000002"]
+
+
+def test_ids_may_lie_in_sub_folders_and_hold_dots(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text("berlin/a_1\n/JPEGImages/berlin/a_1.jpg x\nframe.0001\n")
+    assert read_ids(path) == ["berlin/a_1", "berlin/a_1", "frame.0001"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "does not exist"), (b"\n \n", "is empty"), (b"\xff\xfe\x00", "as text")]
+)
+def test_bad_lists(tmp_path, content, message):
+    path = tmp_path / "list.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DatasetError, match=message):
+        read_ids(path)
+
+
+def test_palette_and_grey_labels_read_as_indices(tmp_path):
+    label = np.array([[0, 1, 15], [20, 255, 7]], dtype=np.uint8)
+    save_palette_png(tmp_path / "p.png", label)
+    write_label(tmp_path / "l.png", label)
+    assert np.array_equal(read_label(tmp_path / "p.png", 21), label)
+    assert np.array_equal(read_label(tmp_path / "l.png", 21), label)
+    assert cv2.imread(str(tmp_path / "p.png"), cv2.IMREAD_GRAYSCALE)[0, 1] == 38  # what reading with OpenCV would train on
+
+
+def test_a_second_void_label_becomes_255(tmp_path):
+    path = write_label(tmp_path / "l.png", np.array([[0, 1, 11, 255]], dtype=np.uint8))
+    assert read_label(path, 11, ignore_label=11).tolist() == [[0, 1, 255, 255]]
+    assert read_label(path, 12, ignore_label=0).tolist() == [[255, 1, 11, 255]]
+
+
+BAD_LABELS = {
+    "rgb": (
+        lambda p: write_label(p, voc_palette()[np.ones((40, 55), dtype=np.uint8)]),
+        r"mode RGB.*\(40, 55, 3\).*mode P or L",
+    ),
+    "16 bit": (lambda p: write_label(p, np.ones((40, 55), dtype=np.uint16)), r"mode I;16.*uint16.*8-bit"),
+    "out of range": (
+        lambda p: write_label(p, np.tile(np.array([1, 38, 200], dtype=np.uint8), (40, 20))[:, :55]),
+        r"values 38, 200; expected class indices 0\.\.3 and 255",
+    ),
+    "binary": (lambda p: write_label(p, np.full((40, 55), 128, dtype=np.uint8)), r"the value 128; expected"),
+    "mis-sized": (lambda p: write_label(p, np.ones((40, 50), dtype=np.uint8)), r"50x40 pixels, its picture 55x40"),
+    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:60]), r"cannot be decoded"),
+    "empty": (lambda p: p.write_bytes(b""), r"cannot be decoded"),
+    "text": (lambda p: p.write_text("<html>not found</html>"), r"cannot be decoded"),
+    "missing": (lambda p: p.unlink(), r"does not exist"),
+}
+
+
+@pytest.mark.parametrize(("kind", "workers"), [*((kind, 0) for kind in BAD_LABELS), ("rgb", 1), ("missing", 1)])
+def test_bad_labels_are_one_sentence_that_names_the_file(toy_voc, kind, workers):
+    """In a worker too, where PyTorch would wrap the sentence into a traceback."""
+    path = toy_voc / "SegmentationClassAug" / "toy_0.png"
+    break_it, message = BAD_LABELS[kind]
+    break_it(path)
+    data = VOCSegmentation(toy_voc, ["toy_0"], num_classes=TOY_CLASSES)
+    with pytest.raises(DatasetError, match=message) as error:
+        list(make_loader(data, [[0]], workers, torch.device("cpu")))
+    assert str(path) in str(error.value)
+    assert str(error.value).startswith("the label")
+    assert "\n" not in str(error.value)
+    assert error.value.exit_status == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot be read"), (0.5, "is cut off"), (b"GIF?" * 100, "is not a picture"), (b"", "is not a picture")],
+)
+def test_bad_pictures(toy_voc, content, message):
+    path = toy_voc / "JPEGImages" / "toy_0.jpg"
+    whole = path.read_bytes()
+    path.unlink()
+    if content is not None:
+        path.write_bytes(whole[: int(len(whole) * content)] if isinstance(content, float) else content)
+    with pytest.raises(DatasetError, match=rf"the picture .*toy_0\.jpg {message}"):
+        VOCSegmentation(toy_voc, ["toy_0"], num_classes=TOY_CLASSES)[0]
+
+
+def test_pairs_come_as_they_are(toy_voc):
+    data = VOCSegmentation(toy_voc, read_ids(toy_voc / "ImageSets/Segmentation/val.txt"), num_classes=TOY_CLASSES)
+    assert len(data) == 6
+    for i, size in enumerate(TOY_SIZES):
+        image, label = data[i]
+        assert image.shape == (*size, 3)
+        assert label.shape == size
+        assert np.array_equal(image, cv2.imread(str(toy_voc / "JPEGImages" / f"toy_{i}.jpg")))
+        assert set(np.unique(label)) <= {0, 1, 2, 3, 255}
+
+
+def test_folders(toy_voc):
+    """A mask that SegmentationClassAug lacks comes from SegmentationClass; other folder names are arguments."""
+    (toy_voc / "SegmentationClass").mkdir()
+    shutil.move(toy_voc / "SegmentationClassAug/toy_1.png", toy_voc / "SegmentationClass/toy_1.png")
+    data = VOCSegmentation(toy_voc, ["toy_0", "toy_1"], num_classes=TOY_CLASSES)
+    assert [data.label_path(i).parent.name for i in data.ids] == ["SegmentationClassAug", "SegmentationClass"]
+    assert data[1][1].shape == TOY_SIZES[1]
+    (toy_voc / "JPEGImages").rename(toy_voc / "pictures")
+    (toy_voc / "SegmentationClassAug").rename(toy_voc / "masks")
+    data = VOCSegmentation(toy_voc, ["toy_0"], "pictures", "masks", TOY_CLASSES)
+    assert data[0][1].shape == TOY_SIZES[0]
+    with pytest.raises(DatasetError, match="holds no JPEGImages/"):
+        VOCSegmentation(toy_voc, ["toy_0"])
+    with pytest.raises(DatasetError, match="holds no labels/"):
+        VOCSegmentation(toy_voc, ["toy_0"], "pictures", "labels")
+    with pytest.raises(DatasetError, match="nowhere does not exist"):
+        VOCSegmentation(toy_voc / "nowhere", ["toy_0"])
+
+
+def test_class_names(tmp_path):
+    assert read_class_names(tmp_path, 2) is None
+    (tmp_path / "classes.txt").write_text("sky\nroad\n")
+    assert read_class_names(tmp_path, 2) == ["sky", "road"]
+    with pytest.raises(DatasetError, match="names 2 classes; expected 3"):
+        read_class_names(tmp_path, 3)
+
+
+def test_voc_palette():
+    """The colours printed in the VOC development kit's documentation."""
+    known = {0: (0, 0, 0), 1: (128, 0, 0), 8: (64, 0, 0), 15: (192, 128, 128), 20: (0, 64, 128), 255: (224, 224, 192)}
+    assert {k: tuple(voc_palette()[k].tolist()) for k in known} == known

@@ -1,0 +1,15 @@
+"""Train DeepLab-v2 on one scale. The options, with their defaults: ``python train.py --help``."""
+
+from utils.options import run_command, training_parser
+
+
+def main() -> int:
+    args = training_parser(__doc__.split(".")[0], batch_size=10, iter_size=1, snapshot_dir="snapshots").parse_args()
+    from deeplab import single_scale_loss
+    from utils import training
+
+    return training.run(args, single_scale_loss)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,15 @@
+"""Train DeepLab-v2 on three scales and their maximum. The options, with their defaults: ``python train_msc.py --help``."""
+
+from utils.options import run_command, training_parser
+
+
+def main() -> int:
+    args = training_parser(__doc__.split(".")[0], batch_size=1, iter_size=10, snapshot_dir="snapshots_msc").parse_args()
+    from deeplab import multi_scale_loss
+    from utils import training
+
+    return training.run(args, multi_scale_loss)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,180 @@
+"""Segmentation scores from one integer confusion matrix over the whole set."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataset.classes import IGNORE_LABEL
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of a whole set, as fractions 0..1.
+
+    With n_ij pixels of class i predicted as class j, t_i = sum_j n_ij labelled and p_i = sum_j n_ji predicted pixels
+    (Long et al., arXiv:1411.4038, section 5; the IoU is also that of the VOC development kit, ``VOCevalseg``):
+
+    - ``pixel_accuracy``: sum_i n_ii / sum_i t_i
+    - ``class_accuracy``: (C,) float64, n_ii / t_i; NaN for classes absent from the labels. ``mean_accuracy``: its mean.
+    - ``class_iou``: (C,) float64, n_ii / (t_i + p_i - n_ii); NaN for classes absent from the labels and the predictions.
+      ``mean_iou``: its mean.
+    - ``frequency_weighted_iou``: sum_i t_i class_iou_i / sum_i t_i
+
+    The means leave NaN out; where nothing was counted, every score is NaN.
+    """
+
+    pixel_accuracy: float
+    mean_accuracy: float
+    mean_iou: float
+    frequency_weighted_iou: float
+    class_iou: np.ndarray
+    class_accuracy: np.ndarray
+
+    def as_dict(self, class_names: Sequence[str]) -> dict[str, object]:
+        """The scores as plain values for JSON, NaN as None; one entry a class under ``"classes"``.
+
+        Raises:
+            ValueError: not one name a class.
+        """
+        _check_names(class_names, len(self.class_iou))
+        return {
+            "pixel_accuracy": _json_number(self.pixel_accuracy),
+            "mean_accuracy": _json_number(self.mean_accuracy),
+            "mean_iou": _json_number(self.mean_iou),
+            "frequency_weighted_iou": _json_number(self.frequency_weighted_iou),
+            "classes": [
+                {"id": i, "name": str(name), "iou": _json_number(iou), "accuracy": _json_number(accuracy)}
+                for i, (name, iou, accuracy) in enumerate(zip(class_names, self.class_iou, self.class_accuracy))
+            ],
+        }
+
+    def table(self, class_names: Sequence[str]) -> str:
+        """A table for the terminal: one line a class in percent (``-`` for NaN), then the four scores of the set.
+
+        Raises:
+            ValueError: not one name a class.
+        """
+        _check_names(class_names, len(self.class_iou))
+        summary = {
+            "pixel accuracy": self.pixel_accuracy,
+            "mean accuracy": self.mean_accuracy,
+            "mean IoU": self.mean_iou,
+            "frequency-weighted IoU": self.frequency_weighted_iou,
+        }
+        width = max(len(name) for name in (*class_names, *summary))
+        header = f"{'':3} {'class':{width}} {'IoU %':>8} {'accuracy %':>10}"
+        rule = "-" * len(header)
+        lines = [header, rule]
+        for i, name in enumerate(class_names):
+            lines.append(f"{i:3} {name:{width}} {_percent(self.class_iou[i]):>8} {_percent(self.class_accuracy[i]):>10}")
+        lines.append(rule)
+        lines += [f"{'':3} {name:{width}} {_percent(value):>8}" for name, value in summary.items()]
+        return "\n".join(lines)
+
+
+class ConfusionMatrix:
+    """Counts of (label, prediction) pixel pairs over a whole set, held on one device.
+
+    ``matrix`` is a (C, C) int64 tensor, rows = label, columns = prediction. It is a view of ``counts`` (C*C + 3, int64),
+    which goes on with the number of ignored pixels, of wrong labels and of wrong predictions; adding up the ``counts`` of
+    several processes in place adds up everything.
+
+    Args:
+        num_classes: C, at least 1.
+        device: where the counts are kept; labels and predictions must be there too.
+
+    Raises:
+        ValueError: ``num_classes`` below 1.
+    """
+
+    def __init__(self, num_classes: int, device: str | torch.device = "cpu") -> None:
+        if num_classes < 1:
+            raise ValueError(f"num_classes is {num_classes}; expected at least 1")
+        self.num_classes = num_classes
+        self.counts = torch.zeros(num_classes * num_classes + 3, dtype=torch.int64, device=device)
+        self.matrix = self.counts[: num_classes * num_classes].view(num_classes, num_classes)
+
+    def update(self, labels: Tensor, predictions: Tensor, ignore_label: int = IGNORE_LABEL) -> None:
+        """Count one batch, without making the host wait for the device.
+
+        Each pixel becomes the number of its bin, label * C + prediction, or one of the three bins behind the matrix;
+        selecting the counted pixels instead, or ``torch.bincount``, would have the host wait for a size on CUDA. Values
+        out of range are therefore reported by :meth:`scores`, not here.
+
+        Args:
+            labels, predictions: integer tensors of one shape, any number of dimensions, also empty.
+            ignore_label: the label of pixels that are not counted, whatever their prediction.
+
+        Raises:
+            ValueError: the shapes differ, or a tensor does not hold integers.
+        """
+        if labels.shape != predictions.shape:
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} and predictions of shape {tuple(predictions.shape)} differ in shape; "
+                "expected one class index a pixel in both"
+            )
+        for name, tensor in (("labels", labels), ("predictions", predictions)):
+            if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+                raise ValueError(f"{name} are {tensor.dtype}; expected integer class indices")
+        classes = self.num_classes
+        labels, predictions = labels.reshape(-1).long(), predictions.reshape(-1).long()
+        bins = labels * classes + predictions
+        bins = bins.masked_fill((predictions < 0) | (predictions >= classes), classes * classes + 2)
+        bins = bins.masked_fill((labels < 0) | (labels >= classes), classes * classes + 1)
+        bins = bins.masked_fill(labels == ignore_label, classes * classes)
+        self.counts.index_add_(0, bins, self.counts.new_ones(()).expand_as(bins))
+
+    def scores(self) -> Scores:
+        """The scores of everything counted so far; copies the counts to the host.
+
+        Raises:
+            ValueError: labels or predictions outside 0..C-1 were met.
+        """
+        counts = self.counts.cpu().numpy()
+        wrong_labels, wrong_predictions = int(counts[-2]), int(counts[-1])
+        if wrong_labels or wrong_predictions:
+            raise ValueError(
+                f"{wrong_labels} pixels have a label and {wrong_predictions} a prediction outside 0..{self.num_classes - 1} "
+                "that is not the ignore label; check the number of classes and the label files"
+            )
+        matrix = self.matrix.cpu().numpy()
+        correct = np.diagonal(matrix)
+        labelled, predicted = matrix.sum(axis=1), matrix.sum(axis=0)
+        class_iou = _ratio(correct, labelled + predicted - correct)
+        class_accuracy = _ratio(correct, labelled)
+        present = labelled > 0
+        return Scores(
+            pixel_accuracy=float(_ratio(correct.sum(), labelled.sum())),
+            mean_accuracy=_mean(class_accuracy),
+            mean_iou=_mean(class_iou),
+            frequency_weighted_iou=float(_ratio((labelled[present] * class_iou[present]).sum(), labelled.sum())),
+            class_iou=class_iou,
+            class_accuracy=class_accuracy,
+        )
+
+
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """float64 numerator / denominator, NaN where the denominator is 0."""
+    return np.divide(numerator, denominator, out=np.full(np.shape(denominator), np.nan), where=np.asarray(denominator) > 0)
+
+
+def _mean(values: np.ndarray) -> float:
+    """The mean of what is not NaN; NaN where nothing is left."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else float("nan")
+
+
+def _json_number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _percent(value: float) -> str:
+    return "-" if np.isnan(value) else f"{100 * value:.2f}"
+
+
+def _check_names(class_names: Sequence[str], num_classes: int) -> None:
+    if len(class_names) != num_classes:
+        raise ValueError(f"{len(class_names)} class names for {num_classes} classes; expected one name a class")
