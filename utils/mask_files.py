@@ -1,0 +1,188 @@
+"""Class masks on their way into SegmentationClassAug: read from SBD, VOC or a ready set, checked, written as palette PNGs."""
+
+import gzip
+import io
+import os
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+
+from dataset.classes import IGNORE_LABEL, VOC_CLASSES, voc_palette
+from dataset.voc import DatasetError
+from utils.visualize import save_indexed_png
+
+AUG_DIR = "SegmentationClassAug"
+
+
+class MaskError(ValueError):
+    """A mask cannot be used; the message completes the sentence "<id>: the mask ..."."""
+
+
+# ---- one mask: bytes -> checked class indices -> palette PNG; runs in the worker processes
+
+
+def decode_mat(data: bytes) -> np.ndarray:
+    """The class mask (H, W) of an SBD ``cls/<id>.mat``: the field ``Segmentation`` of the 1x1 struct ``GTcls``."""
+    from scipy.io import loadmat
+
+    try:
+        content = loadmat(io.BytesIO(data))
+    except Exception as error:  # by where a file is broken, scipy raises OSError, TypeError, zlib.error and ten others
+        raise MaskError(f"is not a readable MATLAB file ({type(error).__name__}: {error})") from None
+    classes = content.get("GTcls")
+    if not isinstance(classes, np.ndarray) or classes.size != 1 or "Segmentation" not in (classes.dtype.names or ()):
+        names = ", ".join(name for name in content if not name.startswith("__")) or "nothing"
+        raise MaskError(f"holds {names}, expected GTcls.Segmentation as in SBD's cls folder")
+    return np.asarray(classes["Segmentation"].item())
+
+
+def decode_png(data: bytes) -> np.ndarray:
+    """The class mask (H, W) of a palette or grey PNG."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.mode not in ("P", "L"):
+                raise MaskError(f"has mode {image.mode}, expected a single-channel PNG of class indices (mode P or L)")
+            return np.asarray(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise MaskError(f"is not a readable PNG ({error})") from None
+
+
+def checked(mask: np.ndarray, picture: Path) -> np.ndarray:
+    """``mask`` as (H, W) uint8, or MaskError where type, values or size are not those of a mask of ``picture``."""
+    if mask.ndim != 2 or mask.dtype.kind not in "ui":
+        raise MaskError(f"is an array {mask.shape} of {mask.dtype}, expected height x width integers")
+    wrong = [int(value) for value in np.unique(mask) if not (0 <= value < len(VOC_CLASSES) or value == IGNORE_LABEL)]
+    if wrong:
+        raise MaskError(f"holds {', '.join(map(str, wrong[:5]))}, expected 0..{len(VOC_CLASSES) - 1} and {IGNORE_LABEL}")
+    try:
+        with Image.open(picture) as image:
+            width, height = image.size
+    except OSError as error:
+        raise MaskError(f"has no readable picture ({error})") from None
+    if mask.shape != (height, width):
+        raise MaskError(f"is {mask.shape[1]}x{mask.shape[0]} pixels, its picture {width}x{height}")
+    return mask.astype(np.uint8)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name and rename it, so that ``path`` is never half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def convert(image_id: str, kind: str, data: bytes, data_dir: Path) -> tuple[str, str | None]:
+    """Write SegmentationClassAug/<id>.png from the bytes of a "mat" or "png" file.
+
+    Returns (id, None), or (id, what is wrong with the mask) and writes nothing.
+    """
+    try:
+        mask = checked(decode_mat(data) if kind == "mat" else decode_png(data), data_dir / "JPEGImages" / f"{image_id}.jpg")
+    except MaskError as error:
+        return image_id, str(error)
+    save_indexed_png(data_dir / AUG_DIR / f"{image_id}.png", mask)
+    return image_id, None
+
+
+def finished(image_id: str, data_dir: Path) -> str | None:
+    """The id if its PNG is there and whole with the VOC palette and, where VOC has a mask of its own, equal to that one."""
+    try:
+        with Image.open(data_dir / AUG_DIR / f"{image_id}.png") as image:
+            mask = np.asarray(image)
+            palette = np.array(image.getpalette() or []).reshape(-1, 3)
+            same = image.mode == "P" and np.array_equal(palette, voc_palette()[: len(palette)])
+        mask = checked(mask, data_dir / "JPEGImages" / f"{image_id}.jpg")
+        own = data_dir / "SegmentationClass" / f"{image_id}.png"
+        same = same and (not own.exists() or np.array_equal(mask, decode_png(own.read_bytes())))
+    except (OSError, SyntaxError, MaskError):  # missing, cut or wrong: to be written again
+        return None
+    return image_id if same else None
+
+
+# ---- where masks come from
+
+
+def read_sbd(path: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
+    """Yield (name, content) of those ``wanted`` files, named below SBD's ``dataset`` folder, that are there.
+
+    ``path`` is the unpacked folder or ``benchmark.tgz``, which is read as a stream: nothing is unpacked to disk.
+    """
+    if path.is_dir():
+        root = next((folder for folder in (path / "dataset", path / "benchmark_RELEASE/dataset") if folder.is_dir()), path)
+        for name in sorted(wanted):
+            if (root / name).is_file():
+                yield name, (root / name).read_bytes()
+        return
+    left = set(wanted)
+    if not left:
+        return
+    try:
+        with tarfile.open(path, "r|*") as archive:
+            for member in archive:
+                name = member.name.rpartition("dataset/")[2]
+                if name in left and member.isfile():
+                    left.remove(name)
+                    yield name, archive.extractfile(member).read()
+                    if not left:
+                        return
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DatasetError(f"the archive {path} is damaged or cut short ({error}); fetch it again") from None
+
+
+def sbd_ids(path: Path) -> dict[str, set[str]]:
+    """The ids on SBD's own lists, {"train": ..., "val": ...}."""
+    lists = {
+        Path(name).stem: set(data.decode(errors="replace").split()) for name, data in read_sbd(path, {"train.txt", "val.txt"})
+    }
+    if len(lists) < 2 or not all(lists.values()):
+        raise DatasetError(
+            f"{path} lacks the lists dataset/train.txt and dataset/val.txt; expected SBD's benchmark_RELEASE folder or "
+            "benchmark.tgz (python scripts/download.py sbd)"
+        )
+    return lists
+
+
+def ready_masks(path: Path) -> dict[str, str]:
+    """{id: name} of the PNGs in a SegmentationClassAug folder or zip; for a zip, the name inside it."""
+    if path.is_dir():
+        folder = path / AUG_DIR if (path / AUG_DIR).is_dir() else path
+        names = [str(file) for file in folder.glob("*.png") if not file.name.startswith(".")]
+    else:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = [n for n in archive.namelist() if n.endswith(".png") and not n.startswith("__MACOSX/")]
+        except FileNotFoundError:
+            raise DatasetError(f"--aug {path} does not exist; pass a SegmentationClassAug folder or zip") from None
+        except (OSError, zipfile.BadZipFile) as error:
+            raise DatasetError(f"--aug {path} is neither a folder nor a readable zip ({error})") from None
+    found: dict[str, str] = {}
+    for name in sorted(names):
+        stem = PurePosixPath(name).stem
+        if stem in found:
+            raise DatasetError(f"--aug {path} holds {stem}.png twice, as {found[stem]} and {name}; expected one mask an id")
+        found[stem] = name
+    if not found:
+        raise DatasetError(f"--aug {path} holds no PNG masks; expected SegmentationClassAug/<id>.png")
+    return found
+
+
+def read_ready(path: Path, names: dict[str, str], ids: set[str]) -> Iterator[tuple[str, bytes]]:
+    """Yield (id, PNG bytes) from a SegmentationClassAug folder or zip whose names are those of ready_masks()."""
+    if path.is_dir():
+        yield from ((image_id, Path(names[image_id]).read_bytes()) for image_id in sorted(ids))
+        return
+    with zipfile.ZipFile(path) as archive:
+        for image_id in sorted(ids):
+            try:
+                data = archive.read(names[image_id])
+            except (zipfile.BadZipFile, zlib.error, EOFError):
+                data = b""  # damaged inside the zip: reported with the id when it is decoded
+            yield image_id, data

@@ -1,0 +1,59 @@
+"""A bounded map over worker processes, for work on many small files."""
+
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import TypeVar
+
+from utils.options import UserError
+
+Result = TypeVar("Result")
+
+
+def _leave_interrupts_to_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def parallel_map(function: Callable[..., Result], tasks: Iterable[tuple], workers: int) -> Iterator[Result]:
+    """Yield ``function(*task)`` for every task, in no particular order.
+
+    ``tasks`` is read only a few tasks ahead of the work, so that an iterator over a large archive never fills the memory.
+    With ``workers`` 0 everything happens in this process, in order. On Ctrl-C the tasks in work are finished (each is small)
+    and no other is begun.
+
+    Args:
+        function: importable by name, with arguments and result that can be pickled.
+        tasks: tuples of arguments; the first one names the task in messages.
+        workers: number of processes.
+
+    Raises:
+        UserError: a worker process died, from a file that crashes its decoder or for lack of memory.
+    """
+    if workers == 0:
+        for task in tasks:
+            yield function(*task)
+        return
+    tasks = iter(tasks)
+    with ProcessPoolExecutor(workers, initializer=_leave_interrupts_to_parent) as pool:
+        pending = {}
+        try:
+            while True:
+                for task in islice(tasks, 4 * workers - len(pending)):
+                    pending[pool.submit(function, *task)] = str(task[0])
+                if not pending:
+                    return
+                done, _ = wait(pending, return_when=FIRST_COMPLETED)
+                for future in done:
+                    result = future.result()
+                    del pending[future]
+                    yield result
+        except BrokenProcessPool:
+            names = ", ".join(sorted(pending.values()))
+            raise UserError(
+                f"a worker process was killed while it worked on one of {names}: a file there crashes its decoder, or memory "
+                "ran out; --workers 1 narrows it down"
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
