@@ -4,7 +4,13 @@ from utils.options import run_command, training_parser
 
 
 def main() -> int:
-    args = training_parser(__doc__.split(".")[0], batch_size=1, iter_size=10, snapshot_dir="snapshots_msc").parse_args()
+    parser = training_parser(__doc__.split(".")[0], batch_size=1, iter_size=10, snapshot_dir="snapshots_msc")
+    parser.add_argument(
+        "--one-scale-at-a-time",
+        action="store_true",
+        help="hold one scale's activations at a time: less memory, 15 %% more work",
+    )
+    args = parser.parse_args()
     from deeplab import multi_scale_loss
     from utils import training
 

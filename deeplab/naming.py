@@ -185,6 +185,8 @@ def refuse_other_nets(state: Mapping[str, Tensor]) -> None:
             f"its first convolution is {_shape(conv1)}: a ResNet with the deep stem of three 3x3 convolutions (MIT, "
             "segmentation toolbox), which cannot be turned into the single 7x7 convolution of DeepLab-v2"
         )
+    if conv1 is not None and tuple(conv1.shape[1:]) != (3, 7, 7):
+        raise WeightsError(f"its first convolution is {_shape(conv1)}; DeepLab-v2's is 64x3x7x7")
     if (conv1 is None or "layer1.0.conv1.weight" not in state) and not any(".block1." in key for key in state):
         keys = ", ".join(list(state)[:3]) or "no tensors at all"
         raise WeightsError(f"its keys ({keys} ...) are of no scheme known here; expected a DeepLab-v2 or ResNet state_dict")

@@ -183,6 +183,9 @@ class DilatedResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(module, (BasicBlock, Bottleneck)) and batch_norm == "full":
+                # Each block starts as its shortcut, which allows higher rates from scratch (Goyal et al., arXiv:1706.02677).
+                nn.init.zeros_((module.bn3 if isinstance(module, Bottleneck) else module.bn2).weight)
 
     def features(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) mean-subtracted BGR pictures -> (N, out_channels, h, w), h and w about an eighth of H and W."""

@@ -26,7 +26,7 @@ _ARCHIVES = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"7z\xbc\x
 _DAMAGED = "it is cut off or damaged ({}); fetch or copy it again"
 _BROKEN = (  # what the readers of torch, pickle, zip and numpy raise for files that are cut off or scrambled
     RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, OverflowError,
-    struct.error, pickle.UnpicklingError, zipfile.BadZipFile, SyntaxError, tokenize.TokenError,
+    struct.error, pickle.UnpicklingError, zipfile.BadZipFile, SyntaxError, tokenize.TokenError, AssertionError, MemoryError,
 )  # fmt: skip
 _TENSORFLOW = (
     "it is a TensorFlow checkpoint, which only TensorFlow reads; give the .npy file it was made from, or save its variables "
@@ -86,8 +86,8 @@ def _zip_kind(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile:
-        raise WeightsError(_DAMAGED.format("a zip file without its end")) from None
+    except _BROKEN as error:
+        raise WeightsError(_DAMAGED.format(_first_line(error))) from None
     if any(name.endswith("/data.pkl") for name in names):
         return "torch"
     if names and all(name.endswith(".npy") for name in names):

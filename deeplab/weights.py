@@ -74,7 +74,7 @@ class Weights:
         config: what the file tells about the net, as keyword arguments of :func:`deeplab.deeplabv2`; no ``num_classes`` and
             ``atrous_rates`` where it has no usable head.
         meta: the meta of one of our own snapshots, else {}.
-        skipped: key in the file -> why it is not in ``state``.
+        skipped: key in the file, without a wrapper's prefix -> why it is not in ``state``.
         notes: sentences for the user.
         seen_voc_val: why a score on VOC val means nothing for this file; "" where it means something.
         origin: the stem before it was turned from RGB to BGR input or back, so that the way back is exact.
@@ -93,7 +93,7 @@ class Weights:
 
     def lines(self) -> list[str]:
         """A short account of the file."""
-        config = ", ".join(f"{name} {value}" for name, value in self.config.items())
+        config = ", ".join(f"{name} {self.config[name]}" for name in _CONFIG if name in self.config)
         lines = [f"{self.scheme}: {len(self.state)} tensors; {config}"]
         lines += [f"skipped {text}" for text in group_by_reason(self.skipped)]
         lines += self.notes
@@ -147,7 +147,7 @@ def _read(path: Path) -> Weights:
 
 def _from_torch(content: Mapping[Any, Any], meta: Mapping[str, Any], origin: Mapping[str, Tensor]) -> Weights:
     """Tell the PyTorch schemes apart: our own snapshots say what they are, the others by their keys."""
-    skipped = {str(key): f"a {type(value).__name__}, no tensor" for key, value in content.items() if not torch.is_tensor(value)}
+    skipped = {str(key): f"no tensor ({type(value).__name__})" for key, value in content.items() if not torch.is_tensor(value)}
     bare = strip_wrappers(key for key, value in content.items() if torch.is_tensor(value))
     state = one_weight_set({name: content[key].detach() for key, name in bare.items()}, skipped)
     refuse_other_nets(state)
@@ -155,7 +155,8 @@ def _from_torch(content: Mapping[Any, Any], meta: Mapping[str, Any], origin: Map
     if any(".block1." in key for key in state):
         weights = _from_kazuto(state)
     elif meta.keys() & {"backbone", "stride_in_3x3"}:
-        config = {name: meta[name] for name in _CONFIG if meta.get(name) is not None}
+        config = {"stride_in_3x3": False, "batch_norm_eps": 1e-5}
+        config |= {name: meta[name] for name in _CONFIG if meta.get(name) is not None}
         seen = str(meta.get("seen_voc_val") or "")
         weights = Weights(state, _SNAPSHOT, config, dict(meta), seen_voc_val=seen, origin=dict(origin))
     elif any(HEAD_KEY.match(key) for key in state):
@@ -164,8 +165,7 @@ def _from_torch(content: Mapping[Any, Any], meta: Mapping[str, Any], origin: Map
         weights = Weights(state, scheme, {"stride_in_3x3": False, "batch_norm_eps": 1e-5})
     else:
         weights = _from_torchvision(state, ours)
-    in_file = {name: key for key, name in bare.items()}
-    weights.skipped = skipped | {in_file.get(name, name): reason for name, reason in weights.skipped.items()}
+    weights.skipped = skipped | weights.skipped
     return weights
 
 
@@ -198,7 +198,7 @@ def _from_torchvision(state: dict[str, Tensor], ours: Mapping[str, Tensor]) -> W
     else:
         weights.notes.append("a trunk without a head: taken for torchvision's (RGB input, stride in the 3x3 convolutions)")
     weights.notes.append("its first layer is turned from RGB 0..1 to mean-subtracted BGR 0..255 input")
-    if all(key in state for key in STEM):
+    if all(key in state for key in STEM) and len(state[STEM[0]]) == state[STEM[1]].numel():
         theirs = [state[key].float() for key in STEM]
         turned = to_bgr_input(*theirs)
         if ours and all(map(torch.equal, to_rgb_input(*(ours[key] for key in STEM)), theirs)):

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataset.classes import IGNORE_LABEL, VOC_CLASSES, voc_palette
 from dataset.voc import DatasetError, VOCSegmentation, read_class_names, read_ids, read_image, read_label
 from utils.data import TRAIN_LISTS, find_list
+from utils.files import save_json
 from utils.options import DATA_DIR, not_negative, positive, run_command
 from utils.parallel import parallel_map
 
@@ -263,8 +264,6 @@ def main(argv: list[str] | None = None) -> int:
     report = summarize(entries, ids, data)
     print_table(report, names)
     if args.json:
-        from utils.checkpoint import save_json  # brings the whole net along
-
         save_json(args.json, {"data_dir": str(data.root), "data_list": str(data_list), "names": names, **report})
     return 1 if report["wrong"] else 0
 

@@ -21,7 +21,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset.voc import DatasetError, read_ids
-from utils.mask_files import AUG_DIR, convert, finished, read_ready, read_sbd, ready_masks, sbd_ids, write_whole
+from utils.files import write_atomically
+from utils.mask_files import AUG_DIR, convert, finished, read_ready, read_sbd, ready_masks, sbd_ids
 from utils.options import DATA_DIR, not_negative, run_command
 from utils.parallel import parallel_map
 
@@ -112,7 +113,7 @@ def fetch_missing_pictures(ids: set[str], sbd: Path | None, data_dir: Path) -> s
     if missing and sbd is not None:
         wanted = {f"img/{image_id}.jpg" for image_id in missing}
         for name, data in tqdm(read_sbd(sbd, wanted), "pictures from SBD", len(wanted), unit="file", disable=None):
-            write_whole(data_dir / "JPEGImages" / Path(name).name, data)
+            write_atomically(data_dir / "JPEGImages" / Path(name).name, lambda file, data=data: file.write(data))
             missing.remove(Path(name).stem)
     return missing
 
@@ -199,7 +200,8 @@ def prepare(args: argparse.Namespace) -> int:
     folder = data_dir / "ImageSets/SegmentationAug"
     folder.mkdir(exist_ok=True)
     for name, listed in lists.items():
-        write_whole(folder / f"{name}.txt", "".join(f"{image_id}\n" for image_id in sorted(listed)).encode())
+        text = "".join(f"{image_id}\n" for image_id in sorted(listed)).encode()
+        write_atomically(folder / f"{name}.txt", lambda file, text=text: file.write(text))
         agrees = " (as published)" if ids_md5(listed) == PUBLISHED[name][1] else ""
         print(f"{folder / name}.txt: {len(listed)} ids{agrees}")
     notes = [note for note in notes if note]

@@ -242,3 +242,19 @@ def test_pydensecrf_is_imported_only_when_needed(monkeypatch):
     with pytest.raises(CRFUnavailable, match=r"needs pydensecrf .*pip install pydensecrf2"):
         dense_crf(IMAGE, UNIFORM)
     assert CRFUnavailable.exit_status == 2
+
+
+def test_pruning_leaves_out_what_is_nowhere_likely():
+    """Two classes of which one is below the threshold everywhere: the rest is refined as if it were not there."""
+    rng = np.random.default_rng(4)
+    image = rng.integers(0, 256, (12, 9, 3), dtype=np.uint8)
+    probabilities = rng.dirichlet([4, 4, 4], (12, 9)).transpose(2, 0, 1).astype(np.float32)
+    unlikely = np.full((1, 12, 9), 0.004, np.float32)
+    with_unlikely = np.concatenate([probabilities[:1], unlikely, probabilities[1:]]) / 1.004
+    expected = dense_crf(image, probabilities)
+    pruned = dense_crf(image, with_unlikely, prune=0.01)
+    assert not pruned[1].any()
+    np.testing.assert_allclose(pruned[[0, 2, 3]], expected, atol=1e-5)
+    np.testing.assert_array_equal(dense_crf(image, with_unlikely, prune=0.001), dense_crf(image, with_unlikely))
+    flat = np.full((4, 3, 3), 0.25, np.float32)
+    assert dense_crf(image[:3, :3], flat, prune=0.5).argmax(0).max() == 0  # the likeliest class is always kept

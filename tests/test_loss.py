@@ -1,14 +1,17 @@
+import copy
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from deeplab import LOSS_SIZES, multi_scale_loss, resize_labels, single_scale_loss
+from deeplab import LOSS_SIZES, deeplabv2, multi_scale_backward, multi_scale_loss, resize_labels, single_scale_loss
 from deeplab.loss import cross_entropy
 from tests.test_multiscale import EveryEighth, naive_bilinear
 from utils import options
+from utils.training import kept_statistics
 
 
 def naive_cross_entropy(logits: np.ndarray, labels: np.ndarray, ignore_label: int = 255) -> float:
@@ -93,7 +96,7 @@ def test_nothing_but_void_gives_zero_with_a_gradient():
         net.zero_grad()
         loss = loss_function(net, torch.randn(2, 3, 17, 17), labels)["loss"]
         loss.backward()
-        assert float(loss) == 0
+        assert loss.item() == 0
         assert net.weight.grad is not None
         assert not net.weight.grad.any()
 
@@ -116,3 +119,30 @@ def test_an_unknown_size_is_refused():
     with pytest.raises(ValueError, match=r"'both'.*output, input"):
         cross_entropy(torch.zeros(1, 2, 1, 1), torch.zeros(1, 1, 1, dtype=torch.long), size="both")
     assert options.LOSS_SIZES == LOSS_SIZES
+
+
+@pytest.mark.parametrize("batch_norm", ["frozen", "full"])
+def test_one_scale_at_a_time_has_the_same_gradient(batch_norm):
+    """And, where batch norm learns, the same running statistics: the pass without a graph leaves them alone."""
+    torch.manual_seed(0)
+    net = deeplabv2("resnet18", 3, batch_norm=batch_norm).double().train()
+    other = copy.deepcopy(net)
+    images, labels = torch.randn(2, 3, 33, 41, dtype=torch.float64), torch.randint(0, 3, (2, 33, 41))
+    labels[0, :20] = 255
+    losses = multi_scale_loss(net, images, labels)
+    (losses["loss"] / 5).backward()
+    entered = []
+
+    def around(last):
+        entered.append(last)
+        return nullcontext()
+
+    probe = kept_statistics(other)(other.forward)
+    alone = multi_scale_backward(other, images, labels, probe=probe, scale_loss=lambda loss: loss / 5, around=around)
+    assert entered == [False, False, True]
+    assert {name: float(value) for name, value in alone.items()} == pytest.approx({k: v.item() for k, v in losses.items()})
+    for (name, p), q in zip(net.named_parameters(), other.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+    for (name, p), q in zip(net.named_buffers(), other.buffers()):
+        if not name.endswith("num_batches_tracked"):
+            torch.testing.assert_close(p, q, msg=lambda m, name=name: f"{name}: {m}")

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from dataset.classes import voc_palette
+from utils.options import UserError
 from utils.visualize import GAP, color_mask, panel, save_indexed_png, save_panel
 
 
@@ -97,7 +98,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", disk_full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match="No space left"):
         save_indexed_png(path, np.ones((3, 4), np.uint8))
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["a.png"]

@@ -1,10 +1,8 @@
 """Snapshots on disk: written whole or not at all, and self-describing."""
 
-import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,37 +10,11 @@ from torch import nn
 from dataset import MEAN_BGR
 from deeplab import DeepLabV2, deeplabv2
 from deeplab.weights import Weights, apply_weights, load_weights
+from utils.files import write_atomically
 from utils.options import UserError
 
 VERSION = 1
 """Of the snapshot format; ``meta["version"]``."""
-
-
-def write_atomically(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Call ``write(file)`` on a temporary file beside ``path`` and rename it: ``path`` is the old file or the whole new one.
-
-    Raises:
-        UserError: the file cannot be written (no space, no permission).
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error}); free space or choose another folder") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_json(path: str | Path, value: Any) -> None:
-    """Write ``value`` as JSON, atomically."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def make_meta(net: DeepLabV2, classes: Sequence[str] | None, step: int, args: dict, **more: Any) -> dict:

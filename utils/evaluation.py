@@ -21,8 +21,9 @@ from deeplab import dense_crf, fold_batch_norm
 from deeplab.multiscale import canvas_size, enlarge_rows, predict_grid
 from deeplab.weights import Weights
 from utils import distributed
-from utils.checkpoint import load_init, save_json
+from utils.checkpoint import load_init
 from utils.data import VAL_LISTS, make_loader, open_dataset
+from utils.files import save_json
 from utils.metrics import ConfusionMatrix
 from utils.options import TRAINED_WEIGHTS, UserError
 from utils.visualize import save_indexed_png, save_panel
@@ -54,7 +55,9 @@ class Samples:
 
 def run(args: Namespace) -> int:
     """Evaluate as ``args`` say (see :func:`utils.options.evaluation_parser`), print the scores and save what was asked for."""
-    pool = CRFPool(args.crf_workers) if args.crf else None  # first: its processes start as copies of this still small one
+    pool = (
+        CRFPool(args.crf_workers, args.crf_prune) if args.crf else None
+    )  # first: its processes start as copies of this still small one
     try:
         return evaluate(args, pool)
     finally:
@@ -204,7 +207,8 @@ class CRFPool:
     in the order in which they went in.
     """
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, prune: float = 0.0) -> None:
+        self.prune = prune
         context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
         self.executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_crf_worker)
         for future in [self.executor.submit(int) for _ in range(workers)]:
@@ -219,7 +223,7 @@ class CRFPool:
         for rows, block in enlarge_rows(logits[None], size):
             probabilities[:, rows] = F.softmax(block[0], dim=0).cpu()
         image = torch.from_numpy(np.ascontiguousarray(sample.image[:, :, ::-1]))
-        self.running.append((sample, self.executor.submit(_refine, image, probabilities)))
+        self.running.append((sample, self.executor.submit(_refine, image, probabilities, self.prune)))
         while self.running and (len(self.running) > self.capacity or self.running[0][1].done()):
             yield self._next()
 
@@ -238,8 +242,8 @@ def _start_crf_worker() -> None:
     torch.set_num_threads(1)
 
 
-def _refine(image: Tensor, probabilities: Tensor) -> Tensor:
-    refined = dense_crf(image.numpy(), probabilities.numpy())
+def _refine(image: Tensor, probabilities: Tensor, prune: float) -> Tensor:
+    refined = dense_crf(image.numpy(), probabilities.numpy(), prune=prune)
     return torch.from_numpy(refined.argmax(axis=0).astype(np.uint8))
 
 

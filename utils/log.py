@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.checkpoint import save_json
+from utils.files import save_json
 
 
 class RunLog:

@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import os
 import tarfile
 import zipfile
 import zlib
@@ -67,16 +66,6 @@ def checked(mask: np.ndarray, picture: Path) -> np.ndarray:
     if mask.shape != (height, width):
         raise MaskError(f"is {mask.shape[1]}x{mask.shape[0]} pixels, its picture {width}x{height}")
     return mask.astype(np.uint8)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name and rename it, so that ``path`` is never half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def convert(image_id: str, kind: str, data: bytes, data_dir: Path) -> tuple[str, str | None]:

@@ -75,6 +75,17 @@ def scale_range(text: str) -> tuple[float, float]:
     return values
 
 
+def probability(text: str) -> float:
+    """An argparse type: a number from 0 up to, but without, 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no probability; expected 0 <= P < 1")
+    return value
+
+
 def at_least(low: int, text: str) -> int:
     """A whole number of at least ``low``, as an argparse type: ``partial(at_least, 1)``."""
     try:
@@ -134,6 +145,7 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 def training_parser(description: str, *, batch_size: int, iter_size: int, snapshot_dir: str) -> argparse.ArgumentParser:
     """The command line of train.py and train_msc.py, with the published flags and defaults."""
     parser = argparse.ArgumentParser(description=description)
+    parser.set_defaults(one_scale_at_a_time=False)
     add_data_options(parser, "ImageSets/SegmentationAug/train_aug.txt in --data-dir, else ImageSets/Segmentation/train.txt")
     group = parser.add_argument_group("augmentation")
     group.add_argument("--input-size", type=size, default=(321, 321), metavar="H,W", help="crop in pixels (default: 321,321)")
@@ -206,6 +218,13 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--crf", action="store_true", help="refine with the dense CRF; reports the scores before and after")
     group.add_argument(
         "--crf-workers", type=positive, default=os.cpu_count() or 1, help="processes for the CRF (default: %(default)s)"
+    )
+    group.add_argument(
+        "--crf-prune",
+        type=probability,
+        default=0.0,
+        metavar="P",
+        help="leave classes out of a picture's CRF whose probability is nowhere above P (default: 0, keep all)",
     )
 
     group = parser.add_argument_group("output")

@@ -3,7 +3,8 @@
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from dataset import (
     read_class_names,
     to_input,
 )
-from deeplab import deeplabv2, predict
+from deeplab import deeplabv2, multi_scale_backward, predict
 from utils import distributed
 from utils.checkpoint import build_net, load_checkpoint, load_init, make_meta, save_snapshot
 from utils.data import TRAIN_LISTS, make_loader, open_dataset
@@ -42,8 +43,23 @@ class Objective(nn.Module):
         super().__init__()
         self.net, self.loss_function, self.options = net, loss_function, options
 
-    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        return self.loss_function(self.net, images, labels, **self.options)
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor] | Tensor:
+        """The losses, or the logits where there are no labels."""
+        return self.net(images) if labels is None else self.loss_function(self.net, images, labels, **self.options)
+
+
+@contextmanager
+def kept_statistics(net: nn.Module) -> Iterator[None]:
+    """A context in which a forward pass in training mode leaves the running statistics as they are."""
+    norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
 
 
 def run(args: Namespace, loss_function: Callable) -> int:
@@ -70,7 +86,8 @@ def run(args: Namespace, loss_function: Callable) -> int:
     net.grad_checkpoint = args.grad_checkpoint
     if args.sync_bn:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    optimizer = torch.optim.SGD(param_groups(net, args.weight_decay), lr=args.learning_rate, momentum=args.momentum)
+    groups = param_groups(net, args.weight_decay)
+    optimizer = torch.optim.SGD(groups, lr=args.learning_rate, momentum=args.momentum, fused=device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     if resumed:
         optimizer.load_state_dict(resumed["optimizer"])
@@ -88,6 +105,24 @@ def run(args: Namespace, loss_function: Callable) -> int:
     if log:
         images_a_step = args.batch_size * args.iter_size
         log.say(f"{len(data)} pictures of {data_list}; {images_a_step} pictures a step, {args.num_steps} steps", *lines)
+
+    def scale_loss(loss: Tensor) -> Tensor:
+        return scaler.scale(loss / args.iter_size)
+
+    def forward(images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor] | Tensor:
+        with distributed.autocast(device, args.amp):
+            return objective(images, labels)
+
+    def backward(images: Tensor, labels: Tensor, last: bool) -> dict[str, Tensor]:
+        """Add the gradients of one batch; processes share them after the last batch of a step."""
+        if args.one_scale_at_a_time:
+            around = lambda last_scale: distributed.no_sync(objective, skip=not (last and last_scale))  # noqa: E731
+            options = {"size": args.loss_size, "scale_loss": scale_loss, "around": around}
+            return multi_scale_backward(forward, images, labels, probe=kept_statistics(net)(forward), **options)
+        with distributed.no_sync(objective, skip=not last):
+            losses = forward(images, labels)
+            scale_loss(losses["loss"]).backward()
+        return {name: loss.detach() for name, loss in losses.items()}
 
     def save(step: int, numbered: bool) -> None:
         if not log:
@@ -109,11 +144,8 @@ def run(args: Namespace, loss_function: Callable) -> int:
             images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
             labels = labels.to(device, non_blocking=True)
             last = batch == (step + 1) * args.iter_size - 1
-            with distributed.no_sync(objective, skip=not last):
-                with distributed.autocast(device, args.amp):
-                    losses = objective(images, labels)
-                scaler.scale(losses["loss"] / args.iter_size).backward()
-            loss = losses["loss"].detach()
+            losses = backward(images, labels, last)
+            loss = losses["loss"]
             bad_batch = torch.where((bad_batch < 0) & ~loss.isfinite(), batch, bad_batch)
             total += loss / args.iter_size
 

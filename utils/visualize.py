@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from dataset.classes import voc_palette
+from utils.files import write_atomically
 
 PALETTE = voc_palette()  # (256, 3) uint8 RGB; the void label 255 is a pale yellow
 GAP = 4  # pixels between the tiles of a panel
@@ -97,15 +98,6 @@ def _check_labels(labels: np.ndarray, name: str) -> None:
 
 
 def _save(picture: Image.Image, path: Path) -> None:
-    """Write a picture under a temporary name beside ``path``, then rename: a reader never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            if path.suffix.lower() == ".png":
-                picture.save(file, format="PNG")
-            else:
-                picture.save(file, format="JPEG", quality=95, subsampling=0)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a picture as PNG or JPEG, by its suffix."""
+    options = {"format": "PNG"} if path.suffix.lower() == ".png" else {"format": "JPEG", "quality": 95, "subsampling": 0}
+    write_atomically(path, lambda file: picture.save(file, **options))

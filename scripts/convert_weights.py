@@ -1,0 +1,93 @@
+"""Convert a weights file: any scheme that the project reads into our snapshot, and back into others where a way exists.
+
+    python scripts/convert_weights.py train_iter_20000.caffemodel weights/caffe.pth
+    python scripts/convert_weights.py snapshots/VOC12_scenes_20000.pth out.pth --to kazuto
+
+``--to`` takes:
+
+    snapshot           {"model", "meta"}: what train.py writes and every command here reads without flags (the default)
+    published          a bare state_dict with the published names, for any DeepLab-ResNet code
+    kazuto             the names of kazuto1011/deeplab-pytorch
+    torchvision-trunk  the trunk for RGB input, for torchvision's resnet without its fc
+    safetensors        the canonical names, with the snapshot's meta in the header
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.options import UserError, run_command
+
+SCHEMES = ("snapshot", "published", "kazuto", "torchvision-trunk", "safetensors")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="IN", type=Path, help="the weights file to read; its scheme is recognised")
+    parser.add_argument("target", metavar="OUT", type=Path, help="the file to write")
+    parser.add_argument("--to", choices=SCHEMES, default="snapshot", help="the scheme of OUT (default: snapshot)")
+    parser.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    check_target(args.target, args.to, args.force)
+    from deeplab.weights import export, load_weights
+
+    weights = load_weights(args.source)
+    print(*weights.lines(), sep="\n")
+    content = export(weights, args.to)
+    meta = snapshot_meta(content["meta"] if args.to == "snapshot" else export(weights, "snapshot")["meta"])
+    if args.to == "snapshot":
+        content["meta"] = meta
+    write(args.target, content, meta if args.to == "safetensors" else None)
+    print(f"wrote {args.target} ({args.to}, {args.target.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
+def check_target(target: Path, scheme: str, force: bool) -> None:
+    """Refuse a target that cannot be written or read again, before any work is done.
+
+    Raises:
+        UserError: it exists, its folder does not, or its name is that of another format.
+    """
+    if target.is_dir():
+        raise UserError(f"{target} is a folder; name the file to write in it")
+    if target.exists() and not force:
+        raise UserError(f"{target} exists; choose another name or add --force to overwrite it")
+    if not target.parent.is_dir():
+        raise UserError(f"the folder {target.parent} does not exist; make it first or choose another")
+    if target.suffix in (".caffemodel", ".npy", ".npz") or (target.suffix == ".safetensors") != (scheme == "safetensors"):
+        expected = ".safetensors" if scheme == "safetensors" else ".pth"
+        raise UserError(f"{target} has the suffix {target.suffix!r}; --to {scheme} writes {expected} files")
+
+
+def snapshot_meta(meta: dict) -> dict:
+    """A snapshot's meta with all the entries that train.py writes."""
+    from dataset import MEAN_BGR
+    from utils.checkpoint import VERSION
+
+    return {"classes": None, "mean": list(MEAN_BGR), "step": 0, "args": {}, "version": VERSION} | meta
+
+
+def write(target: Path, content: dict, meta: dict | None) -> None:
+    """Write ``content`` as a torch file, or as a safetensors file with ``meta`` in its header: whole, or not at all."""
+    from utils.checkpoint import write_atomically
+
+    if meta is None:
+        import torch
+
+        write_atomically(target, lambda file: torch.save(content, file))
+    else:
+        from safetensors.torch import save
+
+        tensors = {key: value.contiguous() for key, value in content.items()}
+        write_atomically(target, lambda file: file.write(save(tensors, {"format": "pt", "meta": json.dumps(meta)})))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,219 @@
+"""Make a small data set of textured shapes on textured grounds, in the layout of PASCAL VOC.
+
+    python scripts/make_shapes.py --out data/shapes
+
+A net learns it from scratch in minutes, so it shows that training and evaluation work, where no real data is at hand. Each
+class has its own shape, its own texture and its own range of hues. Every picture holds two to four whole objects that do not
+touch, and its sides are odd and differ from picture to picture. Written are
+
+    JPEGImages/<id>.jpg               RGB, quality 95
+    SegmentationClassAug/<id>.png     palette PNG: 0 background, 1.. the shapes, 255 (void) along every outline
+    ImageSets/Segmentation/train.txt  one id a line; val.txt likewise
+    classes.txt                       one name a line, line 1 = label 0
+
+A picture depends on its seed, list and number alone: the same command writes the same bytes, and more pictures leave the
+earlier ones as they are.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dataset.classes import IGNORE_LABEL
+from utils.options import UserError, run_command, size
+from utils.visualize import save_indexed_png
+
+CLASSES = ("background", "disc", "square", "triangle", "ring", "star", "cross")
+SPLITS = ("train", "val")
+SUPERSAMPLING = 4  # outlines are drawn this much finer and averaged down
+OUTLINE_WIDTH = 5  # pixels across the brush that draws the void border
+CLEARANCE = 8  # pixels kept free around an object
+
+
+class Placed(NamedTuple):
+    label: int
+    x: float  # centre, pixels
+    y: float
+    radius: float  # of the circle around the object, pixels
+
+
+def outline(label: int) -> list[np.ndarray]:
+    """The contours of a class inside the unit circle, (n, 2) float64 each; a second contour is a hole."""
+
+    def polygon(corners: int, radius: float = 1.0) -> np.ndarray:
+        angles = np.arange(corners) * 2 * np.pi / corners
+        return radius * np.stack((np.cos(angles), np.sin(angles)), axis=1)
+
+    name = CLASSES[label]
+    if name == "square":
+        return [polygon(4)]
+    if name == "triangle":
+        return [polygon(3)]
+    if name == "star":
+        points = polygon(10)
+        points[1::2] *= 0.5
+        return [points]
+    if name == "cross":
+        arm, reach = 0.38, 0.92
+        quarter = np.array([(reach, -arm), (reach, arm), (arm, arm)])
+        turn = np.array([(0.0, 1.0), (-1.0, 0.0)])  # row vectors times this turn by 90 degrees
+        return [np.concatenate([quarter @ np.linalg.matrix_power(turn, k) for k in range(4)])]
+    return [polygon(72), polygon(72, 0.45)] if name == "ring" else [polygon(72)]
+
+
+def texture(label: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """The pattern of a class, 0..1, at the coordinates u and v counted in periods of the pattern."""
+    u, v = 2 * np.pi * u, 2 * np.pi * v
+    wave = {
+        "disc": lambda: np.sin(np.hypot(u, v)),  # circles
+        "square": lambda: np.sin(u),  # stripes
+        "triangle": lambda: np.cos(u) + np.cos(v) - 0.6,  # dots
+        "ring": lambda: np.zeros_like(u),  # plain
+        "star": lambda: 2 * np.sin(u / 2) * np.sin(v / 2),  # chequers
+        "cross": lambda: np.sin(u + 2.5 * np.sin(v / 2)),  # waves
+    }[CLASSES[label]]()
+    return 0.5 + 0.5 * np.tanh(2.5 * wave)
+
+
+def place(rng: np.random.Generator, height: int, width: int, first_label: int) -> list[Placed]:
+    """Two to four objects, the first of a given class, whole and apart from each other."""
+    labels = [first_label, *rng.integers(1, len(CLASSES), rng.integers(1, 4)).tolist()]
+    smallest, room = 0.18 * min(height, width), 0.14 * min(height, width)
+    while True:
+        placed: list[Placed] = []
+        for label in labels:
+            for _ in range(30):
+                radius = smallest + room * rng.random()
+                margin = radius + CLEARANCE
+                x, y = rng.uniform(margin, width - margin), rng.uniform(margin, height - margin)
+                if all(np.hypot(x - p.x, y - p.y) > radius + p.radius + CLEARANCE for p in placed):
+                    placed.append(Placed(label, x, y, radius))
+                    break
+        if len(placed) == len(labels):
+            return placed
+        room *= 0.8  # start again with smaller ones
+
+
+def ground(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """(height, width, 3) float32: clouds of two sizes and grain around one dull colour."""
+    picture = np.full((height, width, 3), rng.uniform(70, 180) + rng.uniform(-25, 25, 3), dtype=np.float32)
+    for cells, strength in ((4, 22), (20, 14)):
+        clouds = rng.standard_normal((cells, cells, 1)) * strength + rng.standard_normal((cells, cells, 3)) * strength / 3
+        picture += cv2.resize(clouds.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
+    return picture + rng.standard_normal((height, width, 1), dtype=np.float32) * 5
+
+
+def two_colors(rng: np.random.Generator, label: int) -> tuple[np.ndarray, np.ndarray]:
+    """A dark and a light colour (BGR, float32). The hues of a class stay clear of those of its neighbours."""
+    hue = (label * 360 / (len(CLASSES) - 1) + rng.uniform(-18, 18)) % 360
+    other = (hue + rng.uniform(-10, 10)) % 360
+    hsv = np.array(
+        [[(hue, rng.uniform(0.5, 0.9), rng.uniform(0.25, 0.45)), (other, rng.uniform(0.3, 0.8), rng.uniform(0.75, 1))]]
+    )
+    dark, light = 255 * cv2.cvtColor(hsv.astype(np.float32), cv2.COLOR_HSV2BGR)[0]
+    return dark, light
+
+
+def draw(rng: np.random.Generator, image: np.ndarray, labels: np.ndarray, item: Placed) -> None:
+    """Paint one object into ``image`` (H, W, 3 float32 BGR) and ``labels`` (H, W uint8), in place."""
+    height, width = labels.shape
+    angle = rng.uniform(0, 2 * np.pi)
+    turn = np.array([(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))])
+    contours = [(points @ turn * item.radius + (item.x + 0.5, item.y + 0.5)) * SUPERSAMPLING for points in outline(item.label)]
+    fine = np.zeros((height * SUPERSAMPLING, width * SUPERSAMPLING), dtype=np.uint8)
+    cv2.fillPoly(fine, [np.round(points).astype(np.int32) for points in contours], 255)
+    cover = cv2.resize(fine, (width, height), interpolation=cv2.INTER_AREA)
+
+    ys, xs = np.mgrid[:height, :width].astype(np.float32)
+    dx, dy = xs - item.x, ys - item.y
+    period = rng.uniform(0.055, 0.07) * min(height, width)
+    u = (dx * np.cos(angle) + dy * np.sin(angle)) / period
+    v = (dy * np.cos(angle) - dx * np.sin(angle)) / period
+    dark, light = two_colors(rng, item.label)
+    pattern = texture(item.label, u, v)[:, :, None]
+    light_from = rng.uniform(0, 2 * np.pi)
+    shade = 1 + 0.15 * (dx * np.cos(light_from) + dy * np.sin(light_from))[:, :, None] / item.radius
+    grain = rng.standard_normal((height, width, 1), dtype=np.float32) * 4
+    painted = (dark + (light - dark) * pattern) * shade + grain
+    opacity = cover[:, :, None].astype(np.float32) / 255
+    image += opacity * (painted - image)
+
+    inside = (cover > 127).astype(np.uint8)
+    brush = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (OUTLINE_WIDTH, OUTLINE_WIDTH))
+    labels[inside == 1] = item.label
+    labels[cv2.morphologyEx(inside, cv2.MORPH_GRADIENT, brush) == 1] = IGNORE_LABEL
+
+
+def make_picture(seed: int, split: int, number: int, largest: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """One picture, (H, W, 3) uint8 BGR, and its labels, (H, W) uint8, with odd sides of 5/6 ``largest`` and more."""
+    rng = np.random.default_rng((seed, split, number))
+    height, width = (int(rng.choice(np.arange(side * 5 // 6 | 1, side + 1, 2))) for side in largest)
+    image = ground(rng, height, width)
+    labels = np.zeros((height, width), dtype=np.uint8)
+    for item in place(rng, height, width, first_label=1 + number % (len(CLASSES) - 1)):
+        draw(rng, image, labels, item)
+    return np.clip(np.round(image), 0, 255).astype(np.uint8), labels
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Make a small data set of textured shapes in the layout of PASCAL VOC.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, default=argparse.SUPPRESS, help="folder to write to; made if it is missing"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same files, byte for byte")
+    parser.add_argument("--train", type=int, default=200, help="number of training pictures")
+    parser.add_argument("--val", type=int, default=40, help="number of held-out pictures")
+    parser.add_argument("--size", type=size, default="193,225", metavar="H,W", help="height and width of the largest pictures")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.seed < 0:
+        raise UserError(f"--seed is {args.seed}; expected 0 or more")
+    if args.train < 0 or args.val < 0 or args.train + args.val == 0:
+        raise UserError(f"--train is {args.train} and --val {args.val}; expected 0 or more, and one picture at least")
+    if min(args.size) < 97:
+        raise UserError(
+            f"--size is {args.size[0]},{args.size[1]}; expected sides of at least 97 pixels, to leave room for the shapes"
+        )
+    names = args.out / "classes.txt"
+    text = "".join(f"{name}\n" for name in CLASSES)
+    if args.out.is_dir() and any(args.out.iterdir()) and not (names.is_file() and names.read_text() == text):
+        raise UserError(f"{args.out} holds other files; choose an empty or new folder with --out")
+    try:
+        lists = args.out / "ImageSets" / "Segmentation"
+        for folder in (lists, args.out / "JPEGImages", args.out / "SegmentationClassAug"):
+            folder.mkdir(parents=True, exist_ok=True)
+        names.write_text(text)
+        for split in SPLITS:  # the lists come back last: a run that was stopped half-way leaves none
+            (lists / f"{split}.txt").unlink(missing_ok=True)
+        ids: dict[str, list[str]] = {}
+        for s, (split, count) in enumerate(zip(SPLITS, (args.train, args.val))):
+            ids[split] = [f"{split}_{number:05}" for number in range(count)]
+            for number, image_id in enumerate(ids[split]):
+                image, labels = make_picture(args.seed, s, number, args.size)
+                _, jpeg = cv2.imencode(".jpg", image, (cv2.IMWRITE_JPEG_QUALITY, 95))
+                (args.out / "JPEGImages" / f"{image_id}.jpg").write_bytes(jpeg.tobytes())
+                save_indexed_png(args.out / "SegmentationClassAug" / f"{image_id}.png", labels)
+        for split in SPLITS:
+            (lists / f"{split}.txt").write_text("".join(f"{image_id}\n" for image_id in ids[split]))
+    except OSError as error:
+        raise UserError(f"cannot write to {args.out}: {error.strerror or error}; choose another folder with --out") from None
+    print(
+        f"{args.out}: {args.train} training and {args.val} held-out pictures of {len(CLASSES)} classes ({', '.join(CLASSES)})"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# From nothing to a trained, evaluated net: makes a small data set, trains on it, evaluates with three scales and the dense
+# CRF, and saves pictures. With a CUDA device it trains a ResNet-101, on the CPU a ResNet-18.
+#
+#     bash scripts/quickstart.sh [FOLDER]        results go to FOLDER (default: quickstart), which is made anew
+set -euo pipefail
+start_folder=$PWD
+cd "$(dirname "$0")/.."
+. scripts/environment.sh
+environment requirements.txt
+
+out=${1:-quickstart}
+case $out in /*) ;; *) [ -z "${1:-}" ] || out=$start_folder/$out ;; esac
+if [ -e "$out" ] && [ ! -e "$out/.quickstart" ]; then
+    echo "$out exists and was not made by this script; name another folder" >&2
+    exit 2
+fi
+rm -rf "$out"
+mkdir -p "$out"
+touch "$out/.quickstart"
+
+if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    net=(--backbone resnet101 --batch-size 16 --num-steps 1500 --learning-rate 1e-3)
+else
+    net=(--backbone resnet18 --batch-size 8 --num-steps 400 --learning-rate 2e-3)
+fi
+
+python scripts/make_shapes.py --out "$out/shapes"
+classes=$(wc -l < "$out/shapes/classes.txt")
+python train.py --data-dir "$out/shapes" --num-classes "$classes" --restore-from none --batch-norm full "${net[@]}" \
+    --input-size 129,129 --random-mirror --random-scale \
+    --save-pred-every 200 --snapshot-dir "$out/snapshots"
+snapshot=$(ls -t "$out"/snapshots/VOC12_scenes_*.pth | head -n 1)
+python evaluate.py --data-dir "$out/shapes" --restore-from "$snapshot" --scales 1,0.75,0.5 --crf \
+    --save-dir "$out/masks" --save-panels "$out/panels" --save-json "$out/scores.json"
+
+cat <<EOF
+
+pictures to look at   $out/panels/      picture | label | prediction, after the CRF
+while it learnt       $out/snapshots/images/
+masks                 $out/masks/       indexed PNGs, one a picture
+scores                $out/scores.json
+EOF

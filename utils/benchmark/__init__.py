@@ -1,0 +1,20 @@
+"""The parts of ``scripts/benchmark.py``: for each the reference first, then this project's own ways of doing the work."""
+
+from argparse import Namespace
+from collections.abc import Callable
+
+import torch
+
+from utils.benchmark.measure import Part
+from utils.benchmark.prediction import crf, evaluate, predict
+from utils.benchmark.training import data, msc, startup, train
+
+PARTS: dict[str, Callable[[Namespace, torch.device], Part]] = {
+    "train": train,
+    "msc": msc,
+    "predict": predict,
+    "evaluate": evaluate,
+    "data": data,
+    "crf": crf,
+    "startup": startup,
+}

@@ -1,0 +1,217 @@
+"""The published way of doing it, written plainly: what ``scripts/benchmark.py`` measures this project against.
+
+It follows the scripts of github.com/speedinghzl/Pytorch-Deeplab step by step: a batch norm of its own behind every
+convolution, memory channel by channel (NCHW), float32, no compiler; training on batch statistics with the logits enlarged to
+the labels and the loss read at every step; evaluation on a 505x505 canvas, one picture at a time, with the class taken by numpy
+and the pixels counted one by one in Python; the CRF one picture after another. Where the published code cannot run today or is
+wrong, the cheaper way is taken, so that no ratio is flattered: the head sums its branches without copies, labels are
+shrunk on the device, masks are read in their own mode. Nothing but the benchmark uses this module.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from dataset.classes import IGNORE_LABEL, MEAN_BGR
+from deeplab.resnet import BACKBONES, BasicBlock
+
+MEAN = np.asarray(MEAN_BGR, dtype=np.float32)
+
+
+def batch_norm(channels: int, eps: float = 1e-5) -> nn.BatchNorm2d:
+    """The published batch norm: normalises with the batch's statistics in training; weight and bias are fixed."""
+    return nn.BatchNorm2d(channels, eps=eps).requires_grad_(False)
+
+
+class ReferenceBlock(nn.Module):
+    """Two 3x3 convolutions, or 1x1, 3x3, 1x1, each followed by its batch norm, and a shortcut."""
+
+    def __init__(
+        self, inplanes: int, planes: int, stride: int, dilation: int, norm: Callable, bottleneck: bool, stride_in_3x3: bool
+    ) -> None:
+        super().__init__()
+        kernels = (1, 3, 1) if bottleneck else (3, 3)
+        outplanes = planes * 4 if bottleneck else planes
+        strided = 2 if bottleneck and stride_in_3x3 else 1
+        self.layers = []  # names, in order; the modules have the published names
+        channels = inplanes
+        for k, kernel in enumerate(kernels, 1):
+            rate = dilation if kernel == 3 else 1
+            width = outplanes if k == len(kernels) else planes
+            padding = rate * (kernel // 2)
+            conv = nn.Conv2d(channels, width, kernel, stride if k == strided else 1, padding, rate, bias=False)
+            self.add_module(f"conv{k}", conv)
+            self.add_module(f"bn{k}", norm(width))
+            self.layers.append((f"conv{k}", f"bn{k}"))
+            channels = width
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = None
+        if stride != 1 or inplanes != outplanes:
+            self.downsample = nn.Sequential(nn.Conv2d(inplanes, outplanes, 1, stride, bias=False), norm(outplanes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x
+        for k, (conv, bn) in enumerate(self.layers, 1):
+            out = getattr(self, bn)(getattr(self, conv)(out))
+            if k < len(self.layers):
+                out = self.relu(out)
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
+
+
+class ReferenceNet(nn.Module):
+    """The same net as :class:`deeplab.DeepLabV2`, with the same parameter names, unfolded.
+
+    Args:
+        backbone, num_classes, atrous_rates, stride_in_3x3, batch_norm_eps: as ``DeepLabV2.config`` holds them.
+        norm: (channels, eps=...) -> a batch norm.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        num_classes: int,
+        atrous_rates: Sequence[int],
+        stride_in_3x3: bool,
+        batch_norm_eps: float,
+        norm: Callable[..., nn.Module] = batch_norm,
+    ) -> None:
+        super().__init__()
+        kind, depths = BACKBONES[backbone]
+        bottleneck = kind is not BasicBlock
+
+        def make_norm(channels: int) -> nn.Module:
+            return norm(channels, eps=batch_norm_eps)
+
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = make_norm(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
+        inplanes = 64
+        for number, (planes, depth, stride, dilation) in enumerate(
+            zip((64, 128, 256, 512), depths, (1, 2, 1, 1), (1, 1, 2, 4)), 1
+        ):
+            blocks = []
+            for i in range(depth):
+                block = (inplanes, planes, stride if i == 0 else 1, dilation, make_norm, bottleneck, stride_in_3x3)
+                blocks.append(ReferenceBlock(*block))
+                inplanes = planes * 4 if bottleneck else planes
+            self.add_module(f"layer{number}", nn.Sequential(*blocks))
+        self.layer5 = nn.Module()
+        self.layer5.conv2d_list = nn.ModuleList(
+            nn.Conv2d(inplanes, num_classes, 3, padding=rate, dilation=rate) for rate in atrous_rates
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, num_classes, h, w)"""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        out = self.layer5.conv2d_list[0](x)
+        for conv in self.layer5.conv2d_list[1:]:
+            out += conv(x)
+        return out
+
+
+def _enlarge(x: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
+
+
+def single_scale_loss(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """The published ``train.py``: the logits enlarged to the labels, the mean over all labelled pixels."""
+    return F.cross_entropy(_enlarge(net(images), labels.shape[-2:]), labels, ignore_index=IGNORE_LABEL)
+
+
+def multi_scale_loss(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """The published ``train_msc.py``: three forward passes, their maximum enlarged, each scale with shrunk labels."""
+    height, width = images.shape[-2:]
+    logits = [net(images)]
+    logits += [net(_enlarge(images, (int(height * scale), int(width * scale)))) for scale in (0.75, 0.5)]
+    alike = [logits[0], *(_enlarge(other, logits[0].shape[-2:]) for other in logits[1:])]
+    loss = F.cross_entropy(_enlarge(torch.stack(alike).max(dim=0)[0], (height, width)), labels, ignore_index=IGNORE_LABEL)
+    for scale_logits in logits:
+        shrunk = F.interpolate(labels[:, None].float(), size=scale_logits.shape[-2:], mode="nearest")[:, 0].long()
+        loss = loss + F.cross_entropy(scale_logits, shrunk, ignore_index=IGNORE_LABEL)
+    return loss
+
+
+def make_optimizer(net: nn.Module, lr: float) -> torch.optim.SGD:
+    """The published optimiser: two groups, the head at ten times the rate."""
+    head = list(net.layer5.parameters())
+    held = {id(parameter) for parameter in head}
+    trunk = [parameter for parameter in net.parameters() if parameter.requires_grad and id(parameter) not in held]
+    groups = [{"params": trunk, "lr": lr}, {"params": head, "lr": 10 * lr}]
+    return torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=5e-4)
+
+
+def train_step(net: nn.Module, optimizer: torch.optim.SGD, images: Tensor, labels: Tensor, loss_function: Callable) -> float:
+    """One published training step; returns the loss, which it prints."""
+    optimizer.zero_grad()
+    loss = loss_function(net, images, labels)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def training_sample(image_path: Path, label_path: Path, crop: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """One published training sample: scale, subtract the mean, pad, crop, mirror; (3, h, w) and (h, w) float32."""
+    image = cv2.imread(str(image_path), cv2.IMREAD_COLOR)
+    label = np.array(Image.open(label_path))
+    scale = 0.5 + random.randint(0, 11) / 10
+    image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
+    label = cv2.resize(label, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST)
+    image = np.asarray(image, np.float32) - MEAN
+    bottom, right = (max(side - have, 0) for side, have in zip(crop, label.shape))
+    if bottom or right:
+        image = cv2.copyMakeBorder(image, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=(0.0, 0.0, 0.0))
+        label = cv2.copyMakeBorder(label, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=(IGNORE_LABEL,))
+    top, left = (random.randint(0, have - side) for side, have in zip(crop, label.shape))
+    image = image[top : top + crop[0], left : left + crop[1]].transpose(2, 0, 1)
+    label = np.asarray(label[top : top + crop[0], left : left + crop[1]], np.float32)
+    flip = random.choice((-1, 1))
+    return image[:, :, ::flip].copy(), label[:, ::flip].copy()
+
+
+def on_canvas(image: np.ndarray, canvas: tuple[int, int]) -> Tensor:
+    """(H, W, 3) uint8 BGR -> (1, 3, *canvas) float32 minus the mean, padded with 0 at the bottom and the right."""
+    height, width = image.shape[:2]
+    bottom, right = max(canvas[0] - height, 0), max(canvas[1] - width, 0)
+    pixels = np.asarray(image, np.float32) - MEAN
+    pixels = cv2.copyMakeBorder(pixels, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=(0.0, 0.0, 0.0))
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None]
+
+
+def predict(net: nn.Module, image: np.ndarray, canvas: tuple[int, int], device: torch.device) -> np.ndarray:
+    """The classes of one picture: (H, W, 3) uint8 BGR -> (H, W) int64, enlarged to the canvas, arg-max in numpy."""
+    height, width = image.shape[:2]
+    with torch.no_grad():
+        inputs = on_canvas(image, canvas)
+        logits = _enlarge(net(inputs.to(device)), inputs.shape[-2:]).cpu().numpy()[0]
+    return np.argmax(logits[:, :height, :width].transpose(1, 2, 0), axis=2)
+
+
+def count(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
+    """The confusion matrix of two flat arrays, pixel by pixel in Python: (num_classes, num_classes) float64."""
+    matrix = np.zeros((num_classes, num_classes))
+    for i in range(len(labels)):
+        if labels[i] < num_classes:
+            matrix[labels[i], predictions[i]] += 1.0
+    return matrix
+
+
+def crf(image: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """The dense CRF with the published settings: (H, W, 3) uint8 and (C, H, W) -> (H, W) classes."""
+    from pydensecrf import densecrf, utils
+
+    classes, height, width = probabilities.shape
+    model = densecrf.DenseCRF2D(width, height, classes)
+    model.setUnaryEnergy(np.ascontiguousarray(utils.unary_from_softmax(probabilities)))
+    model.addPairwiseGaussian(sxy=1, compat=3)
+    model.addPairwiseBilateral(sxy=67, srgb=3, rgbim=np.ascontiguousarray(image), compat=4)
+    return np.argmax(model.inference(10), axis=0).reshape(height, width)
