@@ -104,7 +104,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     from utils.benchmark import PARTS
     from utils.benchmark.inputs import make_pictures, open_pictures
     from utils.benchmark.measure import Gemm, describe, measure_peak, run_part
-    from utils.checkpoint import load_init, save_json
+    from utils.checkpoint import load_init
+    from utils.files import save_json
 
     if args.child:
         part, row = args.child
@@ -142,8 +143,10 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         if args.json:
             save_json(args.json, result)
     for dtype, entry in result["gemm"].items():
+        name = f"{dtype} (TF32)" if entry["tf32"] and dtype == "float32" else dtype
         rate, side = entry["flops_per_s"] / 1e9, entry["side"]
-        print(f"\nGEMM, {dtype}: {rate:.1f} GFLOP/s, {side}x{side}, median of {entry['samples']} samples")
+        print(f"\nGEMM, {name}: {rate:.1f} GFLOP/s, {side}x{side}, median of {entry['samples']} samples", end="")
+    print()
     print("beyond: the peak without the process after its imports, weights, buffers and, in training, gradients and momentum")
     peaks = {name: {key: row.get("peak_bytes") for key, row in part["rows"].items()} for name, part in result["parts"].items()}
     one, alone = peaks.get("train", {}).get("ours"), peaks.get("msc", {}).get("ours --one-scale-at-a-time")

@@ -211,6 +211,7 @@ MISTAKES = {
     "no GPU 99": (["--device", "cuda:99"], "CUDA device 99"),
     "no device": (["--device", "gpu"], "is no torch device"),
     "sync-bn": (["--sync-bn", "--batch-norm", "frozen"], "add --batch-norm full"),
+    "sync-bn on the CPU": (["--sync-bn"], "between CUDA devices only"),
     "crop": (["--input-size", "321"], "write HEIGHT,WIDTH"),
     "scale": (["--scale-range", "2,1"], "write LOW,HIGH"),
     "steps": (["--num-steps", "0"], "expected at least 1"),

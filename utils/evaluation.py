@@ -109,6 +109,7 @@ def evaluate(args: Namespace, pool: "CRFPool | None") -> int:
             finish(refined_sample, refined)
     bar.close()
     report(args, data_list, weights, names, {"before CRF": before, "after CRF": after} if pool else {"": before})
+    distributed.stop()
     return 0
 
 

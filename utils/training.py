@@ -71,8 +71,8 @@ def run(args: Namespace, loss_function: Callable) -> int:
     Returns:
         The exit status: 0, or 130 where Ctrl-C or SIGTERM ended the run early (with a checkpoint written).
     """
-    check_options(args)
     device = distributed.select_device(args.device, args.gpu)
+    check_options(args, device)
     distributed.start(device)
     torch.manual_seed(args.random_seed)
     torch.backends.cudnn.benchmark = True  # the crops are all of one size
@@ -167,6 +167,7 @@ def run(args: Namespace, loss_function: Callable) -> int:
             break
     if log:
         log.close()
+    distributed.stop()
     return 130 if stop else 0
 
 
@@ -188,7 +189,7 @@ class StopRequest:
         print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
 
 
-def check_options(args: Namespace) -> None:
+def check_options(args: Namespace, device: torch.device) -> None:
     """Settle options that depend on each other.
 
     Raises:
@@ -200,6 +201,8 @@ def check_options(args: Namespace) -> None:
         args.restore_from = ""
     if args.sync_bn and args.batch_norm == "frozen":
         raise UserError("--sync-bn has nothing to do with frozen batch norm; add --batch-norm full")
+    if args.sync_bn and device.type != "cuda":
+        raise UserError(f"--sync-bn works between CUDA devices only, and this run is on {device.type}; leave it out")
     processes = distributed.world_size()
     if args.batch_size % processes:
         raise UserError(f"--batch-size {args.batch_size} does not divide into {processes} processes; choose a multiple")

@@ -96,6 +96,7 @@ class Gemm:
     def __init__(self, device: torch.device, amps: Iterable[str]) -> None:
         self.device = device
         self.side = 8192 if device.type == "cuda" else 2048
+        self.tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
         self.matrices = {amp: torch.rand(self.side, self.side, device=device).to(DTYPES[amp]) for amp in dict.fromkeys(amps)}
         self.seconds: dict[str, list[float]] = {amp: [] for amp in self.matrices}
         self.measure()  # warm-up
@@ -105,7 +106,7 @@ class Gemm:
     def measure(self) -> None:
         """Take one more sample of each precision: the median of three products."""
         precision = torch.get_float32_matmul_precision()
-        if self.device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        if self.tf32:
             torch.set_float32_matmul_precision("high")
         for amp, matrix in self.matrices.items():
             times = []
@@ -125,7 +126,7 @@ class Gemm:
     def as_dict(self) -> dict[str, dict]:
         names = {amp: str(DTYPES[amp]).removeprefix("torch.") for amp in self.matrices}
         return {
-            names[amp]: {"side": self.side, "flops_per_s": self.rate(amp), "samples": len(times)}
+            names[amp]: {"side": self.side, "flops_per_s": self.rate(amp), "samples": len(times), "tf32": self.tf32}
             for amp, times in self.seconds.items()
         }
 
