@@ -69,14 +69,14 @@ def main(argv: list[str] | None = None) -> int:
     from deeplab import dense_crf
     from deeplab.multiscale import canvas_size, enlarge, enlarge_rows
     from utils import distributed
-    from utils.evaluation import Sample, open_net, predict_batch
+    from utils.evaluation import Sample, compile_for_prediction, open_net, predict_batch
     from utils.visualize import save_indexed_png, save_panel
 
     device = distributed.select_device(args.device, args.gpu)
     net, _, lines = open_net(args)
     net.to(device, memory_format=torch.channels_last)
     if args.compile:
-        net.compile()
+        compile_for_prediction(net, device)
     print(*lines, sep="\n")
     with torch.inference_mode():
         for path in tqdm(pictures, unit="image"):
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 prediction = np.empty(size, np.uint8)
                 for rows, block in enlarge_rows(logits, size):
-                    prediction[rows] = block[0].argmax(dim=0).cpu().numpy()
+                    prediction[rows] = block[0].max(dim=0).indices.cpu().numpy()
             save_indexed_png(args.save_dir / f"{path.stem}.png", prediction)
             if args.panels:
                 save_panel(args.save_dir / f"{path.stem}_panel.png", image[:, :, ::-1], None, prediction)

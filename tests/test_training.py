@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+import train as train_script
 from deeplab import multi_scale_loss, single_scale_loss
 from tests.conftest import ROOT, TOY_CLASSES
 from utils import training
-from utils.options import UserError, training_parser
+from utils.options import UserError, run_command, training_parser
 
 SMALL = ["--backbone", "resnet18", "--num-classes", str(TOY_CLASSES), "--input-size", "33,41", "--batch-size", "2",
          "--device", "cpu", "--num-workers", "0", "--log-every", "1", "--save-num-images", "0"]  # fmt: skip
@@ -219,13 +220,22 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("kind", MISTAKES)
-def test_a_mistake_is_one_sentence_and_status_2(kind, toy_voc, tmp_path):
+def test_a_mistake_is_one_sentence_and_status_2(kind, toy_voc, tmp_path, monkeypatch, capsys):
     options, message = MISTAKES[kind]
-    result = command("train.py", "--data-dir", toy_voc, "--snapshot-dir", tmp_path / "s", *SMALL, *SCRATCH, *options)
-    assert result.returncode == 2, result.stderr
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+    folders = ["--data-dir", str(toy_voc), "--snapshot-dir", str(tmp_path / "s")]
+    monkeypatch.setattr(sys, "argv", ["train.py", *folders, *SMALL, *SCRATCH, *options])
+    with pytest.raises(SystemExit) as end:
+        run_command(train_script.main)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "s").exists() or kind == "too few classes"
+
+
+def test_a_mistake_leaves_no_traceback(tmp_path):
+    result = command("train.py", "--data-dir", "nowhere", "--snapshot-dir", tmp_path / "s")
+    assert result.returncode == 2
+    assert result.stderr.startswith("train.py: error: the data set folder nowhere does not exist; get PASCAL VOC with")
+    assert "Traceback" not in result.stderr
 
 
 def test_ctrl_c_saves_and_leaves(toy_voc, tmp_path):

@@ -69,9 +69,9 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
 
 
 def start(device: torch.device) -> None:
-    """Join the other processes, if there are any: NCCL between GPUs, gloo between CPUs."""
+    """Join the other processes, if there are any: NCCL for tensors on GPUs, gloo for those on CPUs."""
     if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 
 def stop() -> None:

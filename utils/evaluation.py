@@ -72,7 +72,7 @@ def evaluate(args: Namespace, pool: "CRFPool | None") -> int:
     net, weights, lines = open_net(args)
     net.to(device, memory_format=torch.channels_last)
     if args.compile:
-        net.compile()
+        compile_for_prediction(net, device)
     data, data_list = open_dataset(args, VAL_LISTS, net.num_classes)
     names = class_names(args.data_dir, weights, net.num_classes)
     if distributed.is_main():
@@ -129,6 +129,14 @@ def open_net(args: Namespace) -> tuple[nn.Module, Weights, list[str]]:
     if args.num_classes not in (None, net.num_classes):
         raise UserError(f"{args.restore_from} is a net for {net.num_classes} classes, --num-classes says {args.num_classes}")
     return fold_batch_norm(net.eval()), weights, lines
+
+
+def compile_for_prediction(net: nn.Module, device: torch.device) -> None:
+    """Compile a folded net in place: for pictures of any size at once, and on a CPU with its weights as constants."""
+    if device.type == "cpu":
+        net.compile(dynamic=True, options={"freezing": True})
+    else:
+        net.compile()
 
 
 def class_names(data_dir: str, weights: Weights, num_classes: int) -> list[str]:
@@ -191,7 +199,7 @@ def count(sample: Sample, logits: Tensor, matrix: ConfusionMatrix) -> Tensor:
     label = torch.from_numpy(sample.label).to(logits.device, non_blocking=True)
     prediction = torch.empty_like(label)
     for rows, block in enlarge_rows(logits[None], label.shape):
-        prediction[rows] = block[0].argmax(dim=0).byte()
+        prediction[rows] = block[0].max(dim=0).indices.byte()  # on a CPU ten times as fast as argmax
     matrix.update(label, prediction)
     return prediction
 

@@ -16,6 +16,7 @@ from deeplab.deeplabv2 import DeepLabV2
 from utils import reference
 from utils.checkpoint import load_init
 from utils.data import VAL_LISTS, open_dataset
+from utils.evaluation import compile_for_prediction
 from utils.options import evaluation_parser
 from utils.visualize import save_indexed_png
 
@@ -91,5 +92,5 @@ def compiled_remarks(rows: dict[str, dict]) -> Iterator[str]:
 def folded_net(args: Namespace, device: torch.device, compiled: bool) -> nn.Module:
     net = fold_batch_norm(make_net(args).eval()).to(device, memory_format=torch.channels_last)
     if compiled:
-        net.compile()
+        compile_for_prediction(net, device)
     return net
