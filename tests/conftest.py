@@ -1,5 +1,6 @@
 """Toy data for the tests: nothing is read from outside the repository and nothing is downloaded."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -23,6 +24,11 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "cuda" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+def hear_ctrl_c() -> None:
+    """For a child process: a shell lets what it starts in the background ignore Ctrl-C, and children would inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def save_palette_png(path: Path, label: np.ndarray) -> None:

@@ -8,9 +8,10 @@ import sys
 import pytest
 import torch
 
+from deeplab import multi_scale_loss, single_scale_loss
 from tests.conftest import ROOT
 from tests.test_evaluation import snapshot  # noqa: F401
-from tests.test_training import SCRATCH, SMALL, command, log_lines, model
+from tests.test_training import SCRATCH, SMALL, command, log_lines, model, train
 
 
 def torchrun(script: str, *options, processes: int = 2) -> subprocess.CompletedProcess:
@@ -22,21 +23,23 @@ def torchrun(script: str, *options, processes: int = 2) -> subprocess.CompletedP
 
 @pytest.mark.parametrize("script", [("train.py",), ("train_msc.py",), ("train_msc.py", "--one-scale-at-a-time")])
 def test_two_processes_train_as_one_does(script, toy_voc, tmp_path):
-    """Three steps of four pictures, in two accumulated halves: the parameters agree to 1e-5 of the largest of each tensor.
+    """Three steps of four pictures, in two accumulated halves: what each tensor has moved agrees to 1 % of its largest move.
 
-    Batch norm is frozen: batch statistics are those of a process's own pictures unless --sync-bn shares them.
+    That is far above rounding and far below what a lost scale, half batch or process would change. Batch norm is frozen:
+    batch statistics are those of a process's own pictures unless --sync-bn shares them.
     """
-    options = ["--data-dir", toy_voc, *SMALL, *SCRATCH, "--batch-norm", "frozen", "--learning-rate", "1e-4"]
-    options += ["--batch-size", "2", "--iter-size", "2", "--num-steps", "3"]
-    one = command(script[0], *options, "--snapshot-dir", tmp_path / "one")
-    assert one.returncode == 0, one.stderr
-    two = torchrun(*script, *options, "--snapshot-dir", tmp_path / "two")
+    options = ["--data-dir", toy_voc, *SMALL, *SCRATCH, "--batch-norm", "frozen", "--batch-size", "2", "--iter-size", "2"]
+    loss = single_scale_loss if script[0] == "train.py" else multi_scale_loss
+    for name, rate in (("start", "0"), ("one", "3e-6")):
+        run = [*map(str, options), "--num-steps", "3", "--learning-rate", rate]
+        assert train(toy_voc, tmp_path / name, *run, loss=loss) == 0
+    two = torchrun(*script, *options, "--num-steps", "3", "--learning-rate", "3e-6", "--snapshot-dir", tmp_path / "two")
     assert two.returncode == 0, two.stderr
-    one, two = model(tmp_path / "one/VOC12_scenes_3.pth"), model(tmp_path / "two/VOC12_scenes_3.pth")
-    for key in one:
-        torch.testing.assert_close(
-            one[key], two[key], rtol=0, atol=1e-5 * float(one[key].abs().max()) + 1e-9, msg=lambda m, key=key: f"{key}: {m}"
-        )
+    start, one, two = (model(tmp_path / name / "VOC12_scenes_3.pth") for name in ("start", "one", "two"))
+    for key in (key for key in one if "conv" in key):
+        moved = float((one[key] - start[key]).abs().max())
+        assert moved > 20 * 1.2e-7 * float(start[key].abs().max()), key  # more than float32 rounds away
+        torch.testing.assert_close(two[key], one[key], rtol=0, atol=0.01 * moved, msg=lambda m, key=key: f"{key}: {m}")
     assert [line["step"] for line in log_lines(tmp_path / "two")] == [1, 2, 3]
 
 

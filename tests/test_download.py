@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 
 from scripts.download import CATALOGUE, main
+from tests.conftest import hear_ctrl_c
 from utils.archive import unpack, unpacked
 from utils.download import (
     ChecksumError,
@@ -616,7 +617,9 @@ def test_ctrl_c_keeps_the_part(server, tmp_path):
         f"thing = Item('thing', 'a.bin', 'weights', '', ({server.url + '/a.bin'!r},), sha256={SUM!r})\n"
         f"run_command(lambda: main(['thing', '--weights-dir', {str(tmp_path)!r}], (thing,)))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c
+    )
     part, deadline = tmp_path / "a.bin.part", time.monotonic() + 20
     while not (part.exists() and part.stat().st_size == 123_456) and time.monotonic() < deadline:
         time.sleep(0.02)

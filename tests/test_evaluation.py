@@ -165,3 +165,13 @@ def test_the_command_line(toy_voc, snapshot):
         assert result.returncode == 2
         assert message in result.stderr
         assert "Traceback" not in result.stderr
+
+
+def test_weights_that_have_seen_voc_val_are_named(toy_voc, snapshot, tmp_path, capsys):
+    content = torch.load(snapshot, weights_only=True)
+    content["meta"]["seen_voc_val"] = "it was trained on train and val"
+    torch.save(content, tmp_path / "seen.pth")
+    evaluate(toy_voc, tmp_path / "seen.pth")
+    assert "mean nothing here: it was trained on train and val" in capsys.readouterr().out
+    evaluate(toy_voc, tmp_path / "seen.pth", "--data-list", str(toy_voc / "ImageSets/Segmentation/train.txt"))
+    assert "mean nothing" not in capsys.readouterr().out

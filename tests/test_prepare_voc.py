@@ -19,6 +19,7 @@ from scipy.sparse import csc_matrix
 from dataset.classes import VOC_CLASSES
 from dataset.voc import DatasetError, VOCSegmentation, read_ids
 from scripts import prepare_voc
+from tests.conftest import hear_ctrl_c
 from utils.options import UserError
 from utils.parallel import parallel_map
 
@@ -313,7 +314,9 @@ def test_ctrl_c_leaves_whole_files_and_the_next_run_goes_on(voc, sbd):
     pipe.unlink()
     os.mkfifo(pipe)
     line = [sys.executable, str(SCRIPT), "--data-dir", str(voc), "--sbd", str(sbd), "--workers", "2"]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear_ctrl_c
+    )
     folder = voc / "SegmentationClassAug"
     deadline = time.monotonic() + 40
     while len(list(folder.glob("[!.]*.png"))) < 3 and time.monotonic() < deadline:

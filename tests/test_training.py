@@ -163,6 +163,28 @@ def test_fine_tuning_starts_from_a_snapshot(toy_voc, tmp_path):
     assert model(tmp_path / "more/VOC12_scenes_1.pth")["layer5.conv2d_list.0.bias"].shape == (7,)
 
 
+def test_two_branches_of_four_are_used_and_recorded(toy_voc, tmp_path):
+    train(toy_voc, tmp_path / "a", *SCRATCH, "--num-steps", "1")
+    snapshot = str(tmp_path / "a/VOC12_scenes_1.pth")
+    train(
+        toy_voc,
+        tmp_path / "b",
+        "--restore-from",
+        snapshot,
+        "--atrous-rates",
+        "6,12",
+        "--num-steps",
+        "1",
+        "--learning-rate",
+        "0",
+    )
+    content = torch.load(tmp_path / "b/VOC12_scenes_1.pth", weights_only=True)
+    assert content["meta"]["atrous_rates"] == [6, 12]
+    head = {key for key in content["model"] if key.startswith("layer5.")}
+    assert head == {f"layer5.conv2d_list.{k}.{name}" for k in (0, 1) for name in ("weight", "bias")}
+    assert all(torch.equal(content["model"][key], model(Path(snapshot))[key]) for key in head)
+
+
 def test_is_training_moves_the_statistics_only(toy_voc, tmp_path):
     train(toy_voc, tmp_path / "a", *SCRATCH, "--num-steps", "1")
     before = model(tmp_path / "a/VOC12_scenes_1.pth")
