@@ -64,9 +64,7 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def apply_weights(
-    net: DeepLabV2, weights: "Weights", restore_last: bool = True, allow_missing_trunk: bool = False
-) -> LoadReport:
+def apply_weights(net: DeepLabV2, weights: "Weights", restore_last: bool = True) -> LoadReport:
     """Copy weights into a net, in place: all that the report names, or nothing.
 
     A head for another number of classes or other branches is left out with one line; the first branches of a longer head
@@ -76,7 +74,6 @@ def apply_weights(
         net: any device; its parameters keep their types.
         weights: from :func:`deeplab.weights.load_weights`.
         restore_last: False leaves the head out in any case.
-        allow_missing_trunk: True keeps the initial values of what the file lacks instead of refusing it.
 
     Raises:
         WeightsError: the net is built differently, a shape differs, or a part of the trunk is not in the file. The net is
@@ -107,7 +104,7 @@ def apply_weights(
             f"net{more}; nothing was loaded"
         )
     lost = [key for key in report.missing if not HEAD_KEY.match(key)]
-    if lost and not allow_missing_trunk:
+    if lost:
         raise WeightsError(
             f"{weights.path}: it lacks {len(lost)} of the trunk's tensors ({_some(lost)}); "
             "nothing was loaded, fetch or save the file again"

@@ -230,12 +230,8 @@ def open_net(args: Namespace, folder: Path) -> tuple[nn.Module, dict | None, lis
     if args.resume and (args.resume != "last" or checkpoint_path.exists()):
         checkpoint = load_checkpoint(checkpoint_path)
         net, lines = resume_net(args, checkpoint)
-        return (
-            net,
-            checkpoint,
-            [f"resumed from {checkpoint_path} at step {checkpoint['step']}", *lines],
-            checkpoint["meta"]["seen_voc_val"],
-        )
+        lines.insert(0, f"resumed from {checkpoint_path} at step {checkpoint['step']}")
+        return net, checkpoint, lines, checkpoint["meta"]["seen_voc_val"]
     if args.resume:
         lines.append(f"no {checkpoint_path} to resume from: starting at step 0")
     elif checkpoint_path.exists():
