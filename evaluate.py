@@ -1,6 +1,7 @@
 """Score DeepLab-v2 on labelled pictures. The options, with their defaults: ``python evaluate.py --help``."""
 
-from utils.options import evaluation_parser, run_command
+from utils.command import run_command
+from utils.options import evaluation_parser
 
 
 def main() -> int:

@@ -1,6 +1,7 @@
 """Train DeepLab-v2 on three scales and their maximum. The options, with their defaults: ``python train_msc.py --help``."""
 
-from utils.options import run_command, training_parser
+from utils.command import run_command
+from utils.options import training_parser
 
 
 def main() -> int:

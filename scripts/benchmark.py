@@ -4,7 +4,8 @@
     python scripts/benchmark.py train msc --batch-size 4 --amp bf16 --compile
     python scripts/benchmark.py evaluate crf --data-dir data/VOCdevkit/VOC2012 --restore-from net.pth --json speed.json
 
-Each part is one table. Its first row is the reference (``utils/reference.py``). All rows of a table are measured in one process
+Each part is one table. Its first row is the reference (``scripts/bench/reference.py``). All rows of a table are measured in one
+process
 and in turns, A B C A B C, after one call each to warm up, so that a drift of the machine meets all alike. The columns:
 
     seconds    the median of a call, with the fastest and the slowest; compiling belongs to the warm-up
@@ -34,7 +35,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.options import BACKBONE_NAMES, add_device_options, not_negative, numbers, positive, run_command, size
+from utils.command import not_negative, numbers, positive, run_command, size
+from utils.options import BACKBONE_NAMES, add_device_options
 
 PART_NAMES = ("train", "msc", "predict", "evaluate", "data", "crf", "startup")
 
@@ -100,10 +102,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, argv: list[str]) -> int:
+    from scripts.bench import PARTS
+    from scripts.bench.inputs import make_pictures, open_pictures
+    from scripts.bench.measure import Gemm, describe, measure_peak, run_part
     from utils import distributed
-    from utils.benchmark import PARTS
-    from utils.benchmark.inputs import make_pictures, open_pictures
-    from utils.benchmark.measure import Gemm, describe, measure_peak, run_part
     from utils.checkpoint import load_init
     from utils.files import save_json
 
@@ -161,7 +163,7 @@ def progress(part: str, text: str) -> None:
 
 def add_memory(name: str, part, rows: dict[str, dict], args: argparse.Namespace, argv: list[str], say) -> list[str]:
     """Measure the peak memory of each row in a process of its own; returns a line for each row where that failed."""
-    from utils.benchmark.measure import peak_in_child
+    from scripts.bench.measure import peak_in_child
 
     settled = ["--data-dir", args.data_dir, "--backbone", args.backbone, "--num-classes", str(args.num_classes)]
     settled += ["--pictures", str(min(args.pictures, 2))]

@@ -20,10 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset.classes import IGNORE_LABEL, VOC_CLASSES, voc_palette
 from dataset.voc import DatasetError, VOCSegmentation, read_class_names, read_ids, read_image, read_label
-from utils.data import TRAIN_LISTS, find_list
+from scripts.data.parallel import parallel_map
+from utils.command import not_negative, positive, run_command
 from utils.files import save_json
-from utils.options import DATA_DIR, not_negative, positive, run_command
-from utils.parallel import parallel_map
+from utils.loader import TRAIN_LISTS, find_list
+from utils.options import DATA_DIR
 
 KINDS = (
     "missing picture",

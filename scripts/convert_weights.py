@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.options import UserError, run_command
+from utils.command import UserError, run_command
 
 SCHEMES = ("snapshot", "published", "kazuto", "torchvision-trunk", "safetensors")
 

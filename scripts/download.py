@@ -18,9 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.archive import unpack, unpacked
-from utils.download import Item, check, disk_errors, fetch, take
-from utils.options import UserError, positive, run_command
+from scripts.data.archive import unpack, unpacked
+from scripts.data.download import Item, check, disk_errors, fetch, take
+from utils.command import UserError, positive, run_command
 
 KAZUTO = "https://github.com/kazuto1011/deeplab-pytorch/releases/download/v1.0/"
 VLLAB = "http://vllab1.ucmerced.edu/~whung/adv-semi-seg/"

@@ -26,7 +26,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset.classes import IGNORE_LABEL
-from utils.options import UserError, run_command, size
+from utils.command import UserError, run_command, size
 from utils.visualize import save_indexed_png
 
 CLASSES = ("background", "disc", "square", "triangle", "ring", "star", "cross")

@@ -12,7 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.options import TRAINED_WEIGHTS, UserError, add_device_options, add_net_options, numbers, run_command
+from utils.command import UserError, numbers, run_command
+from utils.options import TRAINED_WEIGHTS, add_device_options, add_net_options
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 

@@ -21,10 +21,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset.voc import DatasetError, read_ids
+from scripts.data.masks import AUG_DIR, convert, finished, read_ready, read_sbd, ready_masks, sbd_ids
+from scripts.data.parallel import parallel_map
+from utils.command import not_negative, run_command
 from utils.files import write_atomically
-from utils.mask_files import AUG_DIR, convert, finished, read_ready, read_sbd, ready_masks, sbd_ids
-from utils.options import DATA_DIR, not_negative, run_command
-from utils.parallel import parallel_map
+from utils.options import DATA_DIR
 
 SBD_FOLDER, SBD_ARCHIVE = Path("data/SBD/benchmark_RELEASE"), Path("data/SBD/benchmark.tgz")
 SBD_COUNT = 11355  # ids on SBD's train (8498) and val (2857) lists together

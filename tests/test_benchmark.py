@@ -15,11 +15,10 @@ from torchvision.ops import FrozenBatchNorm2d
 from dataset import VOCSegmentation, read_ids
 from deeplab import deeplabv2, single_scale_loss
 from scripts import benchmark
+from scripts.bench import PARTS, reference
+from scripts.bench.inputs import make_pictures
+from scripts.bench.measure import Part, Runner, Variant, count_flops, measure_peak, run_part
 from tests.conftest import ROOT
-from utils import reference
-from utils.benchmark import PARTS
-from utils.benchmark.inputs import make_pictures
-from utils.benchmark.measure import Part, Runner, Variant, count_flops, measure_peak, run_part
 from utils.metrics import ConfusionMatrix
 
 CPU = torch.device("cpu")

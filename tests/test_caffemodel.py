@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from deeplab.caffemodel import CaffeModel, caffe_state
-from deeplab.naming import canonical_from_caffe
 from deeplab.weights import WeightsError, load_weights
+from deeplab.weights.caffemodel import CaffeModel, caffe_state
+from deeplab.weights.names import canonical_from_caffe
 from tests.published import batch_norm_layer, blob, caffe_bytes, caffe_layers, layer, message, narrow_state, varint
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from dataset.classes import voc_palette
 from dataset.voc import DatasetError
 from scripts import check_dataset
-from utils.options import UserError
+from utils.command import UserError
 
 SCRIPT = Path(check_dataset.__file__)
 

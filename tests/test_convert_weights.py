@@ -11,11 +11,11 @@ from safetensors import safe_open
 
 from dataset import MEAN_BGR
 from deeplab import DeepLabV2
-from deeplab.naming import to_bgr_input, to_rgb_input
 from deeplab.weights import WeightsError, load_weights
+from deeplab.weights.names import to_bgr_input, to_rgb_input
 from scripts import convert_weights
 from tests.published import kazuto_state, random_net, seeded_and_tidy, tensorflow_arrays  # noqa: F401
-from utils.options import UserError
+from utils.command import UserError
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "convert_weights.py"
 

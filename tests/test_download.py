@@ -22,10 +22,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.download import CATALOGUE, main
-from tests.conftest import hear_ctrl_c
-from utils.archive import unpack, unpacked
-from utils.download import (
+from scripts.data.archive import unpack, unpacked
+from scripts.data.download import (
     ChecksumError,
     DownloadError,
     Item,
@@ -36,7 +34,9 @@ from utils.download import (
     looks_like_html,
     take,
 )
-from utils.options import UserError
+from scripts.download import CATALOGUE, main
+from tests.conftest import hear_ctrl_c
+from utils.command import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 PAYLOAD = random.Random(7).randbytes(300_001)
@@ -331,7 +331,7 @@ def test_disk_full_and_no_permission(server, tmp_path, monkeypatch):
             written.append(real(self, data))
             return written[0]
 
-    monkeypatch.setattr("utils.download._Part.open", lambda self, *args: Full(self.path, "wb"))
+    monkeypatch.setattr("scripts.data.download._Part.open", lambda self, *args: Full(self.path, "wb"))
     with pytest.raises(UserError, match=r"no space is left for .*a\.bin\.part; .* goes on from there"):
         quick(item(server), tmp_path / "a.bin")
     assert (tmp_path / "a.bin.part").stat().st_size == written[0] > 0
@@ -613,7 +613,7 @@ def test_file_fetched_by_hand(server, tmp_path, capsys):
 def test_ctrl_c_keeps_the_part(server, tmp_path):
     server.plan["/a.bin"] = [{"cut": 123_456, "stall": 20}]
     code = (
-        "from utils.download import Item; from utils.options import run_command; from scripts.download import main\n"
+        "from scripts.data.download import Item; from utils.command import run_command; from scripts.download import main\n"
         f"thing = Item('thing', 'a.bin', 'weights', '', ({server.url + '/a.bin'!r},), sha256={SUM!r})\n"
         f"run_command(lambda: main(['thing', '--weights-dir', {str(tmp_path)!r}], (thing,)))"
     )

@@ -15,7 +15,8 @@ from tests.test_resnet import naive_forward, randomise_batch_norm
 from tests.test_training import command
 from utils import evaluation
 from utils.checkpoint import make_meta, save_snapshot
-from utils.options import UserError, evaluation_parser
+from utils.command import UserError
+from utils.options import evaluation_parser
 
 
 @pytest.fixture(scope="module")

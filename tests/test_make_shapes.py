@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from scripts.make_shapes import CLASSES, main, make_picture, outline, texture
-from utils.options import UserError
+from utils.command import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "make_shapes.py"

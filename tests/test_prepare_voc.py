@@ -19,9 +19,9 @@ from scipy.sparse import csc_matrix
 from dataset.classes import VOC_CLASSES
 from dataset.voc import DatasetError, VOCSegmentation, read_ids
 from scripts import prepare_voc
+from scripts.data.parallel import parallel_map
 from tests.conftest import hear_ctrl_c
-from utils.options import UserError
-from utils.parallel import parallel_map
+from utils.command import UserError
 
 SCRIPT = Path(prepare_voc.__file__)
 VOC = {"train": ["2007_000032", "2008_000002"], "val": ["2007_000033", "2008_000007"]}

@@ -15,7 +15,8 @@ import train as train_script
 from deeplab import multi_scale_loss, single_scale_loss
 from tests.conftest import ROOT, TOY_CLASSES
 from utils import training
-from utils.options import UserError, run_command, training_parser
+from utils.command import UserError, run_command
+from utils.options import training_parser
 
 SMALL = ["--backbone", "resnet18", "--num-classes", str(TOY_CLASSES), "--input-size", "33,41", "--batch-size", "2",
          "--device", "cpu", "--num-workers", "0", "--log-every", "1", "--save-num-images", "0"]  # fmt: skip

@@ -14,7 +14,7 @@ from dataset import (
     to_input,
 )
 from tests.conftest import TOY_CLASSES
-from utils.data import make_loader
+from utils.loader import make_loader
 
 
 class Draws:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from dataset.classes import voc_palette
-from utils.options import UserError
+from utils.command import UserError
 from utils.visualize import GAP, color_mask, panel, save_indexed_png, save_panel
 
 

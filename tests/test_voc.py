@@ -8,7 +8,7 @@ from PIL import Image
 
 from dataset import DatasetError, VOCSegmentation, read_class_names, read_ids, read_label, voc_palette
 from tests.conftest import TOY_CLASSES, TOY_SIZES, save_palette_png
-from utils.data import make_loader
+from utils.loader import make_loader
 
 
 def write_label(path, array, mode=None):

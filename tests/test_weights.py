@@ -13,9 +13,9 @@ import torchvision
 from safetensors.torch import save_file
 
 from dataset import MEAN_BGR
-from deeplab import deeplabv2, naming
-from deeplab.naming import trunk_shapes
-from deeplab.weights import WeightsError, apply_weights, export, load_weights
+from deeplab import deeplabv2
+from deeplab.weights import WeightsError, apply_weights, export, load_weights, names
+from deeplab.weights.names import trunk_shapes
 from tests.published import (
     BN_LEAVES,
     caffe_bytes,
@@ -294,7 +294,7 @@ def test_the_turned_stem_is_rounded_once():
     from fractions import Fraction
 
     weight = torch.rand(2, 3, 7, 7) - 0.5
-    turned, mean = naming.to_bgr_input(weight, torch.tensor([0.25, -3.0]))
+    turned, mean = names.to_bgr_input(weight, torch.tensor([0.25, -3.0]))
     std = [Fraction(255 * s) for s in (0.229, 0.224, 0.225)]
     for b, r in ((0, 2), (1, 1), (2, 0)):
         exact = np.float32(float(Fraction(weight[1, r, 3, 4].item()) / std[r]))
@@ -303,7 +303,7 @@ def test_the_turned_stem_is_rounded_once():
     assert constant == pytest.approx([0.477, 0.389, -0.996], abs=1e-3)
     expected = -3.0 - sum(turned[1, b].double().sum().item() * constant[b] for b in range(3))
     assert mean[1].item() == pytest.approx(expected, rel=1e-6)
-    assert naming.MEAN_BGR == MEAN_BGR
+    assert names.MEAN_BGR == MEAN_BGR
 
 
 # The head, the report, and nets that do not fit.

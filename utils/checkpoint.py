@@ -10,8 +10,8 @@ from torch import nn
 from dataset import MEAN_BGR
 from deeplab import DeepLabV2, deeplabv2
 from deeplab.weights import Weights, apply_weights, load_weights
+from utils.command import UserError
 from utils.files import write_atomically
-from utils.options import UserError
 
 VERSION = 1
 """Of the snapshot format; ``meta["version"]``."""

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.options import UserError
+from utils.command import UserError
 
 
 def rank() -> int:

@@ -24,10 +24,11 @@ from deeplab.multiscale import canvas_size, enlarge_rows, predict_grid
 from deeplab.weights import Weights
 from utils import distributed
 from utils.checkpoint import load_init
-from utils.data import VAL_LISTS, make_loader, open_dataset
+from utils.command import UserError
 from utils.files import save_json
+from utils.loader import VAL_LISTS, make_loader, open_dataset
 from utils.metrics import ConfusionMatrix
-from utils.options import TRAINED_WEIGHTS, UserError
+from utils.options import TRAINED_WEIGHTS
 from utils.visualize import save_indexed_png, save_panel
 
 MAX_WAITING = 64  # pictures that may wait for others of their padded size

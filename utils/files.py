@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from utils.options import UserError
+from utils.command import UserError
 
 
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:

@@ -1,10 +1,10 @@
-"""The command line: the options that train.py and train_msc.py share, value types, and how a command ends."""
+"""The command lines of train.py, train_msc.py and evaluate.py: the options that they share, and their defaults."""
 
 import argparse
 import os
-import sys
-from collections.abc import Callable
 from functools import partial
+
+from utils.command import not_negative, numbers, positive, probability, scale_range, size
 
 DATA_DIR = "data/VOCdevkit/VOC2012"
 INITIAL_WEIGHTS = "weights/MS_DeepLab_resnet_pretrained_COCO_init.pth"
@@ -14,91 +14,6 @@ TRAINED_WEIGHTS = "snapshots/VOC12_scenes_20000.pth"
 BACKBONE_NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 BATCH_NORM_MODES = ("frozen", "stats", "full")
 LOSS_SIZES = ("output", "input")
-
-
-class UserError(Exception):
-    """A mistake in how a command was called: one sentence that says what was found, what was expected, what to do."""
-
-    exit_status = 2
-
-
-def run_command(main: Callable[[], int | None]) -> None:
-    """Run ``main`` and end the process as every command of this project does.
-
-    An exception that carries an ``exit_status`` (``UserError``, ``DatasetError``, ``WeightsError``) is the user's to mend:
-    its sentence goes to standard error, without a traceback. Ctrl-C ends with status 130. Anything else is a bug and keeps
-    its traceback.
-    """
-    try:
-        status = main() or 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
-    except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 141
-    except Exception as error:
-        status = getattr(error, "exit_status", None)
-        if status is None:
-            raise
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
-    sys.exit(status)
-
-
-def size(text: str) -> tuple[int, int]:
-    """An argparse type: ``"321,321"`` -> (321, 321), height and width in pixels."""
-    try:
-        height, width = (int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write HEIGHT,WIDTH, as in 321,321") from None
-    if min(height, width) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; both sides must be at least 1")
-    return height, width
-
-
-def numbers(kind: type, text: str) -> tuple:
-    """Comma-separated numbers of one kind, as an argparse type: ``partial(numbers, float)`` reads ``"1,0.75"``."""
-    try:
-        values = tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers; separate them by commas") from None
-    if min(values) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} holds a number that is not above 0")
-    return values
-
-
-def scale_range(text: str) -> tuple[float, float]:
-    """An argparse type: ``"0.5,1.5"`` -> (0.5, 1.5)."""
-    values = numbers(float, text)
-    if len(values) != 2 or values[0] > values[1]:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a range; write LOW,HIGH, as in 0.5,1.5")
-    return values
-
-
-def probability(text: str) -> float:
-    """An argparse type: a number from 0 up to, but without, 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no probability; expected 0 <= P < 1")
-    return value
-
-
-def at_least(low: int, text: str) -> int:
-    """A whole number of at least ``low``, as an argparse type: ``partial(at_least, 1)``."""
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if value < low:
-        raise argparse.ArgumentTypeError(f"{value} is too small; expected at least {low}")
-    return value
-
-
-positive = partial(at_least, 1)
-not_negative = partial(at_least, 0)
 
 
 def add_data_options(parser: argparse.ArgumentParser, default_list: str) -> None:

@@ -23,9 +23,10 @@ from dataset import (
 from deeplab import deeplabv2, multi_scale_backward, predict
 from utils import distributed
 from utils.checkpoint import build_net, load_checkpoint, load_init, make_meta, save_snapshot
-from utils.data import TRAIN_LISTS, make_loader, open_dataset
+from utils.command import UserError
+from utils.loader import TRAIN_LISTS, make_loader, open_dataset
 from utils.log import RunLog
-from utils.options import INITIAL_WEIGHTS, UserError
+from utils.options import INITIAL_WEIGHTS
 from utils.schedule import param_groups, poly_lr, set_lr
 from utils.visualize import save_panel
 

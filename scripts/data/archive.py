@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils.download import Item, disk_errors, need_space
-from utils.options import UserError
+from scripts.data.download import Item, disk_errors, need_space
+from utils.command import UserError
 
 
 def unpacked(item: Item, directory: Path) -> bool:

@@ -13,10 +13,10 @@ from torch import nn
 from dataset import VOCSegmentation
 from deeplab import deeplabv2, fold_batch_norm
 from deeplab.deeplabv2 import DeepLabV2
-from utils import reference
+from scripts.bench import reference
 from utils.checkpoint import load_init
-from utils.data import VAL_LISTS, open_dataset
 from utils.evaluation import compile_for_prediction
+from utils.loader import VAL_LISTS, open_dataset
 from utils.options import evaluation_parser
 from utils.visualize import save_indexed_png
 

@@ -17,11 +17,12 @@ from torch import Tensor
 from dataset import to_input
 from deeplab import dense_crf
 from deeplab.multiscale import canvas_size, enlarge
-from utils import evaluation, reference
-from utils.benchmark.inputs import compiled_remarks, folded_net, open_pictures, our_modes, reference_net
-from utils.benchmark.measure import Part, Runner, Variant
-from utils.data import make_loader
+from scripts.bench import reference
+from scripts.bench.inputs import compiled_remarks, folded_net, open_pictures, our_modes, reference_net
+from scripts.bench.measure import Part, Runner, Variant
+from utils import evaluation
 from utils.distributed import autocast
+from utils.loader import make_loader
 from utils.metrics import ConfusionMatrix
 from utils.options import evaluation_parser
 

@@ -7,7 +7,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import TypeVar
 
-from utils.options import UserError
+from utils.command import UserError
 
 Result = TypeVar("Result")
 

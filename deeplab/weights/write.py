@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deeplab.deeplabv2 import ATROUS_RATES
-from deeplab.naming import (
+from deeplab.weights.names import (
     HEAD_KEY,
     STEM,
     WeightsError,
@@ -21,7 +21,7 @@ from deeplab.naming import (
 from deeplab.resnet import BACKBONES, Bottleneck
 
 if TYPE_CHECKING:
-    from deeplab.weights import Weights
+    from deeplab.weights.load import Weights
 
 EXPORTS = ("snapshot", "published", "kazuto", "torchvision-trunk", "safetensors")
 """The schemes that :func:`export` writes."""

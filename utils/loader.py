@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from dataset import VOCSegmentation, read_ids
-from utils.options import DATA_DIR, UserError
+from utils.command import UserError
+from utils.options import DATA_DIR
 
 TRAIN_LISTS = ("ImageSets/SegmentationAug/train_aug.txt", "ImageSets/Segmentation/train.txt")
 VAL_LISTS = ("ImageSets/SegmentationAug/val.txt", "ImageSets/Segmentation/val.txt")

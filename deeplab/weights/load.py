@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deeplab.caffemodel import CaffeModel, caffe_state
+from deeplab.weights.caffemodel import CaffeModel, caffe_state
 from deeplab.deeplabv2 import ATROUS_RATES
-from deeplab.load_report import LoadReport, apply_weights, group_by_reason
-from deeplab.naming import (
+from deeplab.weights.apply import LoadReport, apply_weights, group_by_reason
+from deeplab.weights.names import (
     HEAD_KEY,
     NO_PLACE,
     STEM,
@@ -34,10 +34,9 @@ from deeplab.naming import (
     trunk_shapes,
 )
 from deeplab.resnet import BACKBONES, Bottleneck
-from deeplab.weight_export import EXPORTS, export
-from deeplab.weight_files import file_kind, read_numpy, read_safetensors, read_torch
+from deeplab.weights.files import file_kind, read_numpy, read_safetensors, read_torch
 
-__all__ = ["EXPORTS", "LoadReport", "Weights", "WeightsError", "apply_weights", "export", "load_weights"]
+__all__ = ["Weights", "load_weights"]
 
 _SNAPSHOT = "DeepLab-v2 snapshot"
 _COCO_HEAD = (

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from deeplab.deeplabv2 import DeepLabV2
-from deeplab.naming import HEAD_KEY, NO_PLACE, WeightsError
+from deeplab.weights.names import HEAD_KEY, NO_PLACE, WeightsError
 from deeplab.resnet import BACKBONES, Bottleneck
 
 if TYPE_CHECKING:
-    from deeplab.weights import Weights
+    from deeplab.weights.load import Weights
 
 SHOWN = 6  # names in a line
 

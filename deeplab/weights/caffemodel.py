@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deeplab.naming import NO_PLACE, WeightsError, canonical_from_caffe
+from deeplab.weights.names import NO_PLACE, WeightsError, canonical_from_caffe
 
 _TWIN = re.compile(r"_res(?:05|075)(?=_|$)")  # the copies of a layer for the 0.5x and 0.75x pictures
 _CUT_OFF = "it ends in the middle of a field: the file is cut off or no caffemodel; fetch it again"

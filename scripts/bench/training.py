@@ -21,13 +21,14 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from dataset import StepSampler
 from deeplab import multi_scale_backward, multi_scale_loss, single_scale_loss
-from utils import reference
-from utils.benchmark.inputs import REFERENCE, compiled_remarks, make_net, open_pictures, our_modes, reference_net
-from utils.benchmark.measure import Part, Runner, Variant
+from scripts.bench import reference
+from scripts.bench.inputs import REFERENCE, compiled_remarks, make_net, open_pictures, our_modes, reference_net
+from scripts.bench.measure import Part, Runner, Variant
 from utils.checkpoint import make_meta, save_snapshot
-from utils.data import make_loader
+from utils.command import UserError
 from utils.distributed import autocast
-from utils.options import UserError, training_parser
+from utils.loader import make_loader
+from utils.options import training_parser
 from utils.schedule import param_groups
 from utils.training import Objective, open_training_data
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deeplab.naming import WeightsError
+from deeplab.weights.names import WeightsError
 
 _TORCH_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")  # the pickled magic number before PyTorch 1.6
 _TABLE_MAGIC = bytes.fromhex("57fb808b247547db")  # ends a LevelDB table: TensorFlow's .ckpt (V1) and .index (V2) files

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils.options import UserError
+from utils.command import UserError
 
 CHUNK = 1 << 18
 LONGEST_PAUSE = 300  # seconds; a server that asks for more is left for the next mirror

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import torch
 
-from utils.benchmark.measure import Part
-from utils.benchmark.prediction import crf, evaluate, predict
-from utils.benchmark.training import data, msc, startup, train
+from scripts.bench.measure import Part
+from scripts.bench.prediction import crf, evaluate, predict
+from scripts.bench.training import data, msc, startup, train
 
 PARTS: dict[str, Callable[[Namespace, torch.device], Part]] = {
     "train": train,

@@ -1,0 +1,119 @@
+"""How a command of this project is called and how it ends: errors that are the user's to mend, value types, exit statuses."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake in how a command was called: one sentence that says what was found, what was expected, what to do."""
+
+    exit_status = 2
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run ``main`` and end the process as every command of this project does.
+
+    An exception that carries an ``exit_status`` (``UserError``, ``DatasetError``, ``WeightsError``) is the user's to mend:
+    its sentence goes to standard error, without a traceback. Ctrl-C ends with status 130. Anything else is a bug and keeps
+    its traceback.
+    """
+    try:
+        status = main() or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    except Exception as error:
+        status = getattr(error, "exit_status", None)
+        if status is None:
+            raise
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+    sys.exit(status)
+
+
+def size(text: str) -> tuple[int, int]:
+    """An argparse type: ``"321,321"`` -> (321, 321), height and width in pixels."""
+    try:
+        height, width = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write HEIGHT,WIDTH, as in 321,321") from None
+    if min(height, width) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; both sides must be at least 1")
+    return height, width
+
+
+def numbers(kind: type, text: str) -> tuple:
+    """Comma-separated numbers of one kind, as an argparse type: ``partial(numbers, float)`` reads ``"1,0.75"``."""
+    try:
+        values = tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers; separate them by commas") from None
+    if min(values) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} holds a number that is not above 0")
+    return values
+
+
+def scale_range(text: str) -> tuple[float, float]:
+    """An argparse type: ``"0.5,1.5"`` -> (0.5, 1.5)."""
+    values = numbers(float, text)
+    if len(values) != 2 or values[0] > values[1]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a range; write LOW,HIGH, as in 0.5,1.5")
+    return values
+
+
+def probability(text: str) -> float:
+    """An argparse type: a number from 0 up to, but without, 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no probability; expected 0 <= P < 1")
+    return value
+
+
+def at_least(low: int, text: str) -> int:
+    """A whole number of at least ``low``, as an argparse type: ``partial(at_least, 1)``."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if value < low:
+        raise argparse.ArgumentTypeError(f"{value} is too small; expected at least {low}")
+    return value
+
+
+def usable_cores() -> int:
+    """The processor cores that this process may use, at least 1.
+
+    What the scheduler allows (affinity, as ``taskset`` and Slurm set it) and the quota of the control group (``docker --cpus``,
+    Kubernetes limits; version 2, https://docs.kernel.org/admin-guide/cgroup-v2.html), not what the machine has.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no control groups, or "max": no quota
+        pass
+    return cores
+
+
+def default_processes(most: int) -> int:
+    """How many helper processes to start where nobody says: this process's share of the cores, at most ``most``.
+
+    The cores are shared by the processes that torchrun (LOCAL_WORLD_SIZE) or Slurm (SLURM_NTASKS_PER_NODE) started on this
+    machine. Windows cannot wait for more than 61 processes at a time.
+    """
+    siblings = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or "1"
+    share = usable_cores() // (int(siblings) if siblings.isdecimal() and int(siblings) else 1)
+    return max(1, min(share, most, 61 if sys.platform == "win32" else most))
+
+
+positive = partial(at_least, 1)
+not_negative = partial(at_least, 0)
