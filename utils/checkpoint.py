@@ -9,7 +9,7 @@ from torch import nn
 
 from dataset import MEAN_BGR
 from deeplab import DeepLabV2, deeplabv2
-from deeplab.weights import Weights, apply_weights, load_weights
+from deeplab.weights import LoadReport, Weights, apply_weights, load_weights
 from utils.command import UserError
 from utils.files import write_atomically
 
@@ -43,7 +43,7 @@ def build_net(
     atrous_rates: Sequence[int] | None = None,
     batch_norm: str = "frozen",
     restore_last: bool = True,
-) -> tuple[DeepLabV2, list[str]]:
+) -> tuple[DeepLabV2, LoadReport]:
     """The net that a weights file describes, with that file's weights; arguments that are given take precedence.
 
     Args:
@@ -51,7 +51,7 @@ def build_net(
         restore_last: False leaves the head of ``weights`` out.
 
     Returns:
-        The net (in training mode, on the CPU) and the lines of the load report.
+        The net (in training mode, on the CPU) and what became of every tensor.
 
     Raises:
         WeightsError: the file does not fit the net that the arguments ask for.
@@ -60,7 +60,7 @@ def build_net(
     asked = {"backbone": backbone, "num_classes": num_classes, "atrous_rates": atrous_rates}
     config.update({name: value for name, value in asked.items() if value is not None})
     if weights is None:
-        return deeplabv2(**config, batch_norm=batch_norm), ["initial weights: random"]
+        return deeplabv2(**config, batch_norm=batch_norm), LoadReport(notes=["initial weights: random"])
     with torch.device("meta"):  # no time is spent on initial values that the file replaces
         net = deeplabv2(**config, batch_norm=batch_norm)
     net.to_empty(device="cpu")
@@ -68,15 +68,14 @@ def build_net(
     for name, buffer in net.named_buffers():
         if name.endswith("num_batches_tracked"):
             buffer.zero_()
-    report = apply_weights(net, weights, restore_last=restore_last)
-    return net, report.lines()
+    return net, apply_weights(net, weights, restore_last=restore_last)
 
 
-def load_init(path: str, **options: Any) -> tuple[DeepLabV2, Weights, list[str]]:
+def load_init(path: str, **options: Any) -> tuple[DeepLabV2, Weights, LoadReport]:
     """Load a weights file and build its net: :func:`load_weights`, then :func:`build_net` with ``options``."""
     weights = load_weights(path)
-    net, lines = build_net(weights, **options)
-    return net, weights, [f"{path}: {weights.scheme}", *lines]
+    net, report = build_net(weights, **options)
+    return net, weights, report
 
 
 def load_checkpoint(path: str | Path) -> dict:

@@ -126,7 +126,8 @@ def open_net(args: Namespace) -> tuple[nn.Module, Weights, list[str]]:
         advice = "train with `python train.py`, see `python scripts/download.py list`, or pass --restore-from"
         raise UserError(f"{TRAINED_WEIGHTS} does not exist: {advice}")
     options = {"backbone": args.backbone, "atrous_rates": args.atrous_rates}
-    net, weights, lines = load_init(args.restore_from, **options)
+    net, weights, report = load_init(args.restore_from, **options)
+    lines = [f"{args.restore_from}: {weights.scheme}", *report.lines()]
     if not any(key.startswith("layer5.") for key in weights.state):
         raise UserError(f"{args.restore_from} ({weights.scheme}) holds no usable head; train it first with train.py")
     if args.num_classes not in (None, net.num_classes):

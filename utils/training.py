@@ -242,14 +242,15 @@ def open_net(args: Namespace, folder: Path) -> tuple[nn.Module, dict | None, lis
     if not args.restore_from:
         if args.batch_norm == "frozen":
             lines.append("warning: a net from scratch learns little with frozen batch norm; use --batch-norm full")
-        net, more = build_net(None, **options, batch_norm=args.batch_norm)
-        return net, None, lines + more, ""
+        net, report = build_net(None, **options, batch_norm=args.batch_norm)
+        return net, None, lines + report.notes, ""
     if args.restore_from == INITIAL_WEIGHTS and not Path(INITIAL_WEIGHTS).exists():
         advice = "`python scripts/download.py list` shows how to get it"
         raise UserError(f'{INITIAL_WEIGHTS} does not exist: {advice}; --restore-from "" trains from scratch')
     restore_last = not args.not_restore_last
-    net, weights, more = load_init(args.restore_from, **options, batch_norm=args.batch_norm, restore_last=restore_last)
-    return net, None, lines + more, weights.seen_voc_val
+    net, weights, report = load_init(args.restore_from, **options, batch_norm=args.batch_norm, restore_last=restore_last)
+    lines += [f"{args.restore_from}: {weights.scheme}", *report.lines()]
+    return net, None, lines, weights.seen_voc_val
 
 
 def resume_net(args: Namespace, checkpoint: dict) -> tuple[nn.Module, list[str]]:
