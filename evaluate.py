@@ -4,8 +4,8 @@ from utils.command import run_command
 from utils.options import evaluation_parser
 
 
-def main() -> int:
-    args = evaluation_parser(__doc__.split(".")[0]).parse_args()
+def main(argv: list[str] | None = None) -> int:
+    args = evaluation_parser(__doc__.split(".")[0]).parse_args(argv)
     from utils import evaluation
 
     return evaluation.run(args)

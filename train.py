@@ -4,8 +4,8 @@ from utils.command import run_command
 from utils.options import training_parser
 
 
-def main() -> int:
-    args = training_parser(__doc__.split(".")[0], batch_size=10, iter_size=1, snapshot_dir="snapshots").parse_args()
+def main(argv: list[str] | None = None) -> int:
+    args = training_parser(__doc__.split(".")[0], batch_size=10, iter_size=1, snapshot_dir="snapshots").parse_args(argv)
     from deeplab import single_scale_loss
     from utils import training
 

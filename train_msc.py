@@ -4,14 +4,14 @@ from utils.command import run_command
 from utils.options import training_parser
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = training_parser(__doc__.split(".")[0], batch_size=1, iter_size=10, snapshot_dir="snapshots_msc")
     parser.add_argument(
         "--one-scale-at-a-time",
         action="store_true",
         help="hold one scale's activations at a time: less memory, 15 %% more work",
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     from deeplab import multi_scale_loss
     from utils import training
 

@@ -2,13 +2,14 @@
 
 from dataset.classes import IGNORE_LABEL, MEAN_BGR, VOC_CLASSES, voc_palette
 from dataset.sampler import StepSampler
-from dataset.transforms import PadCrop, RandomMirror, RandomScale, TrainTransform, to_input
+from dataset.transforms import Crop, PadCrop, RandomMirror, RandomScale, TrainTransform, to_input
 from dataset.voc import DatasetError, VOCSegmentation, read_class_names, read_ids, read_image, read_label
 
 __all__ = [
     "IGNORE_LABEL",
     "MEAN_BGR",
     "VOC_CLASSES",
+    "Crop",
     "DatasetError",
     "PadCrop",
     "RandomMirror",

@@ -1,5 +1,6 @@
 """The class table of PASCAL VOC, the colours of label images, the void label and the mean colour."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -39,3 +40,16 @@ VOC_NAMES = (
 VOC_CLASSES = tuple(
     VOCClass(i, name, tuple(int(v) for v in color)) for i, (name, color) in enumerate(zip(VOC_NAMES, voc_palette()))
 )
+
+
+def one_class_warning(present: Iterable[int]) -> str | None:
+    """What to say where labels hold nothing but one class; None where they hold more.
+
+    Args:
+        present: the label values that occur, 255 for void.
+    """
+    values = set(present)
+    classes = values - {IGNORE_LABEL}
+    if len(classes) > 1:
+        return None
+    return f"warning: only class {min(classes, default='none')} occurs"

@@ -1,10 +1,11 @@
-"""The augmentation of DeepLab training: random scale, random mirror, pad and crop, mean subtraction.
+"""The augmentation of DeepLab training on uint8 pictures: random scale, random mirror, pad and crop; and the net's input.
 
 Each random transform is called as ``transform(image, label, rng)`` with the picture (H, W, 3) uint8 BGR, its mask (H, W) uint8
 and a ``numpy.random.Generator``; it draws once and applies the same geometry to both.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -46,9 +47,8 @@ class PadCrop:
     The picture is padded with the mean colour (rounded to whole levels, as in the published Caffe code), the mask with 255.
     """
 
-    def __init__(self, size: tuple[int, int], mean: Sequence[float] = MEAN_BGR) -> None:
+    def __init__(self, size: tuple[int, int]) -> None:
         self.size = size
-        self.mean = [round(value) for value in mean]
 
     def __call__(self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         (height, width), (crop_height, crop_width) = label.shape, self.size
@@ -58,16 +58,24 @@ class PadCrop:
         label = label[top : top + crop_height, left : left + crop_width]
         bottom, right = crop_height - label.shape[0], crop_width - label.shape[1]
         if bottom or right:
-            image = cv2.copyMakeBorder(image, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=self.mean)
+            color = [round(value) for value in MEAN_BGR]
+            image = cv2.copyMakeBorder(image, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=color)
             label = cv2.copyMakeBorder(label, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=IGNORE_LABEL)
         return image, label
 
 
-def to_input(image: np.ndarray, mean: Sequence[float] = MEAN_BGR) -> Tensor:
-    """The net's input: (H, W, 3) uint8 BGR -> (3, H, W) float32 minus the mean colour. Nothing else subtracts the mean."""
-    pixels = image.astype(np.float32)
-    pixels -= np.asarray(mean, dtype=np.float32)
-    return torch.from_numpy(pixels).permute(2, 0, 1)  # a view: the memory stays pixel by pixel (channels last)
+class Crop(NamedTuple):
+    """A training sample as it travels from a worker to the device: bytes, no floats.
+
+    Attributes:
+        image: (h, w, 3) uint8 BGR; in a batch (N, h, w, 3).
+        label: (h, w) uint8, 255 void; in a batch (N, h, w).
+        present: (256,) bool, the label values of the whole picture as it was read; in a batch (N, 256).
+    """
+
+    image: Tensor
+    label: Tensor
+    present: Tensor
 
 
 class TrainTransform:
@@ -79,17 +87,34 @@ class TrainTransform:
     Args:
         seed: the run's seed.
         transforms: random transforms, called in order.
-        mean: BGR mean colour, see :func:`to_input`.
     """
 
-    def __init__(self, seed: int, transforms: Sequence[Callable], mean: Sequence[float] = MEAN_BGR) -> None:
+    def __init__(self, seed: int, transforms: Sequence[Callable]) -> None:
         self.seed = seed
         self.transforms = list(transforms)
-        self.mean = mean
 
-    def __call__(self, image: np.ndarray, label: np.ndarray, draw: int) -> tuple[Tensor, Tensor]:
-        """Returns (3, h, w) float32 and (h, w) int64."""
+    def __call__(self, image: np.ndarray, label: np.ndarray, draw: int) -> Crop:
         rng = np.random.default_rng((self.seed, draw))
+        present = np.bincount(label.ravel(), minlength=256) > 0
         for transform in self.transforms:
             image, label = transform(image, label, rng)
-        return to_input(image, self.mean), torch.from_numpy(label.astype(np.int64))
+        arrays = (image, label, present)
+        return Crop(
+            *(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
+        )  # a mirrored view has no bytes of its own
+
+
+def to_input(images: Tensor | np.ndarray) -> Tensor:
+    """The net's input: pictures minus the mean colour, on the device where they lie. Nothing else subtracts the mean.
+
+    Args:
+        images: (..., H, W, 3) uint8 BGR.
+
+    Returns:
+        (..., 3, H, W) float32, which lies pixel by pixel in memory (channels last).
+    """
+    images = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
+    pixels = images.to(torch.float32)
+    for channel, mean in enumerate(MEAN_BGR):  # plain numbers: a mean colour as a tensor would have to be copied to the device
+        pixels[..., channel] -= mean
+    return pixels.movedim(-1, -3)

@@ -2,9 +2,9 @@
 
 from deeplab.crf import CRFParams, dense_crf
 from deeplab.deeplabv2 import ASPP, ATROUS_RATES, DeepLabV2, deeplabv2
-from deeplab.loss import LOSS_SIZES, multi_scale_backward, multi_scale_loss, resize_labels, single_scale_loss
+from deeplab.loss import LOSS_SIZES, multi_scale_loss, resize_labels, single_scale_loss
 from deeplab.multiscale import fuse_max, multiscale_logits, predict
-from deeplab.resnet import BACKBONES, BATCH_NORM_MODES, conv_bn, fold_batch_norm
+from deeplab.resnet import BACKBONES, BATCH_NORM_MODES, conv_bn, fold_batch_norm, kept_statistics
 
 __all__ = [
     "ASPP",
@@ -19,7 +19,7 @@ __all__ = [
     "dense_crf",
     "fold_batch_norm",
     "fuse_max",
-    "multi_scale_backward",
+    "kept_statistics",
     "multi_scale_loss",
     "multiscale_logits",
     "predict",

@@ -76,6 +76,26 @@ class DeepLabV2(DilatedResNet):
     def forward(self, images: Tensor) -> Tensor:
         return self.layer5(self.features(images))
 
+    def parameter_groups(self) -> list[dict]:
+        """The learnable parameters in the published groups (``lr_mult`` and ``decay_mult`` of the official train.prototxt).
+
+        Trunk: rate x1. ASPP weights: x10. ASPP biases: x20 and no weight decay. Parameters that the batch-norm mode fixes are
+        in no group.
+
+        Returns:
+            ``{"params": [...], "lr_scale": float, "decay_scale": float}`` for each group.
+        """
+        head = dict(self.layer5.named_parameters())
+        theirs = {id(parameter) for parameter in head.values()}
+        trunk = [p for p in self.parameters() if p.requires_grad and id(p) not in theirs]
+        biases = [p for name, p in head.items() if name.endswith(".bias")]
+        weights = [p for name, p in head.items() if not name.endswith(".bias")]
+        return [
+            {"params": trunk, "lr_scale": 1.0, "decay_scale": 1.0},
+            {"params": weights, "lr_scale": 10.0, "decay_scale": 1.0},
+            {"params": biases, "lr_scale": 20.0, "decay_scale": 0.0},
+        ]
+
 
 def deeplabv2(
     backbone: str = "resnet101",

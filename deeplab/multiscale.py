@@ -5,10 +5,14 @@ as in the published Caffe net: 321 -> 241 -> 161. Pixel p of the picture then li
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from deeplab.resnet import kept_statistics
 
 TRAIN_SCALES = (1.0, 0.75, 0.5)
 OUTPUT_STRIDE = 8
@@ -26,18 +30,36 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
 
-def multiscale_logits(net: Callable[[Tensor], Tensor], images: Tensor, scales: Sequence[float] = TRAIN_SCALES) -> list[Tensor]:
+def multiscale_logits(
+    net: Callable[[Tensor], Tensor],
+    images: Tensor,
+    scales: Sequence[float] = TRAIN_SCALES,
+    one_scale_at_a_time: bool = False,
+) -> list[Tensor]:
     """The logits of each scale at that scale's own size.
 
     Args:
         net: (N, 3, H, W) -> (N, C, h, w).
         images: (N, 3, H, W) mean-subtracted BGR.
         scales: factors, at least one.
+        one_scale_at_a_time: keep only the activations of the first scale, and compute those of the others again in the
+            backward pass, for memory. At scales 1, 0.75 and 0.5 this adds (0.75^2 + 0.5^2) / (3 (1 + 0.75^2 + 0.5^2)) = 15 %
+            arithmetic. ``net`` must be a module then.
 
     Returns:
         One (N, C, h_s, w_s) a scale, in the order of ``scales``.
     """
-    return [net(resize(images, scaled_size(images.shape[-2:], scale))) for scale in scales]
+    inputs = [resize(images, scaled_size(images.shape[-2:], scale)) for scale in scales]
+    if not one_scale_at_a_time:
+        return [net(x) for x in inputs]
+    # Backward goes through what was computed last first: the first scale, whose activations are then gone before those of the
+    # others come back, one scale after another. Running statistics move in the second pass of the others, which makes it the
+    # order in which they move without this option: first scale, second, third.
+    contexts = lambda: (kept_statistics(net), nullcontext())  # noqa: E731 (of the first pass, of the second)
+    others = [
+        checkpoint(net, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts) for x in reversed(inputs[1:])
+    ]
+    return [net(inputs[0]), *reversed(others)]
 
 
 def fuse_max(logits: Sequence[Tensor]) -> Tensor:

@@ -6,7 +6,8 @@ come from differs: the pool rounds its output size up, the stride of a stage sit
 block of a dilated stage uses that stage's dilation (torchvision gives the first block the previous one's).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +63,24 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
     return net
 
 
+@contextmanager
+def kept_statistics(module: nn.Module) -> Iterator[None]:
+    """A context in which a forward pass in training mode moves no running statistic and no counter.
+
+    For passes that are made twice, as activation checkpointing does. The statistics are still handed to the kernel, with a
+    momentum of 0: checkpointing wants both passes to save the same tensors for backward.
+    """
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, torch.zeros_like(norm.num_batches_tracked)
+    try:
+        yield
+    finally:
+        for norm, (momentum, counter) in zip(norms, before):
+            norm.momentum, norm.num_batches_tracked = momentum, counter
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with a shortcut; the block of ResNet-18 and -34."""
 
@@ -109,6 +128,14 @@ class Bottleneck(nn.Module):
         y = conv_bn(y, self.conv3, self.bn3)
         shortcut = x if self.downsample is None else conv_bn(x, *self.downsample)
         return F.relu(y + shortcut, inplace=True)
+
+
+def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
+    """``block(x)`` whose activations are computed again in the backward pass instead of being kept."""
+    if torch.compiler.is_compiling():  # compiled code moves the statistics once, whatever it recomputes
+        return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+    contexts = lambda: (nullcontext(), kept_statistics(block))  # noqa: E731 (of the first pass, of the second)
+    return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 def _shortcut(inplanes: int, outplanes: int, stride: int, norm: Callable[[int], nn.Module]) -> nn.Sequential | None:
@@ -194,7 +221,7 @@ class DilatedResNet(nn.Module):
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):  # H/4, H/8, H/8, H/8
             for block in layer:
                 if self.grad_checkpoint and torch.is_grad_enabled():
-                    x = checkpoint(block, x, use_reentrant=False)
+                    x = _recomputed(block, x)
                 else:
                     x = block(x)
         return x

@@ -39,8 +39,12 @@ def save_palette_png(path: Path, label: np.ndarray) -> None:
 
 @pytest.fixture
 def toy_voc(tmp_path: Path) -> Path:
+    """See :func:`make_toy_voc`."""
+    return make_toy_voc(tmp_path / "toy")
+
+
+def make_toy_voc(root: Path) -> Path:
     """Six small pictures in the VOC layout: coloured rectangles of classes 1..3 on class 0, with a void border each."""
-    root = tmp_path / "toy"
     for folder in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
         (root / folder).mkdir(parents=True)
     rng = np.random.default_rng(0)

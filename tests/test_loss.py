@@ -1,17 +1,15 @@
 import copy
 import math
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from deeplab import LOSS_SIZES, deeplabv2, multi_scale_backward, multi_scale_loss, resize_labels, single_scale_loss
+from deeplab import LOSS_SIZES, deeplabv2, multi_scale_loss, resize_labels, single_scale_loss
 from deeplab.loss import cross_entropy
 from tests.test_multiscale import EveryEighth, naive_bilinear
 from utils import options
-from utils.training import kept_statistics
 
 
 def naive_cross_entropy(logits: np.ndarray, labels: np.ndarray, ignore_label: int = 255) -> float:
@@ -121,28 +119,46 @@ def test_an_unknown_size_is_refused():
     assert options.LOSS_SIZES == LOSS_SIZES
 
 
-@pytest.mark.parametrize("batch_norm", ["frozen", "full"])
-def test_one_scale_at_a_time_has_the_same_gradient(batch_norm):
-    """And, where batch norm learns, the same running statistics: the pass without a graph leaves them alone."""
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+@pytest.mark.parametrize("batch_norm", ["frozen", "stats", "full"])
+def test_one_scale_at_a_time_is_the_same_step(batch_norm, grad_checkpoint):
+    """The same losses, gradients, running statistics and counters."""
     torch.manual_seed(0)
     net = deeplabv2("resnet18", 3, batch_norm=batch_norm).double().train()
     other = copy.deepcopy(net)
+    other.grad_checkpoint = grad_checkpoint
     images, labels = torch.randn(2, 3, 33, 41, dtype=torch.float64), torch.randint(0, 3, (2, 33, 41))
     labels[0, :20] = 255
-    losses = multi_scale_loss(net, images, labels)
-    (losses["loss"] / 5).backward()
-    entered = []
-
-    def around(last):
-        entered.append(last)
-        return nullcontext()
-
-    probe = kept_statistics(other)(other.forward)
-    alone = multi_scale_backward(other, images, labels, probe=probe, scale_loss=lambda loss: loss / 5, around=around)
-    assert entered == [False, False, True]
-    assert {name: float(value) for name, value in alone.items()} == pytest.approx({k: v.item() for k, v in losses.items()})
-    for (name, p), q in zip(net.named_parameters(), other.parameters()):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+    for _ in range(2):
+        losses = multi_scale_loss(net, images, labels)
+        (losses["loss"] / 5).backward()
+        alone = multi_scale_loss(other, images, labels, one_scale_at_a_time=True)
+        (alone["loss"] / 5).backward()
+        assert {k: v.item() for k, v in alone.items()} == pytest.approx({k: v.item() for k, v in losses.items()})
+    for (name, p), q in zip(net.named_parameters(), other.named_parameters()):
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, q[1].grad, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
     for (name, p), q in zip(net.named_buffers(), other.buffers()):
-        if not name.endswith("num_batches_tracked"):
-            torch.testing.assert_close(p, q, msg=lambda m, name=name: f"{name}: {m}")
+        assert torch.equal(p, q), name
+
+
+def test_one_scale_at_a_time_keeps_one_scale():
+    """The bytes that autograd holds after the forward pass: those of the single-scale loss and little more."""
+
+    def kept(loss_function, **options) -> int:
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = loss_function(net, images, labels, **options)
+        del loss
+        return sum(storages.values())
+
+    net = deeplabv2("resnet18", 3).train()
+    images, labels = torch.randn(2, 3, 129, 129), torch.randint(0, 3, (2, 129, 129))
+    single, alone = kept(single_scale_loss), kept(multi_scale_loss, one_scale_at_a_time=True)
+    assert kept(multi_scale_loss) > 1.5 * single
+    assert alone < 1.1 * single

@@ -1,9 +1,8 @@
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,13 @@ import torch
 from PIL import Image
 
 import train as train_script
+import train_msc as train_msc_script
+from dataset import DatasetError
 from deeplab import multi_scale_loss, single_scale_loss
-from tests.conftest import ROOT, TOY_CLASSES
+from tests.conftest import ROOT, TOY_CLASSES, save_palette_png
 from utils import training
-from utils.command import UserError, run_command
+from utils.command import run_command
+from utils.meter import Diverged
 from utils.options import training_parser
 
 SMALL = ["--backbone", "resnet18", "--num-classes", str(TOY_CLASSES), "--input-size", "33,41", "--batch-size", "2",
@@ -26,6 +28,12 @@ SCRATCH = ["--restore-from", "none", "--batch-norm", "full", "--random-scale", "
 def train(toy_voc: Path, folder: Path, *options: str, loss=single_scale_loss) -> int:
     parser = training_parser("", batch_size=10, iter_size=1, snapshot_dir="snapshots")
     return training.run(parser.parse_args(["--data-dir", str(toy_voc), "--snapshot-dir", str(folder), *SMALL, *options]), loss)
+
+
+def train_msc(toy_voc: Path, folder: Path, *options: str) -> int:
+    """The real command line of train_msc.py, in this process."""
+    arguments = ["--data-dir", str(toy_voc), "--snapshot-dir", str(folder), *SMALL, "--iter-size", "1", *options]
+    return train_msc_script.main(arguments)
 
 
 def command(script: str, *options: str, **kwargs) -> subprocess.CompletedProcess:
@@ -40,31 +48,6 @@ def model(path: Path) -> dict[str, torch.Tensor]:
 
 def log_lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.parametrize("loss", [single_scale_loss, multi_scale_loss])
-def test_three_and_three_steps_equal_six(toy_voc, tmp_path, loss):
-    """Bit for bit, parameters and running statistics, with a restart in the middle."""
-    options = [*SCRATCH, "--iter-size", "2"]
-    train(toy_voc, tmp_path / "whole", *options, "--num-steps", "6", loss=loss)
-
-    def stop_after_three(*args, **kwargs):
-        if calls := stop_after_three.calls:
-            calls.pop()
-        else:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return loss(*args, **kwargs)
-
-    stop_after_three.calls = [None] * 5  # the sixth batch is the second of step 3
-    assert train(toy_voc, tmp_path / "parts", *options, "--num-steps", "6", loss=stop_after_three) == 130
-    torch.manual_seed(99)
-    assert train(toy_voc, tmp_path / "parts", *options, "--num-steps", "6", "--resume", loss=loss) == 0
-    assert [line["step"] for line in log_lines(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
-    whole, parts = model(tmp_path / "whole/VOC12_scenes_6.pth"), model(tmp_path / "parts/VOC12_scenes_6.pth")
-    assert whole.keys() == parts.keys()
-    assert all(torch.equal(whole[key], parts[key]) for key in whole)
-    losses = [[line["loss"] for line in log_lines(tmp_path / name)] for name in ("whole", "parts")]
-    assert losses[0] == losses[1]
 
 
 def test_accumulated_batches_equal_one_batch(toy_voc, tmp_path):
@@ -108,28 +91,6 @@ def test_what_a_run_leaves_behind(toy_voc, tmp_path):
     assert meta["atrous_rates"] == [6, 12, 18, 24]
 
 
-def test_last_checkpoint_is_not_overwritten_by_a_new_run(toy_voc, tmp_path):
-    train(toy_voc, tmp_path, *SCRATCH, "--num-steps", "1")
-    with pytest.raises(UserError, match=r"holds a run already.*--resume"):
-        train(toy_voc, tmp_path, *SCRATCH, "--num-steps", "1")
-    assert train(toy_voc, tmp_path, *SCRATCH, "--num-steps", "1", "--resume") == 0  # nothing left to do
-
-
-def test_resume_refuses_what_does_not_fit(toy_voc, tmp_path):
-    train(toy_voc, tmp_path, *SCRATCH, "--num-steps", "1")
-    with pytest.raises(UserError, match=r"num_classes 4, but 5"):
-        train(toy_voc, tmp_path, *SCRATCH, "--num-classes", "5", "--resume")
-    with pytest.raises(UserError, match=r"--batch-norm full; it cannot change to stats"):
-        train(toy_voc, tmp_path, *SCRATCH, "--batch-norm", "stats", "--resume")
-    with pytest.raises(UserError, match=r"no optimiser state"):
-        train(toy_voc, tmp_path, *SCRATCH, "--resume", str(tmp_path / "VOC12_scenes_1.pth"))
-    with pytest.raises(UserError, match=r"there is no .*nothing\.ckpt"):
-        train(toy_voc, tmp_path, *SCRATCH, "--resume", str(tmp_path / "nothing.ckpt"))
-    (tmp_path / "last.ckpt").write_bytes(b"PK broken")
-    with pytest.raises(UserError, match=r"not a checkpoint that torch can read"):
-        train(toy_voc, tmp_path, *SCRATCH, "--resume")
-
-
 def test_a_loss_that_is_not_finite_stops_the_run(toy_voc, tmp_path):
     """The message names the step and the pictures of the batch; the snapshots stay as they were."""
 
@@ -140,7 +101,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(toy_voc, tmp_path):
 
     loss.calls = 0
     options = [*SCRATCH, "--num-steps", "5", "--iter-size", "2", "--save-pred-every", "2"]
-    with pytest.raises(training.Diverged, match=r"step 3, pictures toy_\d, toy_\d") as error:
+    with pytest.raises(Diverged, match=r"step 3, pictures toy_\d, toy_\d") as error:
         train(toy_voc, tmp_path, *options, loss=loss)
     assert error.value.exit_status == 1
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)
@@ -237,8 +198,22 @@ MISTAKES = {
     "sync-bn": (["--sync-bn", "--batch-norm", "frozen"], "add --batch-norm full"),
     "sync-bn on the CPU": (["--sync-bn"], "between CUDA devices only"),
     "crop": (["--input-size", "321"], "write HEIGHT,WIDTH"),
-    "scale": (["--scale-range", "2,1"], "write LOW,HIGH"),
+    "scale range": (["--scale-range", "2,1"], "write LOW,HIGH"),
     "steps": (["--num-steps", "0"], "expected at least 1"),
+    "negative rate": (["--learning-rate", "-1"], "-1 is out of range; expected a finite number of at least 0"),
+    "no rate": (["--learning-rate", "nan"], "nan is out of range"),
+    "momentum": (["--momentum", "-1"], "-1 is out of range"),
+    "momentum of 1": (["--momentum", "1"], "1 is out of range; expected at least 0 and below 1"),
+    "weight decay": (["--weight-decay", "-1"], "-1 is out of range"),
+    "infinite power": (["--power", "inf"], "inf is out of range"),
+    "scale": (["--scale-range", "nan,nan"], "not above 0 and finite"),
+    "too many classes": (["--num-classes", "300"], "300 is too large; expected at most 255"),
+    "one class": (["--num-classes", "1"], "with a single class the loss is always 0"),
+    "void": (["--ignore-label", "256"], "256 is too large"),
+    "no mps": (["--device", "mps"], "has no mps device"),
+    "no xpu": (["--device", "xpu"], "has no xpu device"),
+    "other device": (["--device", "meta"], "--device meta is not supported"),
+    "one position": (["--input-size", "6,6", "--batch-size", "1"], "gives one position a picture"),
 }
 
 
@@ -261,30 +236,162 @@ def test_a_mistake_leaves_no_traceback(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_ctrl_c_saves_and_leaves(toy_voc, tmp_path):
-    options = [
-        "--data-dir",
-        toy_voc,
-        "--snapshot-dir",
-        tmp_path,
-        *SMALL,
-        *SCRATCH,
-        "--num-steps",
-        "100000",
-        "--num-workers",
-        "1",
-    ]
-    process = subprocess.Popen([sys.executable, "train.py", *map(str, options)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    for _ in range(600):
-        if (tmp_path / "log.jsonl").exists() and len(log_lines(tmp_path)) > 1:
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in errors
-    steps = torch.load(tmp_path / "last.ckpt", weights_only=True)["step"]
-    assert steps == log_lines(tmp_path)[-1]["step"]
+# Every option that changes how a step is made, alone and in the pairs that meet in one mechanism.
+STEPS = {
+    "plain": [],
+    "fp16": ["--amp", "fp16"],
+    "bf16": ["--amp", "bf16"],
+    "grad-checkpoint": ["--grad-checkpoint"],
+    "loss-size": ["--loss-size", "input"],
+    "iter-size": ["--iter-size", "2"],
+    "one-scale": ["--one-scale-at-a-time"],
+    "fp16 iter-size": ["--amp", "fp16", "--iter-size", "2"],
+    "fp16 one-scale": ["--amp", "fp16", "--one-scale-at-a-time"],
+    "bf16 grad-checkpoint": ["--amp", "bf16", "--grad-checkpoint"],
+    "one-scale grad-checkpoint iter-size": ["--one-scale-at-a-time", "--grad-checkpoint", "--iter-size", "2"],
+    "one-scale loss-size": ["--one-scale-at-a-time", "--loss-size", "input"],
+}
+SAME_STEP = {  # name -> (as which, how far off, as a share of the largest move in a tensor)
+    "grad-checkpoint": ("plain", 1e-3),
+    "one-scale": ("plain", 1e-3),
+    "bf16": ("plain", 0.2),
+    "bf16 grad-checkpoint": ("bf16", 0.02),
+    "fp16 one-scale": ("fp16", 0.02),
+    "one-scale grad-checkpoint iter-size": ("iter-size", 1e-3),
+    "one-scale loss-size": ("loss-size", 1e-3),
+}
+
+
+@pytest.mark.parametrize("batch_norm", ["frozen", "stats", "full"])
+def test_every_option_goes_through_the_loop(batch_norm, toy_voc, tmp_path):
+    """Two steps each from the same net; what only saves memory or time makes the same step, counters included."""
+    train(toy_voc, tmp_path / "start", *SCRATCH, "--num-steps", "1")
+    start = model(tmp_path / "start/VOC12_scenes_1.pth")
+    common = ["--restore-from", str(tmp_path / "start/VOC12_scenes_1.pth"), "--batch-norm", batch_norm, "--num-steps", "2",
+              "--learning-rate", "1e-5"]  # fmt: skip
+    ends = {}
+    for name, options in STEPS.items():
+        folder = tmp_path / name
+        assert train_msc(toy_voc, folder, *common, *options) == 0
+        ends[name] = model(folder / "VOC12_scenes_2.pth")
+        assert all(bool(value.isfinite().all()) for value in ends[name].values()), name
+        assert not torch.equal(ends[name]["conv1.weight"], start["conv1.weight"]), name
+        moved = not torch.equal(ends[name]["bn1.running_mean"], start["bn1.running_mean"])
+        assert moved == (batch_norm != "frozen"), name
+        if batch_norm != "frozen":  # three scales a batch, on top of the one of the start
+            assert int(ends[name]["bn1.num_batches_tracked"]) == 1 + 3 * 2 * (2 if "iter-size" in name else 1), name
+    for name, (other, tolerance) in SAME_STEP.items():
+        for key in (key for key in start if key.startswith(("layer5", "layer4.1.conv2"))):
+            atol = tolerance * float((ends[other][key] - start[key]).abs().max())
+            torch.testing.assert_close(ends[name][key], ends[other][key], rtol=0, atol=atol, msg=f"{name} {key}")
+
+
+def test_fp16_from_its_first_scale(toy_voc, tmp_path):
+    """The scale of 65536 is too large for the first steps; that they are left out leaves nothing behind in the momentum."""
+    options = [*SCRATCH, "--amp", "fp16", "--iter-size", "1", "--num-steps", "6", "--learning-rate", "1e-3"]
+    assert train_msc(toy_voc, tmp_path, *options) == 0
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    buffers = [entry["momentum_buffer"] for entry in state["optimizer"]["state"].values()]
+    assert max(float(buffer.abs().max()) for buffer in buffers) < 1e3
+    assert all(line["loss"] < 100 for line in log_lines(tmp_path))
+
+
+def test_compiled_steps(toy_voc, tmp_path, monkeypatch):
+    """With recomputation and learning batch norm, the likeliest to disturb the counters: the same steps as without.
+
+    The graph is captured, split into forward and backward and run as it is; generating C++ for it takes minutes.
+    """
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    train(toy_voc, tmp_path / "start", *SCRATCH, "--num-steps", "1")
+    common = ["--restore-from", str(tmp_path / "start/VOC12_scenes_1.pth"), "--batch-norm", "full", "--num-steps", "2",
+              "--learning-rate", "1e-5"]  # fmt: skip
+    for name, options in (("plain", []), ("compiled", ["--compile", "--grad-checkpoint"])):
+        train(toy_voc, tmp_path / name, *common, *options)
+    plain, compiled = (model(tmp_path / name / "VOC12_scenes_2.pth") for name in ("plain", "compiled"))
+    assert plain.keys() == compiled.keys()
+    for key, value in plain.items():
+        torch.testing.assert_close(compiled[key], value, rtol=1e-3, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_without_a_compiler_there_is_a_sentence(toy_voc, tmp_path):
+    environment = {**os.environ, "CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    options = [*SMALL, *SCRATCH, "--compile"]
+    result = command("train.py", "--data-dir", toy_voc, "--snapshot-dir", tmp_path / "s", *options, env=environment)
+    assert result.returncode == 2, result.stderr
+    assert "torch.compile does not work on this machine" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_losses_of_a_log_line_are_means_that_add_up(toy_voc, tmp_path):
+    """Over all steps since the line before: against the losses of each step, logged one by one."""
+    common = [*SCRATCH, "--num-steps", "5", "--iter-size", "2"]
+    train_msc(toy_voc, tmp_path / "each", *common, "--log-every", "1")
+    train_msc(toy_voc, tmp_path / "all", *common, "--log-every", "4")
+    each, lines = log_lines(tmp_path / "each"), log_lines(tmp_path / "all")
+    assert [line["step"] for line in lines] == [1, 4, 5]
+    for name in ("loss", "loss_max", "loss_1x", "loss_0.75x", "loss_0.5x"):
+        assert lines[1][name] == pytest.approx(np.mean([line[name] for line in each[1:4]]), abs=2e-6)
+        assert lines[2][name] == pytest.approx(each[4][name], abs=2e-6)
+    for line in lines:
+        assert line["loss"] == pytest.approx(sum(v for k, v in line.items() if k.startswith("loss_")), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["binary", "two classes"])
+def test_labels_of_one_class_are_told_once(kind, toy_voc, tmp_path, capsys):
+    for path in (toy_voc / "SegmentationClassAug").glob("*.png"):
+        label = np.array(Image.open(path))
+        save_palette_png(path, np.where((label > 0) & (label < 255), 255 if kind == "binary" else 1, 0).astype(np.uint8))
+    train(toy_voc, tmp_path, *SCRATCH, "--num-steps", "4")
+    output = capsys.readouterr()
+    assert (output.out + output.err).count("class 0") == (1 if kind == "binary" else 0)
+
+
+def test_a_broken_picture_loses_nothing(toy_voc, tmp_path):
+    """What was reached is saved before the sentence comes; a run over whole pictures then ends as if nothing had been."""
+    options = [*SCRATCH, "--num-steps", "6", "--save-pred-every", "100"]
+    train(toy_voc, tmp_path / "whole", *options)
+    picture = toy_voc / "JPEGImages/toy_1.jpg"
+    content = picture.read_bytes()
+
+    def loss(*args, **kwargs):
+        loss.calls += 1
+        if loss.calls == 3:
+            picture.write_bytes(b"broken")
+        return single_scale_loss(*args, **kwargs)
+
+    loss.calls = 0
+    with pytest.raises(DatasetError, match=r"toy_1\.jpg"):
+        train(toy_voc, tmp_path / "broken", *options, loss=loss)
+    assert 3 <= torch.load(tmp_path / "broken/last.ckpt", weights_only=True)["step"] < 6
+    picture.write_bytes(content)
+    train(toy_voc, tmp_path / "broken", *options, "--resume")
+    whole, mended = (model(tmp_path / name / "VOC12_scenes_6.pth") for name in ("whole", "broken"))
+    assert all(torch.equal(whole[key], mended[key]) for key in whole)
+
+
+def test_training_on_validation_pictures_is_marked(toy_voc, tmp_path):
+    (toy_voc / "ImageSets/Segmentation/val.txt").write_text("toy_4\ntoy_5\n")
+    (toy_voc / "trainval.txt").write_text("toy_0\ntoy_1\ntoy_4\n")
+    train(toy_voc, tmp_path / "honest", *SCRATCH, "--num-steps", "1")
+    train(toy_voc, tmp_path / "seen", *SCRATCH, "--num-steps", "1", "--data-list", str(toy_voc / "trainval.txt"))
+    metas = [torch.load(tmp_path / name / "VOC12_scenes_1.pth", weights_only=True)["meta"] for name in ("honest", "seen")]
+    assert metas[0]["seen_voc_val"] == ""
+    assert "1 of the pictures" in metas[1]["seen_voc_val"]
+
+
+def test_panels_of_large_pictures_are_shrunk_and_never_end_a_run(toy_voc, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "PANEL_SIDE", 20)
+    options = [*SCRATCH, "--num-steps", "1", "--save-num-images", "1"]
+    train(toy_voc, tmp_path / "small", *options)
+    assert Image.open(tmp_path / "small/images/000001_toy_0.png").size == (3 * 20 + 2 * 4, round(40 * 20 / 55))
+
+    def no_memory(*args):
+        raise MemoryError("for the panel")
+
+    monkeypatch.setattr(training, "save_panel", no_memory)
+    assert train(toy_voc, tmp_path / "none", *options) == 0
+    assert (tmp_path / "none/VOC12_scenes_1.pth").exists()
+    assert "warning: no panels at step 1 (MemoryError: for the panel)" in capsys.readouterr().out
 
 
 @pytest.mark.cuda

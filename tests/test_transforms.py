@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dataset import (
     MEAN_BGR,
@@ -111,6 +112,16 @@ def test_to_input_subtracts_the_mean_once():
     np.testing.assert_allclose(result[..., 0].numpy(), expected, atol=1e-4)
 
 
+def test_the_input_of_a_batch_is_that_of_its_pictures():
+    """To the last bit what subtracting in float32 gives, and laid out pixel by pixel; the bytes stay as they are."""
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), dtype=np.uint8)
+    batch = to_input(torch.from_numpy(pictures.copy()))
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    expected = pictures.astype(np.float32) - np.asarray(MEAN_BGR, dtype=np.float32)
+    assert (batch.numpy() == expected.transpose(0, 3, 1, 2)).all()
+    assert all(torch.equal(one, to_input(picture)) for one, picture in zip(batch, pictures))
+
+
 @pytest.fixture
 def toy_training_set(toy_voc):
     transform = TrainTransform(7, [RandomScale(), RandomMirror(), PadCrop((33, 41))])
@@ -130,14 +141,23 @@ def test_batches_do_not_depend_on_the_number_of_workers(toy_training_set):
         return take(make_loader(toy_training_set, sampler, workers, torch.device("cpu")), 5 - start)
 
     reference = batches(0)
-    assert reference[0][0].shape == (4, 3, 33, 41)
-    assert reference[0][0].dtype == torch.float32
-    assert reference[0][1].shape == (4, 33, 41)
-    assert reference[0][1].dtype == torch.int64
+    assert reference[0].image.shape == (4, 33, 41, 3)
+    assert reference[0].label.shape == (4, 33, 41)
+    assert reference[0].image.dtype == reference[0].label.dtype == torch.uint8
     for workers, start in ((1, 0), (3, 0), (0, 2), (1, 3)):
-        for (images, labels), (other_images, other_labels) in zip(reference[start:], batches(workers, start)):
-            assert torch.equal(images, other_images)
-            assert torch.equal(labels, other_labels)
+        for crop, other in zip(reference[start:], batches(workers, start)):
+            assert all(map(torch.equal, crop, other))
+
+
+def test_the_labels_of_the_whole_picture_are_told(toy_voc):
+    """Not only those of the crop, and as they were read."""
+    ids = read_ids(toy_voc / "ImageSets/Segmentation/val.txt")
+    data = VOCSegmentation(
+        toy_voc, ids, num_classes=TOY_CLASSES, ignore_label=2, transform=TrainTransform(7, [PadCrop((1, 1))])
+    )
+    present = data[0, 0].present
+    label = np.array(Image.open(toy_voc / "SegmentationClassAug" / f"{ids[0]}.png"))
+    assert present.nonzero().flatten().tolist() == sorted(set(np.unique(label).tolist()) - {2} | {255})
 
 
 def test_one_picture_is_drawn_differently_each_time(toy_training_set):

@@ -78,18 +78,18 @@ def load_init(path: str, **options: Any) -> tuple[DeepLabV2, Weights, LoadReport
     return net, weights, report
 
 
-def load_checkpoint(path: str | Path) -> dict:
-    """A ``last.ckpt``: model, meta, optimizer, step and generator states.
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A ``last.ckpt``: model, meta, optimizer, step, scaler, rng.
 
     Raises:
         UserError: the file is missing, broken, or a snapshot without the optimiser's state.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"--resume: there is no {path}") from None
     except Exception as error:  # torch.load raises many kinds for broken files
         raise UserError(f"--resume: {path} is not a checkpoint that torch can read ({type(error).__name__})") from None
-    if not isinstance(checkpoint, dict) or not {"model", "meta", "optimizer", "step"} <= checkpoint.keys():
+    if not isinstance(content, dict) or not {"model", "meta", "optimizer", "scaler", "rng", "step"} <= content.keys():
         raise UserError(f"--resume: {path} holds no optimiser state; give a last.ckpt, or use --restore-from to start from it")
-    return checkpoint
+    return content

@@ -1,6 +1,7 @@
 """How a command of this project is called and how it ends: errors that are the user's to mend, value types, exit statuses."""
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -54,8 +55,8 @@ def numbers(kind: type, text: str) -> tuple:
         values = tuple(kind(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers; separate them by commas") from None
-    if min(values) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} holds a number that is not above 0")
+    if not all(0 < value < math.inf for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r} holds a number that is not above 0 and finite")
     return values
 
 
@@ -67,25 +68,35 @@ def scale_range(text: str) -> tuple[float, float]:
     return values
 
 
-def probability(text: str) -> float:
-    """An argparse type: a number from 0 up to, but without, 1."""
+def number(text: str) -> float:
+    """An argparse type: a finite number of at least 0."""
     try:
         value = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no probability; expected 0 <= P < 1")
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; expected a finite number of at least 0")
     return value
 
 
-def at_least(low: int, text: str) -> int:
-    """A whole number of at least ``low``, as an argparse type: ``partial(at_least, 1)``."""
+def below_one(text: str) -> float:
+    """An argparse type: a number from 0 up to, but without, 1."""
+    value = number(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; expected at least 0 and below 1")
+    return value
+
+
+def whole(low: int, high: int | None, text: str) -> int:
+    """A whole number from ``low`` to ``high``, as an argparse type: ``partial(whole, 1, None)``."""
     try:
         value = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
     if value < low:
         raise argparse.ArgumentTypeError(f"{value} is too small; expected at least {low}")
+    if high is not None and value > high:
+        raise argparse.ArgumentTypeError(f"{value} is too large; expected at most {high}")
     return value
 
 
@@ -115,5 +126,30 @@ def default_processes(most: int) -> int:
     return max(1, min(share, most, 61 if sys.platform == "win32" else most))
 
 
-positive = partial(at_least, 1)
-not_negative = partial(at_least, 0)
+positive = partial(whole, 1, None)
+not_negative = partial(whole, 0, None)
+label_value = partial(whole, 0, 255)
+
+
+def class_count(text: str) -> int:
+    """An argparse type: a number of classes, 2..255."""
+    value = positive(text)
+    if value == 1:
+        raise argparse.ArgumentTypeError("1 is too small: with a single class the loss is always 0; count the background too")
+    if value > 255:
+        raise argparse.ArgumentTypeError(f"{value} is too large; expected at most 255, as 255 is the void label")
+    return value
+
+
+class GivenParser(argparse.ArgumentParser):
+    """An argument parser whose namespaces tell which options were on the command line: ``args.given``, a set of names."""
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def,override]  # as in argparse
+        result = super().parse_args(args, namespace)
+        defaults = {name: self.get_default(name) for name in vars(result)}
+        not_given = object()
+        self.set_defaults(**dict.fromkeys(defaults, not_given))
+        again = super().parse_args(args)
+        self.set_defaults(**defaults)
+        result.given = {name for name, value in vars(again).items() if value is not not_given}
+        return result

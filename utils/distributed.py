@@ -4,8 +4,10 @@ Everything works unchanged in a single process. ``torchrun`` sets RANK, WORLD_SI
 https://docs.pytorch.org/docs/stable/elastic/run.html.
 """
 
+import inspect
 import os
-from contextlib import nullcontext
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.command import UserError
+
+Value = TypeVar("Value")
+_hosts: dist.ProcessGroup | None = None  # of the processes' CPUs: what goes through it waits for no GPU
 
 
 def rank() -> int:
@@ -34,11 +39,13 @@ def select_device(name: str, gpu: int) -> torch.device:
     """The device to run on.
 
     Args:
-        name: ``"auto"`` (CUDA where there is any, else the CPU) or a torch device such as ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
-        gpu: index of the CUDA device where ``name`` does not give one; under torchrun each process takes its LOCAL_RANK.
+        name: ``"auto"`` (CUDA where there is any, else the CPU) or a torch device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``,
+            ``"mps"``, ``"xpu"``.
+        gpu: index of the CUDA device where ``name`` does not give one. Several processes take one each, by their number on
+            the machine, whatever ``gpu`` is.
 
     Raises:
-        UserError: the device does not exist here.
+        UserError: the device does not exist here, or several processes are to share one.
     """
     if name == "auto":
         if not torch.cuda.is_available():
@@ -49,11 +56,32 @@ def select_device(name: str, gpu: int) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name!r} is no torch device; write auto, cpu, cuda or cuda:N") from None
-    if device.type != "cuda":
-        return device
+        raise UserError(f"--device {name!r} is no torch device; write auto, cpu, cuda, cuda:N, mps or xpu") from None
+    if device.type == "cuda":
+        return _select_cuda(device, gpu)
+    available = {"cpu": True, "mps": torch.backends.mps.is_available(), "xpu": torch.xpu.is_available()}
+    if device.type not in available:
+        raise UserError(f"--device {name} is not supported; write auto, cpu, cuda, cuda:N, mps or xpu")
+    if not available[device.type]:
+        raise UserError(
+            f"--device {name}: this machine, or this build of torch, has no {device.type} device; try --device auto"
+        )
+    if device.type in ("mps", "xpu") and world_size() > 1:
+        raise UserError(f"--device {device.type} works in a single process only; leave torchrun out")
+    return device
+
+
+def _select_cuda(device: torch.device, gpu: int) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = int(os.environ["LOCAL_RANK"]) if world_size() > 1 else gpu if device.index is None else device.index
+    if world_size() > 1:
+        if device.index is not None:
+            raise UserError(
+                f"--device {device} would put {world_size()} processes on one card; write --device cuda, and choose the cards "
+                "with CUDA_VISIBLE_DEVICES"
+            )
+        index = _local_rank(count)
+    else:
+        index = gpu if device.index is None else device.index
     if not 0 <= index < count:
         raise UserError(
             f"CUDA device {index} was asked for, but this machine has {count}; choose another with --gpu or --device"
@@ -62,16 +90,54 @@ def select_device(name: str, gpu: int) -> torch.device:
     return torch.device("cuda", index)
 
 
+def _local_rank(count: int) -> int:
+    """This process's number on its machine: from torchrun, from Slurm, else by dealing the ranks out over ``count`` cards."""
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        if os.environ.get(name, "").isdecimal():
+            return int(os.environ[name])
+    return rank() % max(count, 1)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile something tiny, so that a machine without a compiler is told before any work is done.
+
+    Raises:
+        UserError: torch.compile does not work here.
+    """
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as error:  # of a dozen kinds, by what is missing
+        text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        advice = "install a C++ compiler (g++, or MSVC on Windows), or leave --compile out"
+        raise UserError(f"--compile: torch.compile does not work on this machine ({text.strip()[:200]}); {advice}") from None
+
+
 def autocast(device: torch.device, amp: str) -> torch.autocast:
     """The context of ``--amp``: ``"off"`` (float32), ``"bf16"`` or ``"fp16"``."""
     dtype = torch.float16 if amp == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype=dtype, enabled=amp != "off")
 
 
-def start(device: torch.device) -> None:
-    """Join the other processes, if there are any: NCCL for tensors on GPUs, gloo for those on CPUs."""
+def start() -> None:
+    """Join the other processes, if there are any: NCCL for tensors on GPUs, gloo for those on CPUs.
+
+    Raises:
+        UserError: RANK and WORLD_SIZE are set, but the others cannot be found.
+    """
+    global _hosts
     if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        try:
+            store, rank_, size = next(dist.rendezvous("env://"))
+            # After a restart the store may still hold the addresses of the processes before it.
+            store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            dist.init_process_group(backend, store=store, rank=rank_, world_size=size)
+        except (ValueError, RuntimeError) as error:
+            first = str(error).splitlines()[0]
+            raise UserError(
+                f"the {world_size()} processes cannot find each other ({first}); start them with torchrun"
+            ) from None
+        _hosts = dist.new_group(backend="gloo")
 
 
 def stop() -> None:
@@ -81,20 +147,75 @@ def stop() -> None:
 
 
 def wrap(module: nn.Module, device: torch.device) -> nn.Module:
-    """``module`` whose gradients are averaged over the processes; itself in a single process."""
+    """``module`` whose gradients are averaged over the processes; itself in a single process.
+
+    Its buffers are not sent around: running statistics are those of process 0, which is the one that saves.
+    """
     if world_size() == 1:
         return module
     device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
+    names = inspect.signature(DistributedDataParallel).parameters  # the option's name has changed in torch 2.14
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    options: dict[str, Any] = {"device_ids": device_ids, "gradient_as_bucket_view": True, sync_buffers: False}
+    return DistributedDataParallel(module, **options)
 
 
-def no_sync(module: nn.Module, skip: bool):
-    """A context in which a backward pass keeps its gradients to this process, where ``skip`` is set."""
-    return module.no_sync() if skip and isinstance(module, DistributedDataParallel) else nullcontext()
+def agree(*numbers: int) -> list[int]:
+    """For each number the largest that any process gave; the processes wait for one another, but not for a GPU."""
+    if _hosts is None:
+        return list(numbers)
+    tensor = torch.tensor(numbers, dtype=torch.int64)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_hosts)
+    return tensor.tolist()
+
+
+def gather(value: Value) -> list[Value]:
+    """The values of all processes, by their numbers, for small things that can be pickled."""
+    if _hosts is None:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=_hosts)
+    return values
+
+
+def from_main(make: Callable[[], Value]) -> Value:
+    """What ``make()`` returns on process 0, on every process; what it raises there is raised everywhere."""
+    if _hosts is None:
+        return make()
+    result: list[Any] = [None, None]
+    if is_main():
+        try:
+            result[0] = make()
+        except Exception as error:  # the others would wait for ever
+            result[1] = error
+    # The error may be of a kind that cannot be pickled; its sentence and its exit status can.
+    failed = result[1]
+    sent = [result[0], failed and (str(failed), getattr(failed, "exit_status", 1))]
+    dist.broadcast_object_list(sent, group=_hosts)
+    if failed:
+        raise failed
+    if sent[1]:
+        raise OtherProcessFailed(*sent[1])
+    return sent[0]
+
+
+class OtherProcessFailed(UserError):
+    """Something went wrong in another process, which tells what."""
+
+    def __init__(self, message: str, exit_status: int) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
 
 
 def sum_(tensor: Tensor) -> Tensor:
     """Add ``tensor`` up over the processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
+    return tensor
+
+
+def min_(tensor: Tensor) -> Tensor:
+    """Take the smallest of each element over the processes, in place and on the device."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MIN)
     return tensor

@@ -71,7 +71,7 @@ def run(args: Namespace) -> int:
 def evaluate(args: Namespace, pool: "CRFPool | None") -> int:
     """:func:`run`, with the processes for the CRF."""
     device = distributed.select_device(args.device, args.gpu)
-    distributed.start(device)
+    distributed.start()
     net, weights, lines = open_net(args)
     net.to(device, memory_format=torch.channels_last)
     if args.compile:

@@ -1,19 +1,28 @@
 """From the command line's data options to a data set and its loader."""
 
+import multiprocessing
+import os
+import shutil
 import signal
+import threading
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from dataset import VOCSegmentation, read_ids
 from utils.command import UserError
 from utils.options import DATA_DIR
+from utils.stop import SIGNALS
 
 TRAIN_LISTS = ("ImageSets/SegmentationAug/train_aug.txt", "ImageSets/Segmentation/train.txt")
+PATIENCE = 3.0  # seconds that workers have to end by themselves
+SHARED_MEMORY = Path("/dev/shm")
+MORE_SHARED_MEMORY = "give it more with `docker run --shm-size=1g` or `--ipc=host`"
 VAL_LISTS = ("ImageSets/SegmentationAug/val.txt", "ImageSets/Segmentation/val.txt")
 
 
@@ -45,19 +54,100 @@ def open_dataset(args: Namespace, candidates: Iterable[str], num_classes: int, t
     return data, data_list
 
 
-def make_loader(data, batch_sampler: Iterable, num_workers: int, device: torch.device, collate_fn=None) -> DataLoader:
-    """A loader whose workers use one thread each and leave Ctrl-C to the main process."""
+def make_loader(
+    data: Dataset, batch_sampler: Iterable, num_workers: int, device: torch.device, collate_fn: Callable | None = None
+) -> DataLoader:
+    """A loader whose workers use one thread each and leave signals to the main process; see :func:`running`."""
     return DataLoader(
         data,
-        batch_sampler=batch_sampler,
+        batch_sampler=batch_sampler,  # type: ignore[arg-type]  # a StepSampler has no end, and so is no torch Sampler
         num_workers=num_workers,
         collate_fn=collate_fn,
         pin_memory=device.type == "cuda",
-        persistent_workers=num_workers > 0,
         worker_init_fn=_start_worker,
     )
 
 
+@contextmanager
+def running(loader: DataLoader) -> Iterator[Iterator]:
+    """The batches of ``loader``, as a context whose end, by whatever way, is also the end of its workers.
+
+    The workers ignore SIGTERM, so that a signal to the whole process group does not take them from a main process that still
+    wants to finish its step and save. torch ends workers that linger by SIGTERM and then waits for them without limit; so what
+    is left after ``PATIENCE`` seconds is killed here.
+    """
+    before = multiprocessing.active_children()
+    batches = iter(loader)
+    workers = [process for process in multiprocessing.active_children() if process not in before]
+    try:
+        yield batches
+    finally:
+        if workers:
+            _end(batches, workers)
+
+
+def _end(batches: Iterator, workers: list) -> None:
+    def kill() -> None:
+        for worker in workers:
+            worker.kill()
+
+    timer = threading.Timer(PATIENCE, kill)
+    # torch's own handler would raise here for a worker that was killed.
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if hasattr(signal, "SIGCHLD") else None
+    timer.start()
+    try:
+        batches._shutdown_workers()  # type: ignore[attr-defined]  # what the iterator does when it is garbage; nothing public
+    finally:
+        timer.cancel()
+        kill()
+        for worker in workers:
+            worker.join()
+        if handler is not None:
+            signal.signal(signal.SIGCHLD, handler)
+
+
+def fitting_workers(num_workers: int, batch_bytes: int) -> tuple[int, str]:
+    """How many workers have room for their batches in /dev/shm, where they hand them over, at most ``num_workers``.
+
+    A worker has two batches under way, and two more are in use. Docker gives a container 64 MB.
+
+    Args:
+        num_workers: as asked for.
+        batch_bytes: of one batch of this process.
+
+    Returns:
+        The number, and a sentence where it is lower than asked for, else "".
+    """
+    if num_workers == 0 or not SHARED_MEMORY.is_dir():
+        return num_workers, ""
+    free = shutil.disk_usage(SHARED_MEMORY).free // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    fitting = max(0, min(num_workers, (free // batch_bytes - 2) // 2))
+    if fitting == num_workers:
+        return num_workers, ""
+    return fitting, (
+        f"--num-workers {num_workers} -> {fitting}: {SHARED_MEMORY} has {free / 1e6:.0f} MB free and a batch takes "
+        f"{batch_bytes / 1e6:.1f} MB; in a container, {MORE_SHARED_MEMORY}"
+    )
+
+
+def loader_error(error: RuntimeError) -> UserError | None:
+    """What a RuntimeError out of a loader means to the user; None where it is something else."""
+    text = str(error)
+    if "worker" not in text and "shared memory" not in text and "shm" not in text:
+        return None
+    if "Bus error" in text or "shared memory" in text or "shm" in text:
+        return UserError(
+            f"the workers ran out of shared memory ({SHARED_MEMORY}): {MORE_SHARED_MEMORY}, or add --num-workers 0"
+        )
+    if "killed by signal" in text or "exited unexpectedly" in text:
+        return UserError(
+            "a worker process that reads pictures was killed: memory ran out, or a file crashes its decoder; lower "
+            "--num-workers, or find the file with scripts/check_dataset.py"
+        )
+    return None
+
+
 def _start_worker(_: int) -> None:
     cv2.setNumThreads(0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -2,74 +2,100 @@
 
 import json
 import time
-from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
-from utils.files import save_json
+from utils.files import save_json, write_atomically
 
 
 class RunLog:
     """The log of one run, kept by the main process.
 
-    ``log.jsonl`` gets one JSON object a logged step: step (from 1), loss (mean since the last line), the last batch's loss of
-    each scale where there are several, lr, images_per_s and seconds since the start. A resumed run appends to it.
+    ``log.jsonl`` gets one JSON object a logged step: step (from 1), the losses (means since the last line, over all
+    processes), lr, images_per_s and seconds of running, those before a restart included. A resumed run goes on behind the last
+    line that its checkpoint knew; later ones, which tell of steps that are done again, are cut off.
 
     Args:
         folder: the snapshot folder.
-        args: the run's options, saved as ``args.json``.
+        options: the run's options, saved as ``args.json``.
         first_step: steps that are done already.
+        seconds: the time that they took.
     """
 
-    def __init__(self, folder: Path, args: Namespace, first_step: int) -> None:
-        save_json(folder / "args.json", vars(args))
-        self.file = open(folder / "log.jsonl", "a" if first_step else "w", buffering=1)  # noqa: SIM115
-        self.bar = tqdm(total=args.num_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1)
+    def __init__(self, folder: Path, options: dict[str, Any], first_step: int = 0, seconds: float = 0.0) -> None:
+        remove_torn_files(folder)
+        save_json(folder / "args.json", options)
+        path = folder / "log.jsonl"
+        cut_log(path, first_step)
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115
+        self.bar = tqdm(total=options["num_steps"], initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1)
         self.writer = None
-        if args.tensorboard:
+        if options["tensorboard"]:
             from torch.utils.tensorboard import SummaryWriter  # slow to load, and seldom asked for
 
-            self.writer = SummaryWriter(str(folder), purge_step=first_step)
-        self.images_a_step = args.batch_size * args.iter_size
-        self.start = self.last_time = time.perf_counter()
-        self.last_step = first_step
+            self.writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+        self.images_a_step = options["batch_size"] * options["iter_size"]
+        self.start = time.perf_counter() - seconds
+        self.last_time = time.perf_counter()
 
-    def say(self, *lines: str) -> None:
-        """Print lines above the bar."""
-        for line in lines:
-            self.bar.write(line)
+    def __enter__(self) -> "RunLog":
+        return self
 
-    def step(self, done: int, lr: float, losses: dict[str, Tensor], total: Tensor, logged: bool) -> None:
-        """Count a step; where it is to be logged, read the losses (which waits for a GPU) and write them down.
-
-        Args:
-            done: steps done so far.
-            lr: base rate of this step.
-            losses: scalars of the last batch, ``"loss"`` among them.
-            total: scalar, sum over the steps since the last logged one.
-            logged: whether this step is to be logged.
-        """
-        self.bar.update()
-        if not logged:
-            return
-        now = time.perf_counter()
-        steps = done - self.last_step
-        speed = steps * self.images_a_step / (now - self.last_time)
-        entry = {"step": done, "loss": round(total.item() / steps, 6)}
-        entry.update({name: round(value.item(), 6) for name, value in losses.items() if name != "loss"})
-        entry.update(lr=lr, images_per_s=round(speed, 3), seconds=round(now - self.start, 2))
-        self.file.write(json.dumps(entry) + "\n")
-        self.bar.set_postfix_str(f"loss {entry['loss']:.4f}, lr {lr:.2e}, {speed:.2f} images/s")
-        if self.writer:
-            for name in entry.keys() - {"step", "seconds"}:
-                self.writer.add_scalar(name, entry[name], done)
-        self.last_step, self.last_time = done, now
-
-    def close(self) -> None:
-        """Close the bar and the files."""
+    def __exit__(self, *error: object) -> None:
         self.bar.close()
         self.file.close()
         if self.writer:
             self.writer.close()
+
+    def say(self, *lines: str) -> None:
+        """Print lines above the bar; empty ones are left out."""
+        for line in filter(None, lines):
+            self.bar.write(line)
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has been going."""
+        return time.perf_counter() - self.start
+
+    def line(self, step: int, losses: dict[str, float], lr: float, steps: int) -> None:
+        """Write one line.
+
+        Args:
+            step: steps done.
+            losses: name -> mean over the last ``steps`` steps.
+            lr: base rate of the last step.
+            steps: since the last line.
+        """
+        now = time.perf_counter()
+        speed = steps * self.images_a_step / (now - self.last_time)
+        self.last_time = now
+        entry = {"step": step, **{name: round(value, 6) for name, value in losses.items()}, "lr": lr}
+        entry.update(images_per_s=round(speed, 3), seconds=round(self.seconds, 2))
+        self.file.write(json.dumps(entry) + "\n")
+        self.bar.set_postfix_str(f"loss {entry['loss']:.4f}, lr {lr:.2e}, {speed:.2f} images/s")
+        if self.writer:
+            for name in entry.keys() - {"step", "seconds"}:
+                self.writer.add_scalar(name, entry[name], step)
+
+
+def cut_log(path: Path, step: int) -> None:
+    """Keep the lines of ``path`` up to ``step``; a line that a killed run left half written goes, too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_atomically(path, lambda file: file.write("".join(kept).encode()))
+
+
+def remove_torn_files(folder: Path) -> None:
+    """Delete the temporary files of snapshots that a killed run did not finish."""
+    for pattern in (".last.ckpt.*.tmp", ".VOC12_scenes_*.pth.*.tmp", ".args.json.*.tmp", ".log.jsonl.*.tmp"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)

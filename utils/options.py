@@ -1,10 +1,21 @@
 """The command lines of train.py, train_msc.py and evaluate.py: the options that they share, and their defaults."""
 
 import argparse
-import os
 from functools import partial
 
-from utils.command import not_negative, numbers, positive, probability, scale_range, size
+from utils.command import (
+    GivenParser,
+    below_one,
+    class_count,
+    default_processes,
+    label_value,
+    not_negative,
+    number,
+    numbers,
+    positive,
+    scale_range,
+    size,
+)
 
 DATA_DIR = "data/VOCdevkit/VOC2012"
 INITIAL_WEIGHTS = "weights/MS_DeepLab_resnet_pretrained_COCO_init.pth"
@@ -25,12 +36,12 @@ def add_data_options(parser: argparse.ArgumentParser, default_list: str) -> None
     group.add_argument(
         "--label-dir", help="folder of the masks in --data-dir (default: SegmentationClassAug, else SegmentationClass)"
     )
-    group.add_argument("--ignore-label", type=int, default=255, help="a label that means void, beside 255")
+    group.add_argument("--ignore-label", type=label_value, default=255, help="a label that means void, beside 255")
     group.add_argument(
         "--num-workers",
         type=not_negative,
-        default=min(4, os.cpu_count() or 1),
-        help="processes that read pictures (default: %(default)s)",
+        default=default_processes(4),
+        help="processes that read pictures; 0 reads in the main process (default: %(default)s)",
     )
 
 
@@ -50,17 +61,18 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     """Where and how the arithmetic is done."""
     group = parser.add_argument_group("device")
     group.add_argument("--gpu", type=not_negative, default=0, help="index of the CUDA device (default: %(default)s)")
-    group.add_argument("--device", default="auto", help="auto (CUDA, else CPU), cpu, cuda or cuda:N (default: %(default)s)")
+    group.add_argument(
+        "--device", default="auto", help="auto (CUDA, else CPU), cpu, cuda, cuda:N, mps or xpu (default: %(default)s)"
+    )
     group.add_argument(
         "--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision; the loss stays in float32"
     )
     group.add_argument("--compile", action="store_true", help="compile the net with torch.compile")
 
 
-def training_parser(description: str, *, batch_size: int, iter_size: int, snapshot_dir: str) -> argparse.ArgumentParser:
+def training_parser(description: str, *, batch_size: int, iter_size: int, snapshot_dir: str) -> GivenParser:
     """The command line of train.py and train_msc.py, with the published flags and defaults."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.set_defaults(one_scale_at_a_time=False)
+    parser = GivenParser(description=description)
     add_data_options(parser, "ImageSets/SegmentationAug/train_aug.txt in --data-dir, else ImageSets/Segmentation/train.txt")
     group = parser.add_argument_group("augmentation")
     group.add_argument("--input-size", type=size, default=(321, 321), metavar="H,W", help="crop in pixels (default: 321,321)")
@@ -70,7 +82,7 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
 
     add_net_options(parser)
     group = parser.add_argument_group("weights")
-    group.add_argument("--num-classes", type=positive, default=21, help="classes with the background (default: %(default)s)")
+    group.add_argument("--num-classes", type=class_count, default=21, help="classes with the background (default: %(default)s)")
     group.add_argument(
         "--restore-from", default=INITIAL_WEIGHTS, help='initial weights; "" or none: from scratch (default: %(default)s)'
     )
@@ -88,10 +100,10 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
     group.add_argument("--batch-size", type=positive, default=batch_size, help="pictures a batch (default: %(default)s)")
     group.add_argument("--iter-size", type=positive, default=iter_size, help="batches a step (default: %(default)s)")
     group.add_argument("--num-steps", type=positive, default=20000, help="optimiser steps (default: %(default)s)")
-    group.add_argument("--learning-rate", type=float, default=2.5e-4, help="base rate (default: %(default)s)")
-    group.add_argument("--momentum", type=float, default=0.9, help="default: %(default)s")
-    group.add_argument("--power", type=float, default=0.9, help="of the polynomial decay (default: %(default)s)")
-    group.add_argument("--weight-decay", type=float, default=5e-4, help="default: %(default)s")
+    group.add_argument("--learning-rate", type=number, default=2.5e-4, help="base rate (default: %(default)s)")
+    group.add_argument("--momentum", type=below_one, default=0.9, help="default: %(default)s")
+    group.add_argument("--power", type=number, default=0.9, help="of the polynomial decay (default: %(default)s)")
+    group.add_argument("--weight-decay", type=number, default=5e-4, help="default: %(default)s")
     group.add_argument(
         "--loss-size", choices=LOSS_SIZES, default="output", help="shrink the labels to the logits, or enlarge the logits"
     )
@@ -105,7 +117,11 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
     group.add_argument("--log-every", type=positive, default=10, help="steps between log lines (default: %(default)s)")
     group.add_argument("--tensorboard", action="store_true", help="write TensorBoard scalars to --snapshot-dir")
     group.add_argument(
-        "--resume", nargs="?", const="last", metavar="CKPT", help="go on from CKPT, or from last.ckpt in --snapshot-dir"
+        "--resume",
+        nargs="?",
+        const="last",
+        metavar="CKPT",
+        help="go on from CKPT, or from last.ckpt in --snapshot-dir, with that run's options",
     )
     add_device_options(parser)
     return parser
@@ -118,7 +134,7 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
     add_net_options(parser)
     group = parser.add_argument_group("weights")
     group.add_argument("--restore-from", default=TRAINED_WEIGHTS, help="a snapshot or published weights (default: %(default)s)")
-    group.add_argument("--num-classes", type=positive, help="default: that of the weights file")
+    group.add_argument("--num-classes", type=class_count, help="default: that of the weights file")
 
     group = parser.add_argument_group("prediction")
     group.add_argument("--scales", type=partial(numbers, float), default=(1.0,), help="fused by maximum (default: 1)")
@@ -132,14 +148,14 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--batch-size", type=positive, default=1, help="pictures of one padded size at once (default: 1)")
     group.add_argument("--crf", action="store_true", help="refine with the dense CRF; reports the scores before and after")
     group.add_argument(
-        "--crf-workers", type=positive, default=os.cpu_count() or 1, help="processes for the CRF (default: %(default)s)"
+        "--crf-workers", type=positive, default=default_processes(64), help="processes for the CRF (default: %(default)s)"
     )
     group.add_argument(
         "--crf-prune",
-        type=probability,
+        type=below_one,
         default=0.0,
         metavar="P",
-        help="leave classes out of a picture's CRF whose probability is nowhere above P (default: 0, keep all)",
+        help="leave classes out of a picture's CRF whose below_one is nowhere above P (default: 0, keep all)",
     )
 
     group = parser.add_argument_group("output")

@@ -1,36 +1,40 @@
-"""The optimiser's groups and its learning rate, as published for DeepLab-v2."""
+"""The optimiser and its learning rate, as published for DeepLab-v2."""
 
-from torch import nn, optim
+import torch
+from torch import Tensor, nn, optim
 
 
-def param_groups(net: nn.Module, weight_decay: float) -> list[dict]:
-    """The learnable parameters in the published groups (``lr_mult`` and ``decay_mult`` of the official train.prototxt).
+class GuardedSGD(optim.SGD):
+    """SGD in one fused kernel, whose steps do nothing while ``bad`` is 1: that is decided on the device, so no host waits.
 
-    Trunk: rate x1. ASPP weights: x10. ASPP biases: x20 and no weight decay. Parameters that are fixed by the batch-norm mode
-    are in no group.
+    The momentum buffers are there from the beginning, as zeros. The fused kernel would otherwise take uninitialised memory for
+    them at its first step and, where loss scaling skips that step, go on with whatever was in it.
 
     Args:
-        net: a net whose head is called ``layer5``.
-        weight_decay: for the groups that have any.
+        net: has ``parameter_groups()``, see :meth:`deeplab.DeepLabV2.parameter_groups`; its parameters are on the device.
+        lr: base rate; each group has its multiple of it, see :func:`set_lr`.
+        momentum, weight_decay: the latter times each group's ``decay_scale``.
 
-    Returns:
-        Groups for ``torch.optim.SGD``; ``lr_scale`` is read by :func:`set_lr`.
+    Attributes:
+        bad: scalar float32 tensor on the device, 0 or 1.
     """
-    trunk, head_weights, head_biases = [], [], []
-    for name, parameter in net.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if not name.startswith("layer5."):
-            trunk.append(parameter)
-        elif name.endswith(".bias"):
-            head_biases.append(parameter)
-        else:
-            head_weights.append(parameter)
-    return [
-        {"params": trunk, "lr_scale": 1.0, "weight_decay": weight_decay},
-        {"params": head_weights, "lr_scale": 10.0, "weight_decay": weight_decay},
-        {"params": head_biases, "lr_scale": 20.0, "weight_decay": 0.0},
-    ]
+
+    def __init__(self, net: nn.Module, lr: float, momentum: float = 0.9, weight_decay: float = 5e-4) -> None:
+        groups = [{**group, "weight_decay": weight_decay * group["decay_scale"]} for group in net.parameter_groups()]
+        super().__init__(groups, lr=lr, momentum=momentum, fused=True)
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        if momentum:
+            for parameter in parameters:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self.bad: Tensor = torch.zeros((), device=parameters[0].device)
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is ever given
+        # A GradScaler puts its own finding into `found_inf` for the time of the step and removes it afterwards.
+        scaler_found = getattr(self, "found_inf", None)
+        self.found_inf = self.bad if scaler_found is None else torch.maximum(self.bad, scaler_found)
+        super().step()
+        if scaler_found is None:
+            del self.found_inf
 
 
 def poly_lr(base: float, step: int, total: int, power: float = 0.9) -> float:

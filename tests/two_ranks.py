@@ -1,0 +1,96 @@
+"""The training runs of test_distributed.py in two processes, one after another, so that they are started only once.
+
+    torchrun --nproc_per_node=2 tests/two_ranks.py TOY_VOC FOLDER
+
+Each run writes its snapshots below FOLDER, and each process what became of it to FOLDER/<rank>.json.
+"""
+
+import json
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from deeplab import single_scale_loss
+from tests.test_training import SCRATCH, STEPS, train, train_msc
+from utils import distributed
+
+STOPPED = [*SCRATCH, "--batch-norm", "frozen", "--num-steps", "5", "--save-pred-every", "2", "--learning-rate", "1e-5"]
+FROZEN = ["--batch-norm", "frozen", "--learning-rate", "1e-4", "--num-steps", "3", "--batch-size", "2"]
+# Loss scaling leaves out the first steps, and one more or less in two processes, whose shares of the loss are twice as large.
+LONGER = {name: ["--num-steps", "8"] if "fp16" in name else [] for name in STEPS}
+RUNS = {f"frozen {name}": ["--batch-norm", "frozen", *options, *LONGER[name]] for name, options in STEPS.items()}
+RUNS |= {
+    f"{mode} {name}": ["--batch-norm", mode, *STEPS[name]] for mode in ("stats", "full") for name in ("plain", "iter-size")
+}
+
+
+class Once:
+    """A loss that does something in its ``call``-th call on one process."""
+
+    def __init__(self, rank: int, call: int, act, loss=single_scale_loss) -> None:
+        self.loss, self.act, self.left = loss, act, call if distributed.rank() == rank else -1
+
+    def __call__(self, net, images, labels, **options):
+        losses = self.loss(net, images, labels, **options)
+        self.left -= 1
+        return self.act(losses) if self.left == 0 else losses
+
+    __name__ = "once"
+
+
+def send(number: int):
+    def act(losses):
+        os.kill(os.getpid(), number)
+        return losses
+
+    return act
+
+
+def outcome(run) -> list:
+    """The exit status of ``run()`` or the kind and the sentence of its error, by now on all processes."""
+    try:
+        return [run(), ""]
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+
+
+def main(toy: Path, folder: Path) -> None:
+    distributed.start()
+    distributed.stop = lambda: None  # the processes stay together from one run to the next
+    rank, start, results = distributed.rank(), folder / "start/VOC12_scenes_25.pth", {}
+
+    common = ["--restore-from", str(start), *FROZEN]
+    for name, options in RUNS.items():
+        results[name] = outcome(partial(train_msc, toy, folder / f"two {name}", *common, *options))
+    results["single"] = outcome(partial(train, toy, folder / "two single", *common))
+
+    def nan(losses):
+        return {name: loss * float("nan") for name, loss in losses.items()}
+
+    results["nan"] = outcome(partial(train, toy, folder / "nan", *STOPPED, "--log-every", "9", loss=Once(1, 3, nan)))
+    results["stop"] = outcome(partial(train, toy, folder / "stop", *STOPPED, loss=Once(1, 3, send(signal.SIGUSR1))))
+    # "Another machine": process 1 sees no checkpoint, process 0 hands it over.
+    own = folder / "stop" if rank == 0 else folder / "elsewhere"
+    results["handed over"] = outcome(partial(train, toy, own, "--resume"))
+    own = folder / "elsewhere" if rank == 0 else folder / "stop"
+    results["moved"] = outcome(partial(train, toy, own, *STOPPED, "--resume"))
+    (folder / "other.txt").write_text("toy_0\ntoy_1\n")
+    other = ["--data-list", str(folder / "other.txt")] if rank else []
+    results["lists"] = outcome(partial(train, toy, folder / "lists", *STOPPED, *other))
+
+    # A picture that only process 1 reads breaks; process 0 saves what was reached.
+    def break_picture(losses):
+        (toy / "JPEGImages/toy_3.jpg").write_bytes(b"broken")
+        (toy / "JPEGImages/toy_1.jpg").write_bytes(b"broken")
+        return losses
+
+    results["broken"] = outcome(partial(train, toy, folder / "broken", *STOPPED, loss=Once(1, 1, break_picture)))
+    (folder / f"{rank}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

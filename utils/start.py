@@ -1,0 +1,214 @@
+"""Where a training run starts: at a checkpoint (``--resume``), from weights (``--restore-from``) or from random values.
+
+Process 0 decides and reads, and hands what it found to the others: they need not see its files, and none starts elsewhere.
+"""
+
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deeplab import DeepLabV2
+from utils import distributed
+from utils.checkpoint import build_net, load_checkpoint, load_init
+from utils.command import UserError
+from utils.options import INITIAL_WEIGHTS
+from utils.schedule import poly_lr
+
+NET_OPTIONS = ("backbone", "num_classes", "atrous_rates")
+# What a resumed run may do differently without becoming another run. Everything else would change what is computed.
+MAY_CHANGE = {
+    "num_workers", "device", "gpu", "compile", "grad_checkpoint", "one_scale_at_a_time",
+    "data_dir", "data_list", "image_dir", "label_dir",  # other paths of the same pictures
+    "snapshot_dir", "save_pred_every", "save_num_images", "log_every", "tensorboard", "num_steps", "resume",
+}  # fmt: skip
+
+
+@dataclass
+class Start:
+    """Everything that a run begins with.
+
+    Attributes:
+        options: the run's options, those of the checkpoint where one is resumed and they were not given.
+        config: keyword arguments of :class:`deeplab.DeepLabV2`.
+        model: its state_dict.
+        step: steps done.
+        seen_voc_val: why the net's scores on VOC val mean nothing, "" if they mean something.
+        lines: what to tell the user.
+        checkpoint: optimizer, scaler, rng, ids (their check sum) and seconds of the checkpoint; {} for a new run.
+    """
+
+    options: dict[str, Any]
+    config: dict[str, Any]
+    model: dict[str, Tensor]
+    step: int = 0
+    seen_voc_val: str = ""
+    lines: list[str] = field(default_factory=list)
+    checkpoint: dict[str, Any] = field(default_factory=dict)
+
+    def build_net(self) -> DeepLabV2:
+        """The net with its weights, on the CPU and in training mode."""
+        with torch.device("meta"):
+            net = DeepLabV2(**self.config)
+        net.load_state_dict(self.model, assign=True)
+        return net
+
+
+def resume(args: Namespace, loss: str) -> Start | None:
+    """The start of ``--resume``, the same on all processes; None where a new run is to begin.
+
+    Args:
+        args: of :func:`utils.options.training_parser`.
+        loss: the name of the loss function, which tells train.py's runs from train_msc.py's.
+
+    Raises:
+        UserError: no or a broken checkpoint, an option that cannot change, a folder that holds another run, or processes that
+            see different checkpoints.
+    """
+    if not args.resume:
+        return None
+    path = _checkpoint_path(args)
+    steps = distributed.gather(_step_of(path))
+    if max(steps) > steps[0]:
+        main = f"sees it at step {steps[0]}" if steps[0] >= 0 else "sees none"
+        raise UserError(
+            f"--resume: process {steps.index(max(steps))} sees {path} at step {max(steps)}, but process 0 {main}; "
+            "give a --snapshot-dir that all machines share, or copy the newest last.ckpt to all"
+        )
+    if args.resume == "last" and steps[0] < 0:
+        if distributed.is_main():
+            print(f"no {path} to resume from: starting at step 0")
+        return None
+    return distributed.from_main(lambda: _resume(args, loss, path))
+
+
+def begin(args: Namespace, loss: str) -> Start:
+    """The start of a new run, the same on all processes.
+
+    Raises:
+        UserError, WeightsError: nothing to restore from, weights that do not fit, or a folder that holds another run.
+    """
+    return distributed.from_main(lambda: _begin(args, loss))
+
+
+def _checkpoint_path(args: Namespace) -> Path:
+    if args.resume in (None, "last"):
+        return Path(args.snapshot_dir) / "last.ckpt"
+    path = Path(args.resume)
+    return path / "last.ckpt" if path.is_dir() else path
+
+
+def _step_of(path: Path) -> int:
+    """The step of this process's own checkpoint; -1 where there is none, 0 where it cannot be read."""
+    if not path.exists():
+        return -1
+    try:
+        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"])
+    except Exception:  # what is wrong with it is told by the process that needs it
+        return 0
+
+
+def _begin(args: Namespace, loss: str) -> Start:
+    refuse_other_run(Path(args.snapshot_dir))
+    asked = {name: getattr(args, name) for name in NET_OPTIONS}
+    if args.restore_from:
+        if args.restore_from == INITIAL_WEIGHTS and not Path(INITIAL_WEIGHTS).exists():
+            advice = "`python scripts/download.py list` shows how to get it"
+            raise UserError(f"{INITIAL_WEIGHTS} does not exist: {advice}; --restore-from none trains from scratch")
+        restore_last = not args.not_restore_last
+        net, weights, report = load_init(args.restore_from, **asked, batch_norm=args.batch_norm, restore_last=restore_last)
+        lines, seen = [f"{args.restore_from}: {weights.scheme}", *report.lines()], weights.seen_voc_val
+    else:
+        net, report = build_net(None, **asked, batch_norm=args.batch_norm)
+        lines, seen = report.notes, ""
+        if args.batch_norm == "frozen":
+            lines.append("warning: a net from scratch learns little with frozen batch norm; use --batch-norm full")
+    options = options_of(args) | {name: net.config[name] for name in NET_OPTIONS} | {"loss": loss}
+    return Start(options, {**net.config, "batch_norm": args.batch_norm}, net.state_dict(), 0, seen, lines)
+
+
+def _resume(args: Namespace, loss: str, path: Path) -> Start:
+    checkpoint = load_checkpoint(path)
+    meta, step = checkpoint["meta"], checkpoint["step"]
+    options, lines = resumed_options(args, meta, step, loss)
+    if "snapshot_dir" not in args.given:
+        options["snapshot_dir"] = str(path.parent)
+    elif path.parent.resolve() != Path(args.snapshot_dir).resolve():
+        refuse_other_run(Path(args.snapshot_dir))
+    config = {name: meta[name] for name in (*NET_OPTIONS, "stride_in_3x3", "batch_norm_eps")}
+    config["batch_norm"] = options["batch_norm"]
+    kept = {name: checkpoint.get(name) for name in ("optimizer", "scaler", "rng", "ids", "seconds")}
+    lines.insert(0, f"resumed from {path} at step {step}")
+    return Start(options, config, checkpoint["model"], step, meta["seen_voc_val"], lines, kept)
+
+
+def resumed_options(args: Namespace, meta: dict[str, Any], step: int, loss: str) -> tuple[dict[str, Any], list[str]]:
+    """The options of a resumed run: those given now, else those of its checkpoint.
+
+    Args:
+        args: ``args.given`` holds the names of the options on the command line.
+        meta: of the checkpoint.
+        step: steps done.
+        loss: the name of the loss function.
+
+    Returns:
+        The options, and a line for each that has changed.
+
+    Raises:
+        UserError: a given option would make it another run.
+    """
+    before = {**meta["args"], **{name: meta[name] for name in NET_OPTIONS}}
+    scripts = {"single_scale_loss": "train.py", "multi_scale_loss": "train_msc.py"}
+    begun, asked = scripts.get(before.get("loss")), scripts.get(loss)
+    if begun and asked and begun != asked:
+        raise UserError(f"--resume: the run was begun with {begun}, not with {asked}; go on with that script")
+    now = options_of(args)
+    changed = {
+        name: (before[name], now[name])
+        for name in sorted(args.given & before.keys())
+        if _plain(before[name]) != _plain(now[name]) and name not in ("resume", "snapshot_dir")
+    }
+    if refused := [name for name in changed if name not in MAY_CHANGE]:
+        texts = ", ".join(f"{_flag(name)} {changed[name][0]} -> {changed[name][1]}" for name in refused)
+        raise UserError(
+            f"--resume goes on with the same run, in which these cannot change: {texts} (the run's value -> the one given); "
+            "leave them out, or start another run with --restore-from"
+        )
+    lines = [f"changed: {_flag(name)} {old} -> {new}" for name, (old, new) in changed.items()]
+    options = {name: now[name] if name in args.given else before.get(name, now[name]) for name in now}
+    options.update(loss=loss, resume=args.resume)
+    if "num_steps" in changed:
+        total, power, base = now["num_steps"], options["power"], options["learning_rate"]
+        if total <= step:
+            raise UserError(f"--resume: step {step} is reached already and --num-steps is {total}; give more, or leave it out")
+        rates = [poly_lr(base, min(step, steps), steps, power) for steps in (before["num_steps"], total)]
+        lines.append(f"with --num-steps {total} the base rate goes on at {rates[1]:.3g} instead of {rates[0]:.3g}")
+    return options, lines
+
+
+def options_of(args: Namespace) -> dict[str, Any]:
+    """The options as a snapshot keeps them: without which of them were given, and with ``--is-training`` settled."""
+    return {name: value for name, value in vars(args).items() if name != "given"}
+
+
+def refuse_other_run(folder: Path) -> None:
+    """Raise :class:`UserError` if a new run would overwrite what another one left in ``folder``."""
+    if (folder / "last.ckpt").exists():
+        advice = "add --resume to go on with it, choose another --snapshot-dir, or delete it"
+        raise UserError(f"--snapshot-dir {folder} holds a run already (last.ckpt); {advice}")
+    if numbered := sorted(folder.glob("VOC12_scenes_*.pth")):
+        raise UserError(
+            f"--snapshot-dir {folder} holds snapshots already ({numbered[0].name}), which this run would overwrite; "
+            "choose another --snapshot-dir, or move them"
+        )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
