@@ -19,11 +19,19 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset.classes import IGNORE_LABEL, VOC_CLASSES, voc_palette
-from dataset.voc import DatasetError, VOCSegmentation, read_class_names, read_ids, read_image, read_label
+from dataset.voc import (
+    TRAIN_LISTS,
+    DatasetError,
+    VOCSegmentation,
+    find_list,
+    read_class_names,
+    read_ids,
+    read_image,
+    read_label,
+)
 from scripts.data.parallel import parallel_map
 from utils.command import not_negative, positive, run_command
 from utils.files import save_json
-from utils.loader import TRAIN_LISTS, find_list
 from utils.options import DATA_DIR
 
 KINDS = (

@@ -14,7 +14,6 @@ from PIL import Image
 from dataset.classes import voc_palette
 from dataset.voc import DatasetError
 from scripts import check_dataset
-from utils.command import UserError
 
 SCRIPT = Path(check_dataset.__file__)
 
@@ -192,8 +191,8 @@ def test_what_passes_here_can_be_read_for_training(tmp_path, capsys):
     put(tmp_path, "a", [[0, 1, 7]])
     assert check(tmp_path, capsys, "--num-classes", 2)[0] == 1
     assert check(tmp_path, capsys, "--num-classes", 2, "--ignore-label", 7)[0] == 0
-    Image.fromarray(np.array([[True, False, True]])).save(tmp_path / "SegmentationClass/a.png")  # mode 1
-    assert check(tmp_path, capsys, "--num-classes", 2)[0] == 1
+    Image.fromarray(np.array([[True, False, True]])).save(tmp_path / "SegmentationClass/a.png")  # one bit a pixel
+    assert check(tmp_path, capsys, "--num-classes", 2)[0] == 0
 
 
 def test_a_cut_png_picture_is_unreadable(tmp_path, capsys):
@@ -209,7 +208,7 @@ def test_a_cut_png_picture_is_unreadable(tmp_path, capsys):
 
 
 def test_misuse(tmp_path, capsys):
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(DatasetError, match="does not exist"):
         check(tmp_path / "nowhere", capsys)
     put(tmp_path, "a", [[0, 1]])
     with pytest.raises(DatasetError, match=r"missing\.txt does not exist"):

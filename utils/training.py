@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset import (
+    TRAIN_LISTS,
     PadCrop,
     RandomMirror,
     RandomScale,
@@ -24,7 +25,7 @@ from deeplab import deeplabv2, multi_scale_backward, predict
 from utils import distributed
 from utils.checkpoint import build_net, load_checkpoint, load_init, make_meta, save_snapshot
 from utils.command import UserError
-from utils.loader import TRAIN_LISTS, make_loader, open_dataset
+from utils.loader import make_loader, open_dataset
 from utils.log import RunLog
 from utils.options import INITIAL_WEIGHTS
 from utils.schedule import param_groups, poly_lr, set_lr
