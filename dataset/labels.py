@@ -57,13 +57,18 @@ def decode_label(data: bytes) -> tuple[np.ndarray, np.ndarray]:
         BadLabel: see :func:`read_png`; a colour or 16-bit image.
     """
     pixels, palette, mode = read_png(data)
+    single_channel(pixels, mode)
+    return pixels, palette
+
+
+def single_channel(pixels: np.ndarray, mode: str) -> None:
+    """BadLabel where pixels of :func:`read_png` are no class indices: colours, or more than 8 bits."""
     if pixels.ndim != 2 or pixels.dtype != np.uint8:
         advice = f"; {TO_INDICES} turns colours into indices" if mode in ("RGB", "RGBA") else ""
         raise BadLabel(
             f"has Pillow mode {mode} with shape {pixels.shape} and type {pixels.dtype}; "
             f"expected a single-channel 8-bit PNG of class indices (mode P or L){advice}"
         )
-    return pixels, palette
 
 
 def read_png(data: bytes) -> tuple[np.ndarray, np.ndarray, str]:

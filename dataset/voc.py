@@ -159,7 +159,7 @@ def check_pair(
     """
     advice = "turn the pixels of the picture so that they lie under the label, and drop the tag (ImageMagick: -auto-orient)"
     if label_size != size:
-        cause = ""
+        cause = ": the sides are swapped, so that one of the two was turned" if label_size == size[::-1] else ""
         if orientation > 4:
             cause = f": its EXIF orientation {orientation} turns it, and the label was made without that; {advice}"
         raise DatasetError(
