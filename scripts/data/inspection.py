@@ -90,7 +90,7 @@ def inspect_label(
     if not path.exists():
         found.problems.append(("missing label", str(path)))
         return None
-    kind = "unreadable label"
+    kind, size = "unreadable label", None
     try:
         pixels, palette, mode = read_png(path.read_bytes())
         size = pixels.shape[0], pixels.shape[1]
@@ -112,8 +112,8 @@ def inspect_label(
         found.palette = {i: tuple(palette[i].tolist()) for i in present if i < len(palette)}
     except BadLabel as error:
         found.problems.append((kind, f"the label {path} {error}"))
-        return size if found.counts is not None else None
+        if kind == "re-ordered palette":
+            found.counts = None  # of nothing that means a class
     except OSError as error:
         found.problems.append((kind, f"the label {path} cannot be read ({error.strerror or error})"))
-        return None
     return size
