@@ -1,7 +1,7 @@
 """Names and colours of the classes, PASCAL VOC's and those of a data set's own, the void label and the mean colour."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -106,6 +106,11 @@ def read_class_names(root: str | Path, num_classes: int) -> list[str] | None:
     return rows and [name for name, _ in rows]
 
 
+def is_voc(names: Sequence[str]) -> bool:
+    """Whether names are those of VOC's classes but for case and signs: labelme writes ``_background_``."""
+    return [re.sub("[^a-z]", "", name.lower()) for name in names] == list(VOC_NAMES)
+
+
 def read_class_colors(root: str | Path, num_classes: int) -> dict[int, Color]:
     """The colours that tell the classes in label files, by class index; void has VOC's unless a class has that.
 
@@ -120,8 +125,7 @@ def read_class_colors(root: str | Path, num_classes: int) -> dict[int, Color]:
     colors = {index: color for index, (_, color) in enumerate(rows) if color}
     if colors:
         return colors if VOID_COLOR in colors.values() else {**colors, IGNORE_LABEL: VOID_COLOR}
-    letters = [re.sub("[^a-z]", "", name.lower()) for name, _ in rows]  # labelme writes _background_
-    return voc_colors(num_classes) if letters == list(VOC_NAMES) else {}
+    return voc_colors(num_classes) if is_voc([name for name, _ in rows]) else {}
 
 
 def one_class_warning(present: Iterable[int]) -> str | None:
