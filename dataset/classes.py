@@ -46,7 +46,7 @@ VOC_NAMES = (
 )  # fmt: skip
 VOID_COLOR: Color = (224, 224, 192)  # row 255 of the VOC colour map
 VOC_CLASSES = tuple(
-    VOCClass(i, name, tuple(int(v) for v in color)) for i, (name, color) in enumerate(zip(VOC_NAMES, voc_palette()))
+    VOCClass(i, name, (red, green, blue)) for i, (name, (red, green, blue)) in enumerate(zip(VOC_NAMES, voc_palette().tolist()))
 )
 
 
@@ -73,12 +73,12 @@ def read_classes(path: str | Path) -> list[tuple[str, Color | None]]:
             raise DatasetError(
                 f"{path} holds labelme's line __ignore__, which is void (255 in the masks) and no class; delete that line"
             )
-        name, *color = found.groups() if (found := _COLORED.fullmatch(line)) else (line,)
-        red_green_blue = [int(value) for value in color]
-        if red_green_blue and max(red_green_blue) <= 255:
-            rows.append((name, (red_green_blue[0], red_green_blue[1], red_green_blue[2])))
-        else:
-            rows.append((line, None))
+        name, color = line, None
+        if found := _COLORED.fullmatch(line):
+            red, green, blue = map(int, found.groups()[1:])
+            if max(red, green, blue) <= 255:
+                name, color = found[1], (red, green, blue)
+        rows.append((name, color))
     return rows
 
 
@@ -103,7 +103,7 @@ def read_class_names(root: str | Path, num_classes: int) -> list[str] | None:
         DatasetError: the file cannot be read, or holds another number of names.
     """
     rows = _dataset_classes(root, num_classes)
-    return rows and [name for name, _ in rows]
+    return None if rows is None else [name for name, _ in rows]
 
 
 def is_voc(names: Sequence[str]) -> bool:

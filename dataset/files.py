@@ -36,7 +36,7 @@ def read_text(path: str | Path, what: str) -> str:
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:
-        raise DatasetError(f"{what} {path} does not exist") from None
+        raise DatasetError(f"{what} {path} does not exist; check its name") from None
     except OSError as error:
         raise DatasetError(f"{what} {path} cannot be read ({error.strerror or error})") from None
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data:
@@ -120,4 +120,4 @@ def _orientation(data: bytes) -> int:
         value = tags.get(_ORIENTATION)
     except Exception:  # by where it is broken, Pillow raises SyntaxError, struct.error and others
         return 1
-    return value if value in range(1, 9) else 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1

@@ -12,7 +12,7 @@ from dataset.classes import IGNORE_LABEL, Color, voc_colors
 from dataset.files import LARGEST, PNG_SIGNATURE, DatasetError
 
 TO_INDICES = "scripts/masks_to_indices.py"
-_LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF", "HEIF")
+_LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
 
 
 class BadLabel(ValueError):
@@ -156,5 +156,5 @@ def check_palette(
         shown = ", ".join(f"{index} has the colour of {right}" for index, right in moved[:5])
         raise BadLabel(
             f"has a palette that a tool re-ordered: index {shown}; the indices are no classes any more: "
-            f"map the colours back with `python {TO_INDICES}`"
+            f"map the colours back with `python {TO_INDICES} FOLDER NEW_FOLDER`"
         )

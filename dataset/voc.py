@@ -161,7 +161,7 @@ def check_pair(
     if label_size != size:
         cause = ": the sides are swapped, so that one of the two was turned" if label_size == size[::-1] else ""
         if orientation > 4:
-            cause = f": its EXIF orientation {orientation} turns it, and the label was made without that; {advice}"
+            cause = f": its EXIF orientation {orientation} swaps the sides, and the label does not follow; {advice}"
         raise DatasetError(
             f"the label {label_path} is {label_size[1]}x{label_size[0]} pixels, its picture {size[1]}x{size[0]}; "
             f"both must be of one size{cause}"

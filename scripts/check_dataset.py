@@ -65,7 +65,7 @@ def summarize(entries: list[Inspection], data: VOCSegmentation) -> dict:
     examples["duplicate id"] = [f"{image_id} ({n} times)" for image_id, n in sorted(Counter(data.ids).items()) if n > 1]
     examples["palettes differ"] = differing_palettes(entries)
     labels = [entry.counts for entry in entries if entry.counts is not None]
-    with_wrong = [entry.counts for entry in entries if "wrong values" in dict(entry.problems)]
+    with_wrong = [entry.counts for entry in entries if entry.counts is not None and "wrong values" in dict(entry.problems)]
     none = np.zeros(256, dtype=np.int64)
     counts = sum(labels, start=none)
     in_pictures = sum((c > 0 for c in labels), start=none)

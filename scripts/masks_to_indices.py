@@ -3,9 +3,10 @@
     python scripts/masks_to_indices.py data/mine/ColourMasks data/mine/SegmentationClass
 
 The first folder is read with its sub-folders, the second one gets a PNG of the same name for each PNG there. A mask may be RGB,
-RGBA, grey or have a palette in any order: what counts is the colour that a pixel is shown in. Which class has which colour says
-classes.txt beside or in the first folder (`name r g b` a line, in the order of the classes), or --classes; without one, the
-colours are PASCAL VOC's. A colour of no class is refused. Files that are there already are never changed.
+RGBA or have a palette in any order: what counts is the colour that a pixel is shown in. Grey masks of class indices stay what
+they are. Which class has which colour says classes.txt beside or in the first folder (`name r g b` a line, in the order of the
+classes), or --classes; without one, the colours are PASCAL VOC's. A colour of no class is refused. Files that are there already
+are never changed.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from utils.command import UserError, default_processes, not_negative, run_comman
 from utils.visualize import save_indexed_png
 
 SHOWN = 50  # files in a message
+VOC = ({row.color: row.id for row in VOC_CLASSES}, len(VOC_CLASSES), "PASCAL VOC")
 
 
 def color(text: str) -> Color:
@@ -39,12 +41,12 @@ def color(text: str) -> Color:
     return red, green, blue
 
 
-def find_classes(masks: Path, given: Path | None) -> tuple[dict[Color, int], str]:
-    """The label of each class's colour, and where the colours come from."""
+def find_classes(masks: Path, given: Path | None) -> tuple[dict[Color, int], int, str]:
+    """The label of each class's colour, the number of classes, and where both come from."""
     folder = masks if masks.is_dir() else masks.parent
     path = given or next((path for path in (folder / "classes.txt", folder.parent / "classes.txt") if path.is_file()), None)
     if path is None:
-        return {row.color: row.id for row in VOC_CLASSES}, "PASCAL VOC"
+        return VOC
     rows = read_classes(path)
     if len(rows) > IGNORE_LABEL:
         raise UserError(f"{path} names {len(rows)} classes; expected at most {IGNORE_LABEL}: that label means void")
@@ -53,9 +55,9 @@ def find_classes(masks: Path, given: Path | None) -> tuple[dict[Color, int], str
         if own is not None and (first := table.setdefault(own, index)) != index:
             raise UserError(f"{path} gives {rows[first][0]} and {name} one colour, {own}; expected a colour for each class")
     if table:
-        return table, str(path)
+        return table, len(rows), str(path)
     if is_voc([name for name, _ in rows]):
-        return {row.color: row.id for row in VOC_CLASSES}, "PASCAL VOC"
+        return VOC
     raise UserError(f"{path} gives no colours; expected `name r g b` a line, as in `road 128 64 128`")
 
 
@@ -81,25 +83,38 @@ def find_masks(masks: Path, out: Path) -> list[tuple[Path, Path]]:
     return pairs
 
 
-def shown_colors(data: bytes) -> np.ndarray:
-    """The pixels of a PNG in the colours that it is shown in, (H, W, 3) uint8 RGB.
+def read_labels(data: bytes, table: Mapping[Color, int], num_classes: int) -> np.ndarray:
+    """The labels of a PNG by the colours that its pixels are shown in, (H, W) uint8; see :func:`to_indices`.
 
     Raises:
-        BadLabel: no PNG, a damaged one, half transparent pixels, or an index without a colour.
+        BadLabel: no PNG, a damaged one, colours of no class, half transparent pixels, an index without a colour, or grey values
+            that can be read as colours and as class indices.
     """
     pixels, palette, mode = read_png(data)
     if mode == "P":
         if pixels.max() >= len(palette):
             raise BadLabel(f"holds the index {pixels.max()}, and its palette has {len(palette)} colours")
-        return palette[pixels]
+        return to_indices(palette[pixels], table)
     if pixels.dtype != np.uint8:
         raise BadLabel("is grey of 16 bits; expected colours")
-    if pixels.ndim == 2:
-        stretch = 255 // (2 ** min(data[24], 8) - 1)  # grey of fewer bits is shown from black to white, too
-        return np.repeat(pixels[..., None] * np.uint8(stretch), 3, axis=2)
     if mode in ("LA", "RGBA") and (half := int(((pixels[..., -1] > 0) & (pixels[..., -1] < 255)).sum())):
         raise BadLabel(f"holds {half} half transparent pixels; expected whole colours")
-    return np.repeat(pixels[..., :1], 3, axis=2) if mode == "LA" else pixels[..., :3]
+    if mode in ("RGB", "RGBA"):
+        return to_indices(pixels[..., :3], table)
+    values = pixels[..., 0] if mode == "LA" else pixels
+    stretch = 255 // (2 ** min(data[24], 8) - 1)  # grey of fewer than 8 bits is shown from black to white, too
+    indices = bool(((values < num_classes) | (values == IGNORE_LABEL)).all())
+    try:
+        labels = to_indices(np.repeat((values * stretch)[..., None], 3, axis=2), table)
+    except BadLabel:
+        if indices:
+            return values
+        raise
+    if indices and not np.array_equal(labels, values):
+        raise BadLabel(
+            "is grey, and its values are colours of classes as well as class indices; save it as RGB if they are colours"
+        )
+    return labels
 
 
 def to_indices(colors: np.ndarray, table: Mapping[Color, int]) -> np.ndarray:
@@ -113,16 +128,14 @@ def to_indices(colors: np.ndarray, table: Mapping[Color, int]) -> np.ndarray:
         order = np.argsort(-counts, kind="stable")[:8]
         shown = [f"({c >> 16}, {c >> 8 & 255}, {c & 255}) on {n} pixels" for c, n in zip(unknown[order], counts[order])]
         hint = "; colours between those of the classes come from resizing or from JPEG" if len(unknown) > 8 else ""
-        if all(c >> 16 == c >> 8 & 255 == c & 255 for c in unknown.tolist()):
-            hint = "; all are grey: a grey mask of class indices is read as it is"
         raise BadLabel(f"holds {len(unknown)} colours of no class: {', '.join(shown)}{', ...' * (len(unknown) > 8)}{hint}")
     return np.array(labels, dtype=np.uint8)[places]
 
 
-def convert(path: Path, target: Path, table: Mapping[Color, int], palette: np.ndarray) -> tuple[Path, str]:
+def convert(path: Path, target: Path, table: Mapping[Color, int], num_classes: int, palette: np.ndarray) -> tuple[Path, str]:
     """Write the indices of one mask; returns its path and "new", "there", or what is wrong. Runs in the worker processes."""
     try:
-        labels = to_indices(shown_colors(path.read_bytes()), table)
+        labels = read_labels(path.read_bytes(), table, num_classes)
     except (BadLabel, OSError) as error:
         return path, str(error) if isinstance(error, BadLabel) else f"cannot be read ({error.strerror or error})"
     if os.path.lexists(target):
@@ -152,7 +165,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     pairs = find_masks(args.masks, args.out)
-    table, origin = find_classes(args.masks, args.classes)
+    table, num_classes, origin = find_classes(args.masks, args.classes)
     if taken := [own for own in args.void if own in table]:
         text = ",".join(map(str, taken[0]))
         raise UserError(f"--void {text} is the colour of class {table[taken[0]]} in {origin}; leave it out")
@@ -161,10 +174,10 @@ def main(argv: list[str] | None = None) -> int:
         palette[label] = own
     # Void gets a colour of its own, by which a re-ordered palette is told.
     palette[IGNORE_LABEL] = next(own for own in (VOID_COLOR, (255, 255, 255), (1, 1, 1)) if own not in table)
-    table |= {own: IGNORE_LABEL for own in (VOID_COLOR, *args.void) if own not in table}
+    table = table | {own: IGNORE_LABEL for own in (VOID_COLOR, *args.void) if own not in table}
 
     print(f"{len(pairs)} masks; the colours are those of {origin}")
-    tasks = ((path, target, table, palette) for path, target in pairs)
+    tasks = ((path, target, table, num_classes, palette) for path, target in pairs)
     done = dict(tqdm(parallel_map(convert, tasks, args.workers), "masks", len(pairs), unit="mask", disable=None))
     bad = [f"{path} {outcome}" for path, outcome in sorted(done.items()) if outcome not in ("new", "there")]
     new = sum(outcome == "new" for outcome in done.values())

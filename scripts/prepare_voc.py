@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Iterator
 from itertools import chain, count
+from operator import methodcaller
 from pathlib import Path
 
 from tqdm import tqdm
@@ -116,7 +117,7 @@ def fetch_missing_pictures(ids: set[str], sbd: Path | None, data_dir: Path) -> s
     if missing and sbd is not None:
         wanted = {f"img/{image_id}.jpg" for image_id in missing}
         for name, data in tqdm(read_sbd(sbd, wanted), "pictures from SBD", len(wanted), unit="file", disable=None):
-            write_atomically(data_dir / "JPEGImages" / Path(name).name, lambda file, data=data: file.write(data))
+            write_atomically(data_dir / "JPEGImages" / Path(name).name, methodcaller("write", data))
             missing.remove(Path(name).stem)
     return missing
 
@@ -240,7 +241,7 @@ def write_lists(lists: dict[str, set[str]], own: set[str], data_dir: Path, aside
                 set_aside(path, aside)
                 print(f"{path} named other ids or masks: moved to {aside}/")
             text = "".join(f"{image_id}\n" for image_id in sorted(listed)).encode()
-            write_atomically(path, lambda file, text=text: file.write(text))
+            write_atomically(path, methodcaller("write", text))
         published = " (ids as published)" if ids_md5(listed) == PUBLISHED[name][1] else ""
         print(f"{path}: {len(listed)} ids{published}")
 

@@ -128,9 +128,9 @@ def read_sbd(path: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
         with tarfile.open(path, "r|*") as archive:
             for member in archive:
                 name = member.name.rpartition("dataset/")[2]
-                if name in left and member.isfile():
+                if name in left and member.isfile() and (file := archive.extractfile(member)):
                     left.remove(name)
-                    yield name, archive.extractfile(member).read()
+                    yield name, file.read()
                     if not left:
                         return
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
