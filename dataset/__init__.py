@@ -1,13 +1,18 @@
 """From an image id to a batch: the VOC data set and its classes, the transforms and the sampler."""
 
-from dataset.classes import IGNORE_LABEL, MEAN_BGR, VOC_CLASSES, voc_palette
+from dataset.classes import IGNORE_LABEL, MEAN_BGR, VOC_CLASSES, one_class_warning, read_class_names, voc_palette
+from dataset.files import DatasetError, read_image
+from dataset.labels import read_label
+from dataset.lists import read_ids, read_list
 from dataset.sampler import StepSampler
 from dataset.transforms import Crop, PadCrop, RandomMirror, RandomScale, TrainTransform, to_input
-from dataset.voc import DatasetError, VOCSegmentation, read_class_names, read_ids, read_image, read_label
+from dataset.voc import TRAIN_LISTS, VAL_LISTS, VOCSegmentation, find_list
 
 __all__ = [
     "IGNORE_LABEL",
     "MEAN_BGR",
+    "TRAIN_LISTS",
+    "VAL_LISTS",
     "VOC_CLASSES",
     "Crop",
     "DatasetError",
@@ -17,10 +22,13 @@ __all__ = [
     "StepSampler",
     "TrainTransform",
     "VOCSegmentation",
+    "find_list",
+    "one_class_warning",
     "read_class_names",
     "read_ids",
     "read_image",
     "read_label",
+    "read_list",
     "to_input",
     "voc_palette",
 ]

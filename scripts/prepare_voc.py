@@ -5,25 +5,28 @@
 
 Into --data-dir go SegmentationClassAug/<id>.png (class indices under the VOC palette) and the lists
 ImageSets/SegmentationAug/{train_aug,trainval_aug,val}.txt. Where VOC and SBD both have a mask, VOC's is taken: only that one
-has the void border. An interrupted run goes on where it stopped; a finished one changes nothing.
+has the void border. Masks and lists that are there already are compared: what is right stays as it is, in whatever form, and
+what is not is moved to SegmentationClassAug_replaced/. So an interrupted run goes on where it stopped, and a finished one
+changes nothing.
 """
 
 import argparse
 import hashlib
-import os
 import re
 import sys
-from itertools import chain
+from collections.abc import Iterator
+from itertools import chain, count
+from operator import methodcaller
 from pathlib import Path
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset.voc import DatasetError, read_ids
-from scripts.data.masks import AUG_DIR, convert, finished, read_ready, read_sbd, ready_masks, sbd_ids
+from dataset import DatasetError, read_ids, read_list
+from scripts.data.masks import AUG_DIR, VOC_DIR, agrees, convert, read_ready, read_sbd, ready_masks, sbd_ids, set_aside
 from scripts.data.parallel import parallel_map
-from utils.command import not_negative, run_command
+from utils.command import default_processes, not_negative, run_command
 from utils.files import write_atomically
 from utils.options import DATA_DIR
 
@@ -114,7 +117,7 @@ def fetch_missing_pictures(ids: set[str], sbd: Path | None, data_dir: Path) -> s
     if missing and sbd is not None:
         wanted = {f"img/{image_id}.jpg" for image_id in missing}
         for name, data in tqdm(read_sbd(sbd, wanted), "pictures from SBD", len(wanted), unit="file", disable=None):
-            write_atomically(data_dir / "JPEGImages" / Path(name).name, lambda file, data=data: file.write(data))
+            write_atomically(data_dir / "JPEGImages" / Path(name).name, methodcaller("write", data))
             missing.remove(Path(name).stem)
     return missing
 
@@ -126,9 +129,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     source.add_argument("--sbd", help=f"SBD's folder or benchmark.tgz ({SBD_FOLDER}, else {SBD_ARCHIVE})")
     source.add_argument("--aug", type=Path, help="a ready SegmentationClassAug folder or zip, instead of SBD")
     parser.add_argument(
-        "--workers", type=not_negative, default=os.cpu_count() or 1, help="processes; 0 works in this one (%(default)s)"
+        "--workers", type=not_negative, default=default_processes(64), help="processes; 0 works in this one (%(default)s)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="write every mask anew, also those that are there and whole")
+    parser.add_argument("--overwrite", action="store_true", help="write every mask anew, also those that are there and right")
     parser.add_argument("--strict", action="store_true", help="end with status 1 where a list is not the published one")
     return parser.parse_args(argv)
 
@@ -137,6 +140,7 @@ def prepare(args: argparse.Namespace) -> int:
     data_dir: Path = args.data_dir
     train, val = read_voc_lists(data_dir)
     notes = [difference("train", train, data_dir), difference("val", val, data_dir)]
+    ready: dict[str, str] = {}
     if args.aug:
         source, sbd = args.aug, None
         ready = ready_masks(source)
@@ -154,41 +158,36 @@ def prepare(args: argparse.Namespace) -> int:
     if unsafe := {image_id for image_id in ids if not re.fullmatch(r"[\w-]+", image_id)}:
         raise DatasetError(f"{len(unsafe)} ids cannot be file names: {examples(unsafe)}; expected ids such as 2007_000032")
 
-    own = {image_id for image_id in train | val if (data_dir / "SegmentationClass" / f"{image_id}.png").exists()}
+    own = {image_id for image_id in train | val if (data_dir / VOC_DIR / f"{image_id}.png").exists()}
     missing = fetch_missing_pictures(ids, sbd, data_dir)
     bad = [f"{image_id}: JPEGImages has no picture of it" for image_id in sorted(missing)]
-    bad += [f"{image_id}: SegmentationClass has no mask of it" for image_id in sorted((train | val) - own - extra)]
+    bad += [f"{image_id}: {VOC_DIR} has no mask of it" for image_id in sorted((train | val) - own - extra)]
     if borrowed := (train | val) & extra - own:
-        notes.append(
-            f"{len(borrowed)} VOC ids lack a mask in SegmentationClass and take the one of {source}: {examples(borrowed)}"
-        )
+        notes.append(f"{len(borrowed)} VOC ids lack a mask in {VOC_DIR} and take the one of {source}: {examples(borrowed)}")
+    if ready:
+        notes.append(compare_with_voc(source, ready, own & extra, data_dir, args.workers))
 
-    # Masks that an earlier run finished stay.
+    # Masks are read here, one file after the other, and compared and written in the worker processes.
+    aside = next(path for n in count(1) if not (path := data_dir / f"{AUG_DIR}_replaced{'' if n == 1 else n}").exists())
     target = data_dir / AUG_DIR
     target.mkdir(exist_ok=True)
     for path in target.glob(".*.png.*.tmp"):  # left by a run that was killed
         path.unlink()
-    there = set() if args.overwrite else {path.stem for path in target.glob("*.png")} & ids
-    checks = parallel_map(finished, ((image_id, data_dir) for image_id in sorted(there)), args.workers)
-    whole = set(tqdm(checks, "masks already there", len(there), unit="mask", disable=None)) - {None}
-    from_voc, from_extra = own - whole - missing, extra - own - whole - missing
-    print(f"masks: {len(whole)} already there, {len(from_voc)} to come from VOC, {len(from_extra)} from {source}")
-
-    # The others are read here, one file after the other, and converted in the worker processes.
-    own_masks = ((image_id, (data_dir / "SegmentationClass" / f"{image_id}.png").read_bytes()) for image_id in sorted(from_voc))
-    if sbd is None:
-        kind, extra_masks = "png", read_ready(source, ready, from_extra)
-    else:
-        kind, wanted = "mat", {f"cls/{image_id}.mat" for image_id in from_extra}
-        extra_masks = ((Path(name).stem, data) for name, data in read_sbd(sbd, wanted))
-    tasks = chain(
-        ((image_id, "png", data, data_dir) for image_id, data in own_masks),
-        ((image_id, kind, data, data_dir) for image_id, data in extra_masks),
-    )
+    from_voc, from_extra = own - missing, extra - own - missing
+    masks = chain(voc_masks(from_voc, data_dir), extra_masks(source, ready, from_extra))
+    tasks = ((image_id, kind, data, data_dir, aside, args.overwrite) for image_id, kind, data in masks)
     converted = parallel_map(convert, tasks, args.workers)
-    problems = dict(tqdm(converted, "masks", len(from_voc) + len(from_extra), unit="mask", disable=None))
-    bad += [f"{image_id}: the mask {problem}" for image_id, problem in sorted(problems.items()) if problem]
-    bad += [f"{image_id}: {source} has no mask of it" for image_id in sorted(from_extra - problems.keys())]
+    outcomes = dict(tqdm(converted, "masks", len(from_voc) + len(from_extra), unit="mask", disable=None))
+    by_outcome = {name: {i for i, outcome in outcomes.items() if outcome == name} for name in ("there", "new", "replaced")}
+    bad += [f"{i}: {outcome}" for i, outcome in sorted(outcomes.items()) if outcome not in by_outcome]
+    bad += [f"{image_id}: {source} has no mask of it" for image_id in sorted(from_extra - outcomes.keys())]
+    written = by_outcome["new"] | by_outcome["replaced"]
+    print(
+        f"masks: {len(by_outcome['there'])} already there, {len(written & from_voc)} written from VOC, "
+        f"{len(written & from_extra)} from {source}"
+    )
+    if replaced := by_outcome["replaced"]:
+        print(f"{len(replaced)} masks were there but are not those of VOC or {source}: moved to {aside}/: {examples(replaced)}")
     if bad:
         print("\n".join(bad[:50]), file=sys.stderr)
         more = f" (and {len(bad) - 50} more)" if len(bad) > 50 else ""
@@ -198,19 +197,65 @@ def prepare(args: argparse.Namespace) -> int:
         )
 
     notes += [difference(name, lists[name], data_dir) for name in ("train_aug", "trainval_aug")]
-    folder = data_dir / "ImageSets/SegmentationAug"
-    folder.mkdir(exist_ok=True)
-    for name, listed in lists.items():
-        text = "".join(f"{image_id}\n" for image_id in sorted(listed)).encode()
-        write_atomically(folder / f"{name}.txt", lambda file, text=text: file.write(text))
-        agrees = " (as published)" if ids_md5(listed) == PUBLISHED[name][1] else ""
-        print(f"{folder / name}.txt: {len(listed)} ids{agrees}")
+    write_lists(lists, own, data_dir, aside)
     notes = [note for note in notes if note]
     for note in notes:
         print(f"warning: {note}", file=sys.stderr)
     if notes:
         print("warning: this is not the published set; results on it do not compare with published ones", file=sys.stderr)
     return 1 if notes and args.strict else 0
+
+
+def compare_with_voc(source: Path, ready: dict[str, str], ids: set[str], data_dir: Path, workers: int) -> str | None:
+    """What sets ready masks apart from the published ones, which are VOC's own where VOC has any; None if nothing does."""
+    tasks = ((image_id, data, data_dir) for image_id, data in read_ready(source, ready, ids))
+    compared = tqdm(parallel_map(agrees, tasks, workers), "compared with VOC", len(ids), unit="mask", disable=None)
+    other = {image_id for image_id, same in compared if not same}
+    if not other:
+        return None
+    return f"{len(other)} of the {len(ids)} masks in {source} that VOC has, too, are not VOC's: {examples(other)}"
+
+
+def voc_masks(ids: set[str], data_dir: Path) -> Iterator[tuple[str, str, bytes]]:
+    """Yield (id, "png", content) of VOC's own masks."""
+    for image_id in sorted(ids):
+        yield image_id, "png", (data_dir / VOC_DIR / f"{image_id}.png").read_bytes()
+
+
+def extra_masks(source: Path, ready: dict[str, str], ids: set[str]) -> Iterator[tuple[str, str, bytes]]:
+    """Yield (id, "png", content) of ready masks, or (id, "mat", content) of SBD's."""
+    if ready:
+        yield from ((image_id, "png", data) for image_id, data in read_ready(source, ready, ids))
+    else:
+        yield from ((Path(name).stem, "mat", data) for name, data in read_sbd(source, {f"cls/{i}.mat" for i in ids}))
+
+
+def write_lists(lists: dict[str, set[str]], own: set[str], data_dir: Path, aside: Path) -> None:
+    """Write the lists, one bare id a line; a file that lists the same ids and masks already, in any form, stays as it is."""
+    folder = data_dir / "ImageSets/SegmentationAug"
+    folder.mkdir(exist_ok=True)
+    for name, listed in lists.items():
+        path = folder / f"{name}.txt"
+        if not says(path, listed, own):
+            if path.exists():
+                set_aside(path, aside)
+                print(f"{path} named other ids or masks: moved to {aside}/")
+            text = "".join(f"{image_id}\n" for image_id in sorted(listed)).encode()
+            write_atomically(path, methodcaller("write", text))
+        published = " (ids as published)" if ids_md5(listed) == PUBLISHED[name][1] else ""
+        print(f"{path}: {len(listed)} ids{published}")
+
+
+def says(path: Path, listed: set[str], own: set[str]) -> bool:
+    """Whether a list names each of ``listed`` once, with the masks that are in place; VOC's ``own`` are in two folders."""
+    try:
+        entries = read_list(path)
+    except DatasetError:  # missing, empty or no text
+        return False
+    ids = [entry.id for entry in entries]
+    folders = {entry.id: (AUG_DIR, VOC_DIR) if entry.id in own else (AUG_DIR,) for entry in entries}
+    right = all(e.label is None or e.label in [f"{folder}/{e.id}.png" for folder in folders[e.id]] for e in entries)
+    return right and len(ids) == len(listed) and set(ids) == listed
 
 
 def main(argv: list[str] | None = None) -> int:

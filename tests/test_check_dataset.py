@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from dataset.classes import voc_palette
-from dataset.voc import DatasetError
+from dataset.voc import DatasetError, read_image
 from scripts import check_dataset
-from utils.command import UserError
+from tests.pngs import PALETTE, RGB, png
 
 SCRIPT = Path(check_dataset.__file__)
 
@@ -83,7 +83,7 @@ def test_every_fault_is_counted_and_named(tmp_path, capsys):
     status, text = check(tmp_path, capsys, "--num-classes", 3, "--json", report)
     assert status == 1
     found = json.loads(report.read_text())
-    assert {kind: row["count"] for kind, row in found["problems"].items()} == {
+    assert {kind: row["count"] for kind, row in found["problems"].items() if row["count"]} == {
         "missing picture": 1,
         "unreadable picture": 1,
         "missing label": 1,
@@ -96,12 +96,12 @@ def test_every_fault_is_counted_and_named(tmp_path, capsys):
     assert found["good"] == 1
     assert found["ids"] == 10
     for part in (
-        "high: 3, 9",
+        "high.png holds the values 3, 9; expected class indices 0..2 and 255 for void",
         "colour: mode RGB, 3 colours (0, 0, 0), (0, 128, 0), (128, 0, 0)",
-        "turned: label 3x2, picture 2x3, sides swapped",
+        "turned.png is 3x2 pixels, its picture 2x3; both must be of one size: the sides are swapped",
         "good (2 times)",
-        "Pillow mode I;16",
-        "1 labels look like a colour rendering of the VOC palette",
+        "Pillow mode I",
+        "1 labels look like a colour rendering of the classes: `python scripts/masks_to_indices.py`",
         "WRONG: 1 good pairs, 10 lines in the list",
     ):
         assert part in text
@@ -145,6 +145,12 @@ def counts(**pixels):
         (counts(v0=5, v38=2, v113=1), 21, 255, "(38 = aeroplane)"),
         (counts(v0=5, v128=2, v147=1, v220=1), 21, 255, "(128 = car)"),
         (counts(v0=5, v255=7), 2, 255, "binary masks 0/255"),
+        (counts(v0=5, v128=2, v255=7), 21, 255, "three levels (a trimap: 0, 128, 255)"),
+        (counts(v0=5, v127=2, v255=7), 2, 255, "three levels (a trimap: 0, 127, 255)"),
+        (counts(**{f"v{i}": 1 for i in range(1, 16)}), 21, 255, "class 0 never occurs: if the labels count from 1, subtract 1"),
+        (counts(**{f"v{i}": 1 for i in range(1, 16)}), 21, 255, "--num-classes 15"),
+        (counts(v0=5, v85=2, v170=1, v255=4), 4, 255, "multiples of 85"),
+        (counts(v0=5, v17=2, v34=1), 21, 255, "multiples of 17"),
         (counts(v1=5, v2=7, v3=1), 3, 255, "count from 1 to 3: subtract 1"),
         (counts(v1=5, v2=7, v3=1, v255=4), 4, 255, "class 0 never occurs"),
         (counts(v0=5, v3=7, v11=1), 11, 255, "--ignore-label 11 if it is void"),
@@ -173,7 +179,7 @@ def test_colour_labels_of_each_kind(tmp_path, capsys):
     put(tmp_path, "camvid", np.array([[[128, 128, 128], [0, 0, 192]]]))  # rows 7 and 36 of the palette, of which VOC has 21
     status, text = check(tmp_path, capsys)
     assert status == 1
-    assert "1 labels look like a colour rendering of the VOC palette" in text
+    assert "1 labels look like a colour rendering of the classes: `python scripts/masks_to_indices.py`" in text
     assert "1 labels are grey pictures saved with three channels" in text
     assert "2 labels are colour pictures" in text
 
@@ -188,12 +194,109 @@ def test_binary_masks_are_wrong_although_each_file_can_be_read(tmp_path, capsys)
     assert "WRONG: 2 good pairs" in text
 
 
+def save_png(root, image_id, data):
+    (root / f"SegmentationClass/{image_id}.png").write_bytes(data)
+
+
+def test_re_ordered_palettes(tmp_path, capsys):
+    black, red, green, void = (0, 0, 0), (128, 0, 0), (0, 128, 0), (224, 224, 192)
+    put(tmp_path, "good", [[0, 1, 255]], mode="P")
+    put(tmp_path, "bad", [[0, 1, 2]])
+    save_png(tmp_path, "bad", png([[0, 1, 2]], 2, PALETTE, [black, green, void]))
+    status, text = check(tmp_path, capsys)
+    assert status == 1
+    assert line(text, "re-ordered palette")[-1] == "1"
+    assert "bad.png has a palette that a tool re-ordered: index 1 has the colour of 2, 2 has the colour of 255" in text
+    # of four classes nobody gave the colours: only that the palettes differ can be told
+    status, text = check(tmp_path, capsys, "--num-classes", 4)
+    assert status == 1
+    assert "index 1: (0, 128, 0) in 1, as bad; (128, 0, 0) in 1, as good" in text
+    assert "index 2" not in text  # one file alone has it
+    (tmp_path / "classes.txt").write_text("ground 0 0 0\nred 128 0 0\ngreen 0 128 0\nblue 0 0 128\n")
+    assert line(check(tmp_path, capsys, "--num-classes", 4)[1], "re-ordered palette")[-1] == "1"
+    (tmp_path / "classes.txt").unlink()
+    # grey labels have no palette, and a cut one is none of its own
+    put(tmp_path, "grey", [[0, 1, 3]])
+    save_png(tmp_path, "bad", png([[0, 1, 1]], 1, PALETTE, [black, red]))
+    status, text = check(tmp_path, capsys, "--num-classes", 4)
+    assert (status, line(text, "palettes differ")[-1]) == (0, "0")
+
+
+def test_what_the_decoder_complains_of(tmp_path, capfd):
+    for name in ("good", "damaged"):
+        put(tmp_path, name, np.arange(64 * 64).reshape(64, 64) % 2)
+        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"JPEGImages/{name}.jpg")
+    path = tmp_path / "JPEGImages/damaged.jpg"
+    data = bytearray(path.read_bytes())
+    data[-600:-400] = bytes(200)
+    path.write_bytes(data)
+    assert read_image(path).shape == (64, 64, 3)  # nothing but a line on standard error tells
+    assert "Corrupt JPEG data" in capfd.readouterr().err
+    for workers in (0, 1):
+        words = ["--data-dir", str(tmp_path), "--num-classes", "2", "--workers", str(workers)]
+        assert check_dataset.main(words) == 1
+        text, errors = capfd.readouterr()
+        assert line(text, "damaged picture")[-1] == "1"
+        assert "JPEGImages/damaged.jpg: Corrupt JPEG data" in text
+        assert "Corrupt" not in errors
+
+
+def test_pictures_and_labels_beyond_the_limits_leave_the_report_whole(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2)  # Pillow refuses more than twice as many
+    for name in ("a", "b", "c"):
+        put(tmp_path, name, [[0, 1, 0], [1, 0, 1]])
+    (tmp_path / "JPEGImages/b.jpg").write_bytes(png([[0, 0]], size=(40000, 30000)))
+    save_png(tmp_path, "c", png([[0, 0]], size=(40000, 30000)))
+    status, text = check(tmp_path, capsys, "--num-classes", 2)
+    assert status == 1
+    assert "b.jpg has more than 1073741824 pixels" in text
+    assert "c.png is 30000x40000 pixels" in text
+    assert "WRONG: 1 good pairs, 3 lines" in text
+
+
+def test_orientation_and_lossy_labels(tmp_path, capsys):
+    for name in ("turned", "lossy"):
+        put(tmp_path, name, [[0, 1, 0], [1, 0, 1]])
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.new("RGB", (3, 2)).save(tmp_path / "JPEGImages/turned.jpg", exif=exif)
+    Image.new("L", (3, 2)).save(tmp_path / "SegmentationClass/lossy.png", "JPEG")
+    status, text = check(tmp_path, capsys, "--num-classes", 2)
+    assert status == 1
+    assert line(text, "EXIF orientation")[-1] == "1"
+    assert "lossy.png is a JPEG file whatever its name says" in text
+
+
+def test_pictures_that_use_a_fraction_of_their_range_are_named(tmp_path, capsys):
+    for name, top in (("twelve", 4095), ("sixteen", 65535)):
+        put(tmp_path, name, [[0, 1, 0], [1, 0, 1]])
+        (tmp_path / f"JPEGImages/{name}.jpg").unlink()
+        pixels = np.array([[[0] * 3, [top // 2] * 3, [top] * 3], [[1] * 3, [2] * 3, [3] * 3]])
+        (tmp_path / f"JPEGImages/{name}.png").write_bytes(png(pixels, 16, RGB))
+    status, text = check(tmp_path, capsys, "--num-classes", 2)
+    assert status == 0
+    assert "1 pictures have no value above 63 of 255 (twelve)" in text
+
+
+def test_the_files_that_a_list_names_are_checked(tmp_path, capsys):
+    put(tmp_path, "a", [[0, 1, 0]])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/a.png").write_bytes(png([[0, 9, 0]]))
+    pairs = tmp_path / "pairs.txt"
+    pairs.write_text("/JPEGImages/a.jpg /other/a.png\n", encoding="utf-8-sig")
+    assert check(tmp_path, capsys, "--num-classes", 2)[0] == 0
+    status, text = check(tmp_path, capsys, "--num-classes", 2, "--data-list", pairs)
+    assert status == 1
+    assert "other/a.png holds the value 9" in text
+
+
 def test_what_passes_here_can_be_read_for_training(tmp_path, capsys):
     put(tmp_path, "a", [[0, 1, 7]])
     assert check(tmp_path, capsys, "--num-classes", 2)[0] == 1
     assert check(tmp_path, capsys, "--num-classes", 2, "--ignore-label", 7)[0] == 0
-    Image.fromarray(np.array([[True, False, True]])).save(tmp_path / "SegmentationClass/a.png")  # mode 1
-    assert check(tmp_path, capsys, "--num-classes", 2)[0] == 1
+    Image.fromarray(np.array([[True, False, True]])).save(tmp_path / "SegmentationClass/a.png")  # one bit a pixel
+    assert check(tmp_path, capsys, "--num-classes", 2)[0] == 0
 
 
 def test_a_cut_png_picture_is_unreadable(tmp_path, capsys):
@@ -209,13 +312,17 @@ def test_a_cut_png_picture_is_unreadable(tmp_path, capsys):
 
 
 def test_misuse(tmp_path, capsys):
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(DatasetError, match="does not exist"):
         check(tmp_path / "nowhere", capsys)
     put(tmp_path, "a", [[0, 1]])
     with pytest.raises(DatasetError, match=r"missing\.txt does not exist"):
         check(tmp_path, capsys, "--data-list", tmp_path / "missing.txt")
     with pytest.raises(DatasetError, match="holds no Pictures/"):
         check(tmp_path, capsys, "--image-dir", "Pictures")
+    for number in (1, 256):
+        with pytest.raises(SystemExit) as end:
+            check(tmp_path, capsys, "--num-classes", number)
+        assert end.value.code == 2
     (tmp_path / "classes.txt").write_text("sky\nroad\nsea\n")
     with pytest.raises(DatasetError, match="pass --num-classes 3"):
         check(tmp_path, capsys, "--num-classes", 2)

@@ -21,6 +21,7 @@ from dataset.voc import DatasetError, VOCSegmentation, read_ids
 from scripts import prepare_voc
 from scripts.data.parallel import parallel_map
 from tests.conftest import hear_ctrl_c
+from tests.pngs import PALETTE, png
 from utils.command import UserError
 
 SCRIPT = Path(prepare_voc.__file__)
@@ -118,19 +119,18 @@ def command(voc, *options, cwd=None):
     return subprocess.run(line, capture_output=True, text=True, cwd=cwd, timeout=60)
 
 
-def check_result(voc):
-    """Lists as by hand; VOC's mask for its four ids, SBD's for the other two."""
+def check_result(voc, kept=()):
+    """Lists as by hand; VOC's mask for its four ids, SBD's for the other two; palettes but for those that were ``kept``."""
     lists = {path.stem: path.read_text().split() for path in (voc / "ImageSets/SegmentationAug").iterdir()}
     assert lists == {"train_aug": TRAIN_AUG, "trainval_aug": TRAINVAL_AUG, "val": ["2007_000033", "2008_000007"]}
     assert sorted(path.name for path in (voc / "SegmentationClassAug").iterdir()) == [f"{i}.png" for i in TRAINVAL_AUG]
     for image_id in TRAINVAL_AUG:
         with Image.open(voc / f"SegmentationClassAug/{image_id}.png") as image:
-            assert image.mode == "P"
-            palette = np.array(image.getpalette()).reshape(-1, 3)
+            palette = np.array(image.getpalette() or []).reshape(-1, 3)
             mask = np.array(image)
         expected = sbd_mask(image_id) if image_id in ("2008_000015", "2009_000001") else voc_mask(image_id)
         assert np.array_equal(mask, expected)
-        for row in VOC_CLASSES:
+        for row in VOC_CLASSES if image_id not in kept else ():
             assert tuple(palette[row.id]) == row.color
 
 
@@ -157,7 +157,7 @@ def test_sbd_folder_through_the_command_line(voc, sbd, capsys):
     assert "train_aug: 4 ids, 10578 fewer than the published 10582" in done.stderr
     assert "this is not the published set" in done.stderr
     assert run(voc, "--sbd", sbd / "dataset", "--strict") == 1
-    assert "6 already there, 0 to come from VOC, 0 from" in capsys.readouterr().out
+    assert "6 already there, 0 written from VOC, 0 from" in capsys.readouterr().out
 
 
 def test_sbd_archive_is_read_as_it_is(voc, sbd, tmp_path):
@@ -185,30 +185,87 @@ def test_ready_masks(voc, tmp_path, form, capsys):
                 archive.writestr(f"SegmentationClassAug/{image_id}.png", data)
                 archive.writestr(f"__MACOSX/SegmentationClassAug/._{image_id}.png", b"\0\5\26\7")
     assert run(voc, "--aug", source) == 0
-    check_result(voc)
+    kept = ("2008_000015", "2009_000001") if form == "in place" else ()
+    check_result(voc, kept)
+    out, err = capsys.readouterr()
+    assert ("4 masks were there but are not those of VOC" in out) == (form == "in place")
+    assert f"warning: 4 of the 4 masks in {source} that VOC has, too, are not VOC's: 2007_000032" in err
     assert run(voc, "--aug", source) == 0
     assert "6 already there" in capsys.readouterr().out
 
 
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_second_run_changes_nothing_and_mends_what_is_broken(voc, sbd):
     assert run(voc, "--sbd", sbd) == 0
-    folder = voc / "SegmentationClassAug"
-    for path in folder.iterdir():
-        os.utime(path, (1000, 1000))
-    cut = folder / "2008_000015.png"
-    cut.write_bytes(cut.read_bytes()[:-20])
-    (folder / "2007_000033.png").write_bytes(png_bytes(sbd_mask("2007_000033")))  # whole, but not VOC's own
+    folder, lists = voc / "SegmentationClassAug", voc / "ImageSets/SegmentationAug"
     with Image.open(folder / "2009_000001.png") as image:
         grey = Image.fromarray(np.array(image))
-    grey.save(folder / "2009_000001.png")  # the right indices, but without palette
-    (folder / ".2007_000032.png.77.tmp").write_bytes(b"half")  # a killed run's
+    grey.save(folder / "2009_000001.png")  # the right indices, without a palette, as published
+    pairs = [f"/JPEGImages/{i}.jpg /SegmentationClassAug/{i}.png\r\n" for i in reversed(TRAIN_AUG)]
+    (lists / "train_aug.txt").write_text("".join(pairs))  # the right ids and masks, in the official form and order
+    before = contents(voc)
     assert run(voc, "--sbd", sbd) == 0
-    check_result(voc)
-    kept = {path.stem for path in folder.iterdir() if path.stat().st_mtime == 1000}
-    assert kept == {"2007_000032", "2008_000002", "2008_000007"}
+    assert contents(voc) == before
+
+    whole = (folder / "2008_000015.png").read_bytes()
+    (folder / "2008_000015.png").write_bytes(whole[:-20])
+    (folder / "2007_000033.png").write_bytes(png_bytes(sbd_mask("2007_000033")))  # whole, but not VOC's own
+    (folder / ".2007_000032.png.77.tmp").write_bytes(b"half")  # a killed run's
+    (lists / "val.txt").write_text("2007_000033\n")
+    (lists / "train_aug.txt").write_text("".join(pairs).replace("ClassAug/2009_000001", "Class/2009_000001"))
+    wrong = [folder / "2008_000015.png", folder / "2007_000033.png", lists / "val.txt", lists / "train_aug.txt"]
+    others = {path.name: path.read_bytes() for path in wrong}
+    assert run(voc, "--sbd", sbd) == 0
+    check_result(voc, kept=["2009_000001"])
+    aside = {path.name: path.read_bytes() for path in (voc / "SegmentationClassAug_replaced").iterdir()}
+    assert aside == others
+    assert (folder / "2008_000015.png").read_bytes() == whole
     assert run(voc, "--sbd", sbd, "--overwrite") == 0
-    assert not any(path.stat().st_mtime == 1000 for path in folder.iterdir())
     check_result(voc)
+
+
+def test_masks_of_another_source_are_noticed_and_replaced(voc, sbd, tmp_path, capsys, monkeypatch):
+    bad = tmp_path / "bad"
+    for image_id in TRAINVAL_AUG:
+        write(bad / f"{image_id}.png", png_bytes(np.full(SIZES[image_id], 7, dtype=np.uint8)))
+    ids = {"train": VOC["train"], "val": VOC["val"], "train_aug": TRAIN_AUG, "trainval_aug": TRAINVAL_AUG}
+    for name, listed in ids.items():
+        monkeypatch.setitem(prepare_voc.PUBLISHED, name, (len(listed), prepare_voc.ids_md5(set(listed))))
+    monkeypatch.setattr(prepare_voc, "SBD_COUNT", 5)
+    assert run(voc, "--aug", bad, "--strict") == 1
+    out, err = capsys.readouterr()
+    assert f"4 of the 4 masks in {bad} that VOC has, too, are not VOC's" in err
+    assert "warning: this is not the published set" in err
+    assert run(voc, "--sbd", sbd, "--strict") == 0
+    check_result(voc)
+    out, err = capsys.readouterr()
+    assert "masks: 4 already there, 0 written from VOC, 2 from" in out
+    assert "2 masks were there but are not those of VOC or" in out
+    assert "warning" not in err
+    aside = voc / "SegmentationClassAug_replaced"
+    assert sorted(path.name for path in aside.iterdir()) == ["2008_000015.png", "2009_000001.png"]
+    assert run(voc, "--aug", bad) == 0  # the same way back: nothing that was set aside is overwritten
+    assert sorted(path.name for path in (voc / "SegmentationClassAug_replaced2").iterdir()) == [
+        path.name for path in sorted(aside.iterdir())
+    ]
+
+
+def test_a_re_ordered_palette_is_refused(voc, tmp_path, capsys):
+    """In a ready set and in VOC's own folder; it is not written back under the VOC palette."""
+    black, aeroplane, sofa = (0, 0, 0), (128, 0, 0), (0, 192, 0)
+    source = tmp_path / "ready"
+    for image_id in TRAINVAL_AUG:
+        write(source / f"{image_id}.png", png(sbd_mask(image_id) // 18, 1, PALETTE, [black, sofa]))
+    write(voc / "SegmentationClass/2007_000033.png", png(voc_mask("2007_000033") % 2, 1, PALETTE, [aeroplane, black]))
+    with pytest.raises(DatasetError, match="3 files cannot be used"):
+        run(voc, "--aug", source)
+    errors = capsys.readouterr().err
+    assert "2008_000015: the mask has a palette that a tool re-ordered: index 1 has the colour of 18" in errors
+    assert "2007_000033: the mask has a palette that a tool re-ordered: index 0 has the colour of 1" in errors
+    assert not (voc / "SegmentationClassAug/2008_000015.png").exists()
 
 
 def test_bad_masks_are_listed_all_and_then_it_fails_once(voc, sbd):
@@ -292,7 +349,7 @@ def test_a_damaged_member_of_a_zip_is_named(voc, tmp_path, capsys):
     path.write_bytes(data)
     with pytest.raises(DatasetError, match="1 file cannot be used"):
         run(voc, "--aug", path)
-    assert "2008_000015: the mask is not a readable PNG" in capsys.readouterr().err
+    assert "2008_000015: the mask cannot be decoded" in capsys.readouterr().err
 
 
 def test_a_published_list_at_hand_tells_which_ids_differ(voc, monkeypatch):
@@ -359,7 +416,7 @@ def test_parallel_map_reads_only_a_little_ahead():
 
 def test_a_worker_that_dies_is_an_error_that_names_its_work():
     with pytest.raises(UserError, match="one of 17"):
-        list(parallel_map(_die, [(17,)], workers=1))
+        list(parallel_map(_die, [(17,)], workers=2))  # the idle one is ended, too
 
 
 def test_from_the_archives_to_an_optimiser_step(voc, sbd):

@@ -1,3 +1,4 @@
+import re
 import shutil
 
 import cv2
@@ -6,7 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset import DatasetError, VOCSegmentation, read_class_names, read_ids, read_label, voc_palette
+from dataset import (
+    DatasetError,
+    VOCSegmentation,
+    one_class_warning,
+    read_class_names,
+    read_ids,
+    read_label,
+    voc_palette,
+)
 from tests.conftest import TOY_CLASSES, TOY_SIZES, save_palette_png
 from utils.loader import make_loader
 
@@ -14,34 +23,6 @@ from utils.loader import make_loader
 def write_label(path, array, mode=None):
     Image.fromarray(array, mode).save(path) if mode else Image.fromarray(array).save(path)
     return path
-
-
-def test_both_list_formats_give_the_same_ids(tmp_path):
-    bare, official, images = tmp_path / "bare.txt", tmp_path / "official.txt", tmp_path / "images.txt"
-    bare.write_text("2007_000032\n2008_000002\n\n")
-    official.write_text(
-        "/JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png\r\n"
-        "/JPEGImages/2008_000002.jpg /SegmentationClassAug/2008_000002.png\r\n"
-    )
-    images.write_text("/JPEGImages/2007_000032.jpg\nJPEGImages/2008_000002.jpg")
-    assert read_ids(bare) == read_ids(official) == read_ids(images) == ["2007_000032", "2008_000002"]
-
-
-def test_ids_may_lie_in_sub_folders_and_hold_dots(tmp_path):
-    path = tmp_path / "list.txt"
-    path.write_text("berlin/a_1\n/JPEGImages/berlin/a_1.jpg x\nframe.0001\n")
-    assert read_ids(path) == ["berlin/a_1", "berlin/a_1", "frame.0001"]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"), [(None, "does not exist"), (b"\n \n", "is empty"), (b"\xff\xfe\x00", "as text")]
-)
-def test_bad_lists(tmp_path, content, message):
-    path = tmp_path / "list.txt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(DatasetError, match=message):
-        read_ids(path)
 
 
 def test_palette_and_grey_labels_read_as_indices(tmp_path):
@@ -143,6 +124,31 @@ def test_class_names(tmp_path):
     assert read_class_names(tmp_path, 2) == ["sky", "road"]
     with pytest.raises(DatasetError, match="names 2 classes; expected 3"):
         read_class_names(tmp_path, 3)
+
+
+def test_a_data_set_knows_whether_its_classes_fit(toy_voc):
+    (toy_voc / "classes.txt").write_text("ground\nred\ngreen\nblue\n")
+    assert VOCSegmentation(toy_voc, ["toy_0"], num_classes=4)[0][1].shape == TOY_SIZES[0]
+    with pytest.raises(DatasetError, match=r"names 4 classes; expected 21.* a net that was trained on 21 classes cannot"):
+        VOCSegmentation(toy_voc, ["toy_0"], num_classes=21)
+
+
+@pytest.mark.parametrize(
+    ("present", "words"),
+    [
+        ([0, 255], "binary masks 0/255"),
+        ([3], "nothing but class 3"),
+        ([3, 255], "nothing but class 3"),
+        ([255], "anything but void"),
+        ([], "no labels"),
+        ([0, 1], None),
+        ({0, 1, 255}, None),
+        (np.flatnonzero([4, 0, 9]), None),
+    ],
+)
+def test_labels_of_one_class(present, words):
+    sentence = one_class_warning(present)
+    assert sentence is None if words is None else re.search(words, sentence)
 
 
 def test_voc_palette():

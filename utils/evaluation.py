@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dataset import VOC_CLASSES, VOCSegmentation, read_class_names, to_input
+from dataset import VAL_LISTS, VOC_CLASSES, VOCSegmentation, read_class_names, to_input
 from deeplab import dense_crf, fold_batch_norm
 from deeplab.multiscale import canvas_size, enlarge_rows, predict_grid
 from deeplab.weights import Weights
@@ -26,7 +26,7 @@ from utils import distributed
 from utils.checkpoint import load_init
 from utils.command import UserError
 from utils.files import save_json
-from utils.loader import VAL_LISTS, make_loader, open_dataset
+from utils.loader import make_loader, open_dataset
 from utils.metrics import ConfusionMatrix
 from utils.options import TRAINED_WEIGHTS
 from utils.visualize import save_indexed_png, save_panel

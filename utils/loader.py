@@ -14,43 +14,20 @@ import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dataset import VOCSegmentation, read_ids
+from dataset import VOCSegmentation, find_list, read_list
 from utils.command import UserError
-from utils.options import DATA_DIR
-from utils.stop import SIGNALS
+from utils.processes import start_helper
 
-TRAIN_LISTS = ("ImageSets/SegmentationAug/train_aug.txt", "ImageSets/Segmentation/train.txt")
 PATIENCE = 3.0  # seconds that workers have to end by themselves
 SHARED_MEMORY = Path("/dev/shm")
 MORE_SHARED_MEMORY = "give it more with `docker run --shm-size=1g` or `--ipc=host`"
-VAL_LISTS = ("ImageSets/SegmentationAug/val.txt", "ImageSets/Segmentation/val.txt")
-
-
-def find_list(data_dir: str | Path, data_list: str | None, candidates: Iterable[str]) -> Path:
-    """The file of image ids: ``data_list`` as given, else the first of ``candidates`` that ``data_dir`` has.
-
-    Raises:
-        UserError: no such folder or file.
-    """
-    root = Path(data_dir)
-    if not root.is_dir():
-        advice = "get PASCAL VOC with `python scripts/download.py voc2012 sbd` and `python scripts/prepare_voc.py`"
-        raise UserError(f"the data set folder {root} does not exist; {advice}, or pass --data-dir")
-    if data_list:
-        return Path(data_list)
-    paths = [root / name for name in candidates]
-    found = next((path for path in paths if path.is_file()), None)
-    if found is None:
-        advice = "run `python scripts/prepare_voc.py`" if str(data_dir) == DATA_DIR else "write one"
-        raise UserError(f"no list of image ids: neither {' nor '.join(map(str, paths))} exists; {advice}, or pass --data-list")
-    return found
 
 
 def open_dataset(args: Namespace, candidates: Iterable[str], num_classes: int, transform=None) -> tuple[VOCSegmentation, Path]:
     """The data set of ``--data-dir`` and ``--data-list``, and the list that was used."""
     data_list = find_list(args.data_dir, args.data_list, candidates)
-    ids = read_ids(data_list)
-    data = VOCSegmentation(args.data_dir, ids, args.image_dir, args.label_dir, num_classes, args.ignore_label, transform)
+    entries = read_list(data_list, args.image_dir)
+    data = VOCSegmentation(args.data_dir, entries, args.image_dir, args.label_dir, num_classes, args.ignore_label, transform)
     return data, data_list
 
 
@@ -148,6 +125,5 @@ def loader_error(error: RuntimeError) -> UserError | None:
 
 
 def _start_worker(_: int) -> None:
+    start_helper()
     cv2.setNumThreads(0)
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

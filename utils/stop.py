@@ -1,4 +1,4 @@
-"""Requests to stop: Ctrl-C, and the signals by which a cluster ends a job or warns it."""
+"""Requests to stop: Ctrl-C, SIGTERM, and SIGUSR1, which Slurm's --signal and submitit send ahead of the time limit."""
 
 import os
 import signal
@@ -7,9 +7,8 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 
 from utils import distributed
+from utils.processes import STOP_SIGNALS
 
-# SIGUSR1 is what Slurm's --signal and submitit send ahead of the time limit; Windows has none.
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 LAUNCHER_SECONDS = 2.0  # torchrun sends Ctrl-C on to processes that have it from the terminal already
 
 
@@ -27,7 +26,7 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         with suppress(ValueError):
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:

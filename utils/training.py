@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dataset import (
+    TRAIN_LISTS,
+    VAL_LISTS,
     Crop,
     PadCrop,
     RandomMirror,
@@ -18,17 +20,17 @@ from dataset import (
     StepSampler,
     TrainTransform,
     VOCSegmentation,
+    one_class_warning,
     read_class_names,
     read_ids,
     to_input,
 )
-from dataset.classes import one_class_warning
 from deeplab import DeepLabV2, predict
 from deeplab.multiscale import scaled_size
 from utils import distributed
 from utils.checkpoint import make_meta, save_snapshot
 from utils.command import UserError
-from utils.loader import TRAIN_LISTS, VAL_LISTS, fitting_workers, loader_error, make_loader, open_dataset, running
+from utils.loader import fitting_workers, loader_error, make_loader, open_dataset, running
 from utils.log import RunLog
 from utils.meter import Diverged as Diverged  # part of what run() raises
 from utils.meter import Meter
@@ -283,7 +285,8 @@ class ClassWatch:
             return ""
         self.over = True
         present = distributed.agree(*self.present.int().tolist())
-        return one_class_warning(value for value, occurs in enumerate(present) if occurs) or ""
+        text = one_class_warning(value for value, occurs in enumerate(present) if occurs)
+        return f"warning: {text}" if text else ""
 
 
 def save_panels(net: DeepLabV2, data: VOCSegmentation, folder: Path, step: int, count: int, device: torch.device) -> str:

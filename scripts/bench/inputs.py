@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from dataset import VOCSegmentation
+from dataset import VAL_LISTS, VOCSegmentation
 from deeplab import deeplabv2, fold_batch_norm
 from deeplab.deeplabv2 import DeepLabV2
 from scripts.bench import reference
 from utils.checkpoint import load_init
 from utils.evaluation import compile_for_prediction
-from utils.loader import VAL_LISTS, open_dataset
+from utils.loader import open_dataset
 from utils.options import evaluation_parser
 from utils.visualize import save_indexed_png
 

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import shutil
 import tarfile
 import zipfile
 import zlib
@@ -11,15 +12,12 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from dataset.classes import IGNORE_LABEL, VOC_CLASSES, voc_palette
-from dataset.voc import DatasetError
+from dataset.classes import IGNORE_LABEL, VOC_CLASSES, voc_colors
+from dataset.files import DatasetError
+from dataset.labels import BadLabel, check_palette, decode_label
 from utils.visualize import save_indexed_png
 
-AUG_DIR = "SegmentationClassAug"
-
-
-class MaskError(ValueError):
-    """A mask cannot be used; the message completes the sentence "<id>: the mask ..."."""
+AUG_DIR, VOC_DIR = "SegmentationClassAug", "SegmentationClass"
 
 
 # ---- one mask: bytes -> checked class indices -> palette PNG; runs in the worker processes
@@ -32,68 +30,81 @@ def decode_mat(data: bytes) -> np.ndarray:
     try:
         content = loadmat(io.BytesIO(data))
     except Exception as error:  # by where a file is broken, scipy raises OSError, TypeError, zlib.error and ten others
-        raise MaskError(f"is not a readable MATLAB file ({type(error).__name__}: {error})") from None
+        raise BadLabel(f"is not a readable MATLAB file ({type(error).__name__}: {error})") from None
     classes = content.get("GTcls")
     if not isinstance(classes, np.ndarray) or classes.size != 1 or "Segmentation" not in (classes.dtype.names or ()):
         names = ", ".join(name for name in content if not name.startswith("__")) or "nothing"
-        raise MaskError(f"holds {names}, expected GTcls.Segmentation as in SBD's cls folder")
+        raise BadLabel(f"holds {names}, expected GTcls.Segmentation as in SBD's cls folder")
     return np.asarray(classes["Segmentation"].item())
 
 
 def decode_png(data: bytes) -> np.ndarray:
-    """The class mask (H, W) of a palette or grey PNG."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.mode not in ("P", "L"):
-                raise MaskError(f"has mode {image.mode}, expected a single-channel PNG of class indices (mode P or L)")
-            return np.asarray(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise MaskError(f"is not a readable PNG ({error})") from None
+    """The class mask (H, W) of a palette or grey PNG; BadLabel where its palette is not in VOC's order, or it is damaged."""
+    mask, palette = decode_label(data)
+    check_palette(np.unique(mask).tolist(), palette, voc_colors(len(VOC_CLASSES)))
+    return mask
 
 
 def checked(mask: np.ndarray, picture: Path) -> np.ndarray:
-    """``mask`` as (H, W) uint8, or MaskError where type, values or size are not those of a mask of ``picture``."""
+    """``mask`` as (H, W) uint8, or BadLabel where type, values or size are not those of a mask of ``picture``."""
     if mask.ndim != 2 or mask.dtype.kind not in "ui":
-        raise MaskError(f"is an array {mask.shape} of {mask.dtype}, expected height x width integers")
+        raise BadLabel(f"is an array {mask.shape} of {mask.dtype}, expected height x width integers")
     wrong = [int(value) for value in np.unique(mask) if not (0 <= value < len(VOC_CLASSES) or value == IGNORE_LABEL)]
     if wrong:
-        raise MaskError(f"holds {', '.join(map(str, wrong[:5]))}, expected 0..{len(VOC_CLASSES) - 1} and {IGNORE_LABEL}")
+        raise BadLabel(f"holds {', '.join(map(str, wrong[:5]))}, expected 0..{len(VOC_CLASSES) - 1} and {IGNORE_LABEL}")
     try:
         with Image.open(picture) as image:
             width, height = image.size
-    except OSError as error:
-        raise MaskError(f"has no readable picture ({error})") from None
+    except (OSError, Image.DecompressionBombError) as error:
+        raise BadLabel(f"has no readable picture ({error})") from None
     if mask.shape != (height, width):
-        raise MaskError(f"is {mask.shape[1]}x{mask.shape[0]} pixels, its picture {width}x{height}")
+        raise BadLabel(f"is {mask.shape[1]}x{mask.shape[0]} pixels, its picture {width}x{height}")
     return mask.astype(np.uint8)
 
 
-def convert(image_id: str, kind: str, data: bytes, data_dir: Path) -> tuple[str, str | None]:
-    """Write SegmentationClassAug/<id>.png from the bytes of a "mat" or "png" file.
+def convert(image_id: str, kind: str, data: bytes, data_dir: Path, aside: Path, overwrite: bool) -> tuple[str, str]:
+    """See to it that SegmentationClassAug/<id>.png holds the mask of the bytes of a "mat" or "png" file.
 
-    Returns (id, None), or (id, what is wrong with the mask) and writes nothing.
+    A file that holds it already, be it grey or with a palette, stays as it is unless ``overwrite``. One that holds another mask
+    is moved into the folder ``aside``.
+
+    Returns:
+        (id, "there"), (id, "new") or (id, "replaced"); or (id, what is wrong with the mask), and nothing is written.
     """
+    path = data_dir / AUG_DIR / f"{image_id}.png"
     try:
         mask = checked(decode_mat(data) if kind == "mat" else decode_png(data), data_dir / "JPEGImages" / f"{image_id}.jpg")
-    except MaskError as error:
-        return image_id, str(error)
-    save_indexed_png(data_dir / AUG_DIR / f"{image_id}.png", mask)
-    return image_id, None
+    except BadLabel as error:
+        return image_id, f"the mask {error}"
+    right = path.exists() and holds(path, mask)
+    if right and not overwrite:
+        return image_id, "there"
+    if replaced := path.exists() and not right:
+        set_aside(path, aside)
+    save_indexed_png(path, mask)
+    return image_id, "replaced" if replaced else "new"
 
 
-def finished(image_id: str, data_dir: Path) -> str | None:
-    """The id if its PNG is there and whole with the VOC palette and, where VOC has a mask of its own, equal to that one."""
+def holds(path: Path, mask: np.ndarray) -> bool:
+    """Whether the file at ``path`` is a whole PNG of this mask."""
     try:
-        with Image.open(data_dir / AUG_DIR / f"{image_id}.png") as image:
-            mask = np.asarray(image)
-            palette = np.array(image.getpalette() or []).reshape(-1, 3)
-            same = image.mode == "P" and np.array_equal(palette, voc_palette()[: len(palette)])
-        mask = checked(mask, data_dir / "JPEGImages" / f"{image_id}.jpg")
-        own = data_dir / "SegmentationClass" / f"{image_id}.png"
-        same = same and (not own.exists() or np.array_equal(mask, decode_png(own.read_bytes())))
-    except (OSError, SyntaxError, MaskError):  # missing, cut or wrong: to be written again
-        return None
-    return image_id if same else None
+        return np.array_equal(decode_png(path.read_bytes()), mask)
+    except BadLabel:
+        return False
+
+
+def set_aside(path: Path, folder: Path) -> None:
+    """Move a file into a folder, which is made."""
+    folder.mkdir(exist_ok=True)
+    shutil.move(path, folder / path.name)
+
+
+def agrees(image_id: str, data: bytes, data_dir: Path) -> tuple[str, bool]:
+    """Whether the bytes of a PNG hold the mask that VOC itself has of an id; also where one of the two cannot be read."""
+    try:
+        return image_id, holds(data_dir / VOC_DIR / f"{image_id}.png", decode_png(data))
+    except BadLabel:
+        return image_id, True
 
 
 # ---- where masks come from
@@ -117,9 +128,9 @@ def read_sbd(path: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
         with tarfile.open(path, "r|*") as archive:
             for member in archive:
                 name = member.name.rpartition("dataset/")[2]
-                if name in left and member.isfile():
+                if name in left and member.isfile() and (file := archive.extractfile(member)):
                     left.remove(name)
-                    yield name, archive.extractfile(member).read()
+                    yield name, file.read()
                     if not left:
                         return
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:

@@ -1,19 +1,16 @@
 """A bounded map over worker processes, for work on many small files."""
 
-import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import TypeVar
 
 from utils.command import UserError
+from utils.processes import kill_helpers, start_helper
 
 Result = TypeVar("Result")
-
-
-def _leave_interrupts_to_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def parallel_map(function: Callable[..., Result], tasks: Iterable[tuple], workers: int) -> Iterator[Result]:
@@ -21,12 +18,12 @@ def parallel_map(function: Callable[..., Result], tasks: Iterable[tuple], worker
 
     ``tasks`` is read only a few tasks ahead of the work, so that an iterator over a large archive never fills the memory.
     With ``workers`` 0 everything happens in this process, in order. On Ctrl-C the tasks in work are finished (each is small)
-    and no other is begun.
+    and no other is begun; the workers end with this process, however it ends.
 
     Args:
         function: importable by name, with arguments and result that can be pickled.
         tasks: tuples of arguments; the first one names the task in messages.
-        workers: number of processes.
+        workers: number of processes; Windows cannot wait for more than 61.
 
     Raises:
         UserError: a worker process died, from a file that crashes its decoder or for lack of memory.
@@ -35,9 +32,10 @@ def parallel_map(function: Callable[..., Result], tasks: Iterable[tuple], worker
         for task in tasks:
             yield function(*task)
         return
+    workers = min(workers, 61) if sys.platform == "win32" else workers
     tasks = iter(tasks)
-    with ProcessPoolExecutor(workers, initializer=_leave_interrupts_to_parent) as pool:
-        pending = {}
+    with ProcessPoolExecutor(workers, initializer=start_helper) as pool:
+        pending: dict[Future[Result], str] = {}
         try:
             while True:
                 for task in islice(tasks, 4 * workers - len(pending)):
@@ -50,6 +48,7 @@ def parallel_map(function: Callable[..., Result], tasks: Iterable[tuple], worker
                     del pending[future]
                     yield result
         except BrokenProcessPool:
+            kill_helpers(pool)
             names = ", ".join(sorted(pending.values()))
             raise UserError(
                 f"a worker process was killed while it worked on one of {names}: a file there crashes its decoder, or memory "

@@ -1,0 +1,160 @@
+"""Label masks, read so that a wrong file is an error and never a wrong label."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from dataset.classes import IGNORE_LABEL, Color, voc_colors
+from dataset.files import LARGEST, PNG_SIGNATURE, DatasetError
+
+TO_INDICES = "scripts/masks_to_indices.py"
+_LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
+
+
+class BadLabel(ValueError):
+    """What is wrong with a label; the message goes on after the file's name: "is a JPEG file, ..."."""
+
+
+def read_label(
+    path: str | Path, num_classes: int, ignore_label: int = IGNORE_LABEL, colors: Mapping[int, Color] | None = None
+) -> np.ndarray:
+    """A label mask as (H, W) uint8 class indices, with every void pixel as 255.
+
+    Args:
+        path: a PNG of one channel and at most 8 bits: a palette, whose indices are the classes, or grey.
+        num_classes: values 0..num_classes-1 are classes.
+        ignore_label: a further value that means void, beside 255.
+        colors: the colours of the classes, by which a re-ordered palette is told; None means VOC's for 21 classes, else none.
+
+    Raises:
+        DatasetError: a missing, damaged or lossy file, a colour or 16-bit image, a palette in another order than the classes, a
+            value that is neither a class nor void.
+    """
+    try:
+        label, palette = decode_label(Path(path).read_bytes())
+        present = np.flatnonzero(cv2.calcHist([label], [0], None, [256], [0, 256])).tolist()  # faster than np.unique
+        check_values(present, num_classes, ignore_label)
+        check_palette(present, palette, voc_colors(num_classes) if colors is None else colors, ignore_label)
+    except FileNotFoundError:
+        raise DatasetError(f"the label {path} does not exist") from None
+    except OSError as error:
+        raise DatasetError(f"the label {path} cannot be read ({error.strerror or error})") from None
+    except BadLabel as error:
+        raise DatasetError(f"the label {path} {error}") from None
+    if ignore_label != IGNORE_LABEL:
+        label[label == ignore_label] = IGNORE_LABEL
+    return label
+
+
+def decode_label(data: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """The values of a one-channel PNG as they are stored, (H, W) uint8, and its palette, (n, 3) uint8 RGB; grey ones have none.
+
+    Raises:
+        BadLabel: see :func:`read_png`; a colour or 16-bit image.
+    """
+    pixels, palette, mode = read_png(data)
+    single_channel(pixels, mode)
+    return pixels, palette
+
+
+def single_channel(pixels: np.ndarray, mode: str) -> None:
+    """BadLabel where pixels of :func:`read_png` are no class indices: colours, or more than 8 bits."""
+    if pixels.ndim != 2 or pixels.dtype != np.uint8:
+        advice = f"; {TO_INDICES} turns colours into indices" if mode in ("RGB", "RGBA") else ""
+        raise BadLabel(
+            f"has Pillow mode {mode} with shape {pixels.shape} and type {pixels.dtype}; "
+            f"expected a single-channel 8-bit PNG of class indices (mode P or L){advice}"
+        )
+
+
+def read_png(data: bytes) -> tuple[np.ndarray, np.ndarray, str]:
+    """The pixels of a PNG as they are stored, its palette and Pillow's name of its mode.
+
+    Every check sum is compared first: Pillow's decoder does not look at those of the pixels. OpenCV would turn a palette into
+    grey levels, and Pillow stretches grey of 1, 2 and 4 bits to 0..255, which is undone here.
+
+    Returns:
+        (H, W) uint8 for palette and grey files of at most 8 bits, (H, W) of a wider type for grey of 16 bits, else (H, W, 2..4)
+        uint8; the palette as (n, 3) uint8 RGB, n = 0 where there is none; the mode.
+
+    Raises:
+        BadLabel: no PNG, a damaged one, or one with more than 2^30 pixels.
+    """
+    if not data.startswith(PNG_SIGNATURE):
+        raise BadLabel(_other_format(data))
+    try:
+        # The class itself, not Image.open, which refuses large pictures: the label of a picture that OpenCV reads is read.
+        image = PngImagePlugin.PngImageFile(io.BytesIO(data))
+        if image.width * image.height > LARGEST:
+            raise BadLabel(f"is {image.width}x{image.height} pixels; expected at most {LARGEST} of them")
+        image.verify()  # spoils its object
+        with PngImagePlugin.PngImageFile(io.BytesIO(data)) as image:
+            palette = np.array((image.getpalette() or []) if image.mode == "P" else [], dtype=np.uint8).reshape(-1, 3)
+            pixels = np.array(image)
+    except BadLabel:
+        raise
+    except Exception as error:  # by where a file is broken, Pillow raises OSError, SyntaxError, ValueError and others
+        raise BadLabel(f"cannot be decoded ({error}); it is damaged: fetch or make it again") from None
+    if image.mode == "1":
+        pixels = pixels.astype(np.uint8)
+    elif image.mode == "L" and (bits := data[24]) < 8:  # the bits a value (PNG specification, IHDR)
+        pixels //= 255 // (2**bits - 1)
+    return pixels, palette, image.mode
+
+
+def _other_format(data: bytes) -> str:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            name = image.format or ""
+    except Exception:
+        return f"cannot be decoded (its {len(data)} bytes are no PNG); expected a PNG of class indices"
+    if name in _LOSSY:
+        return f"is a {name} file whatever its name says, and that format changes labels; make a PNG from what it was made from"
+    return f"is a {name} file whatever its name says; expected a PNG of class indices"
+
+
+def check_values(present: Sequence[int], num_classes: int, ignore_label: int = IGNORE_LABEL) -> None:
+    """BadLabel where values are ``present`` in a label that are neither a class nor void."""
+    if wrong := [value for value in present if value >= num_classes and value not in (ignore_label, IGNORE_LABEL)]:
+        shown = ", ".join(map(str, wrong[:8])) + (", ..." if len(wrong) > 8 else "")
+        raise BadLabel(
+            f"holds the value{'s' * (len(wrong) > 1)} {shown}; "
+            f"expected class indices 0..{num_classes - 1} and {IGNORE_LABEL} for void"
+        )
+
+
+def check_palette(
+    present: Sequence[int], palette: np.ndarray, colors: Mapping[int, Color], ignore_label: int = IGNORE_LABEL
+) -> None:
+    """Refuse a palette that a tool has re-ordered (ImageMagick, pngquant and others, on any crop, resize or strip).
+
+    Its colours are then those of the classes, but stand at other indices. A palette of other colours says nothing.
+
+    Args:
+        present: the indices that occur in the label, ascending.
+        palette: (n, 3) uint8 RGB.
+        colors: RGB of class indices and void.
+
+    Raises:
+        BadLabel: all indices that occur have a colour of the table, at least two of them, and one has another index's.
+    """
+    if not colors or len(present) < 2 or present[-1] >= len(palette):
+        return
+    found = {index: tuple(palette[index].tolist()) for index in present}
+    home = {color: index for index, color in colors.items()}
+    moved = [
+        (index, home[color])
+        for index, color in found.items()
+        if color in home and colors.get(index) != color and (index, color) != (ignore_label, colors.get(IGNORE_LABEL))
+    ]
+    # Two indices of one colour are a palette that was never filled in: a tool keeps one index a colour.
+    if moved and set(found.values()) <= home.keys() and len(set(found.values())) == len(found):
+        shown = ", ".join(f"{index} has the colour of {right}" for index, right in moved[:5])
+        raise BadLabel(
+            f"has a palette that a tool re-ordered: index {shown}; the indices are no classes any more: "
+            f"map the colours back with `python {TO_INDICES} FOLDER NEW_FOLDER`"
+        )

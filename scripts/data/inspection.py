@@ -1,0 +1,119 @@
+"""What one id's two files look like, and what the decoders complain of."""
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from dataset.classes import IGNORE_LABEL, Color, voc_palette
+from dataset.files import DatasetError, read_picture
+from dataset.labels import BadLabel, check_palette, check_values, read_png, single_channel
+from dataset.voc import check_pair
+from scripts.data.causes import few
+
+
+@dataclass
+class Inspection:
+    """What one id's two files look like."""
+
+    image_id: str
+    problems: list[tuple[str, str]] = field(default_factory=list)  # (kind, what was found)
+    size: tuple[int, int] | None = None  # width, height of the picture
+    brightest: int = 255  # value of the picture
+    counts: np.ndarray | None = None  # (256,) pixels of each value in a single-channel label
+    palette: dict[int, Color] = field(default_factory=dict)  # the colours of the indices that occur
+    colours: str = ""  # of a colour label: "table", "grey" or "other"
+
+
+@contextmanager
+def complaints() -> Iterator[list[str]]:
+    """A context that gathers what libjpeg says of damaged data; it has no other way to say it than file descriptor 2."""
+    lines: list[str] = []
+    try:
+        kept = os.dup(2)
+    except OSError:  # closed: nobody listens
+        yield lines
+        return
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lines
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            text = file.read().decode(errors="replace")
+            lines += [line for line in text.splitlines() if line.startswith(("Corrupt JPEG data", "Premature end of JPEG"))]
+
+
+def inspect(
+    image_id: str, image_path: Path, label_path: Path, num_classes: int, ignore_label: int, colors: Mapping[int, Color]
+) -> Inspection:
+    """Read the two files of one id as training does; runs in the worker processes."""
+    found = Inspection(image_id)
+    picture = inspect_picture(found, image_path)
+    label = inspect_label(found, label_path, num_classes, ignore_label, colors)
+    if picture and label:
+        size, orientation = picture
+        try:
+            check_pair(image_path, size, orientation, label_path, label)
+        except DatasetError as error:
+            found.problems.append(("other size" if size != label else "EXIF orientation", str(error)))
+    return found
+
+
+def inspect_picture(found: Inspection, path: Path) -> tuple[tuple[int, int], int] | None:
+    """Note what is wrong with a picture; returns its (H, W) and EXIF orientation, None where it cannot be read."""
+    if not path.exists():
+        found.problems.append(("missing picture", str(path)))
+        return None
+    try:
+        with complaints() as lines:
+            image, orientation = read_picture(path)
+    except DatasetError as error:
+        found.problems.append(("unreadable picture", str(error)))
+        return None
+    found.problems += [("damaged picture", f"{path}: {line}") for line in lines[:1]]
+    height, width = image.shape[:2]
+    found.size, found.brightest = (width, height), int(image.max())
+    return (height, width), orientation
+
+
+def inspect_label(
+    found: Inspection, path: Path, num_classes: int, ignore_label: int, colors: Mapping[int, Color]
+) -> tuple[int, int] | None:
+    """Note what is wrong with a label; returns its (H, W), None where it cannot be read."""
+    if not path.exists():
+        found.problems.append(("missing label", str(path)))
+        return None
+    kind, size = "unreadable label", None
+    try:
+        pixels, palette, mode = read_png(path.read_bytes())
+        size = pixels.shape[0], pixels.shape[1]
+        if mode in ("RGB", "RGBA"):
+            drawn = {tuple(color) for color in np.unique(pixels[..., :3].reshape(-1, 3), axis=0).tolist()}
+            voc = {tuple(color) for color in voc_palette()[[*range(num_classes), IGNORE_LABEL]].tolist()}
+            grey = all(len(set(color)) == 1 for color in drawn)
+            found.colours = "table" if drawn <= (set(colors.values()) or voc) else "grey" if grey else "other"
+            shown = few(sorted(drawn))
+            found.problems.append(("colour label", f"{found.image_id}: mode {mode}, {len(drawn)} colours {shown}"))
+            return size
+        single_channel(pixels, mode)
+        found.counts = np.bincount(pixels.ravel(), minlength=256)
+        present = np.flatnonzero(found.counts).tolist()
+        kind = "wrong values"
+        check_values(present, num_classes, ignore_label)
+        kind = "re-ordered palette"
+        check_palette(present, palette, colors, ignore_label)
+        found.palette = {i: tuple(palette[i].tolist()) for i in present if i < len(palette)}
+    except BadLabel as error:
+        found.problems.append((kind, f"the label {path} {error}"))
+        if kind == "re-ordered palette":
+            found.counts = None  # of nothing that means a class
+    except OSError as error:
+        found.problems.append((kind, f"the label {path} cannot be read ({error.strerror or error})"))
+    return size

@@ -1,0 +1,185 @@
+"""Label files of every kind that users bring: read as stored, or refused in a sentence; never read as other labels."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset import DatasetError, read_class_names, read_label, voc_palette
+from dataset.classes import VOC_NAMES, read_class_colors
+from tests.pngs import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, png
+
+BLACK, RED, PERSON, VOID = (0, 0, 0), (128, 0, 0), (192, 128, 128), (224, 224, 192)  # of VOC's 0, 1, 15, 255
+VOC = [tuple(color) for color in voc_palette().tolist()]
+
+
+def read(tmp_path, data, *args, **options):
+    path = tmp_path / "label.png"
+    path.write_bytes(data)
+    return read_label(path, *args, **options)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("color_type", [GREY, PALETTE])
+def test_values_are_read_as_stored(tmp_path, bits, color_type):
+    values = np.arange(35).reshape(5, 7) % min(2**bits, 21)
+    data = png(values, bits, color_type, VOC[: 2**bits] if color_type == PALETTE else ())
+    label = read(tmp_path, data, 21)
+    assert label.dtype == np.uint8
+    assert label.tolist() == values.tolist()
+
+
+def encoded(kind, **options):
+    buffer = io.BytesIO()
+    Image.fromarray(np.repeat(np.arange(20, dtype=np.uint8), 20).reshape(20, 20)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (encoded("JPEG"), "is a JPEG file whatever its name says, and that format changes labels"),
+        (encoded("WEBP", quality=80), "is a WEBP file .* changes labels"),
+        (encoded("BMP"), "is a BMP file .*expected a PNG"),
+        (encoded("GIF"), "is a GIF file .*expected a PNG"),
+        (encoded("TIFF"), "is a TIFF file .*expected a PNG"),
+        (b"<html>not found</html>", "cannot be decoded .*no PNG"),
+        (b"", "cannot be decoded .*no PNG"),
+        (png([[0, 300]], 16), ".*mode I.*8-bit"),
+        (png([[[0, 1, 2]]], 8, RGB), ".*mode RGB .*masks_to_indices"),
+        (png([[[0, 1, 2, 3]]], 8, RGBA), ".*mode RGBA .*masks_to_indices"),
+        (png([[[0, 1]]], 8, GREY_ALPHA), ".*mode LA"),
+        (png([[0, 0]], size=(40000, 30000)), "is 30000x40000 pixels; expected at most 1073741824"),
+    ],
+    ids="jpeg webp bmp gif tiff html empty 16-bit rgb rgba grey-alpha huge".split(),  # noqa: SIM905
+)
+def test_other_files_are_refused_by_what_they_are(tmp_path, data, message):
+    with pytest.raises(DatasetError, match=rf"^the label .*label\.png {message}") as error:
+        read(tmp_path, data, 21)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("color_type", [GREY, PALETTE])
+def test_no_changed_byte_changes_a_label(tmp_path, color_type):
+    """Every byte in turn gets another value: an error, or the same label."""
+    values = np.arange(48).reshape(6, 8) % 3
+    whole = png(values, 8, color_type, VOC[:3] if color_type == PALETTE else ())
+    refused = 0
+    for i in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[i] ^= 0x11
+        try:
+            assert read(tmp_path, bytes(damaged), 3).tolist() == values.tolist(), f"byte {i}"
+        except DatasetError:
+            refused += 1
+    assert refused > len(whole) - 16
+
+
+def test_a_label_is_as_large_as_its_picture_may_be(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # Pillow refuses twice as many and warns of more than these
+    assert read(tmp_path, png(np.ones((5, 5), dtype=int)), 2).sum() == 25
+    assert read(tmp_path, png(np.ones((3, 5), dtype=int)), 2).sum() == 15
+    assert Image.MAX_IMAGE_PIXELS == 10
+    assert not recwarn
+
+
+# ---- palettes
+
+
+@pytest.mark.parametrize(
+    ("stored", "palette"),
+    [
+        ([0, 1, 2], [BLACK, PERSON, VOID]),  # sorted, as ImageMagick and pngquant leave them
+        ([0, 1, 2], [PERSON, VOID, BLACK]),
+        ([0, 1], [BLACK, PERSON]),
+        ([0, 1], [RED, BLACK]),
+        ([0, 1], [VOID, RED]),  # 1 is right, 0 is void
+        ([0, 2], [BLACK, RED, VOID, PERSON]),  # unused entries say nothing
+    ],
+)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_palette_that_a_tool_re_ordered_is_refused(tmp_path, stored, palette, bits):
+    data = png([stored], bits, PALETTE, palette)
+    with pytest.raises(DatasetError, match=r"a tool re-ordered: index \d has the colour of .*masks_to_indices\.py"):
+        read(tmp_path, data, 21)
+    assert read(tmp_path, data, 20).tolist() == [stored]  # other classes than VOC's: their colours are not known
+
+
+CAMVID = [(128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0), (192, 128, 128)]
+CITYSCAPES = [(128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153), (250, 170, 30)]
+
+
+@pytest.mark.parametrize(
+    ("stored", "palette"),
+    [
+        ([0, 15, 20], VOC),  # labelme's own is VOC's
+        ([0, 15, 255], VOC),
+        ([0, 1, 15], VOC[:16]),  # cut after the last index in use, as optipng and pngcrush do
+        ([0, 1, 3], VOC[:2]),  # cut before it
+        ([0, 15, 20], [(i, i, i) for i in range(256)]),
+        ([0, 1, 2], [(i * 85, i * 85, i * 85) for i in range(4)]),
+        ([0, 1, 3, 6], CAMVID),
+        ([0, 1, 2, 6], CITYSCAPES),
+        ([0, 0, 0], [PERSON]),  # one colour says nothing
+        ([0, 1, 5], [BLACK, RED, *[BLACK] * 14]),  # never filled in: a tool keeps one index a colour
+        ([0, 1, 2], [BLACK, PERSON, (1, 2, 3)]),  # a colour of its own
+    ],
+)
+def test_other_palettes_are_read_as_they_are(tmp_path, stored, palette):
+    assert read(tmp_path, png([stored], 8, PALETTE, palette), 21).tolist() == [stored]
+
+
+def test_void_may_have_its_colour_at_a_second_void_label(tmp_path):
+    palette = [*VOC[:11], VOID]
+    data = png([[0, 1, 11]], 8, PALETTE, palette)
+    assert read(tmp_path, data, 21, ignore_label=11).tolist() == [[0, 1, 255]]
+    with pytest.raises(DatasetError, match="11 has the colour of 255"):
+        read(tmp_path, data, 21)
+
+
+def test_the_colours_of_classes_txt_tell_a_re_ordered_palette(tmp_path):
+    (tmp_path / "classes.txt").write_text("sky 10 20 30\nwide road\t40 50  60\n")
+    colors = read_class_colors(tmp_path, 2)
+    assert colors == {0: (10, 20, 30), 1: (40, 50, 60), 255: VOID}
+    own = [(10, 20, 30), (40, 50, 60)]
+    assert read(tmp_path, png([[0, 1]], 1, PALETTE, own), 2, colors=colors).tolist() == [[0, 1]]
+    with pytest.raises(DatasetError, match="0 has the colour of 1, 1 has the colour of 0"):
+        read(tmp_path, png([[0, 1]], 1, PALETTE, own[::-1]), 2, colors=colors)
+    with pytest.raises(DatasetError, match="1 has the colour of 255"):
+        read(tmp_path, png([[0, 1]], 1, PALETTE, [own[0], VOID]), 2, colors=colors)
+
+
+# ---- the file of classes
+
+
+def test_names_may_be_followed_by_a_colour(tmp_path):
+    (tmp_path / "classes.txt").write_text("sky 1 2 3\nroad 66\nland use 1990 4 5 6\nwater 300 0 0\n", encoding="utf-8-sig")
+    assert read_class_names(tmp_path, 4) == ["sky", "road 66", "land use 1990", "water 300 0 0"]
+    assert read_class_colors(tmp_path, 4) == {0: (1, 2, 3), 2: (4, 5, 6), 255: VOID}
+
+
+def test_vocs_colours_stand_for_vocs_classes_alone(tmp_path):
+    voc = {**dict(enumerate(VOC[:21])), 255: VOID}
+    assert read_class_colors(tmp_path, 21) == voc
+    assert read_class_colors(tmp_path, 20) == {}
+    names = ["_background_", "Aeroplane", *VOC_NAMES[2:11], "dining-table", *VOC_NAMES[12:16], "potted plant", *VOC_NAMES[17:]]
+    (tmp_path / "classes.txt").write_text("\n".join(names))
+    assert read_class_colors(tmp_path, 21) == voc
+    (tmp_path / "classes.txt").write_text("\n".join(f"kind {i}" for i in range(21)))
+    assert read_class_colors(tmp_path, 21) == {}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("Himmel\nStraße\n".encode("latin-1"), "byte 0xdf in line 2 is not UTF-8; save it as UTF-8"),
+        ("sky\nroad\n".encode("utf-16"), "UTF-16; save it as UTF-8"),
+        ("sky\nroad\n".encode("utf-16-be"), "UTF-16; save it as UTF-8"),
+        (b"__ignore__\n_background_\nroad\n", "__ignore__, which is void .* and no class; delete that line"),
+    ],
+)
+def test_files_of_classes_that_cannot_be_read(tmp_path, data, message):
+    (tmp_path / "classes.txt").write_bytes(data)
+    with pytest.raises(DatasetError, match=rf"classes\.txt .*{message}"):
+        read_class_names(tmp_path, 2)

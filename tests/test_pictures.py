@@ -1,0 +1,125 @@
+"""Picture files: where a JPEG ends, what an EXIF tag does to a labelled picture, sizes that cannot be read."""
+
+import io
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset import DatasetError, VOCSegmentation, read_image
+from tests.pngs import png
+
+GRID = np.add.outer(np.arange(40) * 3, np.arange(56) * 2).astype(np.uint8)  # no two corners alike
+PICTURE = np.stack([GRID, 255 - GRID, GRID // 2], axis=-1)
+
+
+def encoded(kind="JPEG", orientation=None, array=PICTURE, **options):
+    if orientation:
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def with_thumbnail(data: bytes) -> bytes:
+    """The JPEG with a whole one inside a segment of its own behind the first marker, as cameras write EXIF thumbnails."""
+    inner = b"Exif\0\0" + encoded(array=PICTURE[:8, :8])
+    return data[:2] + b"\xff\xe1" + (len(inner) + 2).to_bytes(2, "big") + inner + data[2:]
+
+
+def write(tmp_path, data, name="a.jpg"):
+    path = tmp_path / name
+    path.write_bytes(data)
+    return path
+
+
+VARIANTS = {
+    "baseline": encoded(),
+    "progressive": encoded(progressive=True),  # several scans
+    "restart markers": cv2.imencode(".jpg", PICTURE, [cv2.IMWRITE_JPEG_RST_INTERVAL, 1])[1].tobytes(),
+    "thumbnail": with_thumbnail(encoded()),
+    "fill bytes": encoded()[:-2] + b"\xff\xff\xff\xd9",
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("behind", [b"", b"\0" * 5000, b"video" * 2000, encoded()])
+def test_bytes_behind_the_end_of_a_jpeg_are_no_damage(tmp_path, name, behind):
+    whole = VARIANTS[name]
+    expected = cv2.imdecode(np.frombuffer(whole, dtype=np.uint8), cv2.IMREAD_COLOR)
+    assert np.array_equal(read_image(write(tmp_path, whole + behind)), expected)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("left", [0.5, 0.8, -2])
+def test_a_cut_jpeg_is_refused(tmp_path, name, left):
+    """Also where a thumbnail's end marker is left, and where zeros stand for the missing part, as on a broken disk."""
+    whole = VARIANTS[name]
+    cut = whole[: int(len(whole) * left)] if left > 0 else whole[:left]
+    for data in (cut, cut + b"\0" * 5000):
+        with pytest.raises(DatasetError, match=r"a\.jpg is cut off"):
+            read_image(write(tmp_path, data))
+
+
+def test_a_jpeg_cut_right_behind_its_thumbnail_is_refused(tmp_path):
+    whole = VARIANTS["thumbnail"]
+    end = whole.index(b"\xff\xd9") + 2
+    with pytest.raises(DatasetError, match="is cut off"):
+        read_image(write(tmp_path, whole[:end]))
+
+
+def labelled(tmp_path, picture, label_size, suffix=".jpg"):
+    for folder in ("JPEGImages", "SegmentationClass"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+    write(tmp_path / "JPEGImages", picture, f"a{suffix}")
+    write(tmp_path / "SegmentationClass", png(np.ones(label_size, dtype=int)), "a.png")
+    return VOCSegmentation(tmp_path, ["a"], num_classes=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "orientation"),
+    [
+        *((kind, orientation) for kind in ("JPEG", "PNG") for orientation in (None, *range(1, 9))),
+        *(("WEBP", orientation) for orientation in range(1, 5)),  # OpenCV 4 does not turn it
+    ],
+)
+def test_orientation_of_a_labelled_picture(tmp_path, kind, orientation):
+    data = labelled(tmp_path, encoded(kind, orientation), (40, 56), suffix=".png" if kind == "PNG" else ".jpg")
+    if orientation in (None, 1):
+        assert data[0][0].shape == (40, 56, 3)
+    elif orientation < 5:
+        with pytest.raises(DatasetError, match=rf"has EXIF orientation {orientation}, .* turn the pixels .* drop the tag"):
+            data[0]
+    else:
+        with pytest.raises(DatasetError, match=rf"56x40 pixels, its picture 40x56; .* {orientation} swaps the sides"):
+            data[0]
+        data = labelled(tmp_path, encoded(kind, orientation), (56, 40), suffix=".png" if kind == "PNG" else ".jpg")
+        assert data[0][0].shape == (56, 40, 3)  # the label was drawn on the turned picture: the sizes tell
+
+
+def test_orientation_of_a_square_picture_cannot_be_told(tmp_path):
+    square = PICTURE[:, :40]
+    for orientation in range(2, 9):
+        with pytest.raises(DatasetError, match="its size does not tell"):
+            labelled(tmp_path, encoded(orientation=orientation, array=square), (40, 40))[0]
+    assert labelled(tmp_path, encoded(orientation=1, array=square), (40, 40))[0][0].shape == (40, 40, 3)
+
+
+def test_prediction_honours_the_tag(tmp_path):
+    upright, turned = (read_image(write(tmp_path, encoded(orientation=o, quality=95))) for o in (None, 6))
+    assert np.abs(np.rot90(upright, -1).astype(int) - turned).max() < 10
+
+
+def test_damaged_exif_is_no_orientation(tmp_path):
+    data = encoded(orientation=3)
+    start = data.index(b"Exif\0\0") + 6
+    data = data[:start] + b"XX" + data[start + 2 :]
+    assert labelled(tmp_path, data, (40, 56))[0][0].shape == (40, 56, 3)
+
+
+def test_a_picture_beyond_opencvs_limit_is_a_sentence(tmp_path):
+    path = write(tmp_path, png([[0, 0]], size=(40000, 30000)), "a.png")
+    with pytest.raises(DatasetError, match=r"a\.png has more than 1073741824 pixels, which OpenCV refuses"):
+        read_image(path)
