@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deeplab.weights.names import NO_PLACE, WeightsError, canonical_from_caffe
+from deeplab.weights.contents import NO_PLACE, WeightsError
+from deeplab.weights.names import canonical_from_caffe, in_caffe_trunk, refuse_extras
 
 _TWIN = re.compile(r"_res(?:05|075)(?=_|$)")  # the copies of a layer for the 0.5x and 0.75x pictures
 _CUT_OFF = "it ends in the middle of a field: the file is cut off or no caffemodel; fetch it again"
@@ -104,7 +105,8 @@ def caffe_state(model: CaffeModel) -> tuple[dict[str, Tensor], dict[str, str], f
         The state (float32, CPU), {layer: why it was not used}, and the epsilon of the batch norms.
 
     Raises:
-        WeightsError: copies that differ, blobs that do not fit their layer, or more than one epsilon.
+        WeightsError: copies that differ, blobs that do not fit their layer, layers inside the trunk that a plain ResNet lacks,
+            or more than one epsilon.
     """
     state: dict[str, Tensor] = {}
     skipped: dict[str, str] = {}
@@ -130,6 +132,7 @@ def caffe_state(model: CaffeModel) -> tuple[dict[str, Tensor], dict[str, str], f
         _add_layer(state, module, layer)
         if layer.eps is not None:
             epsilons.setdefault(layer.eps, name)
+    refuse_extras(name for name, reason in skipped.items() if reason.startswith(NO_PLACE) and in_caffe_trunk(name))
     if len(epsilons) > 1:
         found = ", ".join(f"{eps:g} in {name}" for eps, name in epsilons.items())
         raise WeightsError(f"its batch norms have different epsilons ({found}); expected one for the whole net")
