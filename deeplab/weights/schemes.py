@@ -33,6 +33,7 @@ _TENSORFLOW_LEAVES = {
     "weights": "weight", "biases": "bias", "gamma": "weight", "beta": "bias",
     "moving_mean": "running_mean", "moving_variance": "running_var",
 }  # fmt: skip
+_DEEPLAB_PREFIX = re.compile(r"(^|\.)Scale[123]?\.")  # of isht7's multi-scale module, which only DeepLab nets were put into
 _KINDS = {
     "torchvision": "torchvision's (normalised RGB pictures, stride in the 3x3 convolutions)",
     "caffe": "Caffe's (mean-subtracted BGR pictures of 0..255, stride in the first 1x1 convolutions)",
@@ -57,7 +58,7 @@ def from_torch(content: Mapping[Any, Any], meta: Mapping[str, Any], trunk: str) 
     elif meta.keys() & {"backbone", "stride_in_3x3"}:
         config |= {name: meta[name] for name in CONFIG if meta.get(name) is not None}
         weights = Weights(state, SNAPSHOT, config, dict(meta), seen_voc_val=str(meta.get("seen_voc_val") or ""))
-    elif any(HEAD_KEY.match(key) for key in state) or re.search(r"(^|\.)(Scale[123]?|base)\.", prefix):
+    elif any(HEAD_KEY.match(key) for key in state) or any(map(_DEEPLAB_PREFIX.search, bare)):
         scheme = f"DeepLab-ResNet with the prefix {prefix}" if prefix else "DeepLab-ResNet"
         weights = Weights(state, scheme, config)
     else:
