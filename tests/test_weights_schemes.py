@@ -236,7 +236,7 @@ def test_nets_with_more_in_their_trunk_are_refused(tmp_path, backbone, extra, fo
     if form == "prefixed":
         state = {f"module.{key}": value for key, value in state.items()}
     content = {"model": state, "meta": {"backbone": backbone}} if form == "snapshot" else state
-    refused(save(tmp_path / "x.pth", content), rf"{len(extra)} tensors that a plain ResNet lacks \({', '.join(extra)}\)")
+    refused(save(tmp_path / "x.pth", content), rf"its trunk holds tensors that a plain ResNet lacks \({', '.join(extra)}\)")
 
 
 def test_more_in_the_trunk_under_other_names(tmp_path):

@@ -2,11 +2,13 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from deeplab.deeplabv2 import DeepLabV2
 from deeplab.resnet import BACKBONES, Bottleneck
@@ -127,10 +129,21 @@ def apply_weights(net: DeepLabV2, weights: Weights, restore_last: bool = True) -
         if key in target and not _is_unused_branch(key, branches):
             report.loaded.append(key)
         elif not key.endswith(".num_batches_tracked"):
-            report.skipped[key] = "the head" if branches == 0 else "branches that this net does not have"
+            report.skipped.setdefault(key, "the head" if branches == 0 else "branches that this net does not have")
     taken = set(report.loaded)
     report.missing = [key for key in target if key not in taken and not key.endswith(".num_batches_tracked")]
+    _refuse_misfits(report, weights, target)
+    with torch.no_grad():
+        for key in report.loaded:
+            target[key].copy_(weights.state[key])
+    report.loaded = [key for key in report.loaded if not key.endswith(".num_batches_tracked")]
+    if head_line:
+        report.notes.append(head_line)
+    return report
 
+
+def _refuse_misfits(report: LoadReport, weights: Weights, target: Mapping[str, Tensor]) -> None:
+    """Raise :class:`WeightsError` where a shape differs or a part of the trunk is not in the file."""
     clashes = [key for key in report.loaded if weights.state[key].shape != target[key].shape]
     if clashes:
         key, more = clashes[0], f" (and {len(clashes) - 1} more such)" if len(clashes) > 1 else ""
@@ -145,14 +158,6 @@ def apply_weights(net: DeepLabV2, weights: Weights, restore_last: bool = True) -
             "nothing was loaded, fetch or save the file again"
         )
 
-    with torch.no_grad():
-        for key in report.loaded:
-            target[key].copy_(weights.state[key])
-    report.loaded = [key for key in report.loaded if not key.endswith(".num_batches_tracked")]
-    if head_line:
-        report.notes.append(head_line)
-    return report
-
 
 def _is_unused_branch(key: str, branches: int) -> bool:
     match = HEAD_KEY.match(key)
@@ -161,7 +166,8 @@ def _is_unused_branch(key: str, branches: int) -> bool:
 
 def _check_build(net: DeepLabV2, weights: Weights) -> None:
     """Refuse a net whose layers mean something else than the file's although the names are the same."""
-    ours, theirs, path = net.config, weights.config, weights.path
+    ours: Mapping[str, Any] = net.config
+    theirs, path = weights.config, weights.path
     backbone = theirs.get("backbone", ours["backbone"])
     if backbone != ours["backbone"]:
         raise WeightsError(
@@ -187,7 +193,8 @@ def _choose_branches(net: DeepLabV2, weights: Weights, restore_last: bool) -> tu
     classes, rates = weights.config.get("num_classes"), weights.config.get("atrous_rates")
     if classes is None or rates is None:
         return 0, ""
-    rates, net_rates = list(rates), net.config["atrous_rates"]
+    ours: Mapping[str, Any] = net.config
+    rates, net_rates = list(rates), ours["atrous_rates"]
     if not restore_last:
         return 0, f"the file's head ({classes} classes) is left out, as asked"
     if classes != net.num_classes:

@@ -46,10 +46,11 @@ class CaffeModel:
     """
 
     def __init__(self, source: str | Path | bytes) -> None:
-        if not isinstance(source, bytes):
+        if isinstance(source, bytes):
+            self._view = memoryview(source)
+        else:
             with open(source, "rb") as file:
-                source = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._view = memoryview(source)
+                self._view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         self._spans: dict[str, tuple[int, int]] = {}
         legacy = 0
         for number, start, end in _fields(self._view, 0, len(self._view)):

@@ -6,6 +6,7 @@ import re
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import IO
 
 from deeplab.weights.contents import WeightsError, some
 
@@ -138,13 +139,13 @@ def _in_words(head: bytes, size: int) -> str:
     )
 
 
-def pickled_classes(file: io.BufferedIOBase) -> list[str]:
+def pickled_classes(file: IO[bytes]) -> list[str]:
     """The classes and functions that a pickle names, ``module.name`` each, without running anything; [] where it is damaged."""
     found, strings = [], ["", ""]
     try:
         for opcode, value, _ in pickletools.genops(file):
             if opcode.name == "GLOBAL":
-                found.append(value.replace(" ", "."))
+                found.append(str(value).replace(" ", "."))
             elif opcode.name == "STACK_GLOBAL":
                 found.append(".".join(strings[-2:]))
             elif isinstance(value, str):

@@ -105,7 +105,7 @@ def _find_state(content: Any) -> tuple[Mapping[Any, Any], Mapping[str, Any]]:
         raise WeightsError(f"it holds no tensors under the names of parameters ({keys}); expected a state_dict")
     if len(found) > 1:
         names = [".".join(map(str, where)) or "the outermost" for where, _ in found]
-        index = "".join(f"[{key!r}]" for key in found[-1][0])
+        index = "".join(f"[{key!r}]" for key in next(where for where, _ in found if where))
         raise WeightsError(
             f"it holds {len(found)} state_dicts ({some(names)}), and which is meant only you can say; save that one alone, "
             f"as in torch.save(torch.load(PATH){index}, OUT)"

@@ -66,7 +66,9 @@ def kazuto_from_canonical(key: str) -> str:
         return f"base.aspp.c{match[1]}.{match[2]}"
     if match := re.match(r"(conv|bn)1\.(\w+)$", key):
         return f"base.layer1.conv1.{match[1]}.{match[2]}"
-    stage, block, kind, number, shortcut, leaf = _CANONICAL_BLOCK.match(key).groups()
+    if not (match := _CANONICAL_BLOCK.match(key)):
+        raise ValueError(f"{key!r} is no canonical name")
+    stage, block, kind, number, shortcut, leaf = match.groups()
     if shortcut is not None:
         unit, kind = "shortcut", ("conv", "bn")[int(shortcut)]
     else:
@@ -97,9 +99,8 @@ def refuse_extras(keys: Iterable[str]) -> None:
     """Raise :class:`WeightsError` for parameters inside the trunk that a plain ResNet has no place for."""
     if extras := list(keys):
         raise WeightsError(
-            f"its trunk holds {len(extras)} tensors that a plain ResNet lacks ({some(extras)}), so it is another net "
-            "(squeeze-and-excitation, instance normalisation, biases ...), which these weights alone do not make; use the "
-            "weights of a plain ResNet"
+            f"its trunk holds tensors that a plain ResNet lacks ({some(extras)}), so it is another net "
+            "(squeeze-and-excitation, instance normalisation, biases ...); use the weights of a plain ResNet"
         )
 
 
