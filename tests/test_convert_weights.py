@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from dataset import MEAN_BGR
 from deeplab import DeepLabV2
-from deeplab.weights import WeightsError, load_weights
+from deeplab.weights import EXPORTS, TRUNKS, WeightsError, load_weights
 from deeplab.weights.stem import STEM
 from scripts import convert_weights
 from tests.published import kazuto_state, random_net, seeded_and_tidy, tensorflow_arrays  # noqa: F401
@@ -181,6 +181,11 @@ def test_targets_that_are_refused(tmp_path):
     convert(path, other, "--force")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other.pth", "ours.pth", "sub"]
     assert load_weights(other).config["num_classes"] == 3
+
+
+def test_the_choices_are_those_of_the_package():
+    assert convert_weights.SCHEMES == EXPORTS
+    assert convert_weights.TRUNKS == TRUNKS
 
 
 def test_command_line(tmp_path):

@@ -163,8 +163,11 @@ def _read_npy(file: IO[bytes]) -> Any:
     return value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """An unpickler for which numpy arrays, their dtypes and their scalars are the only classes there are."""
+class _ArrayUnpickler(pickle._Unpickler):
+    """An unpickler for which numpy arrays, their dtypes and their scalars are the only classes there are.
+
+    It is Python's own: the one in C allocates as many places as a number in the file says, tens of GB where that is damaged.
+    """
 
     _allowed = {  # noqa: RUF012 (a constant)
         ("multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],

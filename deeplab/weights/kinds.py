@@ -72,8 +72,6 @@ def file_kind(path: Path) -> str:
         raise WeightsError(
             "it is a web page, not weights: the server (Google Drive does so) answered with a page; fetch it in a browser"
         )
-    if path.suffix == ".caffemodel":
-        return "caffe"
     if head.startswith(b"\x93NUMPY"):
         return "npy"
     if head.startswith(b"PK"):
@@ -84,6 +82,8 @@ def file_kind(path: Path) -> str:
         return "safetensors"
     if head[257:262] == b"ustar":
         return _tar_kind(path)
+    if path.suffix == ".caffemodel":  # no first bytes of its own
+        return "caffe"
     if tail == _TABLE_MAGIC:
         raise WeightsError(_TENSORFLOW)
     raise WeightsError(_in_words(head, size))

@@ -111,8 +111,11 @@ class _Parameter:
             self.data = state[0]
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    """An unpickler for which the stand-ins above and ordered dictionaries are the only classes there are."""
+class _TensorUnpickler(pickle._Unpickler):
+    """An unpickler for which the stand-ins above and ordered dictionaries are the only classes there are.
+
+    It is Python's own: the one in C allocates as many places as a number in the file says, tens of GB where that is damaged.
+    """
 
     def __init__(self, file: IO[bytes], tensors: dict[str, Tensor]) -> None:
         super().__init__(file, encoding="latin1")  # strings of Python 2 are bytes, latin1 keeps them
