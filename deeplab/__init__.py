@@ -26,3 +26,11 @@ __all__ = [
     "resize_labels",
     "single_scale_loss",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name != "load_net":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from deeplab.weights import load_net  # most users of the method need no reader of files
+
+    return load_net

@@ -10,6 +10,8 @@
     kazuto             the names of kazuto1011/deeplab-pytorch
     torchvision-trunk  the trunk for RGB input, for torchvision's resnet without its fc
     safetensors        the canonical names, with the snapshot's meta in the header
+
+``--trunk`` overrides what a bare ResNet under torchvision's names is taken for; by default its numbers tell.
 """
 
 import argparse
@@ -22,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.command import UserError, run_command
 
 SCHEMES = ("snapshot", "published", "kazuto", "torchvision-trunk", "safetensors")
+TRUNKS = ("auto", "torchvision", "caffe")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -29,16 +32,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("source", metavar="IN", type=Path, help="the weights file to read; its scheme is recognised")
     parser.add_argument("target", metavar="OUT", type=Path, help="the file to write")
     parser.add_argument("--to", choices=SCHEMES, default="snapshot", help="the scheme of OUT (default: snapshot)")
+    parser.add_argument(
+        "--trunk", choices=TRUNKS, default="auto", help="what a bare ResNet is taken for (default: what its first layer tells)"
+    )
     parser.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    check_target(args.target, args.to, args.force)
+    check_target(args.source, args.target, args.to, args.force)
     from deeplab.weights import export, load_weights
 
-    weights = load_weights(args.source)
+    weights = load_weights(args.source, args.trunk)
     print(*weights.lines(), sep="\n")
     content = export(weights, args.to)
     meta = snapshot_meta(content["meta"] if args.to == "snapshot" else export(weights, "snapshot")["meta"])
@@ -49,14 +55,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def check_target(target: Path, scheme: str, force: bool) -> None:
+def check_target(source: Path, target: Path, scheme: str, force: bool) -> None:
     """Refuse a target that cannot be written or read again, before any work is done.
 
     Raises:
-        UserError: it exists, its folder does not, or its name is that of another format.
+        UserError: it is the source, it exists, its folder does not, or its name is that of another format.
     """
     if target.is_dir():
         raise UserError(f"{target} is a folder; name the file to write in it")
+    if target.exists() and source.exists() and target.samefile(source):
+        raise UserError(f"{target} is the file to read, which is never overwritten; choose another name for OUT")
     if target.exists() and not force:
         raise UserError(f"{target} exists; choose another name or add --force to overwrite it")
     if not target.parent.is_dir():

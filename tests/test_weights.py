@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from dataset import MEAN_BGR
 from deeplab import deeplabv2
-from deeplab.weights import WeightsError, apply_weights, export, load_weights, names
+from deeplab.weights import WeightsError, apply_weights, export, load_weights, stem
 from deeplab.weights.names import trunk_shapes
 from tests.published import (
     BN_LEAVES,
@@ -113,11 +113,13 @@ def test_official_caffemodel(tmp_path):
 
 
 def test_caffe_tensorflow_dictionary(tmp_path):
-    source = random_net("resnet50", batch_norm_eps=1e-3)
+    """The converter's output holds Caffe's own arrays, so Caffe's epsilon."""
+    source = random_net("resnet50", 4)
     path = tmp_path / "deeplab_resnet.npy"
     np.save(path, tensorflow_arrays(source.state_dict(), "resnet50"))
     weights = assert_same_logits(path, source)
-    assert weights.config["batch_norm_eps"] == 1e-3
+    assert weights.config["batch_norm_eps"] == 1e-5
+    assert any("Caffe's own arrays" in note and "1e-05" in note for note in weights.notes)
     assert weights.seen_voc_val
 
 
@@ -129,6 +131,25 @@ def test_npz_of_tensorflow_variables(tmp_path):
     assert weights.state.keys() == state.keys()
     assert all(torch.equal(weights.state[key], tensor) for key, tensor in state.items())
     assert set(weights.skipped) == {"global_step", "conv1/weights/Momentum"}
+    assert weights.config["batch_norm_eps"] == 1e-3
+    assert any("TensorFlow trained" in note and "0.001" in note for note in weights.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "nested", "eps"), [("x.npz", True, 1e-5), ("x.npy", False, 1e-3), ("deeplab_resnet.npz", False, 1e-5)]
+)
+def test_epsilon_by_what_the_arrays_are(tmp_path, name, nested, eps):
+    """Nested dictionaries are the converter's in either container, flat names a checkpoint's; one checkpoint is known to be
+    the converter's output."""
+    layers = tensorflow_arrays(narrow_state("resnet50"), "resnet50")
+    flat = {f"{layer}/{leaf}:0": value for layer, entry in layers.items() for leaf, value in entry.items()}
+    if name.endswith(".npy"):
+        np.save(tmp_path / name, layers if nested else flat)
+    elif nested:
+        np.savez(tmp_path / name, arr_0=np.array(layers, dtype=object))
+    else:
+        np.savez(tmp_path / name, **flat)
+    assert load_weights(tmp_path / name).config["batch_norm_eps"] == eps
 
 
 def test_numpy_pickle_of_python_2(tmp_path):
@@ -294,7 +315,7 @@ def test_the_turned_stem_is_rounded_once():
     from fractions import Fraction
 
     weight = torch.rand(2, 3, 7, 7) - 0.5
-    turned, mean = names.to_bgr_input(weight, torch.tensor([0.25, -3.0]))
+    turned, mean = stem.to_bgr_input(weight, torch.tensor([0.25, -3.0]))
     std = [Fraction(255 * s) for s in (0.229, 0.224, 0.225)]
     for b, r in ((0, 2), (1, 1), (2, 0)):
         exact = np.float32(float(Fraction(weight[1, r, 3, 4].item()) / std[r]))
@@ -303,7 +324,7 @@ def test_the_turned_stem_is_rounded_once():
     assert constant == pytest.approx([0.477, 0.389, -0.996], abs=1e-3)
     expected = -3.0 - sum(turned[1, b].double().sum().item() * constant[b] for b in range(3))
     assert mean[1].item() == pytest.approx(expected, rel=1e-6)
-    assert names.MEAN_BGR == MEAN_BGR
+    assert stem.MEAN_BGR == MEAN_BGR
 
 
 # The head, the report, and nets that do not fit.
@@ -473,8 +494,8 @@ def test_nets_that_cannot_fit(tmp_path):
     with torch.device("meta"):
         names = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None).state_dict()
     refuse_net(tmp_path, {key: torch.rand(1) for key in names}, "a torchvision segmentation net")
-    refuse_net(tmp_path, {"features.0.weight": torch.rand(1)}, r"its keys \(features\.0\.weight \.\.\.\) are of no scheme")
-    refuse_net(tmp_path, {"step": 3}, "no tensors at all")
+    refuse_net(tmp_path, {"features.0.weight": torch.rand(1)}, r"its keys \(features\.0\.weight\) are of no scheme")
+    refuse_net(tmp_path, {"step": 3}, r"holds no tensors under the names of parameters \(step\)")
     refuse_net(tmp_path, torch.rand(3), "it holds a Tensor; expected a state_dict")
     shallow = {key: value for key, value in narrow_state().items() if not key.startswith("layer3.22")}
     refuse_net(tmp_path, shallow, "3, 4, 22, 3 bottleneck blocks in its four stages, which fits none")
@@ -514,13 +535,13 @@ def test_pickles_that_would_run_code(tmp_path, monkeypatch):
     ("content", "match"),
     [
         (b"", "it is empty"),
-        (b"\0" * 5000, "nothing but zeros"),
+        (b"\0" * 5000, "begins with nothing but zeros"),
         (b"<!DOCTYPE html><html>Google Drive can't scan this file", "it is a web page, not weights"),
         (b"\n  <html>", "it is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs pointer"),
         (b"hello, this is no weights file", r"begins with 'hello, this '"),
         (b"\x1f\x8b\x08" + b"x" * 50, "gzip archive; unpack it"),
-        (b"x" * 257 + b"ustar" + b"x" * 50, "tar archive; unpack it"),
+        (b"x" * 257 + b"ustar" + b"x" * 50, "cut off or damaged .*truncated header"),
         (b"variables" * 9 + bytes.fromhex("57fb808b247547db"), "TensorFlow checkpoint, which only TensorFlow reads"),
         (b"PK\x03\x04" + b"x" * 90, "cut off or damaged .*zip file"),
         (b"\x93NUMPY\x01\0" + b"\x10\0" + b"{'descr': '<f4',", "cut off or damaged"),
@@ -550,7 +571,7 @@ def test_missing_and_other_paths(tmp_path):
         load_weights(tmp_path / "model.ckpt")
     with zipfile.ZipFile(tmp_path / "prototxt_and_model.zip", "w") as archive:
         archive.writestr("init.caffemodel", b"x")
-    with pytest.raises(WeightsError, match=r"zip archive \(init\.caffemodel \.\.\.\); unpack it"):
+    with pytest.raises(WeightsError, match=r"zip archive \(init\.caffemodel\); unpack it"):
         load_weights(tmp_path / "prototxt_and_model.zip")
 
 

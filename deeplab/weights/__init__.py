@@ -1,8 +1,21 @@
 """Every published DeepLab-ResNet weights file: recognised, brought to the canonical names, put into a net, and written back."""
 
-from deeplab.weights.apply import LoadReport, apply_weights
-from deeplab.weights.load import Weights, load_weights
-from deeplab.weights.names import WeightsError
+from deeplab.weights.apply import LoadReport, apply_weights, build_net, load_net
+from deeplab.weights.contents import Weights, WeightsError
+from deeplab.weights.files import check_sums
+from deeplab.weights.load import TRUNKS, load_weights
 from deeplab.weights.write import EXPORTS, export
 
-__all__ = ["EXPORTS", "LoadReport", "Weights", "WeightsError", "apply_weights", "export", "load_weights"]
+__all__ = [
+    "EXPORTS",
+    "TRUNKS",
+    "LoadReport",
+    "Weights",
+    "WeightsError",
+    "apply_weights",
+    "build_net",
+    "check_sums",
+    "export",
+    "load_net",
+    "load_weights",
+]

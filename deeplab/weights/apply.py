@@ -2,20 +2,19 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from deeplab.deeplabv2 import DeepLabV2
-from deeplab.weights.names import HEAD_KEY, NO_PLACE, WeightsError
 from deeplab.resnet import BACKBONES, Bottleneck
-
-if TYPE_CHECKING:
-    from deeplab.weights.load import Weights
-
-SHOWN = 6  # names in a line
+from deeplab.weights.contents import NO_PLACE, Weights, WeightsError, group_by_reason, some
+from deeplab.weights.load import load_weights
+from deeplab.weights.names import HEAD_KEY
 
 
 @dataclass
@@ -43,28 +42,66 @@ class LoadReport:
         counts += f"; of the file, {len(self.skipped)} skipped, {len(self.unexpected)} unexpected"
         lines = [counts]
         if self.missing:
-            lines.append(f"keeping their initial values: {_some(self.missing)}")
+            lines.append(f"keeping their initial values: {some(self.missing)}")
         lines += [f"skipped {text}" for text in group_by_reason(self.skipped)]
         if self.unexpected:
-            lines.append(f"unexpected in the file: {_some(self.unexpected)}")
+            lines.append(f"unexpected in the file: {some(self.unexpected)}")
         return lines + self.notes
 
 
-def group_by_reason(skipped: Mapping[str, str]) -> list[str]:
-    """``{key: reason}`` as one line for each reason, with a few of its keys."""
-    groups: dict[str, list[str]] = {}
-    for key, reason in skipped.items():
-        groups.setdefault(reason, []).append(key)
-    return [f"{_some(keys)}: {reason}" for reason, keys in groups.items()]
+def load_net(path: str | Path, batch_norm: str = "frozen") -> DeepLabV2:
+    """The net that a weights file describes, with its weights, in evaluation mode on the CPU.
+
+    Args:
+        path: any file that :func:`deeplab.weights.load_weights` reads.
+        batch_norm: one of ``deeplab.BATCH_NORM_MODES``.
+
+    Raises:
+        WeightsError: the file cannot be used, or holds no trained head.
+    """
+    net, report = build_net(load_weights(path), batch_norm=batch_norm)
+    if report.missing:
+        raise WeightsError(f"{path}: it gives no trained head, so its net has no classes to tell; train one from it first")
+    return net.eval()
 
 
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+def build_net(
+    weights: Weights | None,
+    *,
+    backbone: str | None = None,
+    num_classes: int | None = None,
+    atrous_rates: Sequence[int] | None = None,
+    batch_norm: str = "frozen",
+    restore_last: bool = True,
+) -> tuple[DeepLabV2, LoadReport]:
+    """The net that a weights file describes, with that file's weights; arguments that are given take precedence.
+
+    Args:
+        weights: from :func:`deeplab.weights.load_weights`; None leaves the initial values.
+        restore_last: False leaves the head of ``weights`` out.
+
+    Returns:
+        The net (in training mode, on the CPU) and what became of every tensor.
+
+    Raises:
+        WeightsError: the file does not fit the net that the arguments ask for.
+    """
+    config = dict(weights.config) if weights else {}
+    asked = {"backbone": backbone, "num_classes": num_classes, "atrous_rates": atrous_rates}
+    config |= {name: value for name, value in asked.items() if value is not None}
+    if weights is None:
+        return DeepLabV2(**config, batch_norm=batch_norm), LoadReport(notes=["initial weights: random"])
+    with torch.device("meta"):  # no time is spent on initial values that the file replaces
+        net = DeepLabV2(**config, batch_norm=batch_norm)
+    net.to_empty(device="cpu")
+    net.layer5.reset_parameters()
+    for name, buffer in net.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            buffer.zero_()
+    return net, apply_weights(net, weights, restore_last=restore_last)
 
 
-def apply_weights(net: DeepLabV2, weights: "Weights", restore_last: bool = True) -> LoadReport:
+def apply_weights(net: DeepLabV2, weights: Weights, restore_last: bool = True) -> LoadReport:
     """Copy weights into a net, in place: all that the report names, or nothing.
 
     A head for another number of classes or other branches is left out with one line; the first branches of a longer head
@@ -92,10 +129,21 @@ def apply_weights(net: DeepLabV2, weights: "Weights", restore_last: bool = True)
         if key in target and not _is_unused_branch(key, branches):
             report.loaded.append(key)
         elif not key.endswith(".num_batches_tracked"):
-            report.skipped[key] = "the head" if branches == 0 else "branches that this net does not have"
+            report.skipped.setdefault(key, "the head" if branches == 0 else "branches that this net does not have")
     taken = set(report.loaded)
     report.missing = [key for key in target if key not in taken and not key.endswith(".num_batches_tracked")]
+    _refuse_misfits(report, weights, target)
+    with torch.no_grad():
+        for key in report.loaded:
+            target[key].copy_(weights.state[key])
+    report.loaded = [key for key in report.loaded if not key.endswith(".num_batches_tracked")]
+    if head_line:
+        report.notes.append(head_line)
+    return report
 
+
+def _refuse_misfits(report: LoadReport, weights: Weights, target: Mapping[str, Tensor]) -> None:
+    """Raise :class:`WeightsError` where a shape differs or a part of the trunk is not in the file."""
     clashes = [key for key in report.loaded if weights.state[key].shape != target[key].shape]
     if clashes:
         key, more = clashes[0], f" (and {len(clashes) - 1} more such)" if len(clashes) > 1 else ""
@@ -106,17 +154,9 @@ def apply_weights(net: DeepLabV2, weights: "Weights", restore_last: bool = True)
     lost = [key for key in report.missing if not HEAD_KEY.match(key)]
     if lost:
         raise WeightsError(
-            f"{weights.path}: it lacks {len(lost)} of the trunk's tensors ({_some(lost)}); "
+            f"{weights.path}: it lacks {len(lost)} of the trunk's tensors ({some(lost)}); "
             "nothing was loaded, fetch or save the file again"
         )
-
-    with torch.no_grad():
-        for key in report.loaded:
-            target[key].copy_(weights.state[key])
-    report.loaded = [key for key in report.loaded if not key.endswith(".num_batches_tracked")]
-    if head_line:
-        report.notes.append(head_line)
-    return report
 
 
 def _is_unused_branch(key: str, branches: int) -> bool:
@@ -124,9 +164,10 @@ def _is_unused_branch(key: str, branches: int) -> bool:
     return match is not None and int(match[1]) >= branches
 
 
-def _check_build(net: DeepLabV2, weights: "Weights") -> None:
+def _check_build(net: DeepLabV2, weights: Weights) -> None:
     """Refuse a net whose layers mean something else than the file's although the names are the same."""
-    ours, theirs, path = net.config, weights.config, weights.path
+    ours: Mapping[str, Any] = net.config
+    theirs, path = weights.config, weights.path
     backbone = theirs.get("backbone", ours["backbone"])
     if backbone != ours["backbone"]:
         raise WeightsError(
@@ -147,12 +188,13 @@ def _check_build(net: DeepLabV2, weights: "Weights") -> None:
         )
 
 
-def _choose_branches(net: DeepLabV2, weights: "Weights", restore_last: bool) -> tuple[int, str]:
+def _choose_branches(net: DeepLabV2, weights: Weights, restore_last: bool) -> tuple[int, str]:
     """How many of the file's head convolutions are used, and the line that says why not all of them."""
     classes, rates = weights.config.get("num_classes"), weights.config.get("atrous_rates")
     if classes is None or rates is None:
         return 0, ""
-    rates, net_rates = list(rates), net.config["atrous_rates"]
+    ours: Mapping[str, Any] = net.config
+    rates, net_rates = list(rates), ours["atrous_rates"]
     if not restore_last:
         return 0, f"the file's head ({classes} classes) is left out, as asked"
     if classes != net.num_classes:

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deeplab.weights.names import NO_PLACE, WeightsError, canonical_from_caffe
+from deeplab.weights.contents import NO_PLACE, WeightsError
+from deeplab.weights.names import canonical_from_caffe, in_caffe_trunk, refuse_extras
 
 _TWIN = re.compile(r"_res(?:05|075)(?=_|$)")  # the copies of a layer for the 0.5x and 0.75x pictures
 _CUT_OFF = "it ends in the middle of a field: the file is cut off or no caffemodel; fetch it again"
@@ -45,10 +46,11 @@ class CaffeModel:
     """
 
     def __init__(self, source: str | Path | bytes) -> None:
-        if not isinstance(source, bytes):
+        if isinstance(source, bytes):
+            self._view = memoryview(source)
+        else:
             with open(source, "rb") as file:
-                source = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._view = memoryview(source)
+                self._view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         self._spans: dict[str, tuple[int, int]] = {}
         legacy = 0
         for number, start, end in _fields(self._view, 0, len(self._view)):
@@ -104,7 +106,8 @@ def caffe_state(model: CaffeModel) -> tuple[dict[str, Tensor], dict[str, str], f
         The state (float32, CPU), {layer: why it was not used}, and the epsilon of the batch norms.
 
     Raises:
-        WeightsError: copies that differ, blobs that do not fit their layer, or more than one epsilon.
+        WeightsError: copies that differ, blobs that do not fit their layer, layers inside the trunk that a plain ResNet lacks,
+            or more than one epsilon.
     """
     state: dict[str, Tensor] = {}
     skipped: dict[str, str] = {}
@@ -130,6 +133,7 @@ def caffe_state(model: CaffeModel) -> tuple[dict[str, Tensor], dict[str, str], f
         _add_layer(state, module, layer)
         if layer.eps is not None:
             epsilons.setdefault(layer.eps, name)
+    refuse_extras(name for name, reason in skipped.items() if reason.startswith(NO_PLACE) and in_caffe_trunk(name))
     if len(epsilons) > 1:
         found = ", ".join(f"{eps:g} in {name}" for eps, name in epsilons.items())
         raise WeightsError(f"its batch norms have different epsilons ({found}); expected one for the whole net")

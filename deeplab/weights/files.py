@@ -1,15 +1,13 @@
-"""From a file to the plain dictionary of arrays in it: torch, safetensors and numpy files, and what is none of them.
+"""From a file to the plain dictionary of arrays in it: torch, safetensors and numpy files.
 
-The kind of a file is told by its first bytes, not by its name. Nothing in a file is ever run: torch files are read with
-``weights_only=True``, old numpy pickles by an unpickler that knows numpy's arrays and nothing else.
+Nothing in a file is ever run: torch files are read with ``weights_only=True``, old pickles by unpicklers that know tensors or
+arrays and nothing else. Zip files (torch since 1.6, ``.npz``) hold a check sum for each member, and it is compared before they
+are read. Torch files before 1.6, ``.npy``, safetensors and caffemodels hold none: damage to their numbers cannot be seen.
 """
 
-import io
 import json
 import pickle
 import re
-import struct
-import tokenize
 import zipfile
 from pathlib import Path
 from typing import IO, Any
@@ -18,81 +16,48 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deeplab.weights.names import WeightsError
+from deeplab.weights.contents import WeightsError, some
+from deeplab.weights.kinds import damaged, holds_objects, pickled_classes
 
-_TORCH_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")  # the pickled magic number before PyTorch 1.6
-_TABLE_MAGIC = bytes.fromhex("57fb808b247547db")  # ends a LevelDB table: TensorFlow's .ckpt (V1) and .index (V2) files
-_ARCHIVES = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"7z\xbc\xaf": "7z", b"Rar!": "rar"}
-_DAMAGED = "it is cut off or damaged ({}); fetch or copy it again"
-_BROKEN = (  # what the readers of torch, pickle, zip and numpy raise for files that are cut off or scrambled
-    RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, OverflowError,
-    struct.error, pickle.UnpicklingError, zipfile.BadZipFile, SyntaxError, tokenize.TokenError, AssertionError, MemoryError,
-)  # fmt: skip
-_TENSORFLOW = (
-    "it is a TensorFlow checkpoint, which only TensorFlow reads; give the .npy file it was made from, or save its variables "
-    "there: r = tf.train.load_checkpoint(PATH); np.savez(OUT, **{n: r.get_tensor(n) for n in r.get_variable_to_shape_map()})"
-)
+_CHUNK = 1 << 20
 
 
-def file_kind(path: Path) -> str:
-    """``"torch"``, ``"old torch"`` (before 1.6), ``"safetensors"``, ``"npy"``, ``"npz"`` or ``"caffe"``.
+def check_sums(path: str | Path) -> str:
+    """Compare every member of a zip file with the CRC-32 that is stored with it; ``torch.load`` does not.
+
+    Returns:
+        "", or one sentence where a torch file was written without sums (``torch.serialization.set_crc32_options(False)``), so
+        that none of them fits. A file that is no zip file has no sums: "".
 
     Raises:
-        WeightsError: the file is none of them; the message says what it is, as far as that can be seen.
+        WeightsError: a member is damaged, or the archive is; without the path.
     """
-    if path.with_name(path.name + ".index").is_file() or re.search(r"\.data-\d+-of-\d+$", path.name):
-        raise WeightsError(_TENSORFLOW)
-    if not path.exists():
-        raise WeightsError("there is no such file; `python scripts/download.py list` shows what can be fetched")
-    if path.is_dir():
-        raise WeightsError("it is a folder; name the weights file in it")
     with open(path, "rb") as file:
-        head = file.read(1024)
-        size = file.seek(0, io.SEEK_END)
-        file.seek(max(0, size - 8))
-        tail = file.read()
-    if not head.strip(b"\0"):
-        what = "empty" if not size else "nothing but zeros"
-        raise WeightsError(f"it is {what}; fetch it again")
-    if head.startswith(b"version https://git-lfs"):
-        raise WeightsError("it is a git-lfs pointer, not the file itself; run `git lfs pull` where it came from")
-    if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
-        raise WeightsError(
-            "it is a web page, not weights: the server (Google Drive does so) answered with a page; fetch it in a browser"
-        )
-    if path.suffix == ".caffemodel":
-        return "caffe"
-    if head.startswith(b"\x93NUMPY"):
-        return "npy"
-    if head.startswith(b"PK"):
-        return _zip_kind(path)
-    if _TORCH_MAGIC in head[:20]:
-        return "old torch"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 27:
-        return "safetensors"
-    if tail == _TABLE_MAGIC:
-        raise WeightsError(_TENSORFLOW)
-    packed = next((name for magic, name in _ARCHIVES.items() if head.startswith(magic)), None)
-    if packed or head[257:262] == b"ustar":
-        raise WeightsError(f"it is a {packed or 'tar'} archive; unpack it and name the weights file in it")
-    start = head[:12].decode("ascii", "backslashreplace").encode("unicode_escape").decode()
-    raise WeightsError(
-        f"it is no weights file that is known here (it has {size} bytes and begins with {start!r}); "
-        "expected a .pth, .safetensors, .caffemodel, .npy or .npz file"
-    )
-
-
-def _zip_kind(path: Path) -> str:
+        if file.read(2) != b"PK":
+            return ""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except _BROKEN as error:
-        raise WeightsError(_DAMAGED.format(_first_line(error))) from None
-    if any(name.endswith("/data.pkl") for name in names):
-        return "torch"
-    if names and all(name.endswith(".npy") for name in names):
-        return "npz"
-    raise WeightsError(f"it is a zip archive ({', '.join(names[:3])} ...); unpack it and name the weights file in it")
+            members = [info for info in archive.infolist() if info.file_size]
+            bad = [info.filename for info in members if not _sum_fits(archive, info)]
+    except OSError:
+        raise
+    except Exception as error:
+        raise WeightsError(damaged(error)) from None
+    if len(bad) == len(members) and any(name.endswith("/data.pkl") for name in bad):
+        return "it was written without check sums, so damage to it would not be noticed"
+    if bad:
+        raise WeightsError(f"it is damaged: {some(bad)} in it does not fit its check sum; fetch or copy it again")
+    return ""
+
+
+def _sum_fits(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bool:
+    with archive.open(info) as member:
+        try:
+            while member.read(_CHUNK):
+                pass
+        except zipfile.BadZipFile:  # raised at the member's end
+            return False
+    return True
 
 
 def read_torch(path: Path, old: bool) -> Any:
@@ -103,13 +68,30 @@ def read_torch(path: Path, old: bool) -> Any:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=not old)
-    except _BROKEN as error:
-        if match := re.search(r"GLOBAL (\S+)", str(error)):
+    except OSError:
+        raise
+    except Exception as error:  # many kinds, for files that are cut off or scrambled
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        if match is None:
+            raise WeightsError(damaged(error)) from None
+        if any(name.startswith("torch.nn.modules.") for name in _classes(path, old)):
             raise WeightsError(
-                f"it holds Python objects ({match[1]}) beside tensors, and loading them could run foreign code; "
-                "where you trust it, load it yourself and save only its state_dict()"
+                f"it holds a whole net as a Python object ({match[1]}), and loading it would run foreign code; where you trust "
+                "it, load it with the program that saved it and save the net's state_dict()"
             ) from None
-        raise WeightsError(_DAMAGED.format(_first_line(error))) from None
+        raise WeightsError(holds_objects(match[1])) from None
+
+
+def _classes(path: Path, old: bool) -> list[str]:
+    if old:
+        with open(path, "rb") as file:
+            for _ in range(3):  # the magic number, the version and the machine
+                pickled_classes(file)
+            return pickled_classes(file)
+    with zipfile.ZipFile(path) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        with archive.open(name) as member:
+            return pickled_classes(member)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -118,45 +100,53 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         WeightsError: damaged, or a meta that is not JSON.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dictionary)
             header = file.metadata() or {}
         meta = json.loads(header.get("meta", "{}"))
-    except (SafetensorError, ValueError) as error:
-        raise WeightsError(_DAMAGED.format(_first_line(error))) from None
+    except OSError:
+        raise
+    except Exception as error:
+        raise WeightsError(damaged(error)) from None
     if not isinstance(meta, dict):
         raise WeightsError(f"the meta in its header is {meta!r:.40}; expected a JSON object")
     return tensors, meta
 
 
-def read_numpy(path: Path, kind: str) -> dict[str, np.ndarray]:
-    """The arrays of a ``.npy`` or ``.npz`` file; nested dictionaries become ``"layer/parameter"``.
+def read_numpy(path: Path, kind: str) -> tuple[dict[str, np.ndarray], bool]:
+    """The arrays of a ``.npy`` or ``.npz`` file, and whether they lay in nested dictionaries, ``{layer: {parameter: array}}``.
 
     Args:
         kind: ``"npy"`` or ``"npz"``.
+
+    Returns:
+        ``"layer/parameter"`` -> array, and True for nested dictionaries (as caffe-tensorflow's converter writes them).
 
     Raises:
         WeightsError: damaged, or a pickle of anything but dictionaries of numpy arrays.
     """
     found: dict[str, np.ndarray] = {}
+    values = {}
     try:
         if kind == "npy":
             with open(path, "rb") as file:
-                _flatten("", _read_npy(file), found)
+                values[""] = _read_npy(file)
         else:
             with zipfile.ZipFile(path) as archive:
                 for name in archive.namelist():
-                    with archive.open(name) as file:
-                        value = _read_npy(file)
-                    _flatten("" if isinstance(value, dict) else name.removesuffix(".npy"), value, found)
-    except WeightsError:
+                    with archive.open(name) as member:
+                        values[name.removesuffix(".npy")] = _read_npy(member)
+        dictionaries = [value for value in values.values() if isinstance(value, dict)]
+        for name, value in values.items():
+            _flatten("" if isinstance(value, dict) else name, value, found)
+    except (WeightsError, OSError):
         raise
-    except _BROKEN as error:
-        raise WeightsError(_DAMAGED.format(_first_line(error))) from None
-    return found
+    except Exception as error:
+        raise WeightsError(damaged(error)) from None
+    return found, any(isinstance(entry, dict) for value in dictionaries for entry in value.values())
 
 
 def _read_npy(file: IO[bytes]) -> Any:
@@ -173,8 +163,11 @@ def _read_npy(file: IO[bytes]) -> Any:
     return value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """An unpickler for which numpy arrays, their dtypes and their scalars are the only classes there are."""
+class _ArrayUnpickler(pickle._Unpickler):
+    """An unpickler for which numpy arrays, their dtypes and their scalars are the only classes there are.
+
+    It is Python's own: the one in C allocates as many places as a number in the file says, tens of GB where that is damaged.
+    """
 
     _allowed = {  # noqa: RUF012 (a constant)
         ("multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
@@ -196,8 +189,3 @@ def _flatten(prefix: str, value: Any, found: dict[str, np.ndarray]) -> None:
             _flatten(f"{prefix}/{key}" if prefix else str(key), entry, found)
     else:
         found[prefix] = np.asarray(value)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().split("\n")[0][:120].rstrip(".")
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,11 +1,10 @@
 """The published naming schemes of DeepLab-ResNet weights, and their way to the canonical names and back.
 
 Canonical are the names of the published PyTorch files: torchvision's for the trunk (``conv1``, ``bn1``, ``layer1.0.conv1``,
-``layer1.0.downsample.0`` ...) and ``layer5.conv2d_list.0`` to ``.3`` for the head. Everything here is about names, shapes and
-the first layer's input; no file is read.
+``layer1.0.downsample.0`` ...) and ``layer5.conv2d_list.0`` to ``.3`` for the head. Everything here is about names and shapes;
+no file is read and no number looked at.
 """
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 
@@ -14,34 +13,30 @@ from torch import Tensor
 
 from deeplab.deeplabv2 import DeepLabV2
 from deeplab.resnet import BACKBONES, Bottleneck
-
-MEAN_BGR = (104.00698793, 116.66876762, 122.67891434)  # what our nets subtract; the same numbers as dataset.MEAN_BGR
-TORCHVISION_MEAN = (0.485, 0.456, 0.406)  # RGB, 0..1: torchvision/transforms/_presets.py
-TORCHVISION_STD = (0.229, 0.224, 0.225)
+from deeplab.weights.contents import WeightsError, some
 
 HEAD_KEY = re.compile(r"layer5\.conv2d_list\.(\d+)\.(weight|bias)$")
-STEM = ("conv1.weight", "bn1.running_mean")  # what differs between RGB and BGR input
-NO_PLACE = "no place in DeepLab-v2"  # the reason for entries that no part of the net is waiting for
 
 _WRAPPERS = ("module.", "_orig_mod.", "Scale.", "base.")  # DataParallel, torch.compile, isht7's and kazuto1011's MSC modules
+_FIRST_BLOCK = re.compile(r"(.*\.)(?:layer1\.0\.conv1|layer2\.block1\.reduce\.conv)\.weight$")
+_TRUNK_KEY = re.compile(r"(conv1|bn1|layer[1-4])\.")
 _BLOCK_KEY = re.compile(r"layer([1-4])\.(\d+)\.")
 _KAZUTO_BLOCK = re.compile(r"layer([2-5])\.block(\d+)\.(reduce|conv3x3|increase|shortcut)\.(conv|bn)\.(\w+)$")
 _KAZUTO_UNITS = {"reduce": 1, "conv3x3": 2, "increase": 3}
 _CANONICAL_BLOCK = re.compile(r"layer([1-4])\.(\d+)\.(?:(conv|bn)([123])|downsample\.([01]))\.(\w+)$")
 _CAFFE_BLOCK = re.compile(r"(res|bn|scale)([2-5])([a-z])(\d*)_branch(1|2a|2b|2c)$")
 _CAFFE_HEAD = re.compile(r"fc1_.+_c([0-3])$")
-
-
-class WeightsError(ValueError):
-    """A weights file that cannot be used, or not for this net: one sentence that says what was found and what to do."""
-
-    exit_status = 2
+_CAFFE_TRUNK = re.compile(r"(res|bn|scale)[2-5][a-z]\d*_?\w*$")
 
 
 def strip_wrappers(keys: Iterable[str]) -> dict[str, str]:
-    """Remove the prefixes that all keys share because the net was saved inside a wrapper module; {key: bare key}."""
+    """Remove what all keys begin with because the net was saved inside other modules; {key: bare key}."""
     bare = {key: key for key in keys}
     while prefix := next((p for p in _WRAPPERS if bare and all(name.startswith(p) for name in bare.values())), None):
+        bare = {key: name[len(prefix) :] for key, name in bare.items()}
+    others = {match[1] for name in bare.values() if (match := _FIRST_BLOCK.match(name))}
+    if len(others) == 1 and all(name.startswith(tuple(others)) for name in bare.values()):
+        (prefix,) = others
         bare = {key: name[len(prefix) :] for key, name in bare.items()}
     return bare
 
@@ -71,7 +66,9 @@ def kazuto_from_canonical(key: str) -> str:
         return f"base.aspp.c{match[1]}.{match[2]}"
     if match := re.match(r"(conv|bn)1\.(\w+)$", key):
         return f"base.layer1.conv1.{match[1]}.{match[2]}"
-    stage, block, kind, number, shortcut, leaf = _CANONICAL_BLOCK.match(key).groups()
+    if not (match := _CANONICAL_BLOCK.match(key)):
+        raise ValueError(f"{key!r} is no canonical name")
+    stage, block, kind, number, shortcut, leaf = match.groups()
     if shortcut is not None:
         unit, kind = "shortcut", ("conv", "bn")[int(shortcut)]
     else:
@@ -96,6 +93,25 @@ def canonical_from_caffe(layer: str) -> str | None:
     if branch == "1":
         return f"{where}.downsample.{int(kind != 'res')}"
     return f"{where}.{'conv' if kind == 'res' else 'bn'}{'abc'.index(branch[1]) + 1}"
+
+
+def refuse_extras(keys: Iterable[str]) -> None:
+    """Raise :class:`WeightsError` for parameters inside the trunk that a plain ResNet has no place for."""
+    if extras := list(keys):
+        raise WeightsError(
+            f"its trunk holds tensors that a plain ResNet lacks ({some(extras)}), so it is another net "
+            "(squeeze-and-excitation, instance normalisation, biases ...); use the weights of a plain ResNet"
+        )
+
+
+def in_trunk(key: str) -> bool:
+    """Whether a canonical name lies in the trunk."""
+    return _TRUNK_KEY.match(key) is not None
+
+
+def in_caffe_trunk(layer: str) -> bool:
+    """Whether a Caffe name is that of a layer inside the trunk's blocks, whether or not our net has it."""
+    return _CAFFE_TRUNK.match(layer) is not None
 
 
 def is_counter(key: str, trunk: Iterable[str]) -> bool:
@@ -146,83 +162,3 @@ def head_shape(state: Mapping[str, Tensor]) -> tuple[int, int]:
     if len(classes) > 1:
         raise WeightsError(f"its head convolutions disagree on the number of classes ({', '.join(map(str, classes))})")
     return count, classes[0] if classes else 0
-
-
-def one_weight_set(state: dict[str, Tensor], skipped: dict[str, str]) -> dict[str, Tensor]:
-    """Take the one net out of a file with ``Scale1.``, ``Scale2.`` and ``Scale3.``; another state is returned as it is.
-
-    Raises:
-        WeightsError: the three sets differ, as in files made before June 2017.
-    """
-    if not state or not all(re.match(r"Scale[123]\.", key) for key in state):
-        return state
-    sets = [{key[7:]: value for key, value in state.items() if key.startswith(f"Scale{n}.")} for n in (1, 2, 3)]
-    for n, other in enumerate(sets[1:], 2):
-        unequal = [key for key in sets[0].keys() | other.keys() if not _same(sets[0].get(key), other.get(key))]
-        if unequal:
-            raise WeightsError(
-                f"it holds a weight set of its own for each of three scales, and they differ ({len(unequal)} tensors, such as "
-                f"{min(unequal)}); DeepLab-v2 shares one set between the scales, so use a file made after June 2017"
-            )
-        skipped.update((f"Scale{n}.{key}", "equal to those of Scale1") for key in other)
-    return sets[0]
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is not None and b is not None and torch.equal(a, b)
-
-
-def refuse_other_nets(state: Mapping[str, Tensor]) -> None:
-    """Raise :class:`WeightsError` for nets that cannot be turned into a DeepLab-v2, with the reason."""
-    if any(key.startswith("backbone.") for key in state) and any(key.startswith("classifier.") for key in state):
-        raise WeightsError(
-            "it is a torchvision segmentation net (DeepLabv3 or FCN), whose head and dilations are others than DeepLab-v2's; "
-            "start from torchvision's ImageNet resnet50, resnet101 or resnet152 instead"
-        )
-    conv1 = state.get("conv1.weight")
-    if conv1 is not None and tuple(conv1.shape[2:]) == (3, 3):
-        raise WeightsError(
-            f"its first convolution is {_shape(conv1)}: a ResNet with the deep stem of three 3x3 convolutions (MIT, "
-            "segmentation toolbox), which cannot be turned into the single 7x7 convolution of DeepLab-v2"
-        )
-    if conv1 is not None and tuple(conv1.shape[1:]) != (3, 7, 7):
-        raise WeightsError(f"its first convolution is {_shape(conv1)}; DeepLab-v2's is 64x3x7x7")
-    if (conv1 is None or "layer1.0.conv1.weight" not in state) and not any(".block1." in key for key in state):
-        keys = ", ".join(list(state)[:3]) or "no tensors at all"
-        raise WeightsError(f"its keys ({keys} ...) are of no scheme known here; expected a DeepLab-v2 or ResNet state_dict")
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape))
-
-
-def to_bgr_input(weight: Tensor, running_mean: Tensor) -> tuple[Tensor, Tensor]:
-    """A torchvision stem made ready for mean-subtracted BGR pictures of 0..255.
-
-    torchvision feeds x[r] = (p / 255 - mean[r]) / std[r], we feed p - MEAN_BGR[b]; so the kernel of channel b is that of r
-    divided by 255 std[r], and the constant between 255 mean[r] and MEAN_BGR[b] moves into the running mean of ``bn1``.
-    ``bn1(conv1(picture))`` stays the same but at the border, where the zero padding stands for another colour.
-
-    Args:
-        weight: (64, 3, 7, 7) ``conv1.weight`` over RGB.
-        running_mean: (64,) of ``bn1``.
-
-    Returns:
-        Both as float32; computed in double precision, each number rounded once, so every machine finds the same bits.
-    """
-    std = torch.tensor(TORCHVISION_STD, dtype=torch.float64)[:, None, None]
-    turned = (weight.double() / (255 * std)).flip(1).float()
-    return turned, (running_mean.double() - _mean_response(turned)).float()
-
-
-def to_rgb_input(weight: Tensor, running_mean: Tensor) -> tuple[Tensor, Tensor]:
-    """The way back of :func:`to_bgr_input`, exact up to the rounding to float32."""
-    std = torch.tensor(TORCHVISION_STD, dtype=torch.float64)[:, None, None]
-    return (weight.double().flip(1) * (255 * std)).float(), (running_mean.double() + _mean_response(weight)).float()
-
-
-def _mean_response(weight: Tensor) -> Tensor:
-    """What each kernel over BGR answers to the constant picture MEAN_BGR - 255 TORCHVISION_MEAN; (64,) float64."""
-    constant = [ours - 255 * theirs for ours, theirs in zip(MEAN_BGR, reversed(TORCHVISION_MEAN))]
-    products = weight.double() * torch.tensor(constant, dtype=torch.float64)[:, None, None]
-    return torch.tensor([math.fsum(kernel.flatten().tolist()) for kernel in products], dtype=torch.float64)

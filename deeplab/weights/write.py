@@ -1,34 +1,23 @@
-"""From the canonical names to the files of other programs; the way back is exact wherever this module allows the way."""
+"""From the canonical names to the files of other programs.
 
-from collections import OrderedDict
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+The way back is exact wherever this module allows the way, but for the first layer of a trunk for RGB input: its numbers are
+rounded to float32 on each way.
+"""
 
-import torch
-from torch import Tensor
+from typing import Any
 
 from deeplab.deeplabv2 import ATROUS_RATES
-from deeplab.weights.names import (
-    HEAD_KEY,
-    STEM,
-    WeightsError,
-    is_counter,
-    kazuto_from_canonical,
-    to_bgr_input,
-    to_rgb_input,
-    trunk_shapes,
-)
 from deeplab.resnet import BACKBONES, Bottleneck
-
-if TYPE_CHECKING:
-    from deeplab.weights.load import Weights
+from deeplab.weights.contents import Weights, WeightsError
+from deeplab.weights.names import HEAD_KEY, is_counter, kazuto_from_canonical, trunk_shapes
+from deeplab.weights.stem import STEM, to_rgb_input
 
 EXPORTS = ("snapshot", "published", "kazuto", "torchvision-trunk", "safetensors")
 """The schemes that :func:`export` writes."""
 
 
-def export(weights: "Weights", scheme: str) -> dict[str, Any]:
-    """The weights as another program wants them; nothing is lost on a way that is allowed.
+def export(weights: Weights, scheme: str) -> dict[str, Any]:
+    """The weights as another program wants them.
 
     Args:
         scheme: ``"snapshot"`` (ours: ``{"model", "meta"}``), ``"safetensors"`` (the tensors of a snapshot), ``"published"``
@@ -41,17 +30,19 @@ def export(weights: "Weights", scheme: str) -> dict[str, Any]:
     Raises:
         WeightsError: the weights are incomplete, or the other net is built in a way that these weights do not fit.
     """
+    if scheme not in EXPORTS:
+        raise ValueError(f"scheme {scheme!r} is unknown; choose one of {', '.join(EXPORTS)}")
     config, state = weights.config, weights.state
     shapes = trunk_shapes(config["backbone"])
     wrong = [key for key, shape in shapes.items() if key not in state or tuple(state[key].shape) != shape]
     if wrong:
         raise WeightsError(f"{weights.path}: {len(wrong)} tensors of the trunk are missing or misshapen, such as {wrong[0]}")
     state = {key: value for key, value in state.items() if key in shapes or HEAD_KEY.match(key) or is_counter(key, shapes)}
-    if scheme in ("snapshot", "safetensors"):
-        if scheme == "safetensors":
-            return state | {f"origin.{key}": value for key, value in weights.origin.items()}
+    if scheme == "safetensors":
+        return state
+    if scheme == "snapshot":
         meta = {"scheme": weights.scheme} | weights.meta | config | {"seen_voc_val": weights.seen_voc_val}
-        return {"model": state, "meta": meta} | ({"origin": weights.origin} if weights.origin else {})
+        return {"model": state, "meta": meta}
     reasons = _reasons_against(weights, scheme)
     if reasons:
         raise WeightsError(f"{weights.path}: there is no way to {scheme}: {'; '.join(reasons)}")
@@ -59,12 +50,11 @@ def export(weights: "Weights", scheme: str) -> dict[str, Any]:
         return state
     if scheme == "kazuto":
         return {kazuto_from_canonical(key): value for key, value in state.items()}
-    return _to_torchvision(state, weights.origin)
+    trunk = {key: value for key, value in state.items() if not HEAD_KEY.match(key)}
+    return trunk | dict(zip(STEM, to_rgb_input(*(trunk[key] for key in STEM))))
 
 
-def _reasons_against(weights: "Weights", scheme: str) -> list[str]:
-    if scheme not in EXPORTS:
-        raise ValueError(f"scheme {scheme!r} is unknown; choose one of {', '.join(EXPORTS)}")
+def _reasons_against(weights: Weights, scheme: str) -> list[str]:
     config = weights.config
     bottleneck = BACKBONES[config["backbone"]][0] is Bottleneck
     at_3x3 = bool(config.get("stride_in_3x3"))
@@ -85,17 +75,3 @@ def _reasons_against(weights: "Weights", scheme: str) -> list[str]:
         ),
     )
     return [reason for failed, reason in checks if failed]
-
-
-def _to_torchvision(state: dict[str, Tensor], origin: Mapping[str, Tensor]) -> "OrderedDict[str, Tensor]":
-    """The trunk for RGB input. Rounding loses bits on the way, so the numbers it came from are used while they hold, and the
-    exact BGR stem travels in the state_dict's ``_metadata``, which torchvision ignores, while it cannot be found again."""
-    trunk = OrderedDict((key, value) for key, value in state.items() if not HEAD_KEY.match(key))
-    ours = tuple(state[key] for key in STEM)
-    theirs = tuple(origin[key] for key in STEM) if origin else ()
-    if not theirs or not all(map(torch.equal, to_bgr_input(*theirs), ours)):
-        theirs = to_rgb_input(*ours)
-    trunk.update(zip(STEM, theirs))
-    if not all(map(torch.equal, to_bgr_input(*theirs), ours)):
-        trunk._metadata = OrderedDict(deeplab=dict(zip(STEM, ours)))
-    return trunk

@@ -1,0 +1,72 @@
+"""What a weights file holds, and the error that says why one cannot be used: the ground floor of this package."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+CONFIG = ("backbone", "num_classes", "atrous_rates", "stride_in_3x3", "batch_norm_eps")
+"""What a file may tell about its net: the names of arguments of :class:`deeplab.DeepLabV2`."""
+SNAPSHOT = "DeepLab-v2 snapshot"
+"""The scheme of our own files."""
+NO_PLACE = "no place in DeepLab-v2"
+"""The reason for entries that no part of the net is waiting for."""
+SHOWN = 6  # names in a line
+
+
+class WeightsError(ValueError):
+    """A weights file that cannot be used, or not for this net: one sentence that says what was found and what to do."""
+
+    exit_status = 2
+
+
+@dataclass
+class Weights:
+    """What a weights file holds.
+
+    Attributes:
+        state: canonical name -> tensor on the CPU, float32 where it is floating point.
+        scheme: whose file it is, in words.
+        config: what the file tells about the net, by the names in ``CONFIG``; no ``num_classes`` and ``atrous_rates`` where
+            it has no usable head.
+        meta: the meta of one of our own snapshots, else {}.
+        skipped: key in the file, without a wrapper's prefix -> why it is not in ``state``.
+        notes: sentences for the user.
+        seen_voc_val: why a score on VOC val means nothing for this file; "" where it means something.
+        path: where it was read.
+    """
+
+    state: dict[str, Tensor]
+    scheme: str
+    config: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    seen_voc_val: str = ""
+    path: str = ""
+
+    def lines(self) -> list[str]:
+        """A short account of the file."""
+        config = ", ".join(f"{name} {self.config[name]}" for name in CONFIG if name in self.config)
+        lines = [f"{self.scheme}: {len(self.state)} tensors; {config}"]
+        lines += [f"skipped {text}" for text in group_by_reason(self.skipped)]
+        lines += self.notes
+        if self.seen_voc_val:
+            lines.append(f"do not score it on VOC val: {self.seen_voc_val}")
+        return lines
+
+
+def group_by_reason(skipped: Mapping[str, str]) -> list[str]:
+    """``{key: reason}`` as one line for each reason, with a few of its keys."""
+    groups: dict[str, list[str]] = {}
+    for key, reason in skipped.items():
+        groups.setdefault(reason, []).append(key)
+    return [f"{some(keys)}: {reason}" for reason, keys in groups.items()]
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few of the names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -1,0 +1,143 @@
+"""Torch files from before PyTorch 0.1.10 (March 2017): tar archives, such as torchvision's first weights.
+
+Layout (the writer is long gone; ``legacy_load`` in ``torch/serialization.py`` still reads it, but not with
+``weights_only=True``): ``storages`` and ``tensors`` are a pickled count and then, for each entry, a pickled description with
+raw little-endian numbers behind it; ``pickle`` is the saved object, in which each tensor is the number of its entry. Storages
+that are parts of others are listed behind the storages.
+"""
+
+import math
+import pickle
+import re
+import struct
+import tarfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from deeplab.weights.contents import WeightsError
+from deeplab.weights.kinds import damaged, holds_objects
+
+_TYPES = {
+    "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "Long": torch.int64, "Int": torch.int32,
+    "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
+}  # fmt: skip
+
+
+def read_tar_torch(path: Path) -> Any:
+    """What ``torch.save`` wrote into a tar archive, on the CPU; nothing in it is run.
+
+    Raises:
+        WeightsError: damaged, or a file with other things than tensors and plain values.
+    """
+    try:
+        with tarfile.open(path, "r:") as archive:
+            storages = _read_storages(_member(archive, "storages"))
+            tensors = _read_tensors(_member(archive, "tensors"), storages)
+            return _without_parameters(_TensorUnpickler(_member(archive, "pickle"), tensors).load())
+    except (WeightsError, OSError):
+        raise
+    except Exception as error:
+        raise WeightsError(damaged(error)) from None
+
+
+def _member(archive: tarfile.TarFile, name: str) -> IO[bytes]:
+    file = archive.extractfile(name)
+    if file is None:
+        raise ValueError(f"{name} is no file")
+    return file
+
+
+def _read_storages(file: IO[bytes]) -> dict[Any, Tensor]:
+    """Each storage by its number, as a tensor of one dimension."""
+    storages = {}
+    for _ in range(_plain(file)):
+        key, _, kind = _plain(file)
+        (count,) = struct.unpack("<q", _exactly(file, 8))
+        numbers = bytearray(_exactly(file, count * torch.empty(0, dtype=kind.dtype).element_size()))
+        storages[key] = torch.frombuffer(numbers, dtype=kind.dtype) if count else torch.empty(0, dtype=kind.dtype)
+    for key, root, offset, count in _plain(file):
+        storages[key] = storages[root].narrow(0, offset, count)
+    return storages
+
+
+def _read_tensors(file: IO[bytes], storages: dict[Any, Tensor]) -> dict[str, Tensor]:
+    """Each tensor by its number, which the pickle gives as text."""
+    tensors = {}
+    for _ in range(_plain(file)):
+        key, storage, kind = _plain(file)
+        (dimensions,) = struct.unpack("<ixxxx", _exactly(file, 8))
+        *layout, offset = struct.unpack(f"<{2 * dimensions + 1}q", _exactly(file, 8 * (2 * dimensions + 1)))
+        shape, strides = layout[:dimensions], layout[dimensions:]
+        if dimensions == 0 or math.prod(shape) == 0:  # PyTorch had no numbers without dimensions: an empty tensor
+            tensors[str(key)] = torch.empty(0, dtype=kind.dtype)
+        else:
+            numbers = storages[storage]
+            tensors[str(key)] = numbers.as_strided(shape, strides, numbers.storage_offset() + offset)
+    return tensors
+
+
+def _plain(file: IO[bytes]) -> Any:
+    return _TensorUnpickler(file, {}).load()
+
+
+def _exactly(file: IO[bytes], count: int) -> bytes:
+    data = file.read(count) if count >= 0 else b""
+    if len(data) != count:
+        raise EOFError(f"{len(data)} of {count} bytes")
+    return data
+
+
+class _Kind:
+    """Stands for ``torch.FloatTensor``, ``torch.FloatStorage`` and kin."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+
+class _Parameter:
+    """Stands for the ``Parameter`` and ``Variable`` of that time: a tensor, kept as an argument or first in the state."""
+
+    data: Tensor | None = None  # where the object is made without arguments
+
+    def __init__(self, data: Tensor) -> None:
+        self.data = data
+
+    def __setstate__(self, state: Any) -> None:
+        if self.data is None:
+            self.data = state[0]
+
+
+class _TensorUnpickler(pickle._Unpickler):
+    """An unpickler for which the stand-ins above and ordered dictionaries are the only classes there are.
+
+    It is Python's own: the one in C allocates as many places as a number in the file says, tens of GB where that is damaged.
+    """
+
+    def __init__(self, file: IO[bytes], tensors: dict[str, Tensor]) -> None:
+        super().__init__(file, encoding="latin1")  # strings of Python 2 are bytes, latin1 keeps them
+        self._tensors = tensors
+
+    def find_class(self, module: str, name: str) -> Any:
+        match = re.fullmatch(r"([A-Z][a-z]+)(Tensor|Storage)", name)
+        if module in ("torch", "torch.cuda") and match and match[1] in _TYPES:
+            return _Kind(_TYPES[match[1]])
+        if (module, name) in (("torch.nn.parameter", "Parameter"), ("torch.autograd.variable", "Variable")):
+            return _Parameter
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        raise WeightsError(holds_objects(f"{module}.{name}"))
+
+    def persistent_load(self, key: Any) -> Tensor:
+        return self._tensors[key]
+
+
+def _without_parameters(value: Any) -> Any:
+    if isinstance(value, _Parameter):
+        return value.data
+    if isinstance(value, dict):
+        return {key: _without_parameters(entry) for key, entry in value.items()}
+    return [_without_parameters(entry) for entry in value] if isinstance(value, (list, tuple)) else value

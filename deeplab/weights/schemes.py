@@ -1,0 +1,224 @@
+"""From the arrays of a file to :class:`Weights`: whose file it is, told by names and shapes, and what it means for the net."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deeplab.weights.caffemodel import CaffeModel, caffe_state
+from deeplab.weights.contents import CONFIG, NO_PLACE, SNAPSHOT, Weights, WeightsError, some
+from deeplab.weights.names import (
+    HEAD_KEY,
+    canonical_from_caffe,
+    canonical_from_kazuto,
+    in_caffe_trunk,
+    refuse_extras,
+    strip_wrappers,
+)
+from deeplab.weights.stem import PICTURE_VARIANCE_LIMIT, STEM, picture_variance, to_bgr_input
+
+CAFFE_EPS = 1e-5  # Caffe's default, and that of all published nets but the next
+TENSORFLOW_EPS = 1e-3  # TF-Slim's default, which DrSleep's nets do not override
+CONVERTED_TO_TENSORFLOW = ("deeplab_resnet.ckpt", "deeplab_resnet.npy", "deeplab_resnet.npz", "deeplab_resnet_init.npz")
+"""Caffe's arrays under TensorFlow's names, whatever program saved them last."""
+
+_COCO_HEAD = (
+    "a net trained on COCO with another head (one 1x1 convolution, 91 classes), which is left out: the head is untrained"
+)
+_TENSORFLOW_LEAVES = {
+    "weights": "weight", "biases": "bias", "gamma": "weight", "beta": "bias",
+    "moving_mean": "running_mean", "moving_variance": "running_var",
+}  # fmt: skip
+_DEEPLAB_PREFIX = re.compile(r"(^|\.)Scale[123]?\.")  # of isht7's multi-scale module, which only DeepLab nets were put into
+_KINDS = {
+    "torchvision": "torchvision's (normalised RGB pictures, stride in the 3x3 convolutions)",
+    "caffe": "Caffe's (mean-subtracted BGR pictures of 0..255, stride in the first 1x1 convolutions)",
+}
+
+
+def from_torch(content: Mapping[Any, Any], meta: Mapping[str, Any], trunk: str) -> Weights:
+    """A state_dict: our own snapshots say what they are, the others are told by their keys.
+
+    Args:
+        trunk: what to take a bare ResNet for: ``"torchvision"``, ``"caffe"`` or, by its numbers, ``"auto"``.
+    """
+    skipped = {str(key): f"no tensor ({type(value).__name__})" for key, value in content.items() if not torch.is_tensor(value)}
+    bare = strip_wrappers(key for key, value in content.items() if torch.is_tensor(value))
+    prefix = next((key.removesuffix(name) for key, name in bare.items()), "")
+    state = _one_weight_set({name: content[key].detach() for key, name in bare.items()}, skipped)
+    state, notes = _main_head(state, skipped)
+    _refuse_other_nets(state)
+    config = {"stride_in_3x3": False, "batch_norm_eps": CAFFE_EPS}
+    if any(".block1." in key for key in state):
+        weights = _from_kazuto(state)
+    elif meta.keys() & {"backbone", "stride_in_3x3"}:
+        config |= {name: meta[name] for name in CONFIG if meta.get(name) is not None}
+        weights = Weights(state, SNAPSHOT, config, dict(meta), seen_voc_val=str(meta.get("seen_voc_val") or ""))
+    elif any(HEAD_KEY.match(key) for key in state) or any(map(_DEEPLAB_PREFIX.search, bare)):
+        scheme = f"DeepLab-ResNet with the prefix {prefix}" if prefix else "DeepLab-ResNet"
+        weights = Weights(state, scheme, config)
+    else:
+        weights = _from_bare_trunk(state, trunk)
+    weights.skipped = skipped | weights.skipped
+    weights.notes += notes
+    return weights
+
+
+def _one_weight_set(state: dict[str, Tensor], skipped: dict[str, str]) -> dict[str, Tensor]:
+    """Take the one net out of a file with ``Scale1.``, ``Scale2.`` and ``Scale3.``; another state is returned as it is."""
+    if not state or not all(re.match(r"Scale[123]\.", key) for key in state):
+        return state
+    sets = [{key[7:]: value for key, value in state.items() if key.startswith(f"Scale{n}.")} for n in (1, 2, 3)]
+    for n, other in enumerate(sets[1:], 2):
+        unequal = [key for key in sets[0].keys() | other.keys() if not _same(sets[0].get(key), other.get(key))]
+        if unequal:
+            raise WeightsError(
+                f"it holds a weight set of its own for each of three scales, and they differ ({len(unequal)} tensors, such as "
+                f"{min(unequal)}); DeepLab-v2 shares one set between the scales, so use a file made after June 2017"
+            )
+        skipped.update((f"Scale{n}.{key}", "equal to those of Scale1") for key in other)
+    return sets[0]
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and torch.equal(a, b)
+
+
+def _main_head(state: dict[str, Tensor], skipped: dict[str, str]) -> tuple[dict[str, Tensor], list[str]]:
+    """Name ``layer6`` of a two-level DeepLab-v2 ``layer5``, as the head is called here; the auxiliary head is left out.
+
+    Source: ``deeplab_multi.py`` of AdaptSegNet and ``deeplabv2.py`` of ADVENT, where ``layer5`` classifies layer3's features.
+    """
+    main = {key: f"layer5{key[6:]}" for key in state if HEAD_KEY.match(f"layer5{key[6:]}") and key.startswith("layer6.")}
+    if not main:
+        return state, []
+    auxiliary = [key for key in state if HEAD_KEY.match(key)]
+    inputs = {state[key].shape[1] for key in [*main, *auxiliary] if state[key].ndim == 4}
+    if auxiliary and len(inputs) == 1:
+        raise WeightsError(
+            "it has two heads, layer5 and layer6, over the same features, and programs that save such files (CLAN) add the "
+            "two; a DeepLab-v2 has one head, so add their weights and biases, as layer5, and save it"
+        )
+    skipped.update((key, "the auxiliary head on the features of layer3") for key in auxiliary)
+    kind = "two-level DeepLab-v2: layer6 is its head, layer5 an auxiliary one that is left out"
+    notes = [
+        f"a {kind if auxiliary else 'DeepLab-v2 whose head is called layer6'}; ADVENT's code sums all branches of a head, "
+        "AdaptSegNet's only the first two: weights that it trained want --atrous-rates 6,12"
+    ]
+    kept = {main.get(key, key): value for key, value in state.items() if not HEAD_KEY.match(key)}
+    return kept, notes
+
+
+def _refuse_other_nets(state: Mapping[str, Tensor]) -> None:
+    """Raise :class:`WeightsError` for nets that cannot be turned into a DeepLab-v2, with the reason."""
+    if any(key.startswith("backbone.") for key in state) and any(key.startswith("classifier.") for key in state):
+        raise WeightsError(
+            "it is a torchvision segmentation net (DeepLabv3 or FCN), whose head and dilations are others than DeepLab-v2's; "
+            "start from torchvision's ImageNet resnet50, resnet101 or resnet152 instead"
+        )
+    conv1 = state.get("conv1.weight")
+    if conv1 is not None and tuple(conv1.shape[2:]) == (3, 3):
+        raise WeightsError(
+            f"its first convolution is {_shape(conv1)}: a ResNet with the deep stem of three 3x3 convolutions (MIT, "
+            "segmentation toolbox), which cannot be turned into the single 7x7 convolution of DeepLab-v2"
+        )
+    if conv1 is not None and tuple(conv1.shape[1:]) != (3, 7, 7):
+        raise WeightsError(f"its first convolution is {_shape(conv1)}; DeepLab-v2's is 64x3x7x7")
+    if (conv1 is None or "layer1.0.conv1.weight" not in state) and not any(".block1." in key for key in state):
+        raise WeightsError(f"its keys ({some(state)}) are of no scheme known here; expected a DeepLab-v2 or ResNet state_dict")
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape))
+
+
+def _from_kazuto(state: Mapping[str, Tensor]) -> Weights:
+    if foreign := [key for key in state if re.match(r"(aspp\.stages|fc1|fc2|reduce|decoder)\.", key)]:
+        plus = "+" if any(re.match(r"(reduce|decoder|fc2\.conv\d)\.", key) for key in foreign) else ""
+        raise WeightsError(
+            f"it is kazuto1011's DeepLabv3{plus} ({some(foreign[:1])} ...), whose head and whose dilations in the last stage "
+            "are others than DeepLab-v2's; use one of its DeepLab-v2 files"
+        )
+    weights = Weights({}, "kazuto1011 DeepLab-v2", {"stride_in_3x3": False, "batch_norm_eps": CAFFE_EPS})
+    for key, tensor in state.items():
+        if name := canonical_from_kazuto(key):
+            weights.state[name] = tensor
+        elif key.startswith("fc.") and tensor.shape[0] == 91:
+            weights.skipped[key] = "the head of another net"
+            weights.notes = [_COCO_HEAD]
+        else:
+            weights.skipped[key] = NO_PLACE
+    refuse_extras(key for key in weights.skipped if re.match(r"layer[1-5]\.", key))
+    return weights
+
+
+def _from_bare_trunk(state: dict[str, Tensor], trunk: str) -> Weights:
+    """A ResNet under torchvision's names, made for torchvision's pictures or for Caffe's."""
+    weights = Weights(state, "", {"batch_norm_eps": CAFFE_EPS})
+    what = "a trunk without a head"
+    if "fc.weight" in state:
+        classes = state["fc.weight"].shape[0]
+        what = (
+            f"a plain image classifier ({classes} classes), no segmentation net: only its trunk is used, the head is untrained"
+        )
+        for key in ("fc.weight", "fc.bias"):
+            if key in state:
+                weights.skipped[key] = "the image classifier"
+                del state[key]
+    conv1 = state["conv1.weight"]
+    whole = all(key in state and len(state[key]) == len(conv1) for key in ("bn1.weight", "bn1.running_mean", "bn1.running_var"))
+    variance = picture_variance(state) if whole else math.nan
+    kind, why = trunk, "as asked"
+    if trunk == "auto":
+        kind, other = ("caffe", "torchvision") if variance > PICTURE_VARIANCE_LIMIT else ("torchvision", "caffe")
+        why = f"by its first layer, which saw pictures of variance {variance:.3g}; --trunk {other} takes it for the other kind"
+    weights.scheme = "Caffe-like ResNet under torchvision's names" if kind == "caffe" else "torchvision ResNet"
+    weights.config["stride_in_3x3"] = kind == "torchvision"
+    weights.notes += [what, f"taken for {_KINDS[kind]}: {why}"]
+    if kind == "torchvision" and whole and all(state[key].isfinite().all() for key in STEM):
+        weights.notes.append("its first layer is turned from RGB 0..1 to mean-subtracted BGR 0..255 input")
+        state.update(zip(STEM, to_bgr_input(*(state[key] for key in STEM))))
+    return weights
+
+
+def from_caffe(model: CaffeModel) -> Weights:
+    """An official caffemodel."""
+    state, skipped, eps = caffe_state(model)
+    weights = Weights(state, "Caffe DeepLab-v2", {"stride_in_3x3": False, "batch_norm_eps": eps}, skipped=skipped)
+    for layer, reason in list(skipped.items()):
+        if "fc" in layer and "InnerProduct" in reason:
+            skipped[layer] = "the image classifier"
+            weights.notes.append("a plain image classifier: only its trunk is used, the head is untrained")
+        elif "fc" in layer and "Convolution of 91x" in reason:
+            skipped[layer] = "the head of another net"
+            weights.notes.append(_COCO_HEAD)
+    return weights
+
+
+def from_tensorflow(arrays: Mapping[str, np.ndarray], converted: bool) -> Weights:
+    """caffe-tensorflow's names: Caffe's layers, Scale joined with batch norm, kernels height x width x in x out.
+
+    Args:
+        converted: the numbers are Caffe's own, trained with its epsilon; else TensorFlow trained them with its own.
+    """
+    eps = CAFFE_EPS if converted else TENSORFLOW_EPS
+    whose = "Caffe's own arrays, converted" if converted else "variables that TensorFlow trained"
+    weights = Weights({}, "caffe-tensorflow DeepLab-v2", {"stride_in_3x3": False, "batch_norm_eps": eps})
+    weights.notes.append(f"taken for {whose}: its batch norms were trained with an epsilon of {eps:g}, which is kept")
+    extras = []
+    for key, array in arrays.items():
+        layer, _, leaf = key.removesuffix(":0").rpartition("/")
+        module = canonical_from_caffe(layer)
+        if module is None or leaf not in _TENSORFLOW_LEAVES or array.dtype.kind != "f":
+            weights.skipped[key] = NO_PLACE
+            extras += [key] if module is None and in_caffe_trunk(layer) else []
+            continue
+        if array.ndim == 4:
+            array = array.transpose(3, 2, 0, 1)
+        weights.state[f"{module}.{_TENSORFLOW_LEAVES[leaf]}"] = torch.from_numpy(np.array(array, np.float32, order="C"))
+    refuse_extras(extras)
+    return weights
