@@ -5,6 +5,7 @@ as in the published Caffe net: 321 -> 241 -> 161. Pixel p of the picture then li
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -97,17 +98,17 @@ def predict_grid(
     """
     images = _pad(images, canvas_size(images.shape[-2:]))
     height, width = images.shape[-2:]
-    fused = None
+    grids = []
     for scale in scales:
         scaled = resize(images, scaled_size((height, width), scale))
         scaled_height, scaled_width = scaled.shape[-2:]
         scaled = _pad(scaled, canvas_size(scaled.shape[-2:]))
-        views = [net(scaled), net(scaled.flip(-1)).flip(-1)] if mirror else [net(scaled)]
-        logits = sum(views) / len(views)
+        logits = net(scaled)
+        if mirror:
+            logits = (logits + net(scaled.flip(-1)).flip(-1)) / 2
         logits = _sample(logits, height, scaled_height, dim=2)
-        logits = _sample(logits, width, scaled_width, dim=3)
-        fused = logits if fused is None else torch.maximum(fused, logits)
-    return fused
+        grids.append(_sample(logits, width, scaled_width, dim=3))
+    return reduce(torch.maximum, grids)
 
 
 def enlarge(logits: Tensor, size: Sequence[int]) -> Tensor:

@@ -13,7 +13,7 @@ from tests.conftest import TOY_CLASSES, TOY_SIZES
 from tests.test_multiscale import naive_bilinear
 from tests.test_resnet import naive_forward, randomise_batch_norm
 from tests.test_training import command
-from utils import evaluation
+from utils import evaluation, samples
 from utils.checkpoint import make_meta, save_snapshot
 from utils.command import UserError
 from utils.options import evaluation_parser
@@ -103,19 +103,19 @@ def test_batches_workers_and_canvas_give_every_picture_once(toy_voc, snapshot, t
 
 
 def test_many_sizes_wait_in_bounded_memory(monkeypatch):
-    monkeypatch.setattr(evaluation, "MAX_WAITING", 5)
+    monkeypatch.setattr(samples, "MAX_WAITING", 5)
     taken = 0
 
     def stream():
         nonlocal taken
         for i in range(40):
             taken += 1
-            yield evaluation.Sample(str(i), np.zeros((8 * i + 1, 9, 3), np.uint8), np.zeros((8 * i + 1, 9), np.uint8))
+            yield samples.Sample(str(i), np.zeros((8 * i + 1, 9, 3), np.uint8), np.zeros((8 * i + 1, 9), np.uint8))
 
     given = []
-    for samples, canvas in evaluation.group_by_canvas(stream(), None, 4):
-        given += [sample.id for sample in samples]
-        assert all(sample.label.shape == canvas for sample in samples)
+    for group, canvas in samples.group_by_canvas(stream(), None, 4):
+        given += [sample.id for sample in group]
+        assert all(sample.label.shape == canvas for sample in group)
         assert taken - len(given) <= 5
     assert sorted(given, key=int) == [str(i) for i in range(40)]
 
@@ -145,7 +145,7 @@ def test_scales_and_mirror_have_an_effect(toy_voc, snapshot, tmp_path):
 def test_what_cannot_be_evaluated_is_refused(toy_voc, snapshot, tmp_path):
     with pytest.raises(UserError, match=r"toy_0 of 40x55 does not fit --input-size 41x41"):
         evaluate(toy_voc, snapshot, "--input-size", "41,41")
-    with pytest.raises(UserError, match="net for 4 classes, --num-classes says 21"):
+    with pytest.raises(UserError, match="net for 4 classes, which --num-classes 21 cannot change"):
         evaluate(toy_voc, snapshot, "--num-classes", "21")
     headless = {key: value for key, value in torch.load(snapshot, weights_only=True)["model"].items() if "layer5" not in key}
     torch.save(headless, tmp_path / "headless.pth")
