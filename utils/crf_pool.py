@@ -64,7 +64,7 @@ class CRFPool:
             for _ in range(workers):
                 self._start_process(prune)
         except BaseException:  # a stop request among them: Python's end would wait for those that are there
-            self.__exit__()
+            self.close()
             raise
 
     def _start_process(self, prune: float) -> None:
@@ -79,6 +79,10 @@ class CRFPool:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes."""
         self.threads.shutdown(wait=False, cancel_futures=True)
         for process in self.processes:
             process.kill()  # it ignores the signal of terminate()

@@ -4,7 +4,7 @@ import argparse
 import os
 from functools import partial
 
-from utils.command import not_negative, numbers, positive, probability, scale_range, size
+from utils.command import default_processes, not_negative, numbers, positive, probability, scale_range, size
 
 DATA_DIR = "data/VOCdevkit/VOC2012"
 INITIAL_WEIGHTS = "weights/MS_DeepLab_resnet_pretrained_COCO_init.pth"
@@ -132,7 +132,11 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--batch-size", type=positive, default=1, help="pictures of one padded size at once (default: 1)")
     group.add_argument("--crf", action="store_true", help="refine with the dense CRF; reports the scores before and after")
     group.add_argument(
-        "--crf-workers", type=positive, default=os.cpu_count() or 1, help="processes for the CRF (default: %(default)s)"
+        "--crf-workers",
+        type=positive,
+        default=default_processes(32),
+        help="processes for the CRF, of about 0.5 GB each (default: this process's share of the cores, at most 32; "
+        "here %(default)s)",
     )
     group.add_argument(
         "--crf-prune",
