@@ -1,8 +1,16 @@
-"""The class table of PASCAL VOC, the colours of label images, the void label and the mean colour."""
+"""Names and colours of the classes, PASCAL VOC's and those of a data set's own, the void label and the mean colour."""
 
-from typing import NamedTuple
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
+
+from dataset.files import DatasetError, read_text
+
+Color: TypeAlias = tuple[int, int, int]
+"""Red, green, blue, 0..255."""
 
 IGNORE_LABEL = 255
 """The void label: never trained on, never counted."""
@@ -14,7 +22,7 @@ MEAN_BGR = (104.00698793, 116.66876762, 122.67891434)
 class VOCClass(NamedTuple):
     id: int
     name: str
-    color: tuple[int, int, int]  # RGB
+    color: Color
 
 
 def voc_palette() -> np.ndarray:
@@ -36,6 +44,98 @@ VOC_NAMES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
+VOID_COLOR: Color = (224, 224, 192)  # row 255 of the VOC colour map
 VOC_CLASSES = tuple(
     VOCClass(i, name, tuple(int(v) for v in color)) for i, (name, color) in enumerate(zip(VOC_NAMES, voc_palette()))
 )
+
+
+def voc_colors(num_classes: int) -> dict[int, Color]:
+    """The colours of VOC's 21 classes and of void; empty for another number of classes."""
+    if num_classes != len(VOC_CLASSES):
+        return {}
+    return {**{row.id: row.color for row in VOC_CLASSES}, IGNORE_LABEL: VOID_COLOR}
+
+
+_COLORED = re.compile(r"(.+?)\s+(\d+)\s+(\d+)\s+(\d+)", re.ASCII)
+
+
+def read_classes(path: str | Path) -> list[tuple[str, Color | None]]:
+    """Names and, where given, colours of a file of classes: a line a class in the order of the labels, ``name`` or
+    ``name r g b``. Names may hold spaces. Blank lines are skipped.
+
+    Raises:
+        DatasetError: the file cannot be read as UTF-8 text, or holds labelme's line for void.
+    """
+    rows: list[tuple[str, Color | None]] = []
+    for line in filter(None, map(str.strip, read_text(path, "the file of classes").splitlines())):
+        if line == "__ignore__":
+            raise DatasetError(
+                f"{path} holds labelme's line __ignore__, which is void (255 in the masks) and no class; delete that line"
+            )
+        name, *color = found.groups() if (found := _COLORED.fullmatch(line)) else (line,)
+        red_green_blue = [int(value) for value in color]
+        if red_green_blue and max(red_green_blue) <= 255:
+            rows.append((name, (red_green_blue[0], red_green_blue[1], red_green_blue[2])))
+        else:
+            rows.append((line, None))
+    return rows
+
+
+def _dataset_classes(root: str | Path, num_classes: int) -> list[tuple[str, Color | None]] | None:
+    """The rows of ``<root>/classes.txt``, or None where there is no such file; DatasetError for another number of them."""
+    path = Path(root) / "classes.txt"
+    if not path.is_file():
+        return None
+    rows = read_classes(path)
+    if len(rows) != num_classes:
+        raise DatasetError(
+            f"{path} names {len(rows)} classes; expected {num_classes}: pass --num-classes {len(rows)} to check them or to "
+            f"train on them; a net that was trained on {num_classes} classes cannot be scored on them"
+        )
+    return rows
+
+
+def read_class_names(root: str | Path, num_classes: int) -> list[str] | None:
+    """The class names of ``<root>/classes.txt``, see :func:`read_classes`, or None where there is no such file.
+
+    Raises:
+        DatasetError: the file cannot be read, or holds another number of names.
+    """
+    rows = _dataset_classes(root, num_classes)
+    return rows and [name for name, _ in rows]
+
+
+def read_class_colors(root: str | Path, num_classes: int) -> dict[int, Color]:
+    """The colours that tell the classes in label files, by class index; void has VOC's unless a class has that.
+
+    They are those of ``<root>/classes.txt``, else VOC's where the classes are VOC's, else none.
+
+    Raises:
+        DatasetError: the file cannot be read, or holds another number of names.
+    """
+    rows = _dataset_classes(root, num_classes)
+    if rows is None:
+        return voc_colors(num_classes)
+    colors = {index: color for index, (_, color) in enumerate(rows) if color}
+    if colors:
+        return colors if VOID_COLOR in colors.values() else {**colors, IGNORE_LABEL: VOID_COLOR}
+    letters = [re.sub("[^a-z]", "", name.lower()) for name, _ in rows]  # labelme writes _background_
+    return voc_colors(num_classes) if letters == list(VOC_NAMES) else {}
+
+
+def one_class_warning(present: Iterable[int]) -> str | None:
+    """The sentence to say where at most one class occurs in labels, with the likely cause; None where there are more.
+
+    Args:
+        present: the values that occur in labels as they are read: class indices, and 255 for void.
+    """
+    values = set(present)
+    classes = sorted(values - {IGNORE_LABEL})
+    if len(classes) > 1:
+        return None
+    if not classes:
+        return "no label holds anything but void (255)" if values else "there are no labels"
+    if classes == [0] and IGNORE_LABEL in values:
+        return "the labels are binary masks 0/255, and 255 means void, so only class 0 is learnt: write 1 for 255"
+    return f"nothing but class {classes[0]} occurs in the labels: there is nothing to tell apart"
