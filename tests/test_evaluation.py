@@ -12,7 +12,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 import utils.command
 from dataset import MEAN_BGR, VOCSegmentation, read_label
 from deeplab import CRFParams, deeplabv2, dense_crf
-from tests.conftest import TOY_CLASSES, TOY_SIZES
+from tests.conftest import TOY_CLASSES, TOY_SIZES, save_palette_png
 from tests.test_multiscale import naive_bilinear
 from tests.test_resnet import naive_forward, randomise_batch_norm
 from tests.test_training import command
@@ -275,6 +275,16 @@ def test_a_void_class_is_marked_in_the_report(toy_voc, snapshot, tmp_path, capsy
     assert sum(result["confusion_matrix"][0]) == 0
     assert sum(row[0] for row in result["confusion_matrix"]) > 0  # wrong all the same
     assert "ground (void)" in capsys.readouterr().out
+
+
+def test_labels_of_one_class_are_told(toy_voc, snapshot, capsys):
+    """Binary masks of 0 and 255: whatever is not void is class 0, and every net that says so scores 100."""
+    evaluate(toy_voc, snapshot)
+    assert "warning" not in capsys.readouterr().out
+    for path in (toy_voc / "SegmentationClassAug").iterdir():
+        save_palette_png(path, np.where(np.array(Image.open(path)) > 0, 255, 0).astype(np.uint8))
+    evaluate(toy_voc, snapshot)
+    assert "warning: these scores mean little: the labels are binary masks 0/255" in capsys.readouterr().out
 
 
 def test_what_travels_from_the_workers(toy_voc, monkeypatch):

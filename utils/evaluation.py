@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataset import VOC_CLASSES, VOCSegmentation, read_class_names, to_input
+from dataset.classes import one_class_warning
 from dataset.voc import LABEL_DIRS
 from deeplab import DeepLabV2, fold_batch_norm
 from deeplab.multiscale import NO_CLASS, enlarge_to_classes, predict_grid
@@ -245,5 +246,7 @@ def report(args: Namespace, data_list: Path, weights: Weights, names: list[str],
         print(f"\n{title}\n{scores.table(names)}" if title else f"\n{scores.table(names)}")
         entry = {**scores.as_dict(names), "confusion_matrix": matrix.matrix.tolist()}
         result[title.replace(" ", "_").lower() or "scores"] = entry
+    if warning := one_class_warning(next(iter(matrices.values())).present()):
+        print(f"\nwarning: these scores mean little: {warning}")
     if args.save_json:
         save_json(args.save_json, result)
