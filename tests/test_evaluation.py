@@ -152,6 +152,10 @@ def test_what_cannot_be_evaluated_is_refused(toy_voc, snapshot, tmp_path):
         evaluate(toy_voc, snapshot, "--input-size", "41,41")
     with pytest.raises(UserError, match="net for 4 classes, which --num-classes 21 cannot change"):
         evaluate(toy_voc, snapshot, "--num-classes", "21")
+    (toy_voc / "classes.txt").write_text("one\ntwo\n")
+    with pytest.raises(UserError, match=r"net for 4 classes, but .*classes\.txt names 2; it can be scored only on data"):
+        evaluate(toy_voc, snapshot)
+    (toy_voc / "classes.txt").unlink()
     headless = {key: value for key, value in torch.load(snapshot, weights_only=True)["model"].items() if "layer5" not in key}
     torch.save(headless, tmp_path / "headless.pth")
     with pytest.raises(UserError, match="no usable head"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataset import VOC_CLASSES, VOCSegmentation, read_class_names, to_input
-from dataset.classes import one_class_warning
+from dataset.classes import one_class_warning, read_classes
 from dataset.voc import LABEL_DIRS
 from deeplab import DeepLabV2, fold_batch_norm
 from deeplab.multiscale import NO_CLASS, enlarge_to_classes, predict_grid
@@ -41,6 +41,7 @@ def run(args: Namespace) -> int:
         device = distributed.select_device(args.device, args.gpu)
         distributed.start(device)
         net, weights, lines = open_trained_net(args)
+        check_classes(args, net.num_classes)
         data, data_list = open_dataset(args, VAL_LISTS, net.num_classes)
         names = class_names(args.data_dir, weights, net.num_classes)
         if 0 <= args.ignore_label < net.num_classes:
@@ -160,8 +161,8 @@ def open_trained_net(args: Namespace) -> tuple[DeepLabV2, Weights, list[str]]:
         raise UserError(f"{path} ({weights.scheme}) holds no usable head; train it first with train.py")
     if args.num_classes not in (None, net.num_classes):
         raise UserError(
-            f"{path} is a net for {net.num_classes} classes, which --num-classes {args.num_classes} cannot change; leave the "
-            f"option out, or train a net for {args.num_classes} classes with train.py"
+            f"{path} is a net for {net.num_classes} classes, which --num-classes {args.num_classes} cannot change; "
+            f"train a net for {args.num_classes} classes with train.py, or name another file"
         )
     fold_batch_norm(net.eval())
     return net, weights, [f"{path}: {weights.scheme}", *report.lines()]
@@ -173,6 +174,16 @@ def compile_for_prediction(net: nn.Module, device: torch.device) -> None:
         net.compile(dynamic=True, options={"freezing": True})
     else:
         net.compile()
+
+
+def check_classes(args: Namespace, num_classes: int) -> None:
+    """Raise :class:`UserError` if the classes of the data set are not those of a net for ``num_classes``."""
+    path = Path(args.data_dir) / "classes.txt"
+    if path.is_file() and (count := len(read_classes(path))) != num_classes:
+        raise UserError(
+            f"{args.restore_from} is a net for {num_classes} classes, but {path} names {count}; it can be scored only on "
+            "data of the classes that it was trained on"
+        )
 
 
 def class_names(data_dir: str, weights: Weights, num_classes: int) -> list[str]:
