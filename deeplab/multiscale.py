@@ -6,6 +6,7 @@ as in the published Caffe net: 321 -> 241 -> 161. Pixel p of the picture then li
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from deeplab.resnet import kept_statistics
 
 TRAIN_SCALES = (1.0, 0.75, 0.5)
 OUTPUT_STRIDE = 8
+NO_CLASS = 255  # the void label
 
 
 def scaled_size(size: Sequence[int], scale: float) -> tuple[int, int]:
@@ -81,24 +83,25 @@ def _pad(images: Tensor, size: Sequence[int]) -> Tensor:
     return F.pad(images, (0, size[1] - images.shape[-1], 0, size[0] - images.shape[-2]))
 
 
-def _sample(logits: Tensor, extent: float, count: int, dim: int) -> Tensor:
-    """Linear interpolation of ``logits`` along ``dim`` at ``count`` positions from 0 to ``extent``."""
-    if extent == logits.shape[dim] - 1 and count == logits.shape[dim]:
+def _sample(logits: Tensor, side: int, scaled: int, dim: int) -> Tensor:
+    """Logits of a picture whose side of ``side`` pixels (8k + 1) was scaled to ``scaled``, where the unscaled one's lie.
+
+    Linear interpolation along ``dim`` at k + 1 positions: i * (scaled - 1) / (side - 1). The arithmetic is that of whole
+    numbers, so it is exact without float64, which not every device has.
+    """
+    if scaled == side:
         return logits
-    position = torch.linspace(0, extent, count, device=logits.device, dtype=torch.float64)
-    low = position.floor().long().clamp(max=logits.shape[dim] - 1)
-    weight = (position - low).to(logits.dtype)
+    span = max(side - 1, 1)
+    position = torch.arange(side // OUTPUT_STRIDE + 1, device=logits.device) * (scaled - 1)  # in steps of 1 / span
+    low = position // span
+    weight = ((position - low * span) / span).to(logits.dtype)
     weight = weight[:, None] if dim == 2 else weight
     high = (low + 1).clamp(max=logits.shape[dim] - 1)
     return logits.index_select(dim, low) * (1 - weight) + logits.index_select(dim, high) * weight
 
 
 def predict_grid(
-    net: Callable[[Tensor], Tensor],
-    images: Tensor,
-    scales: Sequence[float] = (1.0,),
-    mirror: bool = False,
-    canvas: Sequence[int] | None = None,
+    net: Callable[[Tensor], Tensor], images: Tensor, scales: Sequence[float] = (1.0,), mirror: bool = False
 ) -> Tensor:
     """Logits on the picture's stride-8 grid: the maximum over ``scales``, the mean over the picture and its mirror image.
 
@@ -110,30 +113,34 @@ def predict_grid(
         images: (N, 3, H, W) mean-subtracted BGR.
         scales: factors, at least one; 1.0 need not be among them.
         mirror: also predict the mirrored picture.
-        canvas: (H, W) to pad to, instead of the picture's own size; rounded up to 8k + 1.
 
     Returns:
-        (N, C, k_h + 1, k_w + 1): logit (i, j) lies at pixel (8i, 8j). Use :func:`enlarge` to get to the picture's size.
+        (N, C, k_h + 1, k_w + 1): logit (i, j) lies at pixel (8i, 8j). :func:`enlarge` and :func:`enlarge_to_classes` go on to
+        the picture's size.
     """
-    images = _pad(images, canvas_size(canvas or images.shape[-2:]))
+    images = _pad(images, canvas_size(images.shape[-2:]))
     height, width = images.shape[-2:]
-    fused = None
+    grids = []
     for scale in scales:
         scaled = resize(images, scaled_size((height, width), scale))
-        extent_h, extent_w = ((side - 1) / OUTPUT_STRIDE for side in scaled.shape[-2:])
+        scaled_height, scaled_width = scaled.shape[-2:]
         scaled = _pad(scaled, canvas_size(scaled.shape[-2:]))
-        views = [net(scaled), net(scaled.flip(-1)).flip(-1)] if mirror else [net(scaled)]
-        logits = sum(views) / len(views)
-        logits = _sample(logits, extent_h, (height - 1) // OUTPUT_STRIDE + 1, dim=2)
-        logits = _sample(logits, extent_w, (width - 1) // OUTPUT_STRIDE + 1, dim=3)
-        fused = logits if fused is None else torch.maximum(fused, logits)
-    return fused
+        logits = net(scaled)
+        if mirror:
+            logits = (logits + net(scaled.flip(-1)).flip(-1)) / 2
+        logits = _sample(logits, height, scaled_height, dim=2)
+        grids.append(_sample(logits, width, scaled_width, dim=3))
+    return reduce(torch.maximum, grids)
 
 
 def enlarge(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """Logits on the stride-8 grid -> logits at the picture's size: (N, C, k_h + 1, k_w + 1) -> (N, C, H, W)."""
-    canvas = [(side - 1) * OUTPUT_STRIDE + 1 for side in logits.shape[-2:]]
-    return resize(logits, canvas)[..., : size[0], : size[1]]
+    """Logits on the stride-8 grid -> logits at the picture's size: (N, C, k_h + 1, k_w + 1) -> (N, C, H, W).
+
+    The grid may go on past the picture, as that of a canvas does; what lies there has no part in the result.
+    """
+    canvas = canvas_size(size)
+    rows, columns = (side // OUTPUT_STRIDE + 1 for side in canvas)
+    return resize(logits[..., :rows, :columns], canvas)[..., : size[0], : size[1]]
 
 
 def enlarge_rows(logits: Tensor, size: Sequence[int], max_elements: int = 2**25) -> Iterator[tuple[slice, Tensor]]:
@@ -151,22 +158,51 @@ def enlarge_rows(logits: Tensor, size: Sequence[int], max_elements: int = 2**25)
         The block's rows as a slice, and its (N, C, rows, W) logits.
     """
     height, width = size
-    grid_rows = logits.shape[-2]
+    last_row = canvas_size(size)[0] // OUTPUT_STRIDE  # of the grid rows that the picture needs
     step = max(1, max_elements // (logits.shape[0] * logits.shape[1] * OUTPUT_STRIDE * width))
-    for top in range(0, max(grid_rows - 1, 1), step):
-        bottom = min(top + step, grid_rows - 1)
+    for top in range(0, max(last_row, 1), step):
+        bottom = min(top + step, last_row)
         first = top * OUTPUT_STRIDE
-        last = height if bottom == grid_rows - 1 else bottom * OUTPUT_STRIDE  # the bottom row opens the next block
+        last = height if bottom == last_row else bottom * OUTPUT_STRIDE  # the bottom row opens the next block
         yield slice(first, last), enlarge(logits[..., top : bottom + 1, :], (last - first, width))
 
 
-def predict(
-    net: Callable[[Tensor], Tensor],
-    image: Tensor,
-    scales: Sequence[float] = (1.0,),
-    mirror: bool = False,
-    canvas: Sequence[int] | None = None,
+def enlarge_to_classes(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """The class of each pixel from one picture's logits on the stride-8 grid. Only here do logits become classes.
+
+    Works in blocks of rows, and without making the host wait for the device.
+
+    Args:
+        logits: (C, k_h + 1, k_w + 1), at most 255 classes.
+        size: (H, W) of the picture.
+
+    Returns:
+        (H, W) uint8 on the device of ``logits``; 255, which is no class, everywhere if a logit is NaN or infinite.
+    """
+    classes = torch.empty(tuple(size), dtype=torch.uint8, device=logits.device)
+    for rows, block in enlarge_rows(logits[None], size):
+        classes[rows] = block[0].max(dim=0).indices.byte()  # on a CPU ten times as fast as argmax
+    return classes.masked_fill_(~logits.isfinite().all(), NO_CLASS)
+
+
+def predict_classes(
+    net: Callable[[Tensor], Tensor], image: Tensor, scales: Sequence[float] = (1.0,), mirror: bool = False
 ) -> Tensor:
+    """The class of each pixel, see :func:`predict_grid` and :func:`enlarge_to_classes`.
+
+    Args:
+        image: (N, 3, H, W) or (3, H, W) mean-subtracted BGR, of any size.
+
+    Returns:
+        (N, H, W), or (H, W) for a single picture; uint8, 255 all over a picture whose logits are not finite.
+    """
+    images = image if image.dim() == 4 else image[None]
+    grids = predict_grid(net, images, scales, mirror).float()
+    classes = torch.stack([enlarge_to_classes(logits, images.shape[-2:]) for logits in grids])
+    return classes if image.dim() == 4 else classes[0]
+
+
+def predict(net: Callable[[Tensor], Tensor], image: Tensor, scales: Sequence[float] = (1.0,), mirror: bool = False) -> Tensor:
     """Logits at the picture's own size, see :func:`predict_grid`.
 
     Args:
@@ -176,5 +212,5 @@ def predict(
         (N, C, H, W), or (C, H, W) for a single picture; float32.
     """
     images = image if image.dim() == 4 else image[None]
-    logits = enlarge(predict_grid(net, images, scales, mirror, canvas).float(), images.shape[-2:])
+    logits = enlarge(predict_grid(net, images, scales, mirror).float(), images.shape[-2:])
     return logits if image.dim() == 4 else logits[0]

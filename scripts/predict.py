@@ -2,20 +2,23 @@
 
     python scripts/predict.py --restore-from snapshots/VOC12_scenes_20000.pth --save-dir predictions photo.jpg folder/
 
-A folder stands for the pictures in it. The net is rebuilt from the weights file; no option has to be repeated.
+A folder stands for the pictures in it, without those in its sub-folders. The net is rebuilt from the weights file; no option
+has to be repeated.
 """
 
 import argparse
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.command import UserError, numbers, run_command
+from utils.command import UserError, numbers, positive, run_command
+from utils.files import Output, check_outputs
 from utils.options import TRAINED_WEIGHTS, add_device_options, add_net_options
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -25,72 +28,91 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--restore-from", default=TRAINED_WEIGHTS, help="a snapshot or published weights (default: %(default)s)"
     )
     parser.add_argument("--save-dir", type=Path, default=Path("predictions"), help="default: %(default)s")
-    parser.add_argument("--num-classes", type=int, help="default: that of the weights file")
+    parser.add_argument("--num-classes", type=positive, help="default: that of the weights file")
     parser.add_argument("--scales", type=partial(numbers, float), default=(1.0,), help="fused by maximum (default: 1)")
     parser.add_argument("--mirror", action="store_true", help="average with the prediction of the mirrored picture")
     parser.add_argument("--crf", action="store_true", help="refine with the dense CRF")
     parser.add_argument("--panels", action="store_true", help="also save <name>_panel.png: picture | prediction")
     add_net_options(parser)
     add_device_options(parser)
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)  # pictures before and after the options
 
 
-def find_pictures(paths: list[Path]) -> list[Path]:
-    """The files among ``paths`` and the pictures in the folders among them.
+def find_pictures(paths: list[Path]) -> tuple[list[Path], list[str]]:
+    """The files among ``paths`` and the pictures in the folders among them, and a line for each folder that holds more.
 
     Raises:
-        UserError: a path does not exist, a folder holds no picture, or two pictures would share one mask file.
+        UserError: a path does not exist, or a folder holds no picture.
     """
-    found = []
+    found, lines = [], []
     for path in paths:
-        if path.is_dir():
-            inside = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in SUFFIXES)
-            if not inside:
-                raise UserError(f"the folder {path} holds no picture; expected files ending in {', '.join(SUFFIXES)}")
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
+        if not path.exists():
             raise UserError(f"the picture {path} does not exist")
-    names = [path.stem for path in found]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"several pictures are called {twice[0]} and would share {twice[0]}.png; predict them in separate runs")
-    return found
+        if not path.is_dir():
+            found.append(path)
+            continue
+        kinds = {entry: _kind(entry) for entry in sorted(path.iterdir()) if not entry.name.startswith(".")}  # ._a.jpg: macOS
+        inside = [entry for entry, kind in kinds.items() if kind == "picture"]
+        left_out = ", ".join(f"{count} {kind}" for kind, count in Counter(kinds.values()).items() if kind != "picture")
+        if not inside:
+            more = f" (only {left_out})" if left_out else ""
+            raise UserError(f"the folder {path} holds no picture{more}; expected files ending in {', '.join(SUFFIXES)}")
+        if left_out:
+            lines.append(f"{path}: {len(inside)} pictures; left out: {left_out}")
+        found += inside
+    return list(dict.fromkeys(found)), lines
+
+
+def _kind(entry: Path) -> str:
+    """What an entry of a folder is: ``"picture"``, or a word for the count of what is left out."""
+    if entry.is_dir():
+        return "sub-folder"
+    return "picture" if entry.suffix.lower() in SUFFIXES else entry.suffix or "without suffix"
+
+
+def planned_outputs(pictures: list[Path], folder: Path, panels: bool) -> list[Output]:
+    """Every file that will be written: for each picture a mask and, if asked for, a panel."""
+    endings = {"mask": ".png", "panel": "_panel.png"} if panels else {"mask": ".png"}
+    return [
+        Output("--save-dir", folder, f"{path.stem}{ending}", f"the {kind} of {path}")
+        for path in pictures
+        for kind, ending in endings.items()
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    pictures = find_pictures(args.pictures)
+    pictures, left_out = find_pictures(args.pictures)
 
-    import numpy as np
     import torch
     from tqdm import tqdm
 
     from dataset import read_image
-    from deeplab import dense_crf
-    from deeplab.multiscale import canvas_size, enlarge, enlarge_rows
+    from deeplab.crf import find_densecrf
+    from deeplab.multiscale import canvas_size, enlarge_to_classes
     from utils import distributed
-    from utils.evaluation import Sample, compile_for_prediction, open_net, predict_batch
+    from utils.crf_pool import refine
+    from utils.evaluation import checked, compile_for_prediction, open_trained_net, predict_batch
     from utils.visualize import save_indexed_png, save_panel
 
+    if args.crf:
+        find_densecrf()
     device = distributed.select_device(args.device, args.gpu)
-    net, _, lines = open_net(args)
-    net.to(device, memory_format=torch.channels_last)
+    net, _, lines = open_trained_net(args)
+    check_outputs(planned_outputs(pictures, args.save_dir, args.panels), [*pictures, args.restore_from])
+    net.to(device).to(memory_format=torch.channels_last)
     if args.compile:
+        distributed.check_compiler(device)
         compile_for_prediction(net, device)
-    print(*lines, sep="\n")
+    print(*lines, *left_out, sep="\n")
     with torch.inference_mode():
         for path in tqdm(pictures, unit="image"):
             image = read_image(path)
             size = image.shape[:2]
-            logits = predict_batch(net, [Sample(path.stem, image, np.empty(size, np.uint8))], canvas_size(size), args, device)
+            logits = predict_batch(net, [image], canvas_size(size), device, args.scales, args.mirror, args.amp)[0]
+            prediction = checked(str(path), enlarge_to_classes(logits, size))
             if args.crf:
-                probabilities = enlarge(logits, size)[0].softmax(dim=0).cpu().numpy()
-                prediction = dense_crf(np.ascontiguousarray(image[:, :, ::-1]), probabilities).argmax(axis=0).astype(np.uint8)
-            else:
-                prediction = np.empty(size, np.uint8)
-                for rows, block in enlarge_rows(logits, size):
-                    prediction[rows] = block[0].max(dim=0).indices.cpu().numpy()
+                prediction = refine(image, logits.cpu())
             save_indexed_png(args.save_dir / f"{path.stem}.png", prediction)
             if args.panels:
                 save_panel(args.save_dir / f"{path.stem}_panel.png", image[:, :, ::-1], None, prediction)

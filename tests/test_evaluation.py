@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import cv2
@@ -6,16 +7,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data._utils.pin_memory import pin_memory
 
-from dataset import MEAN_BGR, read_label
+import utils.command
+from dataset import MEAN_BGR, VOCSegmentation, read_label
 from deeplab import CRFParams, deeplabv2, dense_crf
-from tests.conftest import TOY_CLASSES, TOY_SIZES
+from tests.conftest import TOY_CLASSES, TOY_SIZES, save_palette_png
 from tests.test_multiscale import naive_bilinear
 from tests.test_resnet import naive_forward, randomise_batch_norm
 from tests.test_training import command
-from utils import evaluation
+from utils import evaluation, samples
 from utils.checkpoint import make_meta, save_snapshot
 from utils.command import UserError
+from utils.crf_pool import CRFPool
+from utils.evaluation import NotFinite, score
 from utils.options import evaluation_parser
 
 
@@ -103,19 +108,19 @@ def test_batches_workers_and_canvas_give_every_picture_once(toy_voc, snapshot, t
 
 
 def test_many_sizes_wait_in_bounded_memory(monkeypatch):
-    monkeypatch.setattr(evaluation, "MAX_WAITING", 5)
+    monkeypatch.setattr(samples, "MAX_WAITING", 5)
     taken = 0
 
     def stream():
         nonlocal taken
         for i in range(40):
             taken += 1
-            yield evaluation.Sample(str(i), np.zeros((8 * i + 1, 9, 3), np.uint8), np.zeros((8 * i + 1, 9), np.uint8))
+            yield samples.Sample(str(i), np.zeros((8 * i + 1, 9, 3), np.uint8), np.zeros((8 * i + 1, 9), np.uint8))
 
     given = []
-    for samples, canvas in evaluation.group_by_canvas(stream(), None, 4):
-        given += [sample.id for sample in samples]
-        assert all(sample.label.shape == canvas for sample in samples)
+    for group, canvas in samples.group_by_canvas(stream(), None, 4):
+        given += [sample.id for sample in group]
+        assert all(sample.label.shape == canvas for sample in group)
         assert taken - len(given) <= 5
     assert sorted(given, key=int) == [str(i) for i in range(40)]
 
@@ -145,12 +150,171 @@ def test_scales_and_mirror_have_an_effect(toy_voc, snapshot, tmp_path):
 def test_what_cannot_be_evaluated_is_refused(toy_voc, snapshot, tmp_path):
     with pytest.raises(UserError, match=r"toy_0 of 40x55 does not fit --input-size 41x41"):
         evaluate(toy_voc, snapshot, "--input-size", "41,41")
-    with pytest.raises(UserError, match="net for 4 classes, --num-classes says 21"):
+    with pytest.raises(UserError, match="net for 4 classes, which --num-classes 21 cannot change"):
         evaluate(toy_voc, snapshot, "--num-classes", "21")
+    (toy_voc / "classes.txt").write_text("one\ntwo\n")
+    with pytest.raises(UserError, match=r"net for 4 classes, but .*classes\.txt names 2; it can be scored only on data"):
+        evaluate(toy_voc, snapshot)
+    (toy_voc / "classes.txt").unlink()
     headless = {key: value for key, value in torch.load(snapshot, weights_only=True)["model"].items() if "layer5" not in key}
     torch.save(headless, tmp_path / "headless.pth")
     with pytest.raises(UserError, match="no usable head"):
         evaluate(toy_voc, tmp_path / "headless.pth")
+
+
+class Picky(torch.nn.Module):
+    """Logits that are the picture itself, and infinite for a picture whose first pixel is white."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        white = (x[:, :1, :1, :1] > 120).float()  # the mean colour is subtracted
+        return torch.cat([x, x[:, :1]], dim=1)[..., ::8, ::8] / (1 - white)
+
+
+@pytest.mark.parametrize("crf", [False, True])
+def test_logits_that_are_not_finite_are_an_error_that_names_the_picture(toy_voc, crf):
+    image = cv2.imread(str(toy_voc / "JPEGImages/toy_3.jpg"))
+    image[:16, :16] = 255
+    cv2.imwrite(str(toy_voc / "JPEGImages/toy_3.jpg"), image)
+    data = VOCSegmentation(toy_voc, [f"toy_{i}" for i in range(6)], num_classes=TOY_CLASSES)
+    finished = []
+    with CRFPool(1) if crf else nullcontext() as pool, pytest.raises(NotFinite, match="not finite for picture toy_3"):
+        score(Picky(), data, torch.device("cpu"), pool=pool, finish=lambda sample, prediction: finished.append(sample.id))
+    assert finished == ["toy_0", "toy_1", "toy_2"][: len(finished)]  # some may still be with the CRF
+    assert len(finished) == 3 or crf
+    assert NotFinite.exit_status == 1
+
+
+def test_score_is_called_without_a_command_line(toy_voc):
+    """As training does for its validation: matrices, and each picture's classes where they are asked for."""
+    data = VOCSegmentation(toy_voc, ["toy_0", "toy_4"], num_classes=TOY_CLASSES, ignore_label=2)
+    kept = {}
+    matrices = score(Picky(), data, torch.device("cpu"), finish=lambda sample, classes: kept.update({sample.id: classes}))
+    expected = np.zeros((TOY_CLASSES, TOY_CLASSES), int)
+    for index, image_id in enumerate(data.ids):
+        _, label = data.load(index)
+        pairs = label[label != 255], kept[image_id][label != 255]
+        np.add.at(expected, pairs, 1)
+    assert list(matrices) == [""]
+    assert (matrices[""].matrix.numpy() == expected).all()
+    assert np.isnan(matrices[""].scores().class_iou[2])
+
+
+def test_pictures_are_padded_with_the_mean_colour_to_the_canvas():
+    seen = []
+
+    def net(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return x[..., ::8, ::8]
+
+    image = np.full((30, 20, 3), 200, np.uint8)
+    logits = evaluation.predict_batch(net, [image, image[:9]], (505, 505), torch.device("cpu"))
+    assert logits.shape == (2, 3, 64, 64)
+    assert seen[0].shape == (2, 3, 505, 505)
+    filled = torch.zeros(2, 505, 505, dtype=torch.bool)
+    filled[0, :30, :20] = filled[1, :9, :20] = True
+    for channel, mean in enumerate(MEAN_BGR):
+        torch.testing.assert_close(seen[0][:, channel], filled * (200 - torch.tensor(mean, dtype=torch.float32)))
+
+
+def test_nothing_is_scored_with_a_parameter_that_no_file_gave(toy_voc, snapshot, tmp_path):
+    torch.manual_seed(0)
+    net = deeplabv2("resnet18", TOY_CLASSES, atrous_rates=(6, 12))
+    save_snapshot(tmp_path / "two.pth", net, make_meta(net, None, 7, {}, seen_voc_val=""))
+    evaluate(toy_voc, tmp_path / "two.pth")
+    with pytest.raises(UserError, match=r"two\.pth has the rates 6,12, but --atrous-rates says 6,12,18,24; leave"):
+        evaluate(toy_voc, tmp_path / "two.pth", "--atrous-rates", "6,12,18,24")
+    evaluate(toy_voc, snapshot, "--atrous-rates", "6,12")  # a choice among what the file has
+
+
+def test_outputs_never_replace_what_was_brought(toy_voc, snapshot, tmp_path):
+    def contents() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    weights = tmp_path / "net.pth"
+    weights.write_bytes(snapshot.read_bytes())
+    (tmp_path / "labels").symlink_to(toy_voc / "SegmentationClassAug")
+    (toy_voc / "classes.txt").write_text("a\nb\nc\nd\n")
+    data_list = toy_voc / "ImageSets/Segmentation/val.txt"
+    before = contents()
+    both = ["--save-dir", str(tmp_path / "out"), "--save-panels", str(tmp_path / "out")]
+    for options, message in (
+        (["--save-dir", str(toy_voc / "SegmentationClassAug")], "among the data"),
+        (["--save-dir", str(toy_voc / "SegmentationClass")], "among the data"),  # would be read as labels from then on
+        (["--save-dir", str(tmp_path / "labels")], "among the data"),
+        (["--save-panels", str(toy_voc / "JPEGImages")], "among the data"),
+        (both, r"the mask of .*toy_0\.jpg .* and the panel of .*toy_0\.jpg .* both"),
+        (["--save-json", str(data_list)], r"the scores would be written to .*val\.txt, over"),
+        (["--save-json", str(weights)], r"over .*net\.pth"),
+        (["--save-json", str(toy_voc / "classes.txt")], r"over .*classes\.txt"),
+        (["--save-json", str(toy_voc / "SegmentationClassAug/toy_1.png")], "among the data"),
+        (["--save-json", str(tmp_path)], "which is a folder"),
+        (["--save-json", str(data_list / "scores.json")], "nothing can be written to"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate(toy_voc, weights, *options)
+    assert contents() == before
+    assert not (tmp_path / "out").exists()
+    assert not (toy_voc / "SegmentationClass").exists()
+    for _ in range(2):  # an earlier evaluation's files may be replaced
+        evaluate(toy_voc, weights, "--save-dir", str(tmp_path / "out"), "--save-json", str(tmp_path / "new/scores.json"))
+    assert len(contents()) == len(before) + 6 + 1
+
+
+def test_ids_keep_their_folders(toy_voc, snapshot, tmp_path):
+    for folder, suffix in (("JPEGImages", "jpg"), ("SegmentationClassAug", "png")):
+        (toy_voc / folder / "city").mkdir()
+        (toy_voc / folder / f"toy_0.{suffix}").rename(toy_voc / folder / f"city/toy_1.{suffix}")
+    (tmp_path / "list.txt").write_text("city/toy_1\ntoy_1\n")
+    options = ["--data-list", str(tmp_path / "list.txt"), "--save-panels", str(tmp_path / "panels")]
+    evaluate(toy_voc, snapshot, "--save-dir", str(tmp_path / "out"), *options)
+    for folder in ("out", "panels"):
+        files = [str(path.relative_to(tmp_path / folder)) for path in (tmp_path / folder).rglob("*.png")]
+        assert sorted(files) == ["city/toy_1.png", "toy_1.png"]
+
+
+def test_a_void_class_is_marked_in_the_report(toy_voc, snapshot, tmp_path, capsys):
+    result = scores(toy_voc, snapshot, tmp_path, "--ignore-label", "0")["scores"]
+    assert result["classes"][0] == {"id": 0, "name": "ground (void)", "iou": None, "accuracy": None}
+    assert result["mean_iou"] == pytest.approx(np.mean([entry["iou"] for entry in result["classes"][1:]]))
+    assert sum(result["confusion_matrix"][0]) == 0
+    assert sum(row[0] for row in result["confusion_matrix"]) > 0  # wrong all the same
+    assert "ground (void)" in capsys.readouterr().out
+
+
+def test_labels_of_one_class_are_told(toy_voc, snapshot, capsys):
+    """Binary masks of 0 and 255: whatever is not void is class 0, and every net that says so scores 100."""
+    evaluate(toy_voc, snapshot)
+    assert "warning" not in capsys.readouterr().out
+    for path in (toy_voc / "SegmentationClassAug").iterdir():
+        save_palette_png(path, np.where(np.array(Image.open(path)) > 0, 255, 0).astype(np.uint8))
+    evaluate(toy_voc, snapshot)
+    assert "warning: these scores mean little: the labels are binary masks 0/255" in capsys.readouterr().out
+
+
+def test_what_travels_from_the_workers(toy_voc, monkeypatch):
+    """Arrays, which come through a pipe: tensors would need shared memory, which containers lack. Pinned on arrival."""
+    pinned = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    sample = samples.Samples(VOCSegmentation(toy_voc, ["toy_0"], num_classes=TOY_CLASSES))[0]
+    assert isinstance(sample.image, np.ndarray)
+    assert isinstance(sample.label, np.ndarray)
+    arrived = pin_memory(sample)
+    assert [tensor.data_ptr() for tensor in pinned] == [array.ctypes.data for array in (arrived.image, arrived.label)]
+    assert (arrived.image == sample.image).all()
+    assert (arrived.label == sample.label).all()
+    assert arrived.id == "toy_0"
+
+
+def test_crf_processes_share_the_cores(monkeypatch):
+    for cores, processes, expected in ((1, "1", 1), (16, "4", 4), (128, "1", 32), (2, "8", 1)):
+        monkeypatch.setattr(utils.command, "usable_cores", lambda cores=cores: cores)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert evaluation_parser("").parse_args([]).crf_workers == expected
 
 
 def test_the_command_line(toy_voc, snapshot):

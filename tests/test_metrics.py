@@ -131,14 +131,36 @@ def test_a_perfect_single_class():
 
 
 def test_another_ignore_label_and_predictions_under_it():
-    labels, predictions = torch.tensor([11, 11, 0, 1]), torch.tensor([99, -1, 0, 0])
-    confusion = ConfusionMatrix(2)
-    confusion.update(labels, predictions, ignore_label=11)
+    labels, predictions = torch.tensor([11, 11, 255, 0, 1]), torch.tensor([99, -1, 1, 0, 0])
+    confusion = ConfusionMatrix(2, ignore_label=11)
+    confusion.update(labels, predictions)
     assert confusion.matrix.tolist() == [[1, 0], [1, 0]]
-    confusion.scores()
-    inside = ConfusionMatrix(2)
-    inside.update(torch.tensor([0, 1]), torch.tensor([0, 1]), ignore_label=0)
-    assert inside.matrix.tolist() == [[0, 0], [0, 1]]
+    assert confusion.scores().class_iou.tolist() == [0.5, 0.0]
+    assert confusion.present() == [0, 1, 255]
+
+
+@pytest.mark.parametrize("void", [0, 2])
+def test_a_class_that_is_declared_void_is_no_class(void):
+    """Its pixels are not counted, its predictions are errors of the others, and no mean knows it."""
+    generator = torch.Generator().manual_seed(void)
+    labels, predictions = torch.randint(0, 3, (2, 40, 30), generator=generator)
+    confusion = ConfusionMatrix(3, ignore_label=void)
+    confusion.update(labels, predictions)
+    classes = [i for i in range(3) if i != void]
+    counted = (labels != void).numpy()
+    true, predicted = labels.numpy()[counted], predictions.numpy()[counted]
+    ious = [((true == i) & (predicted == i)).sum() / ((true == i) | (predicted == i)).sum() for i in classes]
+    accuracies = [(predicted[true == i] == i).mean() for i in classes]
+    scores = confusion.scores()
+    np.testing.assert_allclose(scores.class_iou[classes], ious)
+    assert math.isnan(scores.class_iou[void])
+    assert math.isnan(scores.class_accuracy[void])
+    assert scores.mean_iou == pytest.approx(np.mean(ious))
+    assert scores.mean_accuracy == pytest.approx(np.mean(accuracies))
+    assert scores.pixel_accuracy == pytest.approx((true == predicted).mean())
+    assert scores.as_dict("abc")["classes"][void] == {"id": void, "name": "abc"[void], "iou": None, "accuracy": None}
+    assert scores.table("abc").splitlines()[2 + void].split() == [str(void), "abc"[void], "-", "-"]
+    assert confusion.present() == [*classes, 255]
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 import argparse
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import FrameType
 
 
 class UserError(Exception):
@@ -19,9 +21,13 @@ def run_command(main: Callable[[], int | None]) -> None:
     """Run ``main`` and end the process as every command of this project does.
 
     An exception that carries an ``exit_status`` (``UserError``, ``DatasetError``, ``WeightsError``) is the user's to mend:
-    its sentence goes to standard error, without a traceback. Ctrl-C ends with status 130. Anything else is a bug and keeps
-    its traceback.
+    its sentence goes to standard error, without a traceback. Ctrl-C ends with status 130, a request to stop that ``main`` does
+    not handle itself with 128 + its number, after whatever stands in a ``finally``. Anything else is a bug and keeps its
+    traceback.
     """
+    for name in ("SIGTERM", "SIGUSR1"):  # Windows lacks the second
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _exit_by_signal)
     try:
         status = main() or 0
     except KeyboardInterrupt:
@@ -36,6 +42,10 @@ def run_command(main: Callable[[], int | None]) -> None:
             raise
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
     sys.exit(status)
+
+
+def _exit_by_signal(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 def size(text: str) -> tuple[int, int]:

@@ -1,138 +1,172 @@
 """The one evaluation loop: decoding, the net and the CRF overlap, and no prediction is kept longer than its picture."""
 
-import ctypes
-import multiprocessing
-import signal
-import sys
 from argparse import Namespace
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.multiprocessing  # lets tensors travel between processes in shared memory
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataset import VAL_LISTS, VOC_CLASSES, VOCSegmentation, read_class_names, to_input
-from deeplab import dense_crf, fold_batch_norm
-from deeplab.multiscale import canvas_size, enlarge_rows, predict_grid
+from dataset.classes import one_class_warning, read_classes
+from dataset.voc import LABEL_DIRS
+from deeplab import DeepLabV2, fold_batch_norm
+from deeplab.multiscale import NO_CLASS, enlarge_to_classes, predict_grid
 from deeplab.weights import Weights
 from utils import distributed
 from utils.checkpoint import load_init
 from utils.command import UserError
-from utils.files import save_json
-from utils.loader import make_loader, open_dataset
+from utils.crf_pool import CRFPool
+from utils.files import Output, check_outputs, save_json
+from utils.loader import make_loader, open_dataset, running
 from utils.metrics import ConfusionMatrix
 from utils.options import TRAINED_WEIGHTS
+from utils.samples import Sample, Samples, group_by_canvas, only_one
 from utils.visualize import save_indexed_png, save_panel
 
-MAX_WAITING = 64  # pictures that may wait for others of their padded size
 
+class NotFinite(UserError):
+    """The net's logits are no numbers."""
 
-@dataclass
-class Sample:
-    """One picture on its way through the evaluation."""
-
-    id: str
-    image: np.ndarray  # H W 3 uint8 BGR
-    label: np.ndarray  # H W uint8, 255 void
-
-
-class Samples:
-    """The data set as :class:`Sample` entries, for a loader."""
-
-    def __init__(self, data: VOCSegmentation) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> Sample:
-        return Sample(self.data.ids[index], *self.data.load(index))
+    exit_status = 1
 
 
 def run(args: Namespace) -> int:
     """Evaluate as ``args`` say (see :func:`utils.options.evaluation_parser`), print the scores and save what was asked for."""
-    pool = (
-        CRFPool(args.crf_workers, args.crf_prune) if args.crf else None
-    )  # first: its processes start as copies of this still small one
-    try:
-        return evaluate(args, pool)
-    finally:
-        if pool:
-            pool.executor.shutdown(wait=False, cancel_futures=True)
+    # The pool comes first: where its processes are forked, they are copies of this still small one.
+    with CRFPool(args.crf_workers, args.crf_prune) if args.crf else nullcontext() as pool:
+        device = distributed.select_device(args.device, args.gpu)
+        distributed.start()
+        net, weights, lines = open_trained_net(args)
+        check_classes(args, net.num_classes)
+        data, data_list = open_dataset(args, VAL_LISTS, net.num_classes)
+        names = class_names(args.data_dir, weights, net.num_classes)
+        if 0 <= args.ignore_label < net.num_classes:
+            names[args.ignore_label] += " (void)"
+        check_outputs(planned_outputs(args, data), *what_is_read(args, data, data_list))
+        net.to(device).to(memory_format=torch.channels_last)
+        if args.compile:
+            distributed.check_compiler(device)
+            compile_for_prediction(net, device)
+        if distributed.is_main():
+            print(*lines, f"{len(data)} pictures of {data_list}", sep="\n")
+            if weights.seen_voc_val and "val" in data_list.stem:
+                print(f"warning: scores on VOC val mean nothing here: {weights.seen_voc_val}")
 
+        bar = tqdm(total=len(share(data)), unit="image", disable=not distributed.is_main(), dynamic_ncols=True)
 
-def evaluate(args: Namespace, pool: "CRFPool | None") -> int:
-    """:func:`run`, with the processes for the CRF."""
-    device = distributed.select_device(args.device, args.gpu)
-    distributed.start()
-    net, weights, lines = open_net(args)
-    net.to(device, memory_format=torch.channels_last)
-    if args.compile:
-        compile_for_prediction(net, device)
-    data, data_list = open_dataset(args, VAL_LISTS, net.num_classes)
-    names = class_names(args.data_dir, weights, net.num_classes)
+        def finish(sample: Sample, prediction: np.ndarray) -> None:
+            if args.save_dir:
+                save_indexed_png(Path(args.save_dir) / f"{sample.id}.png", prediction)
+            if args.save_panels:
+                save_panel(Path(args.save_panels) / f"{sample.id}.png", sample.image[:, :, ::-1], sample.label, prediction)
+            bar.update()
+
+        options = {name: getattr(args, name) for name in ("scales", "mirror", "batch_size", "amp", "num_workers")}
+        matrices = score(net, data, device, **options, canvas=args.input_size, pool=pool, finish=finish)
+        bar.close()
     if distributed.is_main():
-        print(*lines, f"{len(data)} pictures of {data_list}", sep="\n")
-        if weights.seen_voc_val and "val" in data_list.stem:
-            print(f"warning: scores on VOC val mean nothing here: {weights.seen_voc_val}")
-
-    before, after = (ConfusionMatrix(net.num_classes, where) for where in (device, "cpu"))
-    mine = range(distributed.rank(), len(data), distributed.world_size())
-    loader = make_loader(
-        Samples(data), [[index] for index in mine], args.num_workers, device, collate_fn=lambda items: items[0]
-    )
-    bar = tqdm(total=len(mine), unit="image", disable=not distributed.is_main(), dynamic_ncols=True)
-
-    def finish(sample: Sample, prediction: np.ndarray) -> None:
-        if args.save_dir:
-            save_indexed_png(Path(args.save_dir) / f"{sample.id}.png", prediction)
-        if args.save_panels:
-            save_panel(Path(args.save_panels) / f"{sample.id}.png", sample.image[:, :, ::-1], sample.label, prediction)
-        bar.update()
-
-    with torch.inference_mode():
-        for samples, canvas in group_by_canvas(loader, args.input_size, args.batch_size):
-            for sample, logits in zip(samples, predict_batch(net, samples, canvas, args, device)):
-                prediction = count(sample, logits, before)
-                if pool is None:
-                    finish(sample, prediction.cpu().numpy())
-                    continue
-                for refined_sample, refined in pool.refine(sample, logits):
-                    count_refined(refined_sample, refined, after)
-                    finish(refined_sample, refined)
-        for refined_sample, refined in pool.rest() if pool else ():
-            count_refined(refined_sample, refined, after)
-            finish(refined_sample, refined)
-    bar.close()
-    report(args, data_list, weights, names, {"before CRF": before, "after CRF": after} if pool else {"": before})
+        report(args, data_list, weights, names, matrices)
     distributed.stop()
     return 0
 
 
-def open_net(args: Namespace) -> tuple[nn.Module, Weights, list[str]]:
+def score(
+    net: nn.Module,
+    data: VOCSegmentation,
+    device: torch.device,
+    *,
+    scales: Sequence[float] = (1.0,),
+    mirror: bool = False,
+    canvas: tuple[int, int] | None = None,
+    batch_size: int = 1,
+    amp: str = "off",
+    num_workers: int = 0,
+    pool: CRFPool | None = None,
+    finish: Callable[[Sample, np.ndarray], None] = lambda sample, prediction: None,
+) -> dict[str, ConfusionMatrix]:
+    """Predict a data set and count.
+
+    Under torchrun each process takes its share of the pictures, and all get the sum of the counts.
+
+    Args:
+        net: on ``device``, in eval mode.
+        scales, mirror: see :func:`deeplab.multiscale.predict_grid`.
+        canvas: (H, W) to which every picture is padded; None takes each picture's own size.
+        batch_size: pictures of one padded size at once.
+        amp: ``"off"``, ``"bf16"`` or ``"fp16"``.
+        num_workers: processes that read pictures.
+        pool: refines the predictions; they are counted before and after.
+        finish: called with each picture and its (H, W) uint8 classes, refined where there is a pool.
+
+    Returns:
+        ``{"": matrix}``, or with a pool ``{"before CRF": matrix, "after CRF": matrix}``.
+
+    Raises:
+        UserError: a picture does not fit ``canvas``; the net's logits are not finite (:class:`NotFinite`).
+    """
+    before, after = (ConfusionMatrix(data.num_classes, where, data.ignore_label) for where in (device, "cpu"))
+    loader = make_loader(Samples(data), [[index] for index in share(data)], num_workers, device, collate_fn=only_one)
+
+    def predictions() -> Iterator[tuple[Sample, Tensor, np.ndarray]]:
+        """Each picture, counted, with its (C, h, w) logits on the stride-8 grid and its (H, W) uint8 classes."""
+        for samples, size in group_by_canvas(pictures, canvas, batch_size):
+            images = [sample.image for sample in samples]
+            for sample, logits in zip(samples, predict_batch(net, images, size, device, scales, mirror, amp)):
+                label = torch.from_numpy(sample.label).to(device, non_blocking=True)
+                classes = enlarge_to_classes(logits, label.shape)
+                before.update(label, classes)
+                yield sample, logits, checked(sample.id, classes)
+
+    with torch.inference_mode(), running(loader) as pictures:
+        if pool is None:
+            for sample, _, prediction in predictions():
+                finish(sample, prediction)
+        else:
+            for sample, refined in pool.refine((sample, logits.cpu()) for sample, logits, _ in predictions()):
+                after.update(torch.from_numpy(sample.label), torch.from_numpy(refined))
+                finish(sample, refined)
+    matrices = {"before CRF": before, "after CRF": after} if pool else {"": before}
+    for matrix in matrices.values():
+        distributed.sum_(matrix.counts)
+    return matrices
+
+
+def share(data: VOCSegmentation) -> range:
+    """The indices of the pictures that this process predicts."""
+    return range(distributed.rank(), len(data), distributed.world_size())
+
+
+def open_trained_net(args: Namespace) -> tuple[DeepLabV2, Weights, list[str]]:
     """The net of ``--restore-from``, ready to predict, its weights file and lines that say what was loaded.
 
     Raises:
-        UserError: there is no such file, or no head in it, or one for other classes.
+        UserError: there is no such file, no head in it, or one that does not fit: nothing is predicted with a parameter that no
+            file gave.
     """
-    if args.restore_from == TRAINED_WEIGHTS and not Path(TRAINED_WEIGHTS).exists():
+    path = args.restore_from
+    if path == TRAINED_WEIGHTS and not Path(TRAINED_WEIGHTS).exists():
         advice = "train with `python train.py`, see `python scripts/download.py list`, or pass --restore-from"
         raise UserError(f"{TRAINED_WEIGHTS} does not exist: {advice}")
-    options = {"backbone": args.backbone, "atrous_rates": args.atrous_rates}
-    net, weights, report = load_init(args.restore_from, **options)
-    lines = [f"{args.restore_from}: {weights.scheme}", *report.lines()]
-    if not any(key.startswith("layer5.") for key in weights.state):
-        raise UserError(f"{args.restore_from} ({weights.scheme}) holds no usable head; train it first with train.py")
+    net, weights, report = load_init(path, backbone=args.backbone, atrous_rates=args.atrous_rates)
+    rates, asked = weights.config.get("atrous_rates"), net.config["atrous_rates"]
+    if report.missing and rates and list(rates) != list(asked):
+        of_file, of_option = (",".join(map(str, values)) for values in (rates, asked))
+        raise UserError(
+            f"the head of {path} has the rates {of_file}, but --atrous-rates says {of_option}; leave the option out"
+        )
+    if report.missing:
+        raise UserError(f"{path} ({weights.scheme}) holds no usable head; train it first with train.py")
     if args.num_classes not in (None, net.num_classes):
-        raise UserError(f"{args.restore_from} is a net for {net.num_classes} classes, --num-classes says {args.num_classes}")
-    return fold_batch_norm(net.eval()), weights, lines
+        raise UserError(
+            f"{path} is a net for {net.num_classes} classes, which --num-classes {args.num_classes} cannot change; "
+            f"train a net for {args.num_classes} classes with train.py, or name another file"
+        )
+    fold_batch_norm(net.eval())
+    return net, weights, [f"{path}: {weights.scheme}", *report.lines()]
 
 
 def compile_for_prediction(net: nn.Module, device: torch.device) -> None:
@@ -143,139 +177,88 @@ def compile_for_prediction(net: nn.Module, device: torch.device) -> None:
         net.compile()
 
 
+def check_classes(args: Namespace, num_classes: int) -> None:
+    """Raise :class:`UserError` if the classes of the data set are not those of a net for ``num_classes``."""
+    path = Path(args.data_dir) / "classes.txt"
+    if path.is_file() and (count := len(read_classes(path))) != num_classes:
+        raise UserError(
+            f"{args.restore_from} is a net for {num_classes} classes, but {path} names {count}; it can be scored only on "
+            "data of the classes that it was trained on"
+        )
+
+
 def class_names(data_dir: str, weights: Weights, num_classes: int) -> list[str]:
     """The names of the classes: the snapshot's, else those of ``classes.txt``, else VOC's for 21 classes, else numbers."""
     names = weights.meta.get("classes") or read_class_names(data_dir, num_classes)
     if not names and num_classes == len(VOC_CLASSES):
         names = [entry.name for entry in VOC_CLASSES]
-    return names or [f"class {i}" for i in range(num_classes)]
+    return list(names or (f"class {i}" for i in range(num_classes)))
 
 
-def group_by_canvas(
-    samples: Iterable[Sample], fixed: tuple[int, int] | None, batch_size: int
-) -> Iterator[tuple[list[Sample], tuple[int, int]]]:
-    """Gather pictures of one padded size, so that pictures of mixed sizes run in batches.
+def planned_outputs(args: Namespace, data: VOCSegmentation) -> list[Output]:
+    """Every file that the evaluation will write."""
+    outputs = []
+    for option, folder, kind in (("--save-dir", args.save_dir, "mask"), ("--save-panels", args.save_panels, "panel")):
+        if folder:
+            content = f"the {kind} of {{}}"
+            outputs += [
+                Output(option, Path(folder), f"{id}.png", content.format(data.image_path(id))) for id in dict.fromkeys(data.ids)
+            ]
+    if args.save_json:
+        outputs.append(Output("--save-json", Path(args.save_json).parent, Path(args.save_json).name, "the scores"))
+    return outputs
 
-    Yields:
-        Up to ``batch_size`` pictures and their canvas (H, W).
 
-    Raises:
-        UserError: a picture does not fit the fixed canvas.
-    """
-    waiting: dict[tuple[int, int], list[Sample]] = {}
-    count_waiting = 0
-    for sample in samples:
-        size = sample.image.shape[:2]
-        if fixed and (size[0] > fixed[0] or size[1] > fixed[1]):
-            advice = "enlarge --input-size, or leave it out to use each picture's own size"
-            raise UserError(
-                f"picture {sample.id} of {size[0]}x{size[1]} does not fit --input-size {fixed[0]}x{fixed[1]}; {advice}"
-            )
-        canvas = canvas_size(fixed or size)
-        waiting.setdefault(canvas, []).append(sample)
-        count_waiting += 1
-        if len(waiting[canvas]) == batch_size or count_waiting == MAX_WAITING:
-            fullest = max(waiting, key=lambda key: len(waiting[key]))
-            count_waiting -= len(waiting[fullest])
-            yield waiting.pop(fullest), fullest
-    yield from ((group, canvas) for canvas, group in waiting.items())
+def what_is_read(args: Namespace, data: VOCSegmentation, data_list: Path) -> tuple[list[str | Path], list[Path]]:
+    """The files that the evaluation reads, and the folders of the data, for :func:`utils.files.check_outputs`."""
+    files = [args.restore_from, data_list, data.root / "classes.txt"]
+    files += [path(id) for id in data.ids for path in (data.image_path, data.label_path)]
+    return files, [data.image_dir, *(data.root / name for name in (*LABEL_DIRS, args.label_dir) if name)]
 
 
 def predict_batch(
-    net: nn.Module, samples: list[Sample], canvas: tuple[int, int], args: Namespace, device: torch.device
+    net: nn.Module,
+    images: Sequence[np.ndarray],
+    canvas: tuple[int, int],
+    device: torch.device,
+    scales: Sequence[float] = (1.0,),
+    mirror: bool = False,
+    amp: str = "off",
 ) -> Tensor:
-    """The logits of pictures of one canvas on its stride-8 grid: (N, C, h, w) float32 on the device."""
-    images = torch.zeros(len(samples), 3, *canvas).contiguous(memory_format=torch.channels_last)
-    for image, sample in zip(images, samples):
-        height, width = sample.label.shape
-        image[:, :height, :width] = to_input(sample.image)
-    images = images.to(device, non_blocking=True)
-    with distributed.autocast(device, args.amp):
-        return predict_grid(net, images, args.scales, args.mirror).float()
+    """The logits of pictures, (H, W, 3) uint8 BGR each, on the stride-8 grid of one canvas: (N, C, h, w) float32."""
+    batch = torch.zeros(len(images), 3, *canvas, device=device).contiguous(memory_format=torch.channels_last)
+    for padded, image in zip(batch, images):
+        height, width = image.shape[:2]
+        padded[:, :height, :width] = to_input(torch.from_numpy(image).to(device, non_blocking=True))
+    with distributed.autocast(device, amp):
+        return predict_grid(net, batch, scales, mirror).float()
 
 
-def count(sample: Sample, logits: Tensor, matrix: ConfusionMatrix) -> Tensor:
-    """Enlarge one picture's (C, h, w) logits, take the class and count it, in blocks of rows on the device.
+def checked(name: str, classes: Tensor) -> np.ndarray:
+    """A picture's (H, W) uint8 classes, brought to the host.
 
-    Returns:
-        (H, W) uint8 classes on the device.
+    Raises:
+        NotFinite: its logits were not finite, which :func:`deeplab.multiscale.enlarge_to_classes` tells by NO_CLASS.
     """
-    label = torch.from_numpy(sample.label).to(logits.device, non_blocking=True)
-    prediction = torch.empty_like(label)
-    for rows, block in enlarge_rows(logits[None], label.shape):
-        prediction[rows] = block[0].max(dim=0).indices.byte()  # on a CPU ten times as fast as argmax
-    matrix.update(label, prediction)
+    prediction = classes.cpu().numpy()
+    if prediction[0, 0] == NO_CLASS:
+        raise NotFinite(
+            f"the net's logits are not finite for picture {name}: its numbers overflow; leave --amp out if it was given, "
+            "or take weights that are not damaged"
+        )
     return prediction
 
 
-def count_refined(sample: Sample, refined: np.ndarray, matrix: ConfusionMatrix) -> None:
-    """Count a refined (H, W) uint8 prediction."""
-    matrix.update(torch.from_numpy(sample.label), torch.from_numpy(refined))
-
-
-class CRFPool:
-    """Processes that refine predictions while the net goes on: pydensecrf holds Python's lock, so threads would take turns.
-
-    Pictures and probabilities travel in shared memory. A bounded number of pictures is on its way at a time, and they come back
-    in the order in which they went in.
-    """
-
-    def __init__(self, workers: int, prune: float = 0.0) -> None:
-        self.prune = prune
-        context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
-        self.executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_crf_worker)
-        for future in [self.executor.submit(int) for _ in range(workers)]:
-            future.result()  # have the processes started now
-        self.running: deque[tuple[Sample, Future]] = deque()
-        self.capacity = workers + 2
-
-    def refine(self, sample: Sample, logits: Tensor) -> Iterator[tuple[Sample, np.ndarray]]:
-        """Take a picture and its (C, h, w) logits; yields pictures that are done, with their (H, W) uint8 classes."""
-        size = sample.label.shape
-        probabilities = torch.empty(logits.shape[0], *size).share_memory_()  # C H W
-        for rows, block in enlarge_rows(logits[None], size):
-            probabilities[:, rows] = F.softmax(block[0], dim=0).cpu()
-        image = torch.from_numpy(np.ascontiguousarray(sample.image[:, :, ::-1]))
-        self.running.append((sample, self.executor.submit(_refine, image, probabilities, self.prune)))
-        while self.running and (len(self.running) > self.capacity or self.running[0][1].done()):
-            yield self._next()
-
-    def rest(self) -> Iterator[tuple[Sample, np.ndarray]]:
-        """The pictures that are still on their way."""
-        while self.running:
-            yield self._next()
-
-    def _next(self) -> tuple[Sample, np.ndarray]:
-        sample, future = self.running.popleft()
-        return sample, future.result().numpy()
-
-
-def _start_crf_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    # The CRF allocates the same large blocks for each picture. By default glibc returns them to the system each time, and
-    # having them mapped and zeroed again takes a sixth of the time (mallopt(3): M_MMAP_MAX is -4, M_TRIM_THRESHOLD -1).
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None:
-        mallopt(-4, 0)
-        mallopt(-1, 2**31 - 1)
-
-
-def _refine(image: Tensor, probabilities: Tensor, prune: float) -> Tensor:
-    refined = dense_crf(image.numpy(), probabilities.numpy(), prune=prune)
-    return torch.from_numpy(refined.argmax(axis=0).astype(np.uint8))
-
-
 def report(args: Namespace, data_list: Path, weights: Weights, names: list[str], matrices: dict[str, ConfusionMatrix]) -> None:
-    """Add the matrices up over the processes, print the scores and save them."""
+    """Print the scores and save them."""
     result = {"restore_from": args.restore_from, "weights": weights.scheme, "step": weights.meta.get("step")}
     result.update(data_list=str(data_list), scales=args.scales, mirror=args.mirror, input_size=args.input_size)
     for title, matrix in matrices.items():
-        distributed.sum_(matrix.counts)
-        if not distributed.is_main():
-            continue
         scores = matrix.scores()
         print(f"\n{title}\n{scores.table(names)}" if title else f"\n{scores.table(names)}")
         entry = {**scores.as_dict(names), "confusion_matrix": matrix.matrix.tolist()}
         result[title.replace(" ", "_").lower() or "scores"] = entry
-    if args.save_json and distributed.is_main():
+    if warning := one_class_warning(next(iter(matrices.values())).present()):
+        print(f"\nwarning: these scores mean little: {warning}")
+    if args.save_json:
         save_json(args.save_json, result)

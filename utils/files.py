@@ -1,8 +1,10 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and never over what the user brought."""
 
 import json
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,3 +42,96 @@ def save_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as JSON, atomically."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+@dataclass(frozen=True)
+class Output:
+    """A file that a command is going to write.
+
+    Attributes:
+        option: by which its place was chosen, such as ``"--save-dir"``.
+        folder: the folder that the option names, or that of the file that it names.
+        name: the path of the file below ``folder``.
+        content: what it will hold, such as ``"the mask of JPEGImages/a.jpg"``.
+    """
+
+    option: str
+    folder: Path
+    name: str
+    content: str
+
+    @property
+    def path(self) -> Path:
+        return self.folder / self.name
+
+
+def check_outputs(outputs: Iterable[Output], inputs: Iterable[str | Path], data_folders: Iterable[str | Path] = ()) -> None:
+    """Make sure, before any work is done, that every output can be written and destroys nothing; makes missing folders.
+
+    What an earlier run left under the same names may be written over.
+
+    Args:
+        inputs: files that the command reads.
+        data_folders: folders of pictures and labels, which take no outputs: a prediction there would be read as a label.
+
+    Raises:
+        UserError: an output is an input (by whatever name or link), lies in one of ``data_folders`` or outside its own folder,
+            is another output too, or cannot be written.
+    """
+    outputs = list(outputs)
+    read = {_identity(path): path for path in inputs}
+    data = {_identity(folder): folder for folder in data_folders}
+    parents = dict.fromkeys(output.path.parent for output in outputs)
+    real = {folder: folder.resolve() for folder in {*parents, *(output.folder for output in outputs)}}
+    taken = {folder: data.get(_identity(folder)) for folder in real}
+    for output in outputs:
+        path, folder = output.path, output.folder
+        refused = f"{output.option}: {output.content} would be written to {path}"
+        if not real[path.parent].is_relative_to(real[folder]):
+            raise UserError(f"{refused}, outside {folder}; mend its name or the links in {folder}")
+        if place := taken[folder] or taken[path.parent]:
+            raise UserError(f"{refused}, among the data of {place}; choose a folder of its own")
+        if source := read.get(_identity(path)):
+            raise UserError(f"{refused}, over {source}, which is read; choose another folder")
+        if path.is_dir():
+            raise UserError(f"{refused}, which is a folder; choose another place")
+    _refuse_shared(outputs, real, {folder: _ignores_case(folder) for folder in parents})
+    for folder in parents:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UserError(f"nothing can be written to {folder} ({error.strerror}); choose another folder") from None
+
+
+def _refuse_shared(outputs: Iterable[Output], real: dict[Path, Path], ignores_case: dict[Path, bool]) -> None:
+    """Raise :class:`UserError` if two outputs of different content are one file."""
+    written: dict[str, Output] = {}
+    for output in outputs:
+        parent = output.path.parent
+        place = str(real[parent] / output.path.name)
+        other = written.setdefault(place.casefold() if ignores_case[parent] else place, output)
+        if other.content != output.content:
+            raise UserError(
+                f"{other.content} ({other.option}) and {output.content} ({output.option}) would both be written to "
+                f"{output.path}; choose different folders, or names that differ"
+            )
+
+
+def _identity(path: str | Path) -> object:
+    """What two paths have in common exactly if they lead to one file or folder: by other spellings, links, or not there yet."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return os.path.realpath(path)
+    return status.st_dev, status.st_ino
+
+
+def _ignores_case(folder: Path) -> bool:
+    """Whether A.png and a.png are one file in ``folder``, judged by the name of the nearest folder that exists."""
+    place = folder.resolve()
+    while not place.exists() or place.name.swapcase() == place.name:
+        if place == place.parent:
+            return False
+        place = place.parent
+    return _identity(place) == _identity(place.with_name(place.name.swapcase()))

@@ -52,12 +52,17 @@ def running(loader: DataLoader) -> Iterator[Iterator]:
     The workers ignore SIGTERM, so that a signal to the whole process group does not take them from a main process that still
     wants to finish its step and save. torch ends workers that linger by SIGTERM and then waits for them without limit; so what
     is left after ``PATIENCE`` seconds is killed here.
+
+    Raises:
+        UserError: the workers ran out of shared memory, or one was killed.
     """
     before = multiprocessing.active_children()
     batches = iter(loader)
     workers = [process for process in multiprocessing.active_children() if process not in before]
     try:
         yield batches
+    except RuntimeError as error:
+        raise _users_error(error) or error from None
     finally:
         if workers:
             _end(batches, workers)
@@ -107,7 +112,7 @@ def fitting_workers(num_workers: int, batch_bytes: int) -> tuple[int, str]:
     )
 
 
-def loader_error(error: RuntimeError) -> UserError | None:
+def _users_error(error: RuntimeError) -> UserError | None:
     """What a RuntimeError out of a loader means to the user; None where it is something else."""
     text = str(error)
     if "worker" not in text and "shared memory" not in text and "shm" not in text:

@@ -23,7 +23,8 @@ class Scores:
       ``mean_iou``: its mean.
     - ``frequency_weighted_iou``: sum_i t_i class_iou_i / sum_i t_i
 
-    The means leave NaN out; where nothing was counted, every score is NaN.
+    The means leave NaN out; where nothing was counted, every score is NaN. A class that is the ignore label is no class: NaN
+    in both arrays, while predictions of it are errors of the classes that were labelled.
     """
 
     pixel_accuracy: float
@@ -85,19 +86,21 @@ class ConfusionMatrix:
     Args:
         num_classes: C, at least 1.
         device: where the counts are kept; labels and predictions must be there too.
+        ignore_label: a label of pixels that are not counted, whatever their prediction, beside 255.
 
     Raises:
         ValueError: ``num_classes`` below 1.
     """
 
-    def __init__(self, num_classes: int, device: str | torch.device = "cpu") -> None:
+    def __init__(self, num_classes: int, device: str | torch.device = "cpu", ignore_label: int = IGNORE_LABEL) -> None:
         if num_classes < 1:
             raise ValueError(f"num_classes is {num_classes}; expected at least 1")
         self.num_classes = num_classes
+        self.ignore_label = ignore_label
         self.counts = torch.zeros(num_classes * num_classes + 3, dtype=torch.int64, device=device)
         self.matrix = self.counts[: num_classes * num_classes].view(num_classes, num_classes)
 
-    def update(self, labels: Tensor, predictions: Tensor, ignore_label: int = IGNORE_LABEL) -> None:
+    def update(self, labels: Tensor, predictions: Tensor) -> None:
         """Count one batch, without making the host wait for the device.
 
         Each pixel becomes the number of its bin, label * C + prediction, or one of the three bins behind the matrix;
@@ -106,7 +109,6 @@ class ConfusionMatrix:
 
         Args:
             labels, predictions: integer tensors of one shape, any number of dimensions, also empty.
-            ignore_label: the label of pixels that are not counted, whatever their prediction.
 
         Raises:
             ValueError: the shapes differ, or a tensor does not hold integers.
@@ -124,8 +126,14 @@ class ConfusionMatrix:
         bins = labels * classes + predictions
         bins = bins.masked_fill((predictions < 0) | (predictions >= classes), classes * classes + 2)
         bins = bins.masked_fill((labels < 0) | (labels >= classes), classes * classes + 1)
-        bins = bins.masked_fill(labels == ignore_label, classes * classes)
+        for void in {IGNORE_LABEL, self.ignore_label}:
+            bins = bins.masked_fill(labels == void, classes * classes)
         self.counts.index_add_(0, bins, self.counts.new_ones(()).expand_as(bins))
+
+    def present(self) -> list[int]:
+        """The label values that occurred, 255 for void; copies the counts to the host."""
+        values = self.matrix.sum(dim=1).nonzero().flatten().tolist()
+        return values + [IGNORE_LABEL] * (int(self.counts[-3]) > 0)
 
     def scores(self) -> Scores:
         """The scores of everything counted so far; copies the counts to the host.
@@ -145,6 +153,8 @@ class ConfusionMatrix:
         labelled, predicted = matrix.sum(axis=1), matrix.sum(axis=0)
         class_iou = _ratio(correct, labelled + predicted - correct)
         class_accuracy = _ratio(correct, labelled)
+        if 0 <= self.ignore_label < self.num_classes:
+            class_iou[self.ignore_label] = np.nan  # it can only have been predicted
         present = labelled > 0
         return Scores(
             pixel_accuracy=float(_ratio(correct.sum(), labelled.sum())),

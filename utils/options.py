@@ -25,6 +25,7 @@ TRAINED_WEIGHTS = "snapshots/VOC12_scenes_20000.pth"
 BACKBONE_NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 BATCH_NORM_MODES = ("frozen", "stats", "full")
 LOSS_SIZES = ("output", "input")
+TRUNKS = ("auto", "torchvision", "caffe")
 
 
 def add_data_options(parser: argparse.ArgumentParser, default_list: str) -> None:
@@ -85,6 +86,12 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
     group.add_argument("--num-classes", type=class_count, default=21, help="classes with the background (default: %(default)s)")
     group.add_argument(
         "--restore-from", default=INITIAL_WEIGHTS, help='initial weights; "" or none: from scratch (default: %(default)s)'
+    )
+    group.add_argument(
+        "--trunk",
+        choices=TRUNKS,
+        default="auto",
+        help="what a bare ResNet in --restore-from is trained on: torchvision (RGB), caffe (BGR 0..255); auto tells by its numbers",
     )
     group.add_argument("--not-restore-last", action="store_true", help="leave the head of --restore-from out")
     group.add_argument(
@@ -148,14 +155,18 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--batch-size", type=positive, default=1, help="pictures of one padded size at once (default: 1)")
     group.add_argument("--crf", action="store_true", help="refine with the dense CRF; reports the scores before and after")
     group.add_argument(
-        "--crf-workers", type=positive, default=default_processes(64), help="processes for the CRF (default: %(default)s)"
+        "--crf-workers",
+        type=positive,
+        default=default_processes(32),
+        help="processes for the CRF, of about 0.5 GB each (default: this process's share of the cores, at most 32; "
+        "here %(default)s)",
     )
     group.add_argument(
         "--crf-prune",
         type=below_one,
         default=0.0,
         metavar="P",
-        help="leave classes out of a picture's CRF whose below_one is nowhere above P (default: 0, keep all)",
+        help="leave classes out of a picture's CRF whose probability is nowhere above P (default: 0, keep all)",
     )
 
     group = parser.add_argument_group("output")

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from deeplab import DeepLabV2
+from deeplab.weights import build_net
 from utils import distributed
-from utils.checkpoint import build_net, load_checkpoint, load_init
+from utils.checkpoint import load_checkpoint, load_init
 from utils.command import UserError
 from utils.options import INITIAL_WEIGHTS
 from utils.schedule import poly_lr
@@ -119,7 +120,8 @@ def _begin(args: Namespace, loss: str) -> Start:
             advice = "`python scripts/download.py list` shows how to get it"
             raise UserError(f"{INITIAL_WEIGHTS} does not exist: {advice}; --restore-from none trains from scratch")
         restore_last = not args.not_restore_last
-        net, weights, report = load_init(args.restore_from, **asked, batch_norm=args.batch_norm, restore_last=restore_last)
+        options = {**asked, "batch_norm": args.batch_norm, "restore_last": restore_last}
+        net, weights, report = load_init(args.restore_from, args.trunk, **options)
         lines, seen = [f"{args.restore_from}: {weights.scheme}", *report.lines()], weights.seen_voc_val
     else:
         net, report = build_net(None, **asked, batch_norm=args.batch_norm)

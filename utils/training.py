@@ -25,12 +25,12 @@ from dataset import (
     read_ids,
     to_input,
 )
-from deeplab import DeepLabV2, predict
-from deeplab.multiscale import scaled_size
+from deeplab import DeepLabV2
+from deeplab.multiscale import predict_classes, scaled_size
 from utils import distributed
 from utils.checkpoint import make_meta, save_snapshot
 from utils.command import UserError
-from utils.loader import fitting_workers, loader_error, make_loader, open_dataset, running
+from utils.loader import fitting_workers, make_loader, open_dataset, running
 from utils.log import RunLog
 from utils.meter import Diverged as Diverged  # part of what run() raises
 from utils.meter import Meter
@@ -177,7 +177,7 @@ def read(batches: Iterator[Crop], count: int) -> tuple[list[Crop], Exception | N
     try:
         return [next(batches) for _ in range(count)], None
     except Exception as error:  # a picture, a label, a worker
-        return [], (loader_error(error) if isinstance(error, RuntimeError) else None) or error
+        return [], error
 
 
 def settle_options(args: Namespace) -> None:
@@ -305,7 +305,7 @@ def save_panels(net: DeepLabV2, data: VOCSegmentation, folder: Path, step: int, 
                 image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
                 label = cv2.resize(label, size, interpolation=cv2.INTER_NEAREST_EXACT)
             with torch.inference_mode():
-                prediction = predict(net.forward, to_input(image).to(device)).argmax(0).byte()
+                prediction = predict_classes(net.forward, to_input(image).to(device))
             name = f"{step:06d}_{data.ids[index].replace('/', '_')}.png"
             save_panel(folder / name, image[:, :, ::-1], label, prediction.cpu().numpy())
     except Exception as error:

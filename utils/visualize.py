@@ -66,9 +66,8 @@ def panel(image_rgb: np.ndarray, label: np.ndarray | None, prediction: np.ndarra
         raise ValueError(f"the picture is {image_rgb.dtype} of shape {image_rgb.shape}; expected uint8 of shape (H, W, 3)")
     height, width = image_rgb.shape[:2]
     tiles = [image_rgb]
-    for name, labels in (("label", label), ("prediction", prediction)):
-        if labels is None and name == "label":
-            continue
+    shown = {"prediction": prediction} if label is None else {"label": label, "prediction": prediction}
+    for name, labels in shown.items():
         _check_labels(labels, name)
         if labels.shape != (height, width):
             raise ValueError(

@@ -20,11 +20,11 @@ from deeplab.multiscale import canvas_size, enlarge
 from scripts.bench import reference
 from scripts.bench.inputs import compiled_remarks, folded_net, open_pictures, our_modes, reference_net
 from scripts.bench.measure import Part, Runner, Variant
-from utils import evaluation
+from utils.crf_pool import CRFPool
 from utils.distributed import autocast
-from utils.loader import make_loader
-from utils.metrics import ConfusionMatrix
+from utils.evaluation import predict_batch, score
 from utils.options import evaluation_parser
+from utils.samples import Sample, Samples
 
 COUNTED_PIXELS = 20000  # the sample from which the time of counting in Python is extrapolated
 
@@ -97,18 +97,10 @@ def evaluate(args: Namespace, device: torch.device) -> Part:
 
     def ours(amp: str, compiled: bool) -> Runner:
         net = folded_net(args, device, compiled)
-        options = evaluation_parser("").parse_args(["--amp", amp])
-        workers = options.num_workers if args.num_workers is None else args.num_workers
-        batches = [[index] for index in range(len(data))]
-        loader = make_loader(evaluation.Samples(data), batches, workers, device, collate_fn=lambda items: items[0])
+        workers = evaluation_parser("").parse_args([]).num_workers if args.num_workers is None else args.num_workers
 
         def run() -> None:
-            matrix = ConfusionMatrix(args.num_classes, device)
-            with torch.inference_mode():
-                for samples, canvas in evaluation.group_by_canvas(loader, None, options.batch_size):
-                    for sample, logits in zip(samples, evaluation.predict_batch(net, samples, canvas, options, device)):
-                        evaluation.count(sample, logits, matrix).cpu()
-            matrix.scores()
+            score(net, data, device, amp=amp, num_workers=workers)[""].scores()
 
         return Runner(run, net)
 
@@ -128,14 +120,13 @@ def evaluate(args: Namespace, device: torch.device) -> Part:
     return Part(f"evaluation: {len(data)} pictures from disk to counts, {args.backbone}, float32", variants, remarks=remarks)
 
 
-def crf_inputs(args: Namespace, device: torch.device) -> list[tuple[evaluation.Sample, Tensor]]:
+def crf_inputs(args: Namespace, device: torch.device) -> list[tuple[Sample, Tensor]]:
     """``--crf-pictures`` pictures and their (C, h, w) logits: the net's with ``--restore-from``, else made from the masks."""
     data = open_pictures(args)
-    pictures = evaluation.Samples(data)
+    pictures = Samples(data)
     samples = [pictures[index] for index in range(len(data))]
     if not args.restore_from:
         samples = [sample for sample in samples if sample.label.size == 375 * 500] or samples
-    options = evaluation_parser("").parse_args([])
     net = folded_net(args, device, False) if args.restore_from else None
     generator = torch.Generator().manual_seed(0)
     inputs = []
@@ -143,7 +134,7 @@ def crf_inputs(args: Namespace, device: torch.device) -> list[tuple[evaluation.S
         canvas = canvas_size(sample.label.shape)
         if net:
             with torch.inference_mode():
-                logits = evaluation.predict_batch(net, [sample], canvas, options, device)[0].cpu()
+                logits = predict_batch(net, [sample.image], canvas, device)[0].cpu()
         else:
             classes = torch.from_numpy(sample.label).long() % 255
             one_hot = F.one_hot(classes, args.num_classes).permute(2, 0, 1).float()
@@ -159,7 +150,7 @@ def crf(args: Namespace, device: torch.device) -> Part:
     results: dict[str, list[np.ndarray]] = {}
 
     def in_turn(name: str, refine: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Runner:
-        def refine_one(sample: evaluation.Sample, logits: Tensor) -> np.ndarray:
+        def refine_one(sample: Sample, logits: Tensor) -> np.ndarray:
             probabilities = enlarge(logits[None], sample.label.shape)[0].softmax(dim=0).numpy()
             return refine(sample.image[:, :, ::-1], probabilities)
 
@@ -169,17 +160,12 @@ def crf(args: Namespace, device: torch.device) -> Part:
         return Runner(run, warm_up=lambda: refine_one(*inputs[0]))
 
     def pooled(name: str, workers: int, prune: float) -> Runner:
-        pool = evaluation.CRFPool(workers, prune)
+        pool = CRFPool(workers, prune)
 
         def run() -> None:
-            done = [prediction for entry in inputs for _, prediction in pool.refine(*entry)]
-            results[name] = done + [prediction for _, prediction in pool.rest()]
+            results[name] = [prediction for _, prediction in pool.refine(inputs)]
 
-        def warm_up() -> None:
-            list(pool.refine(*inputs[0]))
-            list(pool.rest())
-
-        return Runner(run, warm_up=warm_up, close=lambda: pool.executor.shutdown(cancel_futures=True))
+        return Runner(run, warm_up=lambda: list(pool.refine(inputs[:1])), close=pool.close)
 
     options = {"counted": False, "memory": False}
     name = "reference, one after another"
