@@ -376,8 +376,12 @@ def archive_item(filename, **changes):
         ("pipe", (tarfile.FIFOTYPE, "")),
     ],
 )
-def test_hostile_tar(tmp_path, member):
+@pytest.mark.parametrize("old_python", [False, True])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_hostile_tar(tmp_path, monkeypatch, member, old_python):
     """Nothing is unpacked, not even the harmless member before it."""
+    if old_python:
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
     data = tmp_path / "data"
     data.mkdir()
     tar_of(data / "set.tgz", [("d/x.txt", b"good"), member])
@@ -397,6 +401,7 @@ def test_hostile_zip(tmp_path, name):
     assert names(tmp_path / "out") == []
 
 
+@pytest.mark.skipif(not hasattr(tarfile, "data_filter"), reason="Python before 3.11.4 has no filter, and links are refused")
 def test_absolute_names_and_links_inside_a_tar_stay_inside(tmp_path):
     tar_of(tmp_path / "set.tgz", [("/d/x.txt", b"good"), ("d/l", (tarfile.SYMTYPE, "x.txt")), ("./d/y", b"1")])
     unpack(archive_item("set.tgz"), tmp_path)
@@ -437,12 +442,19 @@ def test_another_archive(tmp_path):
     assert names(tmp_path / "out") == []
 
 
-def test_unpacking_leaves_other_files_alone(tmp_path):
+@pytest.mark.parametrize("how", ["zip", "tar", "tar of an old Python"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_unpacking_leaves_other_files_alone(tmp_path, monkeypatch, how):
     (tmp_path / "out/d").mkdir(parents=True)
     (tmp_path / "out/d/mine.txt").write_text("mine")
     (tmp_path / "out/d/x.txt").write_text("old")
-    zip_of(tmp_path / "set.zip", [("d/x.txt", b"new"), ("e/z", b""), ("__MACOSX/d/._x.txt", b"")])
-    unpack(archive_item("set.zip"), tmp_path)
+    if how == "zip":
+        zip_of(tmp_path / "set.zip", [("d/x.txt", b"new"), ("e/z", b""), ("__MACOSX/d/._x.txt", b"")])
+    else:
+        tar_of(tmp_path / "set.tar", [("./d/x.txt", b"new"), ("e/z", b"")], "w")
+    if how == "tar of an old Python":
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
+    unpack(archive_item(f"set.{how[:3]}"), tmp_path)
     assert {p.name: p.read_text() for p in (tmp_path / "out/d").iterdir()} == {"mine.txt": "mine", "x.txt": "new"}
     assert names(tmp_path / "out") == ["d", "e"]
 

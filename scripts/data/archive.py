@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import struct
-import sys
 import tarfile
 import zipfile
 import zlib
@@ -84,17 +83,27 @@ def _merge(source: Path, target: Path) -> None:
 
 
 def _untar(archive: Path, folder: Path) -> None:
-    if not hasattr(tarfile, "data_filter"):
-        raise UserError(f"Python {sys.version.split()[0]} cannot unpack safely; 3.10.12, 3.11.4 and every later one can")
     with tarfile.open(archive) as tar:
-        tar.extractall(folder, tqdm(tar, unit=" files", desc=f"unpacking {archive.name}", disable=None), filter="data")
+        members = tqdm(tar, unit=" files", desc=f"unpacking {archive.name}", disable=None)
+        if hasattr(tarfile, "data_filter"):
+            tar.extractall(folder, members, filter="data")
+            return
+        for member in members:  # Python before 3.10.12 and 3.11.4, as Debian 12 has it
+            _check_name(member.name)
+            if not (member.isreg() or member.isdir()):
+                raise ValueError(f"{member.name!r} is neither a file nor a folder")
+            tar.extract(member, folder, set_attrs=False)
 
 
 def _unzip(archive: Path, folder: Path) -> None:
     with zipfile.ZipFile(archive) as package:
         names = [name for name in package.namelist() if not name.startswith("__MACOSX/")]
         for name in names:
-            if re.match(r"[/\\]|[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name):
-                raise ValueError(f"{name!r} would land outside its folder")
+            _check_name(name)
         for name in tqdm(names, unit=" files", desc=f"unpacking {archive.name}", disable=None):
             package.extract(name, folder)
+
+
+def _check_name(name: str) -> None:
+    if re.match(r"[/\\]|[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name):
+        raise ValueError(f"{name!r} would land outside its folder")
