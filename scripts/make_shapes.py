@@ -11,6 +11,7 @@ touch, and its sides are odd and differ from picture to picture. Written are
     ImageSets/Segmentation/train.txt  one id a line; val.txt likewise
     classes.txt                       one name a line, line 1 = label 0
 
+and a hidden file that marks the folder, since only an empty one, or one made here, is written to.
 A picture depends on its seed, list and number alone: the same command writes the same bytes, and more pictures leave the
 earlier ones as they are.
 """
@@ -186,15 +187,16 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(
             f"--size is {args.size[0]},{args.size[1]}; expected sides of at least 97 pixels, to leave room for the shapes"
         )
-    names = args.out / "classes.txt"
-    text = "".join(f"{name}\n" for name in CLASSES)
-    if args.out.is_dir() and any(args.out.iterdir()) and not (names.is_file() and names.read_text() == text):
-        raise UserError(f"{args.out} holds other files; choose an empty or new folder with --out")
+    mark = args.out / ".made_by_make_shapes"
     try:
+        if args.out.is_dir() and any(args.out.iterdir()) and not mark.exists():
+            raise UserError(f"{args.out} holds other files; choose an empty or new folder with --out")
+        args.out.mkdir(parents=True, exist_ok=True)
+        mark.touch()
         lists = args.out / "ImageSets" / "Segmentation"
         for folder in (lists, args.out / "JPEGImages", args.out / "SegmentationClassAug"):
             folder.mkdir(parents=True, exist_ok=True)
-        names.write_text(text)
+        (args.out / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
         for split in SPLITS:  # the lists come back last: a run that was stopped half-way leaves none
             (lists / f"{split}.txt").unlink(missing_ok=True)
         ids: dict[str, list[str]] = {}

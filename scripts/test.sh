@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# The one test command: installs what is needed, then ruff and pytest. Arguments go to pytest.
+# The one test command: installs what is needed, then ruff and pytest on all cores. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
 environment requirements.txt requirements-dev.txt
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+cores=$(python -c 'from utils.command import usable_cores; print(usable_cores())')
+export OMP_NUM_THREADS=1  # the processes share the cores already
+python -m pytest -n "$cores" "$@"

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import itertools
 import os
 import random
 import re
@@ -14,34 +15,25 @@ import sys
 import tarfile
 import threading
 import time
-import urllib.error
-import urllib.request
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from scripts import download
+from scripts.data import archive
+from scripts.data import download as fetching
 from scripts.data.archive import unpack, unpacked
-from scripts.data.download import (
-    ChecksumError,
-    DownloadError,
-    Item,
-    _Redirects,
-    check,
-    disk_errors,
-    fetch,
-    looks_like_html,
-    take,
-)
-from scripts.download import CATALOGUE, main
-from tests.conftest import hear_ctrl_c
+from scripts.data.catalogue import CATALOGUE, Item
+from scripts.data.download import ChecksumError, DownloadError, check, fetch, is_text
+from tests.conftest import ROOT, hear_ctrl_c
 from utils.command import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 PAYLOAD = random.Random(7).randbytes(300_001)
 SUM = hashlib.sha256(PAYLOAD).hexdigest()
 HTML = b"<!DOCTYPE html><html><body>Quota exceeded</body></html>"
+NOT_THERE = {"status": 404}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -50,26 +42,28 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         server, path = self.server, self.path
         byte_range = self.headers.get("Range")
-        server.log.append((path, byte_range, self.headers.get("If-Range")))
+        server.log.append((path, byte_range))
         step = server.plan[path].pop(0) if server.plan.get(path) else {}
-        body = server.files.get(path)
-        if "status" in step or body is None:
-            return self.reply(step.get("status", 404), b"sorry", step.get("headers", {}))
-        body, headers = step.get("body", body), {"ETag": server.etags.get(path, '"one"'), **step.get("headers", {})}
+        body, headers = step.get("body", server.files.get(path)), dict(step.get("headers", {}))
         start = 0
-        unchanged = self.headers.get("If-Range") in (None, headers["ETag"])
-        if byte_range and unchanged and not step.get("ignore_range"):
+        if body is None or "status" in step:
+            return self.reply(step.get("status", 404), body or b"sorry", headers)
+        if byte_range and not step.get("ignore_range"):
             start = int(re.fullmatch(r"bytes=(\d+)-", byte_range)[1])
             if start >= len(body):
                 return self.reply(416, b"", {"Content-Range": f"bytes */{len(body)}"})
-            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-        self.reply(206 if start else 200, body[start:], headers, step.get("cut"), step.get("stall"))
+            headers.setdefault("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        self.reply(206 if start else 200, body[start:], headers, step.get("cut"), step.get("stall"), step.get("framing"))
 
-    def reply(self, status, body, headers, cut=None, stall=None):
+    def reply(self, status, body, headers, cut=None, stall=None, framing="length"):
+        """``framing``: "length" by default; "close", the end of the connection; "chunked", in one chunk."""
         self.send_response(status)
-        for name, value in {"Content-Length": len(body), "Content-Type": "application/octet-stream", **headers}.items():
+        lengths = {"chunked": {"Transfer-Encoding": "chunked"}, "close": {}}.get(framing, {"Content-Length": len(body)})
+        for name, value in {"Content-Type": "application/octet-stream", **lengths, **headers}.items():
             self.send_header(name, str(value))
         self.end_headers()
+        if framing == "chunked":
+            body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
         with contextlib.suppress(ConnectionError):
             self.wfile.write(body if cut is None else body[:cut])
             if stall:
@@ -82,12 +76,12 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(fetching, "BACKOFF", 0.01)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    server.files, server.plan, server.etags, server.log = {"/a.bin": PAYLOAD}, {}, {}, []
+    server.files, server.plan, server.log = {"/a.bin": PAYLOAD}, {}, []
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
@@ -99,8 +93,12 @@ def item(server, *paths, **changes):
     return Item("thing", "a.bin", "weights", "MIT", urls, **fields)
 
 
-def quick(thing, target, **options):
-    return fetch(thing, target, **{"tries": 3, "timeout": 5.0, "pause": 0.01} | options)
+def unsummed(server, *paths, **changes):
+    return item(server, *paths, **{"sha256": "", "size": None} | changes)
+
+
+def quick(thing, target, tries=3, timeout=5.0):
+    return fetch(thing, target, tries, timeout)
 
 
 def names(folder):
@@ -110,27 +108,53 @@ def names(folder):
 # ---- check sums
 
 
-def test_check_against_published_test_vectors(tmp_path, capsys):
-    """FIPS 180 and RFC 1321: the digests of one million letters 'a'."""
-    path = tmp_path / "a"
-    path.write_bytes(b"a" * 1_000_000)
+def test_check_against_sums_of_other_programs(tmp_path, capsys):
+    """One million zero bytes, as md5sum, sha1sum and sha256sum have them."""
+    path = tmp_path / "zeros"
+    path.write_bytes(bytes(1_000_000))
     sums = {
-        "md5": "7707d6ae4e027c70eea2a935c2296f21",
-        "sha1": "34aa973cd4c4daa4f61eeb2bdbad27316534016f",
-        "sha256": "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0",
+        "md5": "879f4bba57ed37c9ec5e5aedf9864698",
+        "sha1": "bef3595266a65a2ff36b700a75e8ed95c68210b6",
+        "sha256": "d29751f2649b32ff572b5e0a9f541ea660a50f94ff0beedfb0b692b924cc8025",
     }
-    good = {"size": 1_000_000, "sha256_prefix": "cdc76e5c"} | sums
-    assert check(Item("x", "a", "data", "", **good), path) == sums["sha256"]
+    good = {"size": 1_000_000, "sha256_prefix": "d29751f2"} | sums
+    assert check(Item("x", "zeros", "data", "", **good), path) == sums["sha256"]
     for name, value in good.items():
         wrong = value + 1 if name == "size" else ("0" if value[0] != "0" else "1") + value[1:]
-        with pytest.raises(ChecksumError, match="bytes" if name == "size" else name.replace("_", " ")):
-            check(Item("x", "a", "data", "", **good | {name: wrong}), path)
+        with pytest.raises(ChecksumError, match="bytes" if name == "size" else name):
+            check(Item("x", "zeros", "data", "", **good | {name: wrong}), path)
         if name != "size":
             capsys.readouterr()
-            check(Item("x", "a", "data", "", **good | {name: wrong, "sum_certain": False}), path)
+            check(Item("x", "zeros", "data", "", **good | {name: wrong, "sum_certain": False}), path)
             assert "WARNING" in capsys.readouterr().out
-    check(Item("x", "a", "data", ""), path)
+    check(Item("x", "zeros", "data", ""), path)
     assert re.search(f"no check sum is known.*{sums['sha256']}", capsys.readouterr().out)
+
+
+def test_a_file_far_under_the_known_size(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(1_000_000))
+    for about, fits in (("1.2 MB", True), ("1 MB", True), ("1.3 MB", False), ("over 1 GB", False), ("1.1 MiB", True)):
+        thing = Item("x", "a", "weights", "", about=about)
+        with contextlib.nullcontext() if fits else pytest.raises(ChecksumError, match=f"1000000 bytes and x has {about}"):
+            check(thing, tmp_path / "a")
+
+
+def test_text_is_told_from_what_the_catalogue_holds():
+    for head in (
+        HTML,
+        b"\n  <html lang=en>",
+        b'{"error": "quota"}',
+        b"<?xml version='1.0'?><Error/>",
+        "gr\u00fc\u00dfe".encode(),
+    ):
+        assert is_text(head)
+    tar, package = io.BytesIO(), io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w") as tar_file:
+        tar_file.addfile(tarfile.TarInfo("name"))
+    with zipfile.ZipFile(package, "w") as zip_file:
+        zip_file.writestr("name", "text")
+    for head in (tar.getvalue(), package.getvalue(), b"\x1f\x8b\x08", b"\x80\x02}q\x00", PAYLOAD[:512]):
+        assert not is_text(head[:512])
 
 
 # ---- fetching
@@ -141,81 +165,76 @@ def test_plain(server, tmp_path):
     assert quick(item(server), target) == SUM
     assert target.read_bytes() == PAYLOAD
     assert names(target.parent) == ["a.bin"]
-    assert server.log == [("/a.bin", None, None)]
+    assert server.log == [("/a.bin", None)]
 
 
-def test_cut_connection_is_resumed(server, tmp_path, capsys):
-    server.plan["/a.bin"] = [{"cut": 100_000}, {"cut": 50_000}]
+def test_cut_connection_is_continued_where_a_sum_tells(server, tmp_path, capsys):
+    cuts = [{"cut": 30_000}] * 4  # more than the tries, but there is progress
+    server.plan["/a.bin"] = list(cuts)
     quick(item(server), tmp_path / "a.bin")
     assert (tmp_path / "a.bin").read_bytes() == PAYLOAD
-    assert server.log == [("/a.bin", None, None), ("/a.bin", "bytes=100000-", '"one"'), ("/a.bin", "bytes=150000-", '"one"')]
-    assert "cut after 100000 of 300001 bytes" in capsys.readouterr().err
+    assert server.log == [("/a.bin", f"bytes={30_000 * n}-" if n else None) for n in range(5)]
+    assert "going on" in capsys.readouterr().err
 
-
-def test_many_cuts_are_no_failure_while_bytes_come(server, tmp_path):
-    server.plan["/a.bin"] = [{"cut": 30_000}] * 9
-    quick(item(server), tmp_path / "a.bin", tries=2)
-    assert (tmp_path / "a.bin").read_bytes() == PAYLOAD
-    assert len(server.log) == 10
+    for certain in ({}, {"sha256": SUM, "sum_certain": False}, {"sha256_prefix": SUM[:8]}):  # else it starts over
+        server.plan["/a.bin"], server.log[:] = cuts[:2], []
+        quick(unsummed(server, **certain), tmp_path / "b.bin")
+        assert (tmp_path / "b.bin").read_bytes() == PAYLOAD
+        assert server.log == [("/a.bin", None)] * 3
+        (tmp_path / "b.bin").unlink()
 
 
 def test_gives_up_and_goes_on_in_a_later_call(server, tmp_path):
     server.plan["/a.bin"] = [{"cut": 100_000}, {"cut": 0}, {"cut": 0}]
-    with pytest.raises(DownloadError, match=r"cut after 100000 of 300001 bytes \(3 attempts in a row\)"):
+    with pytest.raises(DownloadError, match=r"3 attempts in a row.*--from FILE"):
         quick(item(server), tmp_path / "a.bin")
     assert (tmp_path / "a.bin.part").read_bytes() == PAYLOAD[:100_000]
     server.log.clear()
     quick(item(server), tmp_path / "a.bin")
-    assert server.log == [("/a.bin", "bytes=100000-", '"one"')]
+    assert server.log == [("/a.bin", "bytes=100000-")]
     assert names(tmp_path) == ["a.bin"]
 
 
-def test_slow_reply_times_out_and_is_resumed(server, tmp_path, capsys):
+@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
+def test_truncated_reply_never_gets_the_name(server, tmp_path, framing):
+    """Nothing is known of this file but what the reply says; the end of a connection says nothing."""
+    server.plan["/a.bin"] = [{"cut": 200_000, "framing": framing}] * 3
+    with pytest.raises(
+        DownloadError, match="does not say where the file ends" if framing == "close" else "3 attempts in a row"
+    ):
+        quick(unsummed(server), tmp_path / "a.bin")
+    assert names(tmp_path) == []
+    server.plan["/a.bin"] = [{"framing": framing}]
+    if framing != "close":
+        quick(unsummed(server), tmp_path / "a.bin")
+    else:
+        quick(item(server), tmp_path / "a.bin")  # here the sum tells
+    assert (tmp_path / "a.bin").read_bytes() == PAYLOAD
+
+
+def test_slow_reply_times_out_and_is_continued(server, tmp_path, capsys):
     server.plan["/a.bin"] = [{"cut": 200_000, "stall": 1.5}]
     quick(item(server), tmp_path / "a.bin", timeout=0.3)
     assert (tmp_path / "a.bin").read_bytes() == PAYLOAD
-    assert [entry[1] for entry in server.log] == [None, "bytes=200000-"]
-    assert "no answer for 0.3 s" in capsys.readouterr().err
+    assert server.log[1][1] in ("bytes=196608-", "bytes=200000-")  # whole blocks at least
+    assert "timed out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("begun", "requests"), [(PAYLOAD, 1), (PAYLOAD + b"more", 2), (b"x" * 300_000, 2), (b"x" * 300_001, 2)]
+)
+def test_part_that_is_whole_too_long_or_spoilt(server, tmp_path, begun, requests):
+    """The whole one is taken (status 416); the others have the wrong sum and are fetched from the start."""
+    (tmp_path / "a.bin.part").write_bytes(begun)
+    quick(item(server), tmp_path / "a.bin")
+    assert (tmp_path / "a.bin").read_bytes() == PAYLOAD
+    assert len(server.log) == requests
 
 
 def test_range_ignored_starts_over(server, tmp_path):
     server.plan["/a.bin"] = [{"cut": 100_000}, {"ignore_range": True}]
     quick(item(server), tmp_path / "a.bin")
     assert (tmp_path / "a.bin").read_bytes() == PAYLOAD
-
-
-def test_file_changed_between_two_calls(server, tmp_path):
-    """Same size, other ETag: If-Range keeps the old beginning from being joined to the new end, also without a sum."""
-    server.plan["/a.bin"] = [{"cut": 100_000}] + [{"cut": 0}] * 2
-    free = item(server, sha256="", size=None)
-    with pytest.raises(DownloadError):
-        quick(free, tmp_path / "a.bin")
-    server.files["/a.bin"], server.etags["/a.bin"] = PAYLOAD[::-1], '"two"'
-    quick(free, tmp_path / "a.bin")
-    assert (tmp_path / "a.bin").read_bytes() == PAYLOAD[::-1]
-
-
-def test_content_range_of_another_file_starts_over(server, tmp_path):
-    """A server that answers 206 although the file has changed (it does not know If-Range)."""
-    server.plan["/a.bin"] = [
-        {"cut": 100_000},
-        {"status": 206, "headers": {"Content-Range": "bytes 100000-100004/100005", "ETag": '"one"'}},
-        {},
-    ]
-    quick(item(server), tmp_path / "a.bin")
-    assert (tmp_path / "a.bin").read_bytes() == PAYLOAD
-    assert [entry[1] for entry in server.log] == [None, "bytes=100000-", None]
-
-
-@pytest.mark.parametrize(
-    ("begun", "requests"), [(PAYLOAD, 1), (PAYLOAD + b"more", 2), (b"x" * 300_000, 2), (b"x" * 300_001, 2)]
-)
-def test_partial_file_that_is_whole_too_long_or_spoilt(server, tmp_path, begun, requests):
-    """The whole one is taken (status 416), the others are fetched from the start: after 416, or after the wrong sum."""
-    (tmp_path / "a.bin.part").write_bytes(begun)
-    quick(item(server), tmp_path / "a.bin")
-    assert (tmp_path / "a.bin").read_bytes() == PAYLOAD
-    assert len(server.log) == requests
 
 
 def test_wrong_sum_never_gets_the_name(server, tmp_path):
@@ -227,7 +246,7 @@ def test_wrong_sum_never_gets_the_name(server, tmp_path):
 
 
 def test_wrong_sum_over_a_bad_line_comes_to_an_end(server, tmp_path):
-    """A wrong sum after a resumption is worth one more transfer, not endless ones."""
+    """A wrong sum after a continuation is worth one more transfer, not endless ones."""
     server.files["/a.bin"] = PAYLOAD[::-1]
     server.plan["/a.bin"] = [{"cut": 200_000}, {}] * 20
     with pytest.raises(DownloadError, match="should be"):
@@ -236,124 +255,87 @@ def test_wrong_sum_over_a_bad_line_comes_to_an_end(server, tmp_path):
     assert names(tmp_path) == []
 
 
-def test_wrong_size_is_refused_before_the_transfer(server, tmp_path):
+@pytest.mark.parametrize(
+    "answer",
+    [
+        NOT_THERE,
+        {"body": HTML},
+        {"body": b"x" * 300_001, "ignore_range": True},
+        {"body": PAYLOAD[::-1] + b"more"},
+        {"body": PAYLOAD[::-1]},
+        {"headers": {"Content-Range": "bytes 0-9/10"}},
+        {"body": b""},
+    ],
+)
+def test_second_mirror_never_deletes_good_bytes(server, tmp_path, answer):
+    server.plan["/a.bin"] = [{"cut": 100_000}, NOT_THERE]
+    server.plan["/b.bin"] = [answer] * 3
+    with pytest.raises(DownloadError):
+        quick(item(server, "/a.bin", "/b.bin"), tmp_path / "a.bin")
+    assert (tmp_path / "a.bin.part").read_bytes() == PAYLOAD[:100_000]
+    assert "a.bin" not in names(tmp_path)
+    server.log.clear()
+    quick(item(server), tmp_path / "a.bin")
+    assert server.log == [("/a.bin", "bytes=100000-")]
+
+
+def test_mirrors_in_turn(server, tmp_path, capsys):
+    server.files["/b.bin"] = PAYLOAD
+    server.plan["/a.bin"] = [{"cut": 100_000}, NOT_THERE]
+    quick(item(server, "/a.bin", "/b.bin"), tmp_path / "a.bin")
+    assert [entry[0] for entry in server.log] == ["/a.bin", "/a.bin", "/b.bin"]
+    assert "HTTP 404" in capsys.readouterr().err
+    assert names(tmp_path) == ["a.bin"]
+
+
+def test_another_size_is_refused_before_the_transfer(server, tmp_path):
     with pytest.raises(DownloadError, match="offers 300001 bytes where 5 are expected"):
         quick(item(server, size=5), tmp_path / "a.bin")
     assert names(tmp_path) == []
 
 
-def test_404_goes_to_the_mirror_at_once(server, tmp_path, capsys):
-    quick(item(server, "/gone.bin", "/a.bin"), tmp_path / "a.bin", pause=60)
-    assert [entry[0] for entry in server.log] == ["/gone.bin", "/a.bin"]
-    assert "HTTP 404" in capsys.readouterr().err
-
-
-def test_mirror_continues_only_where_a_sum_tells(server, tmp_path):
-    server.files["/b.bin"] = PAYLOAD
-    for changes, expected in (({}, "bytes=100000-"), ({"sha256": ""}, None)):
-        server.plan["/a.bin"] = [{"cut": 100_000}, {"status": 404}]
-        server.log.clear()
-        quick(item(server, "/a.bin", "/b.bin", **changes), tmp_path / "a.bin")
-        assert (tmp_path / "a.bin").read_bytes() == PAYLOAD
-        assert server.log[-1] == ("/b.bin", expected, None)
-
-
-def test_busy_server_and_retry_after(server, tmp_path):
+def test_busy_server(server, tmp_path, capsys):
     server.plan["/a.bin"] = [{"status": 503}, {"status": 429, "headers": {"Retry-After": "1"}}]
     start = time.monotonic()
     quick(item(server), tmp_path / "a.bin")
-    assert 1.0 <= time.monotonic() - start < 4
+    assert time.monotonic() - start >= 1
+    assert "HTTP 429; asking again" in capsys.readouterr().err
     server.plan["/a.bin"] = [{"status": 503, "headers": {"Retry-After": "7200"}}]
     with pytest.raises(DownloadError, match="come back in 7200 seconds"):
         quick(item(server), tmp_path / "b.bin")
-    server.plan["/a.bin"] = [{"status": 500}] * 3
-    server.log.clear()
-    with pytest.raises(DownloadError, match=r"HTTP 500 .*3 attempts"):
+    server.plan["/a.bin"], server.log[:] = [{"status": 500}] * 3, []
+    with pytest.raises(DownloadError, match="HTTP 500"):
         quick(item(server), tmp_path / "b.bin")
     assert len(server.log) == 3
 
 
-def test_redirects(server, tmp_path):
+def test_redirects(server, tmp_path, monkeypatch):
     """A redirect keeps the Range header, and never leads from https to http."""
     server.plan["/old"] = [{"status": 302, "headers": {"Location": "/a.bin"}}] * 2
     server.plan["/a.bin"] = [{"cut": 100_000}]
     quick(item(server, "/old"), tmp_path / "a.bin")
-    assert [entry[:2] for entry in server.log[2:]] == [("/old", "bytes=100000-"), ("/a.bin", "bytes=100000-")]
-    request = urllib.request.Request("https://a.example/x")
-    assert _Redirects().redirect_request(request, None, 302, "", {}, "https://b.example/").full_url == "https://b.example/"
-    with pytest.raises(urllib.error.HTTPError, match="unprotected"):
-        _Redirects().redirect_request(request, None, 302, "", {}, "http://a.example/x")
+    assert server.log[2:] == [("/old", "bytes=100000-"), ("/a.bin", "bytes=100000-")]
+
+    real = fetching.requests.Session.get
+    plain = server.url + "/a.bin"
+    monkeypatch.setattr(fetching.requests.Session, "get", lambda self, url, **options: real(self, plain, **options))
+    with pytest.raises(DownloadError, match="from https to an unprotected"):
+        quick(dataclasses.replace(item(server), urls=("https://a.example/a.bin",)), tmp_path / "b.bin")
 
 
-def test_no_server(tmp_path, monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+def test_no_server(server, tmp_path, capsys):
     thing = Item("thing", "a.bin", "weights", "", ("http://127.0.0.1:9/a.bin",))
-    with pytest.raises(DownloadError, match=r"refused.*--from FILE"):
+    with pytest.raises(DownloadError, match=r"\(http://127.0.0.1:9/a.bin: [^(]*refused\); .*--from FILE"):
         quick(thing, tmp_path / "a.bin")
+    assert capsys.readouterr().err.count("refused; asking again") == 2
 
 
-@pytest.mark.parametrize("step", [{"body": HTML}, {"headers": {"Content-Type": "text/html; charset=utf-8"}}, {"body": b""}])
-def test_web_page_or_nothing_in_place_of_the_file(server, tmp_path, step):
-    """It is refused in words, and does not spoil what has come before."""
-    (tmp_path / "a.bin.part").write_bytes(PAYLOAD[:1000])
-    server.plan["/a.bin"] = [step | {"ignore_range": True}]
-    with pytest.raises(DownloadError, match=r"web page|empty file"):
-        quick(item(server, size=None), tmp_path / "a.bin")
-    assert names(tmp_path) == ["a.bin.part"]
-    assert (tmp_path / "a.bin.part").read_bytes() == PAYLOAD[:1000]
-
-
-def test_html_is_told_from_other_files():
-    for head in (HTML, b"\n  <html lang=en>", b"<!-- saved --> <HEAD>", b"<!doctype HTML PUBLIC"):
-        assert looks_like_html(head)
-    for head in (b"PK\x03\x04", b"\x1f\x8b\x08", b"<?xml version", b"htm<html>", b"", PAYLOAD[:512]):
-        assert not looks_like_html(head)
-
-
-def test_disk_full_and_no_permission(server, tmp_path, monkeypatch):
-    class Usage:
-        free = 10
-
-    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage)
-    with pytest.raises(UserError, match=r"MiB free and .* are needed"):
-        quick(item(server), tmp_path / "a.bin")
-    monkeypatch.undo()
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
-        quick(item(server), tmp_path / "file" / "a.bin")
-    real, written = io.FileIO.write, []
-
-    class Full(io.FileIO):
-        def write(self, data):
-            if written:
-                raise OSError(28, "No space left on device")
-            written.append(real(self, data))
-            return written[0]
-
-    monkeypatch.setattr("scripts.data.download._Part.open", lambda self, *args: Full(self.path, "wb"))
-    with pytest.raises(UserError, match=r"no space is left for .*a\.bin\.part; .* goes on from there"):
-        quick(item(server), tmp_path / "a.bin")
-    assert (tmp_path / "a.bin.part").stat().st_size == written[0] > 0
-
-
-def test_disk_errors_in_words(tmp_path):
-    for number, text in (
-        (13, "no permission for"),
-        (30, "no permission for"),
-        (122, "no space is left"),
-        (5, "cannot be written"),
-    ):
-        with pytest.raises(UserError, match=text), disk_errors(tmp_path):
-            raise OSError(number, "in other words")
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
-def test_read_only_folder(server, tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="no permission"):
-        quick(item(server), tmp_path / "a.bin")
-    tmp_path.chmod(0o700)
+@pytest.mark.parametrize("step", [{"body": HTML}, {"body": b'{"error": 1}'}, {"headers": {"Content-Type": "text/html"}}])
+def test_page_or_message_in_place_of_the_file(server, tmp_path, step):
+    server.plan["/a.bin"] = [step]
+    with pytest.raises(DownloadError, match="web page or a message"):
+        quick(unsummed(server), tmp_path / "a.bin")
+    assert names(tmp_path) == []
 
 
 # ---- archives
@@ -374,10 +356,8 @@ def tar_of(path, members, mode="w:gz"):
 
 def zip_of(path, members):
     with zipfile.ZipFile(path, "w") as package:
-        for name, content, mode in members:
-            info = zipfile.ZipInfo(name)
-            info.external_attr = mode << 16
-            package.writestr(info, content)
+        for name, content in members:
+            package.writestr(zipfile.ZipInfo(name), content)
 
 
 def archive_item(filename, **changes):
@@ -389,9 +369,6 @@ def archive_item(filename, **changes):
     [
         ("../evil", b"x"),
         ("d/../../evil", b"x"),
-        ("/evil", b"x"),
-        ("..\\evil", b"x"),
-        ("C:/evil", b"x"),
         ("link", (tarfile.SYMTYPE, "/etc")),
         ("d/link", (tarfile.SYMTYPE, "../../evil")),
         ("link", (tarfile.LNKTYPE, "../evil")),
@@ -399,172 +376,220 @@ def archive_item(filename, **changes):
         ("pipe", (tarfile.FIFOTYPE, "")),
     ],
 )
-def test_hostile_tar(tmp_path, member):
+@pytest.mark.parametrize("old_python", [False, True])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_hostile_tar(tmp_path, monkeypatch, member, old_python):
     """Nothing is unpacked, not even the harmless member before it."""
+    if old_python:
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
     data = tmp_path / "data"
     data.mkdir()
     tar_of(data / "set.tgz", [("d/x.txt", b"good"), member])
-    with pytest.raises(UserError, match="do not trust it"):
+    with pytest.raises(UserError, match="nothing was unpacked"):
         unpack(archive_item("set.tgz"), data)
     assert names(tmp_path) == ["data"]
     assert names(data) == ["out", "set.tgz"]
     assert names(data / "out") == []
 
 
-def test_tar_member_behind_a_link(tmp_path):
-    tar_of(tmp_path / "set.tgz", [("real/y", b"1"), ("d", (tarfile.SYMTYPE, "real")), ("d/x.txt", b"2")])
-    with pytest.raises(UserError, match="behind a link"):
-        unpack(archive_item("set.tgz"), tmp_path)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("old_python", [False, True])
-def test_harmless_tar_with_a_link_inside(tmp_path, monkeypatch, old_python):
-    if old_python:
-        monkeypatch.delattr(tarfile, "data_filter", raising=False)
-    tar_of(tmp_path / "set.tgz", [("d/x.txt", b"good"), ("d/l", (tarfile.SYMTYPE, "x.txt")), ("./d/y", b"1")])
-    unpack(archive_item("set.tgz"), tmp_path)
-    assert (tmp_path / "out/d/l").read_bytes() == b"good"
-    assert names(tmp_path) == ["out", "set.tgz", "set.tgz.unpacked"]
-
-
-@pytest.mark.parametrize(
-    "member", [("../evil", b"x", 0o100644), ("/evil", b"x", 0o100644), ("l", b"/etc", 0o120777), ("d/..\\..\\e", b"", 0)]
-)
-def test_hostile_zip(tmp_path, member):
-    zip_of(tmp_path / "set.zip", [("d/x.txt", b"good", 0o100644), member])
-    with pytest.raises(UserError, match="nothing was unpacked"):
+@pytest.mark.parametrize("name", ["../evil", "/evil", "d/..\\..\\e", "C:/evil", "\\evil"])
+def test_hostile_zip(tmp_path, name):
+    zip_of(tmp_path / "set.zip", [("d/x.txt", b"good"), (name, b"x")])
+    with pytest.raises(UserError, match=r"would land outside its folder\); nothing was unpacked"):
         unpack(archive_item("set.zip"), tmp_path)
     assert names(tmp_path) == ["out", "set.zip"]
     assert names(tmp_path / "out") == []
 
 
-def test_damaged_or_other_archives(tmp_path):
-    tar_of(tmp_path / "set.tgz", [("d/x.txt", random.Random(1).randbytes(50_000))])
-    (tmp_path / "set.tgz").write_bytes((tmp_path / "set.tgz").read_bytes()[:20_000])
-    with pytest.raises(UserError, match="cannot be unpacked"):
-        unpack(archive_item("set.tgz"), tmp_path)
-    (tmp_path / "set.zip").write_bytes(b"PK\x03\x04 and no more")
-    with pytest.raises(UserError, match="cannot be unpacked"):
-        unpack(archive_item("set.zip"), tmp_path)
-    zip_of(tmp_path / "other.zip", [("readme", b"", 0)])
+@pytest.mark.skipif(not hasattr(tarfile, "data_filter"), reason="Python before 3.11.4 has no filter, and links are refused")
+def test_absolute_names_and_links_inside_a_tar_stay_inside(tmp_path):
+    tar_of(tmp_path / "set.tgz", [("/d/x.txt", b"good"), ("d/l", (tarfile.SYMTYPE, "x.txt")), ("./d/y", b"1")])
+    unpack(archive_item("set.tgz"), tmp_path)
+    assert (tmp_path / "out/d/l").read_bytes() == b"good"
+    assert names(tmp_path) == ["out", "set.tgz", "set.tgz.unpacked"]
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tgz", "zip"])
+def test_every_damage_is_a_sentence(tmp_path, suffix):
+    """A cut archive is refused; noise may lie where no sum tells, but ends in no traceback."""
+    rng = random.Random(1)
+    members = [("d/x.txt", rng.randbytes(5_000)), ("e/z", b"text" * 500)]
+    path = tmp_path / f"set.{suffix}"
+    if suffix == "zip":
+        zip_of(path, members)
+    else:
+        tar_of(path, members, "w" if suffix == "tar" else "w:gz")
+    whole = path.read_bytes()
+    for n in range(11):  # inside the first file
+        path.write_bytes(whole[: len(whole) * n // 21])
+        with pytest.raises(UserError, match=r"nothing was unpacked|does not hold d/x\.txt, only nothing"):
+            unpack(archive_item(path.name), tmp_path)
+        assert names(tmp_path / "out") == []
+    for _ in range(60):
+        holes = bytearray(whole)
+        del holes[rng.randrange(len(whole)) :: rng.choice((1, 7, 600))]
+        position = rng.choice((rng.randrange(len(whole)), len(whole) - 1 - rng.randrange(120)))
+        for content in (holes, whole[:position] + rng.randbytes(4) + whole[position + 4 :]):
+            path.write_bytes(content)
+            with contextlib.suppress(UserError):
+                unpack(archive_item(path.name), tmp_path)
+
+
+def test_another_archive(tmp_path):
+    zip_of(tmp_path / "set.zip", [("readme", b"")])
     with pytest.raises(UserError, match=r"does not hold d/x\.txt, only readme"):
-        unpack(archive_item("other.zip"), tmp_path)
+        unpack(archive_item("set.zip"), tmp_path)
     assert names(tmp_path / "out") == []
 
 
-def test_unpacking_leaves_other_files_alone(tmp_path):
+@pytest.mark.parametrize("how", ["zip", "tar", "tar of an old Python"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_unpacking_leaves_other_files_alone(tmp_path, monkeypatch, how):
     (tmp_path / "out/d").mkdir(parents=True)
     (tmp_path / "out/d/mine.txt").write_text("mine")
     (tmp_path / "out/d/x.txt").write_text("old")
-    zip_of(tmp_path / "set.zip", [("d/x.txt", b"new", 0), ("e/z", b"", 0), ("__MACOSX/d/._x.txt", b"", 0)])
-    unpack(archive_item("set.zip"), tmp_path)
+    if how == "zip":
+        zip_of(tmp_path / "set.zip", [("d/x.txt", b"new"), ("e/z", b""), ("__MACOSX/d/._x.txt", b"")])
+    else:
+        tar_of(tmp_path / "set.tar", [("./d/x.txt", b"new"), ("e/z", b"")], "w")
+    if how == "tar of an old Python":
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
+    unpack(archive_item(f"set.{how[:3]}"), tmp_path)
     assert {p.name: p.read_text() for p in (tmp_path / "out/d").iterdir()} == {"mine.txt": "mine", "x.txt": "new"}
     assert names(tmp_path / "out") == ["d", "e"]
 
 
-def test_cut_unpacking(tmp_path, monkeypatch, capsys):
+def test_cut_unpacking(tmp_path, monkeypatch):
     """Ctrl-C or a full disk while unpacking leaves nothing; while moving, it is seen and mended by the next call."""
     thing = archive_item("set.tgz")
     tar_of(tmp_path / "set.tgz", [("d/x.txt", b"good"), ("e/y", b"also")])
-    for error, raised in ((KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "full"), UserError)):
+
+    def raising(error, real, after=0):
+        calls = itertools.count()
+
+        def call(*arguments, **options):
+            if next(calls) >= after:
+                raise error
+            return real(*arguments, **options)
+
+        return call
+
+    for error in (KeyboardInterrupt(), OSError(28, "full")):
         with monkeypatch.context() as patch:
-            patch.setattr(tarfile.TarFile, "extract", raising(error))
-            with pytest.raises(raised):
+            patch.setattr(tarfile.TarFile, "makefile", raising(error, tarfile.TarFile.makefile, after=1))
+            with pytest.raises(type(error)):
                 unpack(thing, tmp_path)
         assert names(tmp_path / "out") == []
-    assert "set.tgz is kept" in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "move", raising(KeyboardInterrupt(), after=1))
+        patch.setattr(archive.os, "replace", raising(KeyboardInterrupt(), os.replace, after=2))  # after the record and a file
         with pytest.raises(KeyboardInterrupt):
             unpack(thing, tmp_path)
-    assert names(tmp_path / "out") == ["d"]
+    assert sum(path.is_file() for path in (tmp_path / "out").rglob("*")) == 1
     assert not unpacked(thing, tmp_path)
     unpack(thing, tmp_path)
     assert names(tmp_path / "out") == ["d", "e"]
     assert unpacked(thing, tmp_path)
 
 
-def raising(error, after=0, real=shutil.move):
-    calls = []
+# ---- the command
 
-    def call(*args, **options):
-        calls.append(args)
-        if len(calls) > after:
-            raise error
-        return real(*args)
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """``run(item, option, ...)`` is the command with a catalogue of that item alone; returns the exit status."""
+
+    def call(thing, *options, name=None):
+        monkeypatch.setattr(download, "CATALOGUE", (thing,))
+        folders = ["--data-dir", tmp_path / "data", "--weights-dir", tmp_path / "weights", "--timeout", 5, "--tries", 2]
+        return download.main([str(part) for part in (name or thing.name, *folders, *options)])
 
     return call
 
 
-# ---- the command
-
-
-def run(server_item, tmp_path, *options, name="thing"):
-    folders = [
-        "--data-dir",
-        str(tmp_path / "data"),
-        "--weights-dir",
-        str(tmp_path / "weights"),
-        "--timeout",
-        "5",
-        "--tries",
-        "2",
-    ]
-    return main([name, *folders, *map(str, options)], (server_item,))
-
-
-def test_command_fetches_once(server, tmp_path, capsys):
+def test_command_fetches_once(server, tmp_path, run, capsys):
     thing = item(server)
-    assert run(thing, tmp_path) == 0
+    assert run(thing) == 0
     assert f"next:\n  python train.py --restore-from {tmp_path / 'weights/a.bin'}" in capsys.readouterr().out
-    assert run(thing, tmp_path) == 0
+    assert run(thing) == 0
     assert "is there" in capsys.readouterr().out
     assert len(server.log) == 1
-    assert run(thing, tmp_path, "--force") == 0
+    assert run(thing, "--force") == 0
     assert len(server.log) == 2
 
 
-def test_command_does_not_overwrite_another_file(server, tmp_path, capsys):
+def test_command_does_not_overwrite_another_file(server, tmp_path, run, capsys):
     target = tmp_path / "weights/a.bin"
     target.parent.mkdir()
     target.write_bytes(b"mine")
-    assert run(item(server), tmp_path) == 2
+    assert run(item(server)) == 2
     assert "4 bytes and thing has 300001" in capsys.readouterr().err
     assert target.read_bytes() == b"mine"
-    assert run(item(server), tmp_path, "--force") == 0
+    assert run(item(server), "--force") == 0
     assert target.read_bytes() == PAYLOAD
 
 
-def test_command_failure_has_status_1(server, tmp_path, capsys):
-    assert run(item(server, "/gone"), tmp_path) == 1
+def test_command_failure_has_status_1(server, run, capsys):
+    assert run(item(server, "/gone")) == 1
     assert "HTTP 404" in capsys.readouterr().err
 
 
-def test_command_unpacks(server, tmp_path, capsys):
+def test_what_the_disk_refuses(server, tmp_path, run, monkeypatch, capsys):
+    """Each in a sentence with status 2, and what has come stays."""
+
+    class Usage:
+        free = 10
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: Usage)
+        assert run(item(server)) == 2
+    assert re.search("MiB free and .* are needed", capsys.readouterr().err)
+    (tmp_path / "weights").rmdir()
+    (tmp_path / "weights").write_text("")
+    assert run(item(server)) == 2
+    assert f"{tmp_path / 'weights'} cannot be read or written (File exists)" in capsys.readouterr().err
+    (tmp_path / "weights").unlink()
+
+    def refusing(number):
+        def refuse(*arguments, **options):
+            raise OSError(number, "in other words")
+
+        return refuse
+
+    for number, text in ((28, "no space is left"), (122, "no space is left"), (13, "no permission"), (5, "cannot be read or")):
+        with monkeypatch.context() as patch:
+            patch.setattr(fetching.os, "fsync", refusing(number))
+            assert run(item(server)) == 2
+        assert text in capsys.readouterr().err
+    server.log.clear()
+    assert run(item(server)) == 0
+    assert server.log == [("/a.bin", f"bytes={len(PAYLOAD)}-")]
+
+
+def test_command_unpacks(server, tmp_path, run, capsys):
     data = tmp_path / "data"
     tar_of(tmp_path / "set.tgz", [("d/x.txt", b"good"), ("d/y.txt", b"also")])
-    packed = (tmp_path / "set.tgz").read_bytes()
-    server.files["/set.tgz"] = packed
-    thing = archive_item(
-        "set.tgz", urls=(server.url + "/set.tgz",), sha256=hashlib.sha256(packed).hexdigest(), after="see {path}"
-    )
-    assert run(thing, tmp_path, name="set") == 0
+    server.files["/set.tgz"] = packed = (tmp_path / "set.tgz").read_bytes()
+    digest = hashlib.sha256(packed).hexdigest()
+    thing = archive_item("set.tgz", urls=(server.url + "/set.tgz",), sha256=digest, after="see {path}")
+    assert run(thing) == 0
     assert (data / "out/d/x.txt").read_bytes() == b"good"
     assert f"see {data / 'out/d/x.txt'}" in capsys.readouterr().out
-    assert run(thing, tmp_path, name="SET.tgz") == 0  # by the name of the file, in any case
+    assert run(thing, name="SET.tgz") == 0  # by the name of the file, in any case
     assert "complete; nothing to do" in capsys.readouterr().out
     (data / "out/d/y.txt").unlink()  # mended from the archive
-    assert run(thing, tmp_path, name="set") == 0
+    assert run(thing) == 0
     assert (data / "out/d/y.txt").read_bytes() == b"also"
     assert len(server.log) == 1
-    assert run(thing, tmp_path, "--remove-archive", name="set") == 0
-    assert run(thing, tmp_path, name="set") == 0  # complete without its archive
+    assert run(thing, "--remove-archive") == 0
+    assert run(thing) == 0  # complete without its archive
     assert names(data) == ["out", "set.tgz.unpacked"]
     assert len(server.log) == 1
+    (data / "out/d/y.txt").write_text("spoilt")
+    assert run(thing, "--from", tmp_path / "set.tgz") == 0  # a file that is handed over is never ignored
+    assert (data / "out/d/y.txt").read_bytes() == b"also"
 
 
-def test_voc_and_sbd_go_where_the_next_command_looks(server, tmp_path, capsys):
+def test_voc_and_sbd_go_where_the_next_command_looks(server, tmp_path, monkeypatch, capsys):
     """The catalogue's own entries, with toy archives of the published layout."""
     toys, data = [], tmp_path / "data"
     for thing, member in ((0, "VOCdevkit/VOC2012/JPEGImages/a.jpg"), (1, "benchmark_RELEASE/dataset/cls/a.mat")):
@@ -573,8 +598,9 @@ def test_voc_and_sbd_go_where_the_next_command_looks(server, tmp_path, capsys):
         server.files["/" + toy.filename] = packed = (tmp_path / toy.filename).read_bytes()
         sums = {name: hashlib.new(name, packed).hexdigest() for name in ("md5", "sha1", "sha256")}
         toys.append(dataclasses.replace(toy, urls=(f"{server.url}/{toy.filename}",), size=len(packed), **sums))
+    monkeypatch.setattr(download, "CATALOGUE", tuple(toys))
     (data / "VOCdevkit/VOC2012/Mine").mkdir(parents=True)
-    assert main(["VOC2012", "sbd", "--data-dir", str(data)], tuple(toys)) == 0
+    assert download.main(["VOC2012", "sbd", "--data-dir", str(data)]) == 0
     assert names(data / "VOCdevkit/VOC2012") == ["JPEGImages", "Mine"]
     assert (data / "SBD/benchmark_RELEASE/dataset/cls/a.mat").exists()
     assert (data / "SBD/benchmark.tgz").exists()
@@ -582,86 +608,100 @@ def test_voc_and_sbd_go_where_the_next_command_looks(server, tmp_path, capsys):
     assert capsys.readouterr().out.endswith(f"next:\n  {command}\n")
 
 
-def test_command_leaves_a_folder_of_other_origin(server, tmp_path, capsys):
+def test_command_leaves_a_folder_of_other_origin(server, tmp_path, run, capsys):
     (tmp_path / "data/out/d").mkdir(parents=True)
     (tmp_path / "data/out/d/x.txt").write_text("mine")
-    thing = archive_item("set.tgz", urls=(server.url + "/set.tgz",))
-    assert run(thing, tmp_path, name="set") == 0
+    assert run(archive_item("set.tgz", urls=(server.url + "/set.tgz",))) == 0
     assert "not checked; nothing done" in capsys.readouterr().out
     assert server.log == []
 
 
-def test_file_fetched_by_hand(server, tmp_path, capsys):
+def test_file_fetched_by_hand(tmp_path, run, capsys):
     manual = Item("thing", "a.bin", "weights", "", sha256=SUM, manual="https://drive.example/a", after="go {path}")
-    assert run(manual, tmp_path) == 2
+    assert run(manual) == 2
     error = capsys.readouterr().err
     assert "https://drive.example/a" in error
     assert "python scripts/download.py thing --from FILE" in error
     for content, message in ((HTML, "web page"), (b"", "empty"), (PAYLOAD[1:], "not the published")):
         (tmp_path / "bad").write_bytes(content)
-        assert run(manual, tmp_path, "--from", tmp_path / "bad") == 2
+        assert run(manual, "--from", tmp_path / "bad") == 2
         assert message in capsys.readouterr().err
-    assert run(manual, tmp_path, "--from", tmp_path / "none") == 2
-    assert run(manual, tmp_path, "--from", tmp_path) == 2
+    assert run(manual, "--from", tmp_path / "none") == 2
+    assert run(manual, "--from", tmp_path) == 2
     assert not (tmp_path / "weights").exists()
     (tmp_path / "saved (1).bin").write_bytes(PAYLOAD)
-    assert run(manual, tmp_path, "--from", tmp_path / "saved (1).bin") == 0
+    assert run(manual, "--from", tmp_path / "saved (1).bin") == 0
     assert (tmp_path / "weights/a.bin").read_bytes() == PAYLOAD == (tmp_path / "saved (1).bin").read_bytes()
-    assert take(manual, tmp_path / "weights/a.bin", tmp_path / "weights/a.bin") == SUM  # in its place already
+
+
+def test_from_compares_or_replaces(tmp_path, run, capsys):
+    """No sum is known, so both files may be right: the one that is there stays unless --force says otherwise."""
+    thing = Item("thing", "a.bin", "weights", "", manual="https://drive.example/a", after="go {path}")
+    target = tmp_path / "weights/a.bin"
+    target.parent.mkdir()
+    for path, content in ((target, PAYLOAD), (tmp_path / "same", PAYLOAD), (tmp_path / "other", PAYLOAD[::-1])):
+        path.write_bytes(content)
+    assert run(thing, "--from", tmp_path / "same") == 0
+    assert "the same bytes" in capsys.readouterr().out
+    assert run(thing, "--from", target) == 0
+    assert run(thing, "--from", tmp_path / "other") == 2
+    assert "is another file than" in capsys.readouterr().err
+    assert target.read_bytes() == PAYLOAD
+    assert run(thing, "--from", tmp_path / "other", "--force") == 0
+    assert target.read_bytes() == PAYLOAD[::-1]
 
 
 def test_ctrl_c_keeps_the_part(server, tmp_path):
     server.plan["/a.bin"] = [{"cut": 123_456, "stall": 20}]
     code = (
-        "from scripts.data.download import Item; from utils.command import run_command; from scripts.download import main\n"
+        "from scripts import download; from scripts.data.catalogue import Item; from utils.command import run_command\n"
         f"thing = Item('thing', 'a.bin', 'weights', '', ({server.url + '/a.bin'!r},), sha256={SUM!r})\n"
-        f"run_command(lambda: main(['thing', '--weights-dir', {str(tmp_path)!r}], (thing,)))"
+        "download.CATALOGUE = (thing,)\n"
+        f"run_command(lambda: download.main(['thing', '--weights-dir', {str(tmp_path)!r}]))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c
     )
     part, deadline = tmp_path / "a.bin.part", time.monotonic() + 20
-    while not (part.exists() and part.stat().st_size == 123_456) and time.monotonic() < deadline:
+    while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert "keeps its 123456 bytes; the same command goes on from there" in error
+    kept = part.stat().st_size
+    assert kept > 0
+    assert f"keeps its {kept} bytes; the same command goes on from there" in error
     assert "Traceback" not in error
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=30).returncode == 0
     assert (tmp_path / "a.bin").read_bytes() == PAYLOAD
-    assert server.log[-1][1] == "bytes=123456-"
+    assert server.log[-1][1] == f"bytes={kept}-"
 
 
-def script(*arguments, cwd=ROOT):
-    command = [sys.executable, str(ROOT / "scripts/download.py"), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=30)
-
-
-def test_list(tmp_path):
-    result = script("list", "--data-dir", "d", cwd=tmp_path)
-    assert result.returncode == 0
-    header, *rows = result.stdout.split("\n\n")[0].splitlines()
+def test_list_and_mistakes(tmp_path, capsys):
+    assert download.main(["list", "--data-dir", "d"]) == 0
+    printed = capsys.readouterr().out
+    header, *rows = printed.split("\n\n")[0].splitlines()
     assert header.split("  ")[0] == "name"
     assert [row.split()[0] for row in rows] == [thing.name for thing in CATALOGUE]
-    assert re.search(r"^VOC2012 +2\.0 GB +.*sha256 e14f763270cf193d\.\.\. +d/VOCdevkit/VOC2012$", result.stdout, re.M)
-    for thing in CATALOGUE:
-        assert thing.unverified in result.stdout
-    assert names(tmp_path) == []
-
-
-def test_mistakes_in_the_command(tmp_path):
+    assert re.search(r"^VOC2012 +2\.0 GB +.*sha256 e14f763270cf193d\.\.\. +d/VOCdevkit/VOC2012$", printed, re.M)
+    assert all(thing.unverified in printed for thing in CATALOGUE)
     for arguments, message in (
-        (["resnet101"], "unknown name 'resnet101'; did you mean resnet101-v"),
         (["list", "SBD"], "list stands alone"),
         (["SBD", "VOC2012", "--from", "x"], "goes with one name"),
         (["SBD", "--tries", "0"], "at least 1"),
         ([], "NAME"),
     ):
-        result = script(*arguments, cwd=tmp_path)
-        assert result.returncode == 2
-        assert message in result.stderr
-        assert "Traceback" not in result.stderr
+        with pytest.raises(SystemExit, match="2"):
+            download.main(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_command_line(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts/download.py"), "resnet101"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    assert result.returncode == 2
+    assert "unknown name 'resnet101'; did you mean resnet101-v" in result.stderr
+    assert "Traceback" not in result.stderr
     assert names(tmp_path) == []
 
 
@@ -675,6 +715,7 @@ def test_catalogue_is_sound():
         assert thing.licence
         assert thing.after
         assert all(re.match(r"https?://[a-z0-9.]+/", url) for url in (*thing.urls, thing.manual) if url)
+        assert not thing.about or fetching._bytes(thing.about) > 4e7
         for kind, digits in (("md5", 32), ("sha1", 40), ("sha256", 64), ("sha256_prefix", 8)):
             assert re.fullmatch(f"([0-9a-f]{{{digits}}})?", getattr(thing, kind))
 

@@ -189,8 +189,9 @@ def test_wrong_options(tmp_path, arguments, message):
 
 
 def test_other_folders_are_left_alone(tmp_path):
-    (tmp_path / "JPEGImages").mkdir()
-    (tmp_path / "classes.txt").write_text("sky\nroad\n")
+    (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
+    (tmp_path / "ImageSets/Segmentation/train.txt").write_text("mine\n")
+    (tmp_path / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
     before = digests(tmp_path)
     command = [sys.executable, str(SCRIPT), "--out", str(tmp_path), "--train", "1", "--val", "0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,31 +1,32 @@
-"""Fetching one file over an unreliable network and unpacking it: resumed, checked, and whole or not there at all."""
+"""Fetching one file over an unreliable network: it gets its name when it is whole and has been checked."""
 
-import contextlib
-import email.utils
-import errno
+import filecmp
 import hashlib
-import http.client
-import io
-import json
+import itertools
 import os
 import re
 import shutil
-import ssl
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import requests
+from requests.adapters import HTTPAdapter
 from tqdm import tqdm
+from urllib3.exceptions import HTTPError
+from urllib3.response import BaseHTTPResponse
+from urllib3.util import Retry
 
+from scripts.data.catalogue import Item
 from utils.command import UserError
+from utils.files import write_atomically
 
-CHUNK = 1 << 18
+CHUNK = 1 << 16
+BACKOFF = 1.0  # seconds before the second attempt; later ones wait longer
 LONGEST_PAUSE = 300  # seconds; a server that asks for more is left for the next mirror
-RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
+UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20}
 
 
 class DownloadError(UserError):
@@ -39,110 +40,52 @@ class ChecksumError(UserError):
 
 
 class _MirrorError(Exception):
-    """This address will not give the file, however often it is asked."""
+    """This address does not give the file."""
 
 
-class _TryAgainError(Exception):
-    """This address may give the file (or the rest of it) when asked again, after ``pause`` seconds if it said so."""
-
-    def __init__(self, text: str, pause: float | None = None):
-        super().__init__(text)
-        self.pause = pause
-
-
-@dataclass(frozen=True)
-class Item:
-    """One thing to fetch. Paths are relative to the folder it goes to (``--data-dir`` or ``--weights-dir``)."""
-
-    name: str
-    filename: str
-    kind: str  # "data" or "weights": which of the two folders
-    licence: str
-    urls: tuple[str, ...] = ()  # mirrors, tried in order
-    size: int | None = None  # bytes, where the exact size is known
-    about: str = ""  # the size in words, where it is not
-    md5: str = ""
-    sha1: str = ""
-    sha256: str = ""
-    sha256_prefix: str = ""  # torch.hub's convention: the file name carries the first 8 hex digits
-    sum_certain: bool = True  # False: the sum was published for another copy; a difference is told, not refused
-    folder: str = ""  # where the file goes
-    unpack: str | None = None  # the folder an archive is unpacked into
-    holds: str = ""  # what must be there after unpacking
-    gives: str = ""  # what a user works with, where it is not ``holds``
-    manual: str = ""  # a page for a browser, where no script can fetch the file
-    unverified: str = ""  # what nobody has checked
-    after: str = ""  # the next command; {path} is ``place()``, {directory} the folder
-
-    def path(self, directory: Path) -> Path:
-        """The file itself."""
-        return directory / self.folder / self.filename
-
-    def place(self, directory: Path) -> Path:
-        """What is there in the end: the file, or what an archive gives."""
-        return directory / (self.gives or self.holds) if self.unpack is not None else self.path(directory)
+class _CutError(Exception):
+    """The connection ended before the file did."""
 
 
 # ---- checks
 
 
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the disk refuses (full, no permission, read-only, not a folder) into one sentence about ``path``."""
-    try:
-        yield
-    except OSError as error:
-        where = Path(error.filename) if isinstance(error.filename, str) else path
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            text = f"no space is left for {where}; free some, and the same command goes on from there"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            text = f"no permission for {where}; change its rights, or choose another place with --data-dir or --weights-dir"
-        else:
-            text = f"{where} cannot be written ({error.strerror or error})"
-        raise UserError(text) from error
-
-
-def need_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"{folder} has {free / 2**20:,.0f} MiB free and {needed / 2**20:,.0f} MiB are needed; free some space, "
-            f"and the same command goes on from there"
-        )
-
-
-def looks_like_html(head: bytes) -> bool:
-    """Whether the first bytes of a file are those of a web page: a login, quota or error page in place of the file."""
-    return re.match(rb"\s*(<!--.*?-->\s*)?<(!doctype\s+html|html|head|body|script|meta)\b", head, re.I | re.S) is not None
+def is_text(head: bytes) -> bool:
+    """Whether the first bytes of a file are readable: a web page or a message. Everything in the catalogue is binary."""
+    return re.search(rb"[\x00-\x08\x0e-\x1f]", head) is None
 
 
 def check(item: Item, path: Path) -> str:
-    """Compare size and every known sum of the file at ``path``; returns its SHA-256 in hex.
+    """Compare kind, size and every known sum of the file at ``path``; returns its SHA-256 in hex.
 
     Where no sum is known, or only one of another copy, that is printed with the SHA-256 found.
 
     Raises:
         ChecksumError: the file is not the published one.
     """
-    found_size = path.stat().st_size
-    if item.size is not None and found_size != item.size:
-        raise ChecksumError(f"{path} has {found_size} bytes and {item.name} has {item.size}; it is cut short or another file")
-    expected = {name: getattr(item, name).lower() for name in ("sha256", "sha1", "md5") if getattr(item, name)}
-    hashes = {name: hashlib.new(name, usedforsecurity=False) for name in {"sha256", *expected}}
+    size = path.stat().st_size
+    if item.size is not None and size != item.size:
+        raise ChecksumError(f"{path} has {size} bytes and {item.name} has {item.size}; it is cut short or another file")
+    hashes = {name: hashlib.new(name, usedforsecurity=False) for name in ("sha256", "sha1", "md5")}
     with (
         open(path, "rb") as file,
-        tqdm(total=found_size, unit="B", unit_scale=True, unit_divisor=1024, desc="checking", disable=None, leave=False) as bar,
+        tqdm(total=size, unit="B", unit_scale=True, unit_divisor=1024, desc="checking", disable=None, leave=False) as bar,
     ):
+        if is_text(file.read(512)):
+            raise ChecksumError(f"{path} is {'a web page or another text' if size else 'empty'}, not {item.filename}")
+        file.seek(0)
         while block := file.read(1 << 20):
             for digest in hashes.values():
                 digest.update(block)
             bar.update(len(block))
     found = {name: digest.hexdigest() for name, digest in hashes.items()}
-    if item.sha256_prefix:
-        expected["sha256 prefix"], found["sha256 prefix"] = item.sha256_prefix, found["sha256"][: len(item.sha256_prefix)]
+    found["sha256_prefix"] = found["sha256"][: len(item.sha256_prefix)]
+    expected = {name: getattr(item, name) for name in found if getattr(item, name)}
     wrong = [f"{name} is {found[name]} and should be {value}" for name, value in expected.items() if found[name] != value]
     if wrong and item.sum_certain:
         raise ChecksumError(f"{path} is not the published {item.filename}: {'; '.join(wrong)}")
+    if not expected and item.about and size < 0.8 * _bytes(item.about):
+        raise ChecksumError(f"{path} has {size} bytes and {item.name} has {item.about}; it is cut short or another file")
     if wrong:
         print(f"{item.name}: WARNING: not the copy whose sum is known ({'; '.join(wrong)}); SHA-256 found: {found['sha256']}")
     elif not expected:
@@ -152,243 +95,183 @@ def check(item: Item, path: Path) -> str:
     return found["sha256"]
 
 
+def _bytes(about: str) -> float:
+    """``"over 1.4 GB"`` -> 1.4e9"""
+    number, unit = about.split()[-2:]
+    return float(number) * UNITS[unit]
+
+
 # ---- fetching
 
 
-class _Part:
-    """``NAME.part`` and, beside it, what is known of its origin: address, validator (ETag or date), total size."""
-
-    def __init__(self, target: Path):
-        self.path = target.with_name(target.name + ".part")
-        self.record = target.with_name(target.name + ".part.json")
-        self.joined = False  # bytes of more than one reply
-        try:
-            known = json.loads(self.record.read_text())
-        except (OSError, ValueError):
-            known = {}
-        self.known = known if isinstance(known, dict) else {}
-
-    def size(self) -> int:
-        return self.path.stat().st_size if self.path.exists() else 0
-
-    def open(self, start: int, url: str, validator: str | None, total: int | None) -> io.FileIO:
-        """The file, unbuffered, to be continued (``start`` > 0) or begun anew with what ``url`` said about it."""
-        self.joined = start > 0
-        if not start:
-            self.known = {"url": url, "validator": validator, "total": total}
-            self.record.write_text(json.dumps(self.known))
-        return open(self.path, "ab" if start else "wb", buffering=0)
-
-    def discard(self) -> None:
-        self.path.unlink(missing_ok=True)
-        self.record.unlink(missing_ok=True)
-        self.known, self.joined = {}, False
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Redirects, but never from https to anything less."""
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        if req.type == "https" and not newurl.lower().startswith("https:"):
-            raise urllib.error.HTTPError(newurl, code, "leads from https to an unprotected address", headers, fp)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def fetch(item: Item, target: Path, tries: int = 5, timeout: float = 30.0, pause: float = 1.0) -> str:
+def fetch(item: Item, target: Path, tries: int = 5, timeout: float = 30.0) -> str:
     """Download ``item`` to ``target`` from the first mirror that gives it whole and right; returns its SHA-256.
 
-    The bytes go to ``NAME.part``, which is continued by a later call, and get their name after the check.
-
-    Args:
-        tries: attempts in a row without one new byte, per mirror.
-        timeout: seconds without an answer, for the connection and for each read.
-        pause: seconds before the second attempt; doubles with each further one.
+    The bytes of each mirror go to a file of its own, ``NAME.part``, ``NAME.part1``, ...; where a full check sum is known, a
+    later call continues it. ``tries`` attempts without progress, or ``timeout`` seconds without an answer in each, are enough.
 
     Raises:
-        DownloadError: no mirror gave the file; the text says why, for each.
-        UserError: the disk refused.
+        DownloadError: no mirror gave the file.
     """
-    part, problems = _Part(target), []
-    with disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for url in item.urls:
-            for again in (False, True):
-                try:
-                    _download(url, part, item, tries, timeout, pause)
-                    digest = check(item, part.path)
-                except _MirrorError as error:
-                    problem = str(error)
-                except ChecksumError as error:
-                    problem, joined = str(error), part.joined
-                    part.discard()
-                    if joined and not again:  # one of the pieces may be the bad one
-                        print(f"{item.name}: {problem}; fetching it once more from the start", file=sys.stderr)
-                        continue
-                except KeyboardInterrupt:
-                    print(f"\n{part.path} keeps its {part.size()} bytes; the same command goes on from there", file=sys.stderr)
-                    raise
-                else:
-                    _name(part.path, target)
-                    part.discard()
-                    return digest
-                print(f"{item.name}: {url}: {problem}", file=sys.stderr)
-                problems.append(f"{url}: {problem}")
-                break
+    target.parent.mkdir(parents=True, exist_ok=True)
+    parts = [target.with_name(f"{target.name}.part{number or ''}") for number in range(len(item.urls))]
+    problems = []
+    for url, part in zip(item.urls, parts):
+        try:
+            digest = _from_mirror(url, part, item, tries, timeout)
+        except (_MirrorError, ChecksumError) as error:
+            problems.append(f"{url}: {error}")
+            if url != item.urls[-1]:
+                print(f"{item.name}: {problems[-1]}", file=sys.stderr)
+        except KeyboardInterrupt:
+            if _resumable(item) and part.exists():
+                kept = part.stat().st_size
+                print(f"\n{part} keeps its {kept} bytes; the same command goes on from there", file=sys.stderr)
+            raise
+        else:
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(part, target)
+            for leftover in parts:
+                leftover.unlink(missing_ok=True)
+            return digest
+        finally:
+            if not _resumable(item):
+                part.unlink(missing_ok=True)
     raise DownloadError(
         f"{item.name} could not be fetched ({' | '.join(problems)}); try again later, or fetch it in a browser and pass the "
         f"file: python scripts/download.py {item.name} --from FILE"
     )
 
 
-def _name(draft: Path, target: Path) -> None:
-    with open(draft, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(draft, target)
+def _resumable(item: Item) -> bool:
+    """Whether a sum would tell pieces that do not belong together."""
+    return item.sum_certain and bool(item.sha256 or item.sha1 or item.md5)
 
 
-def _download(url: str, part: _Part, item: Item, tries: int, timeout: float, pause: float) -> None:
-    """Bring ``part`` to its full length from one address, asking again while that helps."""
-    failures, longest = 0, -1
-    while True:
-        try:
-            return _request(url, part, item, timeout)
-        except _TryAgainError as error:
-            failures = 1 if part.size() > longest else failures + 1
-            longest = max(longest, part.size())
-            if failures >= tries:
-                raise _MirrorError(f"{error} ({tries} attempts in a row)") from error
-            wait = error.pause if error.pause is not None else min(pause * 2 ** (failures - 1), LONGEST_PAUSE)
-            if wait > LONGEST_PAUSE:
-                raise _MirrorError(f"{error}, and asks to come back in {wait:.0f} seconds") from error
-            print(f"{item.name}: {error}; next attempt in {wait:g} s", file=sys.stderr)
-            time.sleep(wait)
+def _from_mirror(url: str, part: Path, item: Item, tries: int, timeout: float) -> str:
+    """Bring ``part`` to its full length from one address, going on while that helps; returns its SHA-256."""
+    failures, restarted = 0, False
+    with requests.Session() as session:
+        retry = _Retry(total=tries - 1, other=0, backoff_factor=BACKOFF, status_forcelist=(408, 425, 429, 500, 502, 503, 504))
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, HTTPAdapter(max_retries=retry.new(raise_on_status=False)))
+        while True:
+            begun = part.stat().st_size if _resumable(item) and part.exists() else 0
+            try:
+                _transfer(session, url, part, begun, item, timeout)
+                return check(item, part)
+            except _CutError as error:
+                failures = 1 if _resumable(item) and part.exists() and part.stat().st_size > begun else failures + 1
+                if failures >= tries:
+                    raise _MirrorError(f"{error} ({tries} attempts in a row)") from error
+                how = "going on" if _resumable(item) else "starting over, as no full check sum is known"
+                print(f"{item.name}: {error}; {how}", file=sys.stderr)
+                time.sleep(BACKOFF * failures)
+            except ChecksumError as error:
+                part.unlink()
+                if not begun or restarted:
+                    raise
+                print(f"{item.name}: {error}; fetching it once more from the start", file=sys.stderr)
+                restarted = True
 
 
-def _request(url: str, part: _Part, item: Item, timeout: float) -> None:
-    """One GET for what is missing (RFC 9110: Range, If-Range, Content-Range, 206, 416)."""
+def _transfer(session: requests.Session, url: str, part: Path, begun: int, item: Item, timeout: float) -> None:
+    """One GET for what is missing (RFC 9110: Range, Content-Range, 206, 416), appended to ``part``."""
     headers = {"User-Agent": "deeplab-download/1.0", "Accept-Encoding": "identity"}
-    same = part.known.get("url") == url
-    safe = item.sum_certain and (item.sha256 or item.sha1 or item.md5)
-    offset = part.size() if same or safe else 0  # bytes of another mirror are joined only where a sum would tell
-    if offset:
-        headers["Range"] = f"bytes={offset}-"
-        if same and part.known.get("validator"):
-            headers["If-Range"] = part.known["validator"]
+    if begun:
+        headers["Range"] = f"bytes={begun}-"
     try:
-        opener = urllib.request.build_opener(_Redirects)
-        with opener.open(urllib.request.Request(url, headers=headers), timeout=timeout) as reply:
-            _receive(reply, url, part, item, offset)
-    except urllib.error.HTTPError as error:
-        with error:
-            if error.code == 416 and offset:
-                if _content_range(error.headers)[1] == offset:
-                    part.joined = True  # bytes of an earlier call
-                    return  # nothing is missing
-                part.discard()
-                raise _TryAgainError("the file there is not the one begun; starting over", pause=0) from error
-            if error.code in RETRIED_STATUS:
-                raise _TryAgainError(f"HTTP {error.code} {error.reason}", _retry_after(error.headers)) from error
-            raise _MirrorError(f"HTTP {error.code} {error.reason}") from error
-    except (OSError, http.client.HTTPException) as error:  # URLError, timeouts, resets, replies cut inside a chunk
-        reason = getattr(error, "reason", None) or error
-        if isinstance(reason, ssl.SSLCertVerificationError):
-            raise _MirrorError(f"its certificate is not trusted here ({reason.verify_message})") from error
-        slow = isinstance(reason, TimeoutError)
-        raise _TryAgainError(f"no answer for {timeout:g} s" if slow else f"{reason or type(reason).__name__}") from error
+        reply = session.get(url, headers=headers, stream=True, timeout=timeout)
+    except requests.RequestException as error:
+        raise _MirrorError(_reason(error)) from error
+    with reply:
+        if reply.status_code == 416 and begun:
+            return  # nothing is missing, or what is here is wrong; the sum tells
+        start, total = _judge(reply, url, begun, item)
+        blocks = _blocks(reply)
+        head = next(blocks, b"")
+        if not head and not start:
+            raise _CutError("the answer is empty")
+        if "html" in reply.headers.get("Content-Type", "") or (is_text(head) and not start):
+            raise _MirrorError("answers with a web page or a message (login, quota, error), not with the file")
+        free = shutil.disk_usage(part.parent).free
+        if total is not None and total - start > free:
+            needed = f"{(total - start) / 2**20:,.0f} MiB are needed"
+            raise UserError(f"{part.parent} has {free / 2**20:,.0f} MiB free and {needed}; free some space and try again")
+        bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, unit_divisor=1024, desc=part.name, disable=None)
+        with bar, open(part, "ab" if start else "wb") as file:
+            for block in itertools.chain([head], blocks):
+                file.write(block)
+                bar.update(len(block))
+    if total is not None and part.stat().st_size < total:
+        raise _CutError(f"the connection was cut after {part.stat().st_size} of {total} bytes")
 
 
-def _receive(reply: http.client.HTTPResponse, url: str, part: _Part, item: Item, offset: int) -> None:
-    """Write the body of a 200 or 206 reply to the partial file."""
-    start, total = 0, None
-    validator = reply.headers.get("ETag", "")
-    if not validator or validator.startswith("W/"):  # a weak one does not promise the same bytes
-        validator = reply.headers.get("Last-Modified")
-    if reply.status == 206:
-        start, total = _content_range(reply.headers)
-        known_validator = part.known.get("validator") if part.known.get("url") == url else None
-        changed = [(part.known.get("total"), total), (known_validator, validator)]
-        if start != offset or any(old and new and old != new for old, new in changed):
-            part.discard()
-            raise _TryAgainError("the file there is not the one begun; starting over", pause=0)
-    elif reply.headers.get("Content-Length", "").isdigit():
-        total = int(reply.headers["Content-Length"])
-    head = reply.read(512)
-    if reply.headers.get_content_type() in ("text/html", "application/xhtml+xml") or (start == 0 and looks_like_html(head)):
-        raise _MirrorError("it answers with a web page (a login, quota or error page), not with the file")
-    if start == 0 and not head:
-        if total:
-            raise _TryAgainError("the connection was cut before the first byte")
-        raise _MirrorError("it answers with an empty file")
-    if item.size is not None and total not in (None, item.size):
-        raise _MirrorError(f"it offers {total} bytes where {item.size} are expected")
-    if offset and not start:
-        print(f"{item.name}: the server does not continue the file, or it has changed; starting over", file=sys.stderr)
-    with disk_errors(part.path):
-        need_space(part.path.parent, (total or item.size or 0) - start)
-        file = part.open(start, url, validator, total)
-    what = f"{item.filename}{' (continued)' if start else ''}"
-    with (
-        file,
-        tqdm(total=total, initial=start, unit="B", unit_scale=True, unit_divisor=1024, desc=what, disable=None) as bar,
-    ):
-        block = head
-        while block:
-            rest = memoryview(block)
-            while rest:
-                with disk_errors(part.path):  # the disk's refusal, not to be taken for the network's
-                    rest = rest[file.write(rest) :]
-            bar.update(len(block))
-            block = reply.read1(CHUNK)
-    if total is not None and part.size() < total:
-        raise _TryAgainError(f"the connection was cut after {part.size()} of {total} bytes")
+def _judge(reply: requests.Response, url: str, begun: int, item: Item) -> tuple[int, int | None]:
+    """The first byte that a reply brings, and the size of the whole file where it says so; refuses what cannot be the file."""
+    if reply.status_code not in (200, 206):
+        raise _MirrorError(f"HTTP {reply.status_code} {reply.reason}")
+    if url.startswith("https:") and not all(hop.url.startswith("https:") for hop in (*reply.history, reply)):
+        raise _MirrorError("leads from https to an unprotected address")
+    if reply.status_code == 206 and not reply.headers.get("Content-Range", "").startswith(f"bytes {begun}-"):
+        raise _MirrorError("answers with another piece than was asked for")
+    start = begun if reply.status_code == 206 else 0
+    length = reply.headers.get("Content-Length", "")
+    total = start + int(length) if length.isdigit() else None
+    if total is not None and item.size not in (None, total):
+        raise _MirrorError(f"offers {total} bytes where {item.size} are expected")
+    if total is None and not _resumable(item) and "chunked" not in reply.headers.get("Transfer-Encoding", ""):
+        raise _MirrorError("does not say where the file ends, so that nobody could tell whether it is whole")
+    return start, total
 
 
-def _content_range(headers: http.client.HTTPMessage) -> tuple[int, int | None]:
-    """First byte and total size of ``bytes 5-9/10``, ``bytes 5-9/*`` or ``bytes */10``; (-1, None) for anything else."""
-    match = re.fullmatch(r"bytes\s+(?:(\d+)-\d+|\*)/(\d+|\*)", headers.get("Content-Range", "").strip())
-    if not match:
-        return -1, None
-    return int(match[1] or -1), None if match[2] == "*" else int(match[2])
+class _Retry(Retry):
+    """urllib3's own, which says what happened before it asks again, and leaves a server that wants a long pause."""
+
+    def sleep(self, response: BaseHTTPResponse | None = None) -> None:
+        last = self.history[-1]
+        print(f"{_reason(last.error) if last.error else f'HTTP {last.status}'}; asking again", file=sys.stderr)
+        super().sleep(response)
+
+    def get_retry_after(self, response: BaseHTTPResponse) -> float | None:
+        wait = super().get_retry_after(response)
+        if wait is not None and wait > LONGEST_PAUSE:
+            raise _MirrorError(f"HTTP {response.status}, and asks to come back in {wait:.0f} seconds")
+        return wait
 
 
-def _retry_after(headers: http.client.HTTPMessage) -> float | None:
-    """Seconds of a ``Retry-After`` header, which holds a number or a date."""
-    text = headers.get("Retry-After", "").strip()
-    if text.isdigit():
-        return float(text)
+def _blocks(reply: requests.Response) -> Iterator[bytes]:
+    """The body as it comes over the line; what the network does to it is a ``_CutError``, never an ``OSError``."""
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return None
+        yield from reply.raw.stream(CHUNK, decode_content=False)
+    except HTTPError as error:
+        raise _CutError(f"the connection was cut ({_reason(error)})") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What requests and urllib3 have wrapped, in its own words."""
+    inside = [part for part in (getattr(error, "reason", None), *error.args) if isinstance(part, BaseException)]
+    return _reason(inside[0]) if inside else re.sub(r"^\w+\(.*?\): ", "", str(error))
 
 
 # ---- a file fetched by hand
 
 
-def take(item: Item, source: Path, target: Path) -> str:
+def take(item: Item, source: Path, target: Path, replace: bool) -> str:
     """Copy a file that was fetched by hand to ``target`` once it has passed the checks; returns its SHA-256.
 
     Raises:
-        UserError: there is no such file, it is a web page, it is not the published file, or the disk refused.
+        UserError: there is no such file, it is not the published one, or another file is at ``target`` and ``replace`` is not set.
     """
     if not source.is_file():
         raise UserError(f"--from {source}: {'a folder' if source.is_dir() else 'no such file'}; expected {item.filename}")
-    with disk_errors(source):
+    digest = check(item, source)
+    if target.exists() and filecmp.cmp(source, target, shallow=False):
+        print(f"{item.name}: {target} is there, the same bytes as {source}")
+    elif target.exists() and not replace:
+        raise UserError(f"{target} is there and is another file than {source}; move it away, or pass --force to replace it")
+    else:
         with open(source, "rb") as file:
-            head = file.read(512)
-        if looks_like_html(head) or not head:
-            what = "a web page that the browser saved in its place" if head else "empty"
-            raise UserError(f"--from {source} is {what}, not {item.filename}; fetch it again")
-        digest = check(item, source)
-    with disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not (target.exists() and target.samefile(source)):
-            need_space(target.parent, source.stat().st_size)
-            copy = target.with_name(target.name + ".copy")
-            try:
-                shutil.copyfile(source, copy)
-                _name(copy, target)
-            finally:
-                copy.unlink(missing_ok=True)
-        _Part(target).discard()
+            write_atomically(target, partial(shutil.copyfileobj, file))
     return digest
