@@ -1,21 +1,20 @@
-"""Measure training, prediction, evaluation, reading, CRF and start-up against the published way of doing them.
+"""Measure training, prediction, evaluation, reading and CRF against the published way of doing them.
 
     python scripts/benchmark.py                                   # everything, with made-up pictures and weights
     python scripts/benchmark.py train msc --batch-size 4 --amp bf16 --compile
     python scripts/benchmark.py evaluate crf --data-dir data/VOCdevkit/VOC2012 --restore-from net.pth --json speed.json
 
 Each part is one table. Its first row is the reference (``scripts/bench/reference.py``). All rows of a table are measured in one
-process
-and in turns, A B C A B C, after one call each to warm up, so that a drift of the machine meets all alike. The columns:
+process and in turns, A B C A B C, after one call each to warm up, so that a drift of the machine meets all alike. The columns:
 
     seconds    the median of a call, with the fastest and the slowest; compiling belongs to the warm-up
-    images/s   pictures a second (starts a second for the start-up)
-    x ref      images/s as a multiple of the first row's
+    images/s   pictures a second
+    x ref      images/s as a multiple of the reference's
     GFLOP      the convolutions and matrix products of a call, forward and backward, two operations a multiply-add, as
                torch.utils.flop_counter counts them in one call; what is computed twice counts twice
     GFLOP/s    that divided by the seconds
-    of GEMM    GFLOP/s as a share of what this machine reaches, between the same rounds, in a product of two large square
-               matrices of the row's precision
+    x GEMM     GFLOP/s as a multiple of what this machine reaches, between the same rounds, in a product of two large square
+               matrices of the row's precision; above 1 where its convolutions are faster than that product
     peak       on CUDA the peak of allocated memory, on a CPU the peak resident set of the whole process; each row has a
                process of its own for this, and its second call is measured
     beyond     the peak without what has to be there: the process after its imports (on a CPU), weights and buffers and, in
@@ -29,16 +28,21 @@ import argparse
 import json
 import sys
 import tempfile
-from dataclasses import asdict
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.command import not_negative, numbers, positive, run_command, size
+from utils.command import default_processes, not_negative, numbers, positive, run_command, size
 from utils.options import BACKBONE_NAMES, add_device_options
 
-PART_NAMES = ("train", "msc", "predict", "evaluate", "data", "crf", "startup")
+if TYPE_CHECKING:  # the parts bring torch, which --help need not wait for
+    from scripts.bench.measure import Part
+
+PART_NAMES = ("train", "msc", "predict", "evaluate", "data", "crf")
+TOO_SHORT = 0.01  # seconds of a call below which a ratio says little
 
 
 def part_name(text: str) -> str:
@@ -72,12 +76,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--num-workers",
         type=not_negative,
-        help="processes that read pictures; adds a training row that reads (default on CUDA)",
+        help="processes that read pictures; adds a training row that reads, as on CUDA by default (evaluation: 0 by default, "
+        "as in the reference)",
     )
-    group.add_argument("--crf-pictures", type=positive, default=6, help="pictures a round of the CRF (default: %(default)s)")
+    group.add_argument("--crf-pictures", type=positive, help="pictures a round of the CRF (default: three a process)")
     group.add_argument("--crf-repeats", type=positive, default=1, help="rounds of the CRF (default: %(default)s)")
     group.add_argument(
-        "--crf-workers", type=partial(numbers, int), default=(1, 2), metavar="N,N", help="processes for the CRF (default: 1,2)"
+        "--crf-workers",
+        type=partial(numbers, int),
+        default=(1, default_processes(32)),
+        metavar="N,N",
+        help="processes for the CRF, the reference's and ours (default: 1 and the cores, at most 32)",
     )
     add_device_options(parser)
     parser.add_argument(
@@ -127,9 +136,9 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     open_pictures(args).load(0)  # a wrong folder is told now, not minutes later
 
     machine = describe(device)
-    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
-    print(f"{machine.device}, {machine.threads} threads; {versions}", flush=True)
-    result = {**asdict(machine), "options": {**vars(args), "parts": args.parts}, "parts": {}}
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    print(f"{machine['device']}, {machine['threads']} threads; {versions}", flush=True)
+    result: dict[str, Any] = {**machine, "options": {**vars(args), "parts": args.parts}, "parts": {}}
     if args.json:
         save_json(args.json, result)
     gemm = Gemm(device, ["off", args.amp])
@@ -139,13 +148,15 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         rows = run_part(part, args.repeats, gemm, device, say)
         notes = [] if args.no_memory else add_memory(name, part, rows, args, argv, say)
         notes += part.remarks(rows)
-        print_table(part, rows, notes)
+        short = [row_name for row_name, row in rows.items() if row["median_s"] < TOO_SHORT]
+        notes += [f"too short to mean anything, under {TOO_SHORT} s a call: {', '.join(short)}"] if short else []
+        print_table(part.title, rows, notes)
         result["parts"][name] = {"title": part.title, "rows": rows, "notes": notes}
         result["gemm"] = gemm.as_dict()
         if args.json:
             save_json(args.json, result)
     for dtype, entry in result["gemm"].items():
-        name = f"{dtype} (TF32)" if entry["tf32"] and dtype == "float32" else dtype
+        name = f"{dtype} (TF32)" if entry["tf32"] else dtype
         rate, side = entry["flops_per_s"] / 1e9, entry["side"]
         print(f"\nGEMM, {name}: {rate:.1f} GFLOP/s, {side}x{side}, median of {entry['samples']} samples", end="")
     print()
@@ -161,7 +172,9 @@ def progress(part: str, text: str) -> None:
     print(f"{part}: {text}", file=sys.stderr, flush=True)
 
 
-def add_memory(name: str, part, rows: dict[str, dict], args: argparse.Namespace, argv: list[str], say) -> list[str]:
+def add_memory(
+    name: str, part: "Part", rows: dict[str, dict], args: argparse.Namespace, argv: list[str], say: Callable[[str], None]
+) -> list[str]:
     """Measure the peak memory of each row in a process of its own; returns a line for each row where that failed."""
     from scripts.bench.measure import peak_in_child
 
@@ -180,25 +193,25 @@ def add_memory(name: str, part, rows: dict[str, dict], args: argparse.Namespace,
     return notes
 
 
-def cells(row: dict, unit: str) -> dict[str, str]:
+def cells(row: dict) -> dict[str, str]:
     """{column: text} of one row; a column that was not measured is not there."""
     found = {"seconds": f"{row['median_s']:.3f}", "(min-max)": f"({row['min_s']:.3f}-{row['max_s']:.3f})"}
-    found.update({f"{unit}/s": f"{row['items_per_s']:.3f}", "x ref": f"{row['speedup']:.2f}"})
+    found.update({"images/s": f"{row['items_per_s']:.3f}", "x ref": f"{row['speedup']:.2f}"})
     if row["flops"]:
         found.update({"GFLOP": f"{row['flops'] / 1e9:.1f}", "GFLOP/s": f"{row['flops_per_s'] / 1e9:.1f}"})
-        found["of GEMM"] = f"{row['gemm_share']:.1%}"
+        found["x GEMM"] = f"{row['gemm_ratio']:.2f}"
     if "peak_bytes" in row:
         found.update({"peak MB": f"{row['peak_bytes'] / 1e6:.0f}", "beyond MB": f"{row['beyond_bytes'] / 1e6:.0f}"})
     return found
 
 
-def print_table(part, rows: dict[str, dict], notes: list[str]) -> None:
+def print_table(title: str, rows: dict[str, dict], notes: list[str]) -> None:
     """One line a row, ``-`` where a row lacks what others have, and the notes."""
-    table = {name: cells(row, part.unit) for name, row in rows.items()}
+    table = {name: cells(row) for name, row in rows.items()}
     columns = list(dict.fromkeys(column for found in table.values() for column in found))
     widths = [max(len(column), *(len(found.get(column, "-")) for found in table.values())) for column in columns]
     first = max(map(len, rows))
-    print(f"\n{part.title}\n{'':{first}}", *(f"{column:>{width}}" for column, width in zip(columns, widths)), sep="  ")
+    print(f"\n{title}\n{'':{first}}", *(f"{column:>{width}}" for column, width in zip(columns, widths)), sep="  ")
     for name, found in table.items():
         print(f"{name:{first}}", *(f"{found.get(column, '-'):>{width}}" for column, width in zip(columns, widths)), sep="  ")
     for note in notes:

@@ -7,7 +7,7 @@ import torch
 
 from scripts.bench.measure import Part
 from scripts.bench.prediction import crf, evaluate, predict
-from scripts.bench.training import data, msc, startup, train
+from scripts.bench.training import data, msc, train
 
 PARTS: dict[str, Callable[[Namespace, torch.device], Part]] = {
     "train": train,
@@ -16,5 +16,4 @@ PARTS: dict[str, Callable[[Namespace, torch.device], Part]] = {
     "evaluate": evaluate,
     "data": data,
     "crf": crf,
-    "startup": startup,
 }

@@ -58,20 +58,29 @@ def make_net(args: Namespace) -> DeepLabV2:
         return load_init(args.restore_from, backbone=args.backbone, num_classes=args.num_classes)[0]
     torch.manual_seed(0)
     net = deeplabv2(args.backbone, args.num_classes)
+    last = "bn2.weight" if args.backbone in ("resnet18", "resnet34") else "bn3.weight"
     for name, buffer in net.named_buffers():
-        if name.endswith("bn2.weight" if args.backbone in ("resnet18", "resnet34") else "bn3.weight"):
+        if name.endswith(last):
             buffer.fill_(0.25)
-    for conv in net.layer5.conv2d_list:
-        nn.init.normal_(conv.weight, std=0.001)
+    for name, parameter in net.layer5.named_parameters():
+        if name.endswith("weight"):
+            nn.init.normal_(parameter, std=0.001)
     return net
 
 
-def reference_net(args: Namespace, device: torch.device, norm: Callable = reference.batch_norm) -> nn.Module:
+def reference_net(args: Namespace, device: torch.device, norm: Callable[..., nn.Module] = reference.batch_norm) -> nn.Module:
     """The same net with the same values, unfolded."""
     net = make_net(args)
-    unfolded = reference.ReferenceNet(**net.config, norm=norm)
+    unfolded = reference.ReferenceNet(net.config, norm)
     unfolded.load_state_dict(net.state_dict(), strict=False)  # all but the counters of a batch norm on batch statistics
     return unfolded.to(device)
+
+
+def folded_net(args: Namespace, device: torch.device, compiled: bool) -> nn.Module:
+    net = fold_batch_norm(make_net(args).eval()).to(device).to(memory_format=torch.channels_last)
+    if compiled:
+        compile_for_prediction(net, device)
+    return net
 
 
 def our_modes(args: Namespace, compiled: bool) -> Iterator[tuple[str, str, bool]]:
@@ -87,10 +96,3 @@ def compiled_remarks(rows: dict[str, dict]) -> Iterator[str]:
     for name, row in rows.items():
         if "--compile" in name:
             yield f"{name}: the first call, which compiles, took {row['first_s']:.0f} s and is not in the median"
-
-
-def folded_net(args: Namespace, device: torch.device, compiled: bool) -> nn.Module:
-    net = fold_batch_norm(make_net(args).eval()).to(device, memory_format=torch.channels_last)
-    if compiled:
-        compile_for_prediction(net, device)
-    return net

@@ -9,66 +9,52 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from statistics import median
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+
+from utils.command import usable_cores
 
 DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GEMM_SIDE = {"cpu": 2048, "cuda": 8192}
+PACKAGES = ("torchvision", "numpy", "opencv-python-headless", "opencv-python", "pydensecrf2", "pydensecrf")
 
 
 @dataclass
 class Runner:
-    """A variant that is ready to run.
-
-    Attributes:
-        run: does the work once. It may return the seconds to count, where those are not the seconds of the call.
-        net: the net whose weights it holds.
-        training: gradients and momentum are held as well.
-        close: ends what it started.
-        warm_up: the first call, where ``run`` would take long for that.
-    """
+    """A variant that is ready to run. ``run`` does the work once, and may return the seconds to count in place of its own."""
 
     run: Callable[[], float | None]
-    net: nn.Module | None = None
-    training: bool = False
-    close: Callable[[], None] = lambda: None
-    warm_up: Callable[[], object] | None = None
+    net: nn.Module | None = None  # whose weights it holds
+    training: bool = False  # gradients and momentum are held as well
+    close: Callable[[], None] = lambda: None  # ends what it started
 
 
 @dataclass
 class Variant:
-    """One way of doing a part's work; the first of a part is its reference.
-
-    Attributes:
-        name: of the row.
-        build: makes its runner.
-        items: pictures (or starts) a call.
-        amp: the precision, whose GEMM rate it is held against.
-        flops_of: the variant with the same arithmetic, where its own cannot be counted (compiled nets); "" counts its own.
-        counted: whether there is arithmetic to count.
-        memory: whether its peak memory is measured.
-    """
+    """A row: one way of doing a part's work."""
 
     name: str
     build: Callable[[], Runner]
-    items: int
-    amp: str = "off"
-    flops_of: str = ""
-    counted: bool = True
-    memory: bool = True
+    items: int  # pictures a call
+    amp: str = "off"  # the precision, whose GEMM rate it is held against
+    flops_of: str | None = ""  # the row with the same arithmetic, for compiled nets; "" counts its own; None: there is none
+    memory: bool = True  # its peak memory is measured
+    base: str = ""  # the row that it is compared with; "" is the part's first
 
 
 @dataclass
 class Part:
-    """A table: variants of one piece of work. ``remarks(rows)`` gives the lines below it and may add entries to the rows."""
+    """A table. ``remarks(rows)`` gives the lines below it and may add entries to the rows."""
 
     title: str
     variants: list[Variant]
-    unit: str = "images"
     remarks: Callable[[dict[str, dict]], Iterable[str]] = lambda rows: ()
     repeats: int | None = None  # in place of --repeats
 
@@ -78,13 +64,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def timed(run: Callable[[], float | None], device: torch.device) -> float:
-    """The seconds of one call, with the device's work done at both ends."""
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """The seconds of one call, with the device's work done at both ends, or the seconds that it returns."""
     synchronize(device)
     start = time.perf_counter()
     seconds = run()
     synchronize(device)
-    return time.perf_counter() - start if seconds is None else seconds
+    return seconds if isinstance(seconds, float) else time.perf_counter() - start
 
 
 class Gemm:
@@ -95,13 +81,12 @@ class Gemm:
 
     def __init__(self, device: torch.device, amps: Iterable[str]) -> None:
         self.device = device
-        self.side = 8192 if device.type == "cuda" else 2048
+        self.side = GEMM_SIDE[device.type]
         self.tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
         self.matrices = {amp: torch.rand(self.side, self.side, device=device).to(DTYPES[amp]) for amp in dict.fromkeys(amps)}
-        self.seconds: dict[str, list[float]] = {amp: [] for amp in self.matrices}
+        self.seconds: dict[str, list[float]] = {}
         self.measure()  # warm-up
-        for seconds in self.seconds.values():
-            seconds.clear()
+        self.seconds.clear()
 
     def measure(self) -> None:
         """Take one more sample of each precision: the median of three products."""
@@ -109,14 +94,8 @@ class Gemm:
         if self.tf32:
             torch.set_float32_matmul_precision("high")
         for amp, matrix in self.matrices.items():
-            times = []
-            for _ in range(3):
-                synchronize(self.device)
-                start = time.perf_counter()
-                torch.mm(matrix, matrix)
-                synchronize(self.device)
-                times.append(time.perf_counter() - start)
-            self.seconds[amp].append(median(times))
+            times = [timed(partial(torch.mm, matrix, matrix), self.device) for _ in range(3)]
+            self.seconds.setdefault(amp, []).append(median(times))
         torch.set_float32_matmul_precision(precision)
 
     def rate(self, amp: str) -> float:
@@ -124,16 +103,25 @@ class Gemm:
         return 2 * self.side**3 / median(self.seconds[amp])
 
     def as_dict(self) -> dict[str, dict]:
-        names = {amp: str(DTYPES[amp]).removeprefix("torch.") for amp in self.matrices}
         return {
-            names[amp]: {"side": self.side, "flops_per_s": self.rate(amp), "samples": len(times), "tf32": self.tf32}
+            str(DTYPES[amp]).removeprefix("torch."): {
+                "side": self.side,
+                "flops_per_s": self.rate(amp),
+                "samples": len(times),
+                "tf32": self.tf32 and amp == "off",
+            }
             for amp, times in self.seconds.items()
         }
 
 
 def count_flops(run: Callable[[], object]) -> int:
     """The floating-point operations of one call, two a multiply-add: convolutions and matrix products, forward and backward."""
-    with FlopCounterMode(display=False) as counter:
+
+    def conv2d(inputs: torch.Size, weight: torch.Size, *rest: Any, out_shape: torch.Size, **options: Any) -> int:
+        return conv_flop_count(list(inputs), list(weight), list(out_shape))
+
+    # under inference_mode, torch before 2.5 meets conv2d itself, which its own table lacks
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.conv2d: conv2d}) as counter:
         run()
     return counter.get_total_flops()
 
@@ -142,25 +130,23 @@ def run_part(part: Part, repeats: int, gemm: Gemm, device: torch.device, say: Ca
     """Warm every variant up once, counting its arithmetic, and then time them in turns: A B C, A B C, ...
 
     Returns:
-        {name: row}: seconds (list), median_s, min_s, max_s, items, items_per_s, speedup (over the first variant), first_s,
-        amp and, where there is arithmetic to count, flops, flops_per_s, gemm_share.
+        {name: row}: seconds (list), median_s, min_s, max_s, items, items_per_s, speedup (over ``Variant.base``), first_s, amp
+        and, where there is arithmetic to count, flops, flops_per_s, gemm_ratio.
     """
     runners: dict[str, Runner] = {}
     rows: dict[str, dict] = {}
     try:
         for variant in part.variants:
             say(f"warm-up of {variant.name}")
-            runner = runners[variant.name] = variant.build()
-            row = rows[variant.name] = {"items": variant.items, "amp": variant.amp, "flops": 0}
+            run = (runners.setdefault(variant.name, variant.build())).run
+            row = rows[variant.name] = {"items": variant.items, "amp": variant.amp, "flops": 0, "seconds": []}
             start = time.perf_counter()
-            first = runner.warm_up or runner.run
-            if variant.counted and not variant.flops_of:
-                row["flops"] = count_flops(first)
+            if variant.flops_of == "":
+                row["flops"] = count_flops(run)
             else:
-                first()
+                run()
             synchronize(device)
             row["first_s"] = time.perf_counter() - start
-            row["seconds"] = []
         repeats = part.repeats or repeats
         for number in range(repeats):
             say(f"round {number + 1} of {repeats}")
@@ -174,31 +160,23 @@ def run_part(part: Part, repeats: int, gemm: Gemm, device: torch.device, say: Ca
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    base = median(rows[part.variants[0].name]["seconds"])
     for variant in part.variants:
         row = rows[variant.name]
-        seconds = median(row["seconds"])
-        row.update(median_s=seconds, min_s=min(row["seconds"]), max_s=max(row["seconds"]))
-        row.update(items_per_s=variant.items / seconds, speedup=base / part.variants[0].items * variant.items / seconds)
+        row.update(median_s=median(row["seconds"]), min_s=min(row["seconds"]), max_s=max(row["seconds"]))
+        row["items_per_s"] = variant.items / row["median_s"]
         if flops := rows[variant.flops_of or variant.name]["flops"]:
-            row.update(flops=flops, flops_per_s=flops / seconds, gemm_share=flops / seconds / gemm.rate(variant.amp))
+            rate = flops / row["median_s"]
+            row.update(flops=flops, flops_per_s=rate, gemm_ratio=rate / gemm.rate(variant.amp))
+    for variant in part.variants:
+        base = rows[variant.base or part.variants[0].name]
+        rows[variant.name]["speedup"] = rows[variant.name]["items_per_s"] / base["items_per_s"]
     return rows
 
 
-def resident() -> int:
-    """The resident set of this process in bytes; where the system does not tell, its peak so far."""
-    return _status("VmRSS") or _peak_so_far()
-
-
 def _status(name: str) -> int:
+    """An entry of Linux's /proc/self/status in bytes; elsewhere the peak of the resident set so far."""
     with suppress(OSError), open("/proc/self/status") as file:
-        for line in file:
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) * 1024
-    return 0
-
-
-def _peak_so_far() -> int:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{name}:"))
     import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -212,7 +190,7 @@ def measure_peak(variant: Variant, device: torch.device) -> dict[str, int]:
         peak_bytes; beyond_bytes, what is left of it without the process after its imports (on a CPU), the weights and
         buffers and, in training, gradients and momentum.
     """
-    base = 0 if device.type == "cuda" else resident()
+    base = 0 if device.type == "cuda" else _status("VmRSS")
     runner = variant.build()
     try:
         runner.run()
@@ -222,13 +200,12 @@ def measure_peak(variant: Variant, device: torch.device) -> dict[str, int]:
             file.write("5")  # the high-water mark starts again at what is resident now
         runner.run()
         synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM") or _peak_so_far()
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
     finally:
         runner.close()
     held = 0
     if runner.net is not None:
-        tensors = [*runner.net.parameters(), *runner.net.buffers()]
-        held = sum(tensor.nbytes for tensor in tensors)
+        held = sum(tensor.nbytes for tensor in (*runner.net.parameters(), *runner.net.buffers()))
         if runner.training:
             held += 2 * sum(parameter.nbytes for parameter in runner.net.parameters() if parameter.requires_grad)
     return {"peak_bytes": peak, "beyond_bytes": peak - base - held}
@@ -243,19 +220,10 @@ def peak_in_child(command: list[str]) -> dict[str, int] | str:
     return json.loads(child.stdout.strip().splitlines()[-1])
 
 
-@dataclass
-class Machine:
-    """What was measured on."""
-
-    device: str
-    threads: int
-    versions: dict[str, str] = field(default_factory=dict)
-
-
-def describe(device: torch.device) -> Machine:
+def describe(device: torch.device) -> dict[str, Any]:
     """The device's name, the number of threads, and the versions of what does the work."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("torchvision", "numpy", "opencv-python-headless", "opencv-python", "pydensecrf2", "pydensecrf"):
+    for package in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     if device.type == "cuda":
@@ -263,7 +231,7 @@ def describe(device: torch.device) -> Machine:
         name = torch.cuda.get_device_name(device)
     else:
         name = platform.processor() or platform.machine()
-        with suppress(OSError), open("/proc/cpuinfo") as file:
-            name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
-        name += f", {os.cpu_count()} cores"
-    return Machine(f"{device}: {name}", torch.get_num_threads(), versions)
+        with suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
+            name = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+        name += f", {usable_cores()} of {os.cpu_count()} cores"
+    return {"device": f"{device}: {name}", "threads": torch.get_num_threads(), "versions": versions}

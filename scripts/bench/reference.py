@@ -3,14 +3,16 @@
 It follows the scripts of github.com/speedinghzl/Pytorch-Deeplab step by step: a batch norm of its own behind every
 convolution, memory channel by channel (NCHW), float32, no compiler; training on batch statistics with the logits enlarged to
 the labels and the loss read at every step; evaluation on a 505x505 canvas, one picture at a time, with the class taken by numpy
-and the pixels counted one by one in Python; the CRF one picture after another. Where the published code cannot run today or is
-wrong, the cheaper way is taken, so that no ratio is flattered: the head sums its branches without copies, labels are
-shrunk on the device, masks are read in their own mode. Nothing but the benchmark uses this module.
+and the pixels counted one by one in Python; the CRF on all cores, a picture a process. Where the published code cannot run
+today or is wrong, the cheaper way is taken, so that no ratio is flattered: the head sums its branches without copies, labels
+are shrunk on the device, masks are read in their own mode. Nothing but the benchmark uses this module.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -18,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.models import get_model
 
 from dataset.classes import IGNORE_LABEL, MEAN_BGR
-from deeplab.resnet import BACKBONES, BasicBlock
 
 MEAN = np.asarray(MEAN_BGR, dtype=np.float32)
 
@@ -30,91 +32,44 @@ def batch_norm(channels: int, eps: float = 1e-5) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=eps).requires_grad_(False)
 
 
-class ReferenceBlock(nn.Module):
-    """Two 3x3 convolutions, or 1x1, 3x3, 1x1, each followed by its batch norm, and a shortcut."""
-
-    def __init__(
-        self, inplanes: int, planes: int, stride: int, dilation: int, norm: Callable, bottleneck: bool, stride_in_3x3: bool
-    ) -> None:
-        super().__init__()
-        kernels = (1, 3, 1) if bottleneck else (3, 3)
-        outplanes = planes * 4 if bottleneck else planes
-        strided = 2 if bottleneck and stride_in_3x3 else 1
-        self.layers = []  # names, in order; the modules have the published names
-        channels = inplanes
-        for k, kernel in enumerate(kernels, 1):
-            rate = dilation if kernel == 3 else 1
-            width = outplanes if k == len(kernels) else planes
-            padding = rate * (kernel // 2)
-            conv = nn.Conv2d(channels, width, kernel, stride if k == strided else 1, padding, rate, bias=False)
-            self.add_module(f"conv{k}", conv)
-            self.add_module(f"bn{k}", norm(width))
-            self.layers.append((f"conv{k}", f"bn{k}"))
-            channels = width
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = None
-        if stride != 1 or inplanes != outplanes:
-            self.downsample = nn.Sequential(nn.Conv2d(inplanes, outplanes, 1, stride, bias=False), norm(outplanes))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = x
-        for k, (conv, bn) in enumerate(self.layers, 1):
-            out = getattr(self, bn)(getattr(self, conv)(out))
-            if k < len(self.layers):
-                out = self.relu(out)
-        out += x if self.downsample is None else self.downsample(x)
-        return self.relu(out)
-
-
 class ReferenceNet(nn.Module):
-    """The same net as :class:`deeplab.DeepLabV2`, with the same parameter names, unfolded.
+    """The same net as :class:`deeplab.DeepLabV2`, with the same parameter names, unfolded: torchvision's ResNet, which the
+    published net was made from, with its changes of stride, dilation and pool.
 
     Args:
-        backbone, num_classes, atrous_rates, stride_in_3x3, batch_norm_eps: as ``DeepLabV2.config`` holds them.
+        config: that of a ``DeepLabV2``.
         norm: (channels, eps=...) -> a batch norm.
     """
 
-    def __init__(
-        self,
-        backbone: str,
-        num_classes: int,
-        atrous_rates: Sequence[int],
-        stride_in_3x3: bool,
-        batch_norm_eps: float,
-        norm: Callable[..., nn.Module] = batch_norm,
-    ) -> None:
+    def __init__(self, config: Mapping[str, Any], norm: Callable[..., nn.Module] = batch_norm) -> None:
         super().__init__()
-        kind, depths = BACKBONES[backbone]
-        bottleneck = kind is not BasicBlock
-
-        def make_norm(channels: int) -> nn.Module:
-            return norm(channels, eps=batch_norm_eps)
-
-        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = make_norm(64)
-        self.relu = nn.ReLU(inplace=True)
+        trunk: Any = get_model(config["backbone"], weights=None, norm_layer=partial(norm, eps=config["batch_norm_eps"]))
+        self.conv1, self.bn1, self.relu = trunk.conv1, trunk.bn1, trunk.relu
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
-        inplanes = 64
-        for number, (planes, depth, stride, dilation) in enumerate(
-            zip((64, 128, 256, 512), depths, (1, 2, 1, 1), (1, 1, 2, 4)), 1
-        ):
-            blocks = []
-            for i in range(depth):
-                block = (inplanes, planes, stride if i == 0 else 1, dilation, make_norm, bottleneck, stride_in_3x3)
-                blocks.append(ReferenceBlock(*block))
-                inplanes = planes * 4 if bottleneck else planes
-            self.add_module(f"layer{number}", nn.Sequential(*blocks))
-        self.layer5 = nn.Module()
+        self.layer1, self.layer2, self.layer3, self.layer4 = trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4
+        for layer, stride, dilation in ((self.layer2, 2, 1), (self.layer3, 1, 2), (self.layer4, 1, 4)):
+            first = layer[0]
+            first.downsample[0].stride = (stride, stride)
+            bottleneck = hasattr(first, "conv3")
+            strided = 2 if bottleneck and config["stride_in_3x3"] else 1
+            for number in (1, 2):
+                getattr(first, f"conv{number}").stride = (stride, stride) if number == strided else (1, 1)
+            for conv in layer.modules():
+                if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
+                    conv.dilation = conv.padding = (dilation, dilation)
+        self.layer5: Any = nn.Module()
         self.layer5.conv2d_list = nn.ModuleList(
-            nn.Conv2d(inplanes, num_classes, 3, padding=rate, dilation=rate) for rate in atrous_rates
+            nn.Conv2d(trunk.fc.in_features, config["num_classes"], 3, padding=rate, dilation=rate)
+            for rate in config["atrous_rates"]
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, num_classes, h, w)"""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        out = self.layer5.conv2d_list[0](x)
-        for conv in self.layer5.conv2d_list[1:]:
+        first, *others = self.layer5.conv2d_list
+        out = first(x)
+        for conv in others:
             out += conv(x)
         return out
 
@@ -143,7 +98,7 @@ def multi_scale_loss(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 def make_optimizer(net: nn.Module, lr: float) -> torch.optim.SGD:
     """The published optimiser: two groups, the head at ten times the rate."""
-    head = list(net.layer5.parameters())
+    head = list(net.get_submodule("layer5").parameters())
     held = {id(parameter) for parameter in head}
     trunk = [parameter for parameter in net.parameters() if parameter.requires_grad and id(parameter) not in held]
     groups = [{"params": trunk, "lr": lr}, {"params": head, "lr": 10 * lr}]
@@ -159,10 +114,14 @@ def train_step(net: nn.Module, optimizer: torch.optim.SGD, images: Tensor, label
     return loss.item()
 
 
+def read(image_path: Path, label_path: Path) -> tuple[Any, Any]:
+    """A picture, (H, W, 3) uint8 BGR, and its mask, (H, W) uint8."""
+    return cv2.imread(str(image_path), cv2.IMREAD_COLOR), np.array(Image.open(label_path))
+
+
 def training_sample(image_path: Path, label_path: Path, crop: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """One published training sample: scale, subtract the mean, pad, crop, mirror; (3, h, w) and (h, w) float32."""
-    image = cv2.imread(str(image_path), cv2.IMREAD_COLOR)
-    label = np.array(Image.open(label_path))
+    image, label = read(image_path, label_path)
     scale = 0.5 + random.randint(0, 11) / 10
     image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
     label = cv2.resize(label, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST)
@@ -182,7 +141,7 @@ def on_canvas(image: np.ndarray, canvas: tuple[int, int]) -> Tensor:
     """(H, W, 3) uint8 BGR -> (1, 3, *canvas) float32 minus the mean, padded with 0 at the bottom and the right."""
     height, width = image.shape[:2]
     bottom, right = max(canvas[0] - height, 0), max(canvas[1] - width, 0)
-    pixels = np.asarray(image, np.float32) - MEAN
+    pixels: Any = np.asarray(image, np.float32) - MEAN
     pixels = cv2.copyMakeBorder(pixels, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=(0.0, 0.0, 0.0))
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None]
 
@@ -205,13 +164,15 @@ def count(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.n
     return matrix
 
 
-def crf(image: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """The dense CRF with the published settings: (H, W, 3) uint8 and (C, H, W) -> (H, W) classes."""
+def crf(image: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """The dense CRF with the published settings: (H, W, 3) uint8 BGR and (C, h, w) logits -> (H, W) classes."""
     from pydensecrf import densecrf, utils
 
-    classes, height, width = probabilities.shape
-    model = densecrf.DenseCRF2D(width, height, classes)
+    height, width = image.shape[:2]
+    canvas = [8 * (side - 1) + 1 for side in logits.shape[-2:]]
+    probabilities = _enlarge(torch.from_numpy(logits)[None], canvas)[0, :, :height, :width].softmax(dim=0).numpy()
+    model = densecrf.DenseCRF2D(width, height, len(logits))
     model.setUnaryEnergy(np.ascontiguousarray(utils.unary_from_softmax(probabilities)))
     model.addPairwiseGaussian(sxy=1, compat=3)
-    model.addPairwiseBilateral(sxy=67, srgb=3, rgbim=np.ascontiguousarray(image), compat=4)
+    model.addPairwiseBilateral(sxy=67, srgb=3, rgbim=np.ascontiguousarray(image[:, :, ::-1]), compat=4)
     return np.argmax(model.inference(10), axis=0).reshape(height, width)
