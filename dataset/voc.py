@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from torch.utils.data import Dataset
 
 from dataset.classes import IGNORE_LABEL, read_class_colors, read_class_names
 from dataset.files import DatasetError, read_image, read_picture
@@ -51,7 +53,7 @@ def find_list(data_dir: str | Path, data_list: str | Path | None, candidates: It
     return found
 
 
-class VOCSegmentation:
+class VOCSegmentation(Dataset):
     """Pairs of picture and label mask: ``<root>/<image_dir>/<id>.jpg`` and ``<root>/<label_dir>/<id>.png``.
 
     A map-style data set. An entry is asked for by its index, or by ``(index, draw)`` where the transform draws random numbers:
@@ -136,7 +138,7 @@ class VOCSegmentation:
         check_pair(image_path, image.shape[:2], orientation, label_path, label.shape)
         return image, label
 
-    def __getitem__(self, key: int | tuple[int, int]):
+    def __getitem__(self, key: int | tuple[int, int]) -> Any:
         index, draw = key if isinstance(key, tuple) else (key, 0)
         image, label = self.load(index)
         return (image, label) if self.transform is None else self.transform(image, label, draw)

@@ -1,6 +1,7 @@
 """DeepLab-v2 (Chen et al., arXiv:1606.00915): a dilated ResNet with atrous spatial pyramid pooling."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,9 +23,11 @@ class ASPP(nn.Module):
 
     def reset_parameters(self) -> None:
         """The published initial values: weights N(0, 0.01), biases 0."""
-        for conv in self.conv2d_list:
-            nn.init.normal_(conv.weight, std=0.01)
-            nn.init.zeros_(conv.bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith(".weight"):
+                nn.init.normal_(parameter, std=0.01)
+            else:
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, h, w) -> (N, num_classes, h, w)"""
@@ -65,7 +68,7 @@ class DeepLabV2(DilatedResNet):
             raise ValueError(f"atrous_rates is {tuple(atrous_rates)}; expected one or more rates of at least 1")
         self.num_classes = num_classes
         self.layer5 = ASPP(self.out_channels, num_classes, atrous_rates)
-        self.config = {
+        self.config: dict[str, Any] = {
             "backbone": backbone,
             "num_classes": num_classes,
             "atrous_rates": [int(rate) for rate in atrous_rates],
@@ -76,7 +79,7 @@ class DeepLabV2(DilatedResNet):
     def forward(self, images: Tensor) -> Tensor:
         return self.layer5(self.features(images))
 
-    def parameter_groups(self) -> list[dict]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
         """The learnable parameters in the published groups (``lr_mult`` and ``decay_mult`` of the official train.prototxt).
 
         Trunk: rate x1. ASPP weights: x10. ASPP biases: x20 and no weight decay. Parameters that the batch-norm mode fixes are

@@ -8,10 +8,11 @@ one batch of ten, and a batch split over several processes the same step; a mean
 """
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from deeplab.multiscale import TRAIN_SCALES, fuse_max, multiscale_logits
 
@@ -19,7 +20,7 @@ LOSS_SIZES = ("output", "input")
 IGNORE_LABEL = 255
 
 
-def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
     """Nearest-neighbour sampling of labels on a grid whose corner pixels are those of the input (``align_corners``).
 
     Row i of the result is row ``i * (H - 1) / (h - 1)``, rounded with halves up, and a single row is row 0; so 321 -> 41 is
@@ -81,7 +82,7 @@ def single_scale_loss(
 
 
 def multi_scale_loss(
-    net: Callable[[Tensor], Tensor],
+    net: nn.Module,
     images: Tensor,
     labels: Tensor,
     size: str = "output",
@@ -100,4 +101,4 @@ def multi_scale_loss(
     parts = {"loss_max": cross_entropy(fuse_max(logits), labels, size)}
     for scale, scale_logits in zip(scales, logits):
         parts[f"loss_{scale:g}x"] = cross_entropy(scale_logits, labels, size)
-    return {"loss": sum(parts.values()), **parts}
+    return {"loss": reduce(torch.add, parts.values()), **parts}

@@ -10,7 +10,7 @@ from functools import reduce
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deeplab.resnet import kept_statistics
@@ -33,7 +33,7 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def multiscale_logits(
-    net: Callable[[Tensor], Tensor],
+    net: nn.Module,
     images: Tensor,
     scales: Sequence[float] = TRAIN_SCALES,
     one_scale_at_a_time: bool = False,
@@ -46,7 +46,7 @@ def multiscale_logits(
         scales: factors, at least one.
         one_scale_at_a_time: keep only the activations of the first scale, and compute those of the others again in the
             backward pass, for memory. At scales 1, 0.75 and 0.5 this adds (0.75^2 + 0.5^2) / (3 (1 + 0.75^2 + 0.5^2)) = 15 %
-            arithmetic. ``net`` must be a module then.
+            arithmetic.
 
     Returns:
         One (N, C, h_s, w_s) a scale, in the order of ``scales``.

@@ -70,14 +70,17 @@ def kept_statistics(module: nn.Module) -> Iterator[None]:
     For passes that are made twice, as activation checkpointing does. The statistics are still handed to the kernel, with a
     momentum of 0: checkpointing wants both passes to save the same tensors for backward.
     """
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, torch.zeros_like(norm.num_batches_tracked)
+    before = [
+        (norm, norm.momentum, norm.num_batches_tracked)
+        for norm in module.modules()
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    ]
+    for norm, _, counter in before:
+        norm.momentum, norm.num_batches_tracked = 0.0, counter.clone() if counter is not None else None
     try:
         yield
     finally:
-        for norm, (momentum, counter) in zip(norms, before):
+        for norm, momentum, counter in before:
             norm.momentum, norm.num_batches_tracked = momentum, counter
 
 
@@ -210,9 +213,11 @@ class DilatedResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if isinstance(module, (BasicBlock, Bottleneck)) and batch_norm == "full":
-                # Each block starts as its shortcut, which allows higher rates from scratch (Goyal et al., arXiv:1706.02677).
-                nn.init.zeros_((module.bn3 if isinstance(module, Bottleneck) else module.bn2).weight)
+            if isinstance(module, (BasicBlock, Bottleneck)):
+                last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
+                if isinstance(last, nn.BatchNorm2d) and batch_norm == "full":
+                    # Each block starts as its shortcut, which allows higher rates from scratch: Goyal et al., arXiv:1706.02677.
+                    nn.init.zeros_(last.weight)
 
     def features(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) mean-subtracted BGR pictures -> (N, out_channels, h, w), h and w about an eighth of H and W."""

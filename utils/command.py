@@ -5,7 +5,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -28,6 +28,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     for name in ("SIGTERM", "SIGUSR1"):  # Windows lacks the second
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _exit_by_signal)
+    status: int | None
     try:
         status = main() or 0
     except KeyboardInterrupt:
@@ -154,8 +155,10 @@ def class_count(text: str) -> int:
 class GivenParser(argparse.ArgumentParser):
     """An argument parser whose namespaces tell which options were on the command line: ``args.given``, a set of names."""
 
-    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def,override]  # as in argparse
-        result = super().parse_args(args, namespace)
+    def parse_args(  # type: ignore[override]  # narrower: no namespace is ever given
+        self, args: Sequence[str] | None = None
+    ) -> argparse.Namespace:
+        result = super().parse_args(args)
         defaults = {name: self.get_default(name) for name in vars(result)}
         not_given = object()
         self.set_defaults(**dict.fromkeys(defaults, not_given))

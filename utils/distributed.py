@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from utils.command import UserError
 
 Value = TypeVar("Value")
-_hosts: dist.ProcessGroup | None = None  # of the processes' CPUs: what goes through it waits for no GPU
+_hosts: Any = None  # the group of the processes' CPUs: what goes through it waits for no GPU
 
 
 def rank() -> int:

@@ -23,7 +23,9 @@ SHARED_MEMORY = Path("/dev/shm")
 MORE_SHARED_MEMORY = "give it more with `docker run --shm-size=1g` or `--ipc=host`"
 
 
-def open_dataset(args: Namespace, candidates: Iterable[str], num_classes: int, transform=None) -> tuple[VOCSegmentation, Path]:
+def open_dataset(
+    args: Namespace, candidates: Iterable[str], num_classes: int, transform: Callable | None = None
+) -> tuple[VOCSegmentation, Path]:
     """The data set of ``--data-dir`` and ``--data-list``, and the list that was used."""
     data_list = find_list(args.data_dir, args.data_list, candidates)
     entries = read_list(data_list, args.image_dir)
@@ -37,7 +39,7 @@ def make_loader(
     """A loader whose workers use one thread each and leave signals to the main process; see :func:`running`."""
     return DataLoader(
         data,
-        batch_sampler=batch_sampler,  # type: ignore[arg-type]  # a StepSampler has no end, and so is no torch Sampler
+        batch_sampler=batch_sampler,
         num_workers=num_workers,
         collate_fn=collate_fn,
         pin_memory=device.type == "cuda",

@@ -91,7 +91,7 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
         "--trunk",
         choices=TRUNKS,
         default="auto",
-        help="what a bare ResNet in --restore-from is trained on: torchvision (RGB), caffe (BGR 0..255); auto tells by its numbers",
+        help="whose a bare ResNet in --restore-from is: torchvision's (RGB) or Caffe's (BGR 0..255); auto tells by its numbers",
     )
     group.add_argument("--not-restore-last", action="store_true", help="leave the head of --restore-from out")
     group.add_argument(

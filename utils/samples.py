@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 from dataset import VOCSegmentation
 from deeplab.multiscale import canvas_size
@@ -27,7 +28,7 @@ class Sample:
         return Sample(self.id, image, label)
 
 
-class Samples:
+class Samples(Dataset[Sample]):
     """The data set as :class:`Sample` entries, for a loader."""
 
     def __init__(self, data: VOCSegmentation) -> None:

@@ -1,7 +1,9 @@
 """The optimiser and its learning rate, as published for DeepLab-v2."""
 
 import torch
-from torch import Tensor, nn, optim
+from torch import Tensor, optim
+
+from deeplab import DeepLabV2
 
 
 class GuardedSGD(optim.SGD):
@@ -11,7 +13,7 @@ class GuardedSGD(optim.SGD):
     them at its first step and, where loss scaling skips that step, go on with whatever was in it.
 
     Args:
-        net: has ``parameter_groups()``, see :meth:`deeplab.DeepLabV2.parameter_groups`; its parameters are on the device.
+        net: on the device; it says itself which of its parameters are in which group.
         lr: base rate; each group has its multiple of it, see :func:`set_lr`.
         momentum, weight_decay: the latter times each group's ``decay_scale``.
 
@@ -19,7 +21,7 @@ class GuardedSGD(optim.SGD):
         bad: scalar float32 tensor on the device, 0 or 1.
     """
 
-    def __init__(self, net: nn.Module, lr: float, momentum: float = 0.9, weight_decay: float = 5e-4) -> None:
+    def __init__(self, net: DeepLabV2, lr: float, momentum: float = 0.9, weight_decay: float = 5e-4) -> None:
         groups = [{**group, "weight_decay": weight_decay * group["decay_scale"]} for group in net.parameter_groups()]
         super().__init__(groups, lr=lr, momentum=momentum, fused=True)
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]

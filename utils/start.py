@@ -164,7 +164,7 @@ def resumed_options(args: Namespace, meta: dict[str, Any], step: int, loss: str)
     """
     before = {**meta["args"], **{name: meta[name] for name in NET_OPTIONS}}
     scripts = {"single_scale_loss": "train.py", "multi_scale_loss": "train_msc.py"}
-    begun, asked = scripts.get(before.get("loss")), scripts.get(loss)
+    begun, asked = scripts.get(str(before.get("loss"))), scripts.get(loss)
     if begun and asked and begun != asked:
         raise UserError(f"--resume: the run was begun with {begun}, not with {asked}; go on with that script")
     now = options_of(args)

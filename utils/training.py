@@ -82,7 +82,7 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         start = start or begin(args, loss_function.__name__)
 
         torch.backends.cudnn.benchmark = True  # the crops are all of one size
-        net = start.build_net().to(device, memory_format=torch.channels_last).train()
+        net = start.build_net().to(device).to(memory_format=torch.channels_last).train()
         net.grad_checkpoint = args.grad_checkpoint
         if args.sync_bn:
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)

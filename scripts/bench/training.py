@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.ops import FrozenBatchNorm2d
 
-from dataset import StepSampler
-from deeplab import multi_scale_backward, multi_scale_loss, single_scale_loss
+from dataset import Crop, StepSampler, to_input
+from deeplab import multi_scale_loss, single_scale_loss
 from scripts.bench import reference
 from scripts.bench.inputs import REFERENCE, compiled_remarks, make_net, open_pictures, our_modes, reference_net
 from scripts.bench.measure import Part, Runner, Variant
 from utils.distributed import autocast
 from utils.loader import make_loader
 from utils.options import training_parser
-from utils.schedule import param_groups
-from utils.training import open_training_data
+from utils.schedule import GuardedSGD
+from utils.training import Objective, open_training_data
 
 RATE = 0.0  # of the optimisers: the same arithmetic, and the values stay as they are, however many steps are taken
 
@@ -30,13 +30,14 @@ Loss = Callable[..., dict[str, Tensor]]
 ReferenceLoss = Callable[..., Tensor]
 
 
-def random_batch(args: Namespace, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(N, 3, H, W) float32 in the range of pictures, and (N, H, W) int64 labels in patches, some of them void."""
+def random_batch(args: Namespace, device: torch.device) -> Crop:
+    """Pictures of noise, and labels in patches, some of them void."""
     generator = torch.Generator().manual_seed(0)
-    images = 60 * torch.randn(args.batch_size, 3, *args.input_size, generator=generator)
+    images = torch.randint(0, 256, (args.batch_size, *args.input_size, 3), generator=generator, dtype=torch.uint8)
     patches = torch.randint(-1, args.num_classes, (args.batch_size, 1, 9, 9), generator=generator)
     labels = F.interpolate(patches.float(), size=args.input_size, mode="nearest")[:, 0].long()
-    return images.to(device), labels.masked_fill(labels < 0, 255).to(device)
+    labels = labels.masked_fill(labels < 0, 255).byte()
+    return Crop(images.to(device), labels.to(device), torch.ones(args.batch_size, 256, dtype=torch.bool))
 
 
 def reference_step(
@@ -44,7 +45,8 @@ def reference_step(
 ) -> Runner:
     net = reference_net(args, device, norm).train()
     optimizer = reference.make_optimizer(net, RATE)
-    images, labels = random_batch(args, device)
+    pictures, bytes_, _ = random_batch(args, device)
+    images, labels = to_input(pictures).contiguous(), bytes_.long()
 
     def run() -> None:
         reference.train_step(net, optimizer, images, labels, loss)
@@ -67,27 +69,19 @@ def our_step(
     net.grad_checkpoint = grad_checkpoint
     if compiled:
         net.compile()
-    fused = device.type in ("cpu", "cuda")
-    optimizer = torch.optim.SGD(param_groups(net, 5e-4), lr=RATE, momentum=0.9, fused=fused)
+    objective = Objective(net, loss, **({"one_scale_at_a_time": True} if one_scale else {}))
+    optimizer = GuardedSGD(net, RATE)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    batches: Iterator = (
-        iter(training_loader(args, args.num_workers, device)) if read else itertools.repeat(random_batch(args, device))
-    )
-
-    def forward(images: Tensor) -> Tensor:
-        with autocast(device, amp):
-            return net(images)
+    loader = training_loader(args, args.num_workers, device) if read else itertools.repeat(random_batch(args, device))
+    batches = iter(loader)
 
     def run() -> None:
-        images, labels = next(batches)
-        images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-        labels = labels.to(device, non_blocking=True)
-        if one_scale:
-            multi_scale_backward(forward, images, labels, scale_loss=scaler.scale)
-        else:
-            with autocast(device, amp):
-                losses = loss(net, images, labels)
-            scaler.scale(losses["loss"]).backward()
+        images, labels, _ = next(batches)
+        images = to_input(images.to(device, non_blocking=True))
+        labels = labels.to(device, non_blocking=True).long()
+        with autocast(device, amp):
+            losses = objective(images, labels)
+        scaler.scale(losses["loss"]).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()

@@ -1,6 +1,7 @@
 """What the values and colours that are found in a set of labels point to."""
 
 from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from dataset.labels import TO_INDICES
 VOID_GREY = {220}  # of the colour (224, 224, 192) of VOC's void
 
 
-def few(values) -> str:
+def few(values: Iterable[object]) -> str:
     """The first values, separated by commas, and dots where there are more."""
     values = list(values)
     return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
@@ -70,14 +71,14 @@ def _wrong_values(values: set[int], wrong: set[int], grey: bool, num_classes: in
     largest, step = max(wrong), min(values - {0})
     if values - {0} in ({127}, {128}):
         return (
-            f"the labels are masks of three levels (a trimap: 0, {largest}, 255): 255 is read as void; write class indices, and "
-            "255 for the level that means unknown"
+            f"the labels are masks of three levels (a trimap: 0, {largest}, 255): 255 is read as void; write class indices, "
+            "and 255 for the level that means unknown"
         )
     if grey:
         example = min(wrong)
         return (
-            f"the values are the grey levels of the VOC palette ({example} = {_voc_levels().get(example, 'void')}): palette PNGs "
-            "were read as grey, as OpenCV does; go back to the palette PNGs"
+            f"the values are the grey levels of the VOC palette ({example} = {_voc_levels().get(example, 'void')}): palette "
+            "PNGs were read as grey, as OpenCV does; go back to the palette PNGs"
         )
     if wrong == {num_classes} and 0 not in values:
         return f"the labels count from 1 to {num_classes}: subtract 1 from each"

@@ -262,7 +262,7 @@ def take(item: Item, source: Path, target: Path, replace: bool) -> str:
     """Copy a file that was fetched by hand to ``target`` once it has passed the checks; returns its SHA-256.
 
     Raises:
-        UserError: there is no such file, it is not the published one, or another file is at ``target`` and ``replace`` is not set.
+        UserError: there is no such file, it is not the published one, or ``target`` is another and ``replace`` is not set.
     """
     if not source.is_file():
         raise UserError(f"--from {source}: {'a folder' if source.is_dir() else 'no such file'}; expected {item.filename}")
