@@ -1,7 +1,10 @@
 """Toy data for the tests: nothing is read from outside the repository and nothing is downloaded."""
 
+import os
 import signal
+import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -24,6 +27,28 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "cuda" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+@pytest.fixture
+def in_a_group():
+    """Start a process in a process group of its own, of which nothing is left when the test is over, however it ends."""
+    started = []
+
+    def start(words: list, **options) -> subprocess.Popen:
+        options = {
+            "cwd": ROOT,
+            "stderr": subprocess.PIPE,
+            "text": True,
+            "env": {**os.environ, "OMP_NUM_THREADS": "1"},
+        } | options
+        started.append(subprocess.Popen([*map(str, words)], start_new_session=True, preexec_fn=hear_ctrl_c, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def hear_ctrl_c() -> None:

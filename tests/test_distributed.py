@@ -167,7 +167,7 @@ def test_an_indivisible_batch_is_refused(toy_voc, tmp_path):
     assert "--batch-size 3 does not divide into 2 processes" in result.stderr
 
 
-def launch(toy_voc, folder, *options: str) -> subprocess.Popen:
+def launch(in_a_group, toy_voc, folder, *options: str) -> subprocess.Popen:
     """torchrun with two processes in a process group of its own, once the run has saved its second step."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     arguments = [
@@ -181,9 +181,7 @@ def launch(toy_voc, folder, *options: str) -> subprocess.Popen:
         "1",
         *options,
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*launcher, "train.py", *arguments, "--resume"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment)
+    process = in_a_group([*launcher, "train.py", *arguments, "--resume"])
     for _ in range(1200):
         if (folder / "VOC12_scenes_2.pth").exists():
             return process
@@ -192,8 +190,8 @@ def launch(toy_voc, folder, *options: str) -> subprocess.Popen:
     raise AssertionError("the run did not begin within a minute")
 
 
-def test_a_killed_process_is_started_again_and_goes_on(toy_voc, tmp_path):
-    process = launch(toy_voc, tmp_path, "--num-steps", "12")
+def test_a_killed_process_is_started_again_and_goes_on(in_a_group, toy_voc, tmp_path):
+    process = launch(in_a_group, toy_voc, tmp_path, "--num-steps", "12")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
@@ -201,8 +199,8 @@ def test_a_killed_process_is_started_again_and_goes_on(toy_voc, tmp_path):
     assert [line["step"] for line in log_lines(tmp_path)] == list(range(1, 13))
 
 
-def test_a_signal_to_the_launcher_and_its_processes_saves(toy_voc, tmp_path):
-    process = launch(toy_voc, tmp_path, "--num-steps", "100000", "--save-pred-every", "2", "--log-every", "1")
+def test_a_signal_to_the_launcher_and_its_processes_saves(in_a_group, toy_voc, tmp_path):
+    process = launch(in_a_group, toy_voc, tmp_path, "--num-steps", "100000", "--save-pred-every", "2", "--log-every", "1")
     os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0

@@ -10,24 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT, hear_ctrl_c
 from tests.test_training import SCRATCH, SMALL, log_lines
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="process groups and signals of POSIX")
 
 
-def start(toy_voc: Path, folder: Path, *options: str, runner: tuple[str, ...] = ("train.py",)) -> subprocess.Popen:
+def begin(in_a_group, toy_voc: Path, folder: Path, *options: str, runner: tuple = ("train.py",)) -> subprocess.Popen:
     """A run of 100,000 steps with two workers, in a process group of its own, that has made its second step."""
     arguments = ["--data-dir", toy_voc, "--snapshot-dir", folder, *SMALL, *SCRATCH, "--num-steps", "100000"]
-    process = subprocess.Popen(
-        [sys.executable, *runner, *map(str, arguments), "--num-workers", "2", *options],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=hear_ctrl_c,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    process = in_a_group([sys.executable, *runner, *arguments, "--num-workers", "2", *options])
     for _ in range(1200):
         if (folder / "log.jsonl").exists() and len(log_lines(folder)) > 1:
             return process
@@ -51,8 +42,8 @@ def group_is_gone(process: subprocess.Popen) -> bool:
     ("name", "method"),
     [("SIGTERM", "fork"), ("SIGUSR1", "fork"), ("SIGINT", "fork"), ("SIGTERM", "spawn"), ("SIGTERM", "forkserver")],
 )
-def test_a_signal_to_the_whole_group_saves(name, method, toy_voc, tmp_path):
-    process = start(toy_voc, tmp_path, runner=("tests/start_method.py", method, "train.py"))
+def test_a_signal_to_the_whole_group_saves(name, method, in_a_group, toy_voc, tmp_path):
+    process = begin(in_a_group, toy_voc, tmp_path, runner=("tests/start_method.py", method, "train.py"))
     number = getattr(signal, name)
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
@@ -63,8 +54,8 @@ def test_a_signal_to_the_whole_group_saves(name, method, toy_voc, tmp_path):
     assert group_is_gone(process)
 
 
-def test_a_second_ctrl_c_ends_at_once(toy_voc, tmp_path):
-    process = start(toy_voc, tmp_path, "--save-pred-every", "100000")
+def test_a_second_ctrl_c_ends_at_once(in_a_group, toy_voc, tmp_path):
+    process = begin(in_a_group, toy_voc, tmp_path, "--save-pred-every", "100000")
     begun = time.monotonic()
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)
@@ -75,7 +66,7 @@ def test_a_second_ctrl_c_ends_at_once(toy_voc, tmp_path):
     assert group_is_gone(process)
 
 
-def test_an_uncaught_exception_ends(toy_voc, tmp_path):
+def test_an_uncaught_exception_ends(in_a_group, toy_voc, tmp_path):
     """A bug keeps its traceback, and the workers, which ignore SIGTERM, do not keep the process."""
     (tmp_path / "bug.py").write_text(
         "import sys; sys.path.insert(0, '.')\n"
@@ -89,7 +80,7 @@ def test_an_uncaught_exception_ends(toy_voc, tmp_path):
         "deeplab.single_scale_loss = single_scale_loss\n"
         "train.main()\n"
     )
-    process = start(toy_voc, tmp_path / "s", runner=(str(tmp_path / "bug.py"),))
+    process = begin(in_a_group, toy_voc, tmp_path / "s", runner=(str(tmp_path / "bug.py"),))
     begun = time.monotonic()
     _, errors = process.communicate(timeout=60)
     assert time.monotonic() - begun < 15

@@ -116,8 +116,7 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
             if log:
                 log.line(done, means, lr, steps)
 
-        def save(numbered: bool) -> None:
-            meter.check()  # on all processes: none of them saves after a bad step
+        def write(numbered: bool) -> None:
             if log:
                 meta = make_meta(net, classes, done, start.options, seen_voc_val=start.seen_voc_val or seen_val(data))
                 state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": torch.get_rng_state()}
@@ -125,6 +124,10 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
                 if numbered:
                     save_snapshot(folder / f"VOC12_scenes_{done}.pth", net, meta)
                     log.say(save_panels(net, data, folder / "images", done, args.save_num_images, device))
+
+        def save(numbered: bool) -> None:
+            meter.check()  # on all processes: none of them saves after a bad step
+            distributed.from_main(lambda: write(numbered))  # what process 0 cannot write the others hear of
 
         done = saved = start.step
         lr = args.learning_rate
