@@ -19,9 +19,6 @@ from utils.command import UserError
 from utils.crf_pool import CRFPool
 from utils.samples import Sample
 
-UNDER = "import multiprocessing, runpy, sys; multiprocessing.set_start_method(sys.argv[1]); del sys.argv[:2]; "
-UNDER += "runpy.run_path(sys.argv[0], run_name='__main__')"
-
 
 def pictures(count: int) -> list[tuple[Sample, torch.Tensor]]:
     rng = np.random.default_rng(0)
@@ -86,7 +83,7 @@ def command(toy_voc: Path, snapshot: Path, out: Path, pictures: int, num_workers
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_the_real_command_under_every_start_method(toy_voc, snapshot, tmp_path, method):  # noqa: F811
-    arguments = [sys.executable, "-c", UNDER, method, *command(toy_voc, snapshot, tmp_path / "out", 2, 1)]
+    arguments = [sys.executable, ROOT / "tests/start_method.py", method, *command(toy_voc, snapshot, tmp_path / "out", 2, 1)]
     result = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "after CRF" in result.stdout
@@ -112,7 +109,7 @@ def group_is_gone(group: int) -> bool:
 )
 def test_a_stopped_evaluation_leaves_nothing_behind(toy_voc, snapshot, tmp_path, number, to_group, status):  # noqa: F811
     """Whether the signal comes from ``kill`` or, as from a terminal or Slurm, to the whole group of processes."""
-    arguments = [sys.executable, *command(toy_voc, snapshot, tmp_path / "out", 10000, 0 if to_group else 1)]
+    arguments = [sys.executable, *command(toy_voc, snapshot, tmp_path / "out", 10000, 1)]
     options = {"start_new_session": True, "preexec_fn": hear_ctrl_c, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, **options) as process:
         deadline = time.monotonic() + 60
@@ -122,13 +119,13 @@ def test_a_stopped_evaluation_leaves_nothing_behind(toy_voc, snapshot, tmp_path,
             time.sleep(0.05)
         (os.killpg if to_group else os.kill)(process.pid, number)
         try:
-            _, errors = process.communicate(timeout=15)
+            _, errors = process.communicate(timeout=30)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == status
     assert "Traceback" not in errors
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 30
     while not group_is_gone(process.pid):
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -423,21 +423,19 @@ def test_from_the_archives_to_an_optimiser_step(voc, sbd):
     import torch
     from torch.utils.data import DataLoader
 
-    from dataset.transforms import PadCrop, RandomMirror, RandomScale, TrainTransform
+    from dataset.transforms import PadCrop, RandomMirror, RandomScale, TrainTransform, to_input
     from deeplab import deeplabv2, single_scale_loss
 
     torch.manual_seed(0)
     assert run(voc, "--sbd", sbd) == 0
     ids = read_ids(voc / "ImageSets/SegmentationAug/train_aug.txt")
     data = VOCSegmentation(voc, ids, transform=TrainTransform(7, [RandomScale(), RandomMirror(), PadCrop((65, 65))]))
-    images, labels = next(iter(DataLoader(data, batch_size=4)))
-    assert images.shape == (4, 3, 65, 65)
+    images, labels, _ = next(iter(DataLoader(data, batch_size=4)))
+    assert images.shape == (4, 65, 65, 3)
     assert set(labels.unique().tolist()) == {0, 1, 18, 255}
     net = deeplabv2("resnet18", num_classes=21).train()
     before = net.layer5.conv2d_list[0].weight.detach().clone()
-    losses = single_scale_loss(net, images, labels)
-    loss = losses if torch.is_tensor(losses) else sum(losses.values())
-    loss.backward()
+    single_scale_loss(net, to_input(images), labels.long())["loss"].backward()
     torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=1e-3).step()
     assert torch.isfinite(loss)
     assert not torch.equal(net.layer5.conv2d_list[0].weight, before)
