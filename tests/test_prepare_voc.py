@@ -437,6 +437,5 @@ def test_from_the_archives_to_an_optimiser_step(voc, sbd):
     before = net.layer5.conv2d_list[0].weight.detach().clone()
     single_scale_loss(net, to_input(images), labels.long())["loss"].backward()
     torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=1e-3).step()
-    assert torch.isfinite(loss)
     assert not torch.equal(net.layer5.conv2d_list[0].weight, before)
     assert all(torch.isfinite(p).all() for p in net.parameters())
