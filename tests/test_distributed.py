@@ -7,15 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from tests.conftest import ROOT, make_toy_voc
 from tests.test_evaluation import snapshot  # noqa: F401
 from tests.test_training import SCRATCH, SMALL, STEPS, command, log_lines, model, train, train_msc
 from tests.two_ranks import FROZEN, STOPPED
+from utils import distributed
+from utils.command import UserError
 
 
 def torchrun(script: str, *options, processes: int = 2) -> subprocess.CompletedProcess:
@@ -165,6 +170,64 @@ def test_an_indivisible_batch_is_refused(toy_voc, tmp_path):
     result = torchrun("train.py", "--data-dir", toy_voc, "--snapshot-dir", tmp_path, *SMALL, *SCRATCH, "--batch-size", "3")
     assert result.returncode != 0
     assert "--batch-size 3 does not divide into 2 processes" in result.stderr
+
+
+@pytest.fixture
+def four_cards(monkeypatch):
+    """A machine that says it has four CUDA devices; the environment of launchers is empty."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+
+    def launched(**environment: str) -> None:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+
+    return launched
+
+
+@pytest.mark.parametrize(
+    ("environment", "index"),
+    [
+        ({}, 2),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, 1),
+        ({"RANK": "5", "WORLD_SIZE": "8", "SLURM_LOCALID": "3"}, 3),
+        ({"RANK": "5", "WORLD_SIZE": "8"}, 1),  # nobody says which of its machine it is: dealt out
+    ],
+)
+def test_each_process_takes_a_card_of_its_own(environment, index, four_cards):
+    """torchrun's and Slurm's word goes before --gpu, which is for a single process."""
+    four_cards(**environment)
+    assert distributed.select_device("auto", 2) == torch.device("cuda", index)
+    assert distributed.select_device("cuda", 2) == torch.device("cuda", index)
+
+
+def test_one_card_for_several_processes_is_refused(four_cards):
+    assert distributed.select_device("cuda:3", 0) == torch.device("cuda", 3)
+    with pytest.raises(UserError, match="CUDA device 4 was asked for, but this machine has 4"):
+        distributed.select_device("cuda", 4)
+    four_cards(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
+    with pytest.raises(UserError, match="--device cuda:0 would put 2 processes on one card"):
+        distributed.select_device("cuda:0", 0)
+    four_cards(LOCAL_RANK="7")
+    with pytest.raises(UserError, match="CUDA device 7"):
+        distributed.select_device("cuda", 0)
+
+
+def test_buffers_are_not_sent_around(monkeypatch):
+    """Frozen ones never change, and of running statistics only those of process 0 are saved."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")  # a group of one that is told to be two: wrapping asks nobody
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            wrapped = distributed.wrap(nn.BatchNorm2d(3), torch.device("cpu"))
+        assert not wrapped.will_sync_module_buffers()
+    finally:
+        dist.destroy_process_group()
 
 
 def launch(in_a_group, toy_voc, folder, *options: str) -> subprocess.Popen:
