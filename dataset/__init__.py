@@ -1,6 +1,16 @@
 """From an image id to a batch: the VOC data set and its classes, the transforms and the sampler."""
 
-from dataset.classes import IGNORE_LABEL, MEAN_BGR, VOC_CLASSES, one_class_warning, read_class_names, voc_palette
+from dataset.classes import (
+    IGNORE_LABEL,
+    MEAN_BGR,
+    VOC_CLASSES,
+    absent_classes,
+    count_classes,
+    default_names,
+    one_class_warning,
+    read_class_names,
+    voc_palette,
+)
 from dataset.files import DatasetError, read_image
 from dataset.labels import read_label
 from dataset.lists import read_ids, read_list
@@ -22,6 +32,9 @@ __all__ = [
     "StepSampler",
     "TrainTransform",
     "VOCSegmentation",
+    "absent_classes",
+    "count_classes",
+    "default_names",
     "find_list",
     "one_class_warning",
     "read_class_names",

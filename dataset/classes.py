@@ -82,18 +82,48 @@ def read_classes(path: str | Path) -> list[tuple[str, Color | None]]:
     return rows
 
 
-def _dataset_classes(root: str | Path, num_classes: int) -> list[tuple[str, Color | None]] | None:
+def _dataset_classes(root: str | Path, num_classes: int | None = None) -> list[tuple[str, Color | None]] | None:
     """The rows of ``<root>/classes.txt``, or None where there is no such file; DatasetError for another number of them."""
     path = Path(root) / "classes.txt"
     if not path.is_file():
         return None
     rows = read_classes(path)
-    if len(rows) != num_classes:
-        raise DatasetError(
-            f"{path} names {len(rows)} classes; expected {num_classes}: pass --num-classes {len(rows)} to check them or to "
-            f"train on them; a net that was trained on {num_classes} classes cannot be scored on them"
-        )
+    if num_classes not in (None, len(rows)):
+        advice = f"leave --num-classes out to take the {len(rows)}, or mend the file"
+        if rows and _VOID.fullmatch(last := rows[-1][0]):
+            advice = (
+                f"delete its last line, {last}, which is no class; where the masks hold {len(rows) - 1} for void, "
+                f"--ignore-label {len(rows) - 1} says so"
+            )
+        raise DatasetError(f"{path} names {len(rows)} classes; expected {num_classes}: {advice}")
     return rows
+
+
+_VOID = re.compile("void|ignored?|unlabell?ed", re.IGNORECASE)
+
+
+def count_classes(root: str | Path, ignore_label: int = IGNORE_LABEL) -> int | None:
+    """How many classes ``<root>/classes.txt`` names, or None where there is no such file.
+
+    Raises:
+        DatasetError: the file cannot be read, names one class or more than 255, or ends with a line for the void label.
+    """
+    rows = _dataset_classes(root)
+    if rows is None:
+        return None
+    path = Path(root) / "classes.txt"
+    if len(rows) == ignore_label + 1 and _VOID.fullmatch(last := rows[-1][0]):
+        raise DatasetError(
+            f"{path} names {last} as its last class, but --ignore-label {ignore_label} says that it is none: delete that line"
+        )
+    if not 2 <= len(rows) <= IGNORE_LABEL:
+        raise DatasetError(f"{path} names {len(rows)} classes; expected 2 to {IGNORE_LABEL}, the background among them")
+    return len(rows)
+
+
+def default_names(num_classes: int) -> list[str]:
+    """What classes are called that nobody named: VOC's names for 21, else their numbers."""
+    return list(VOC_NAMES) if num_classes == len(VOC_NAMES) else [f"class {i}" for i in range(num_classes)]
 
 
 def read_class_names(root: str | Path, num_classes: int) -> list[str] | None:
@@ -143,3 +173,16 @@ def one_class_warning(present: Iterable[int]) -> str | None:
     if classes == [0] and IGNORE_LABEL in values:
         return "the labels are binary masks 0/255, and 255 means void, so only class 0 is learnt: write 1 for 255"
     return f"nothing but class {classes[0]} occurs in the labels: there is nothing to tell apart"
+
+
+def absent_classes(present: Iterable[int], names: Sequence[str], ignore_label: int = IGNORE_LABEL) -> str:
+    """The classes that labels lack, as ``"3 bird, 4 boat"``; "" where they lack none, or hold one class or none at all.
+
+    Args:
+        present: the values that occur in labels as they are read: class indices, and 255 for void.
+        names: of all classes, in the order of their indices.
+        ignore_label: a class that is declared void is none.
+    """
+    values = set(present)
+    absent = [f"{index} {name}" for index, name in enumerate(names) if index not in values and index != ignore_label]
+    return "" if one_class_warning(values) else ", ".join(absent)

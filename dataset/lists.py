@@ -5,9 +5,10 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from dataset.files import DatasetError, read_text
+from dataset.listing import PICTURE_SUFFIXES
 
 IMAGE_DIR = "JPEGImages"
-_PAIR = re.compile(r"(.+?\.(?:jpe?g|png|bmp|tiff?|webp))(?:\s+(.+))?", re.IGNORECASE)
+_PAIR = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, PICTURE_SUFFIXES))}))(?:\s+(.+))?", re.IGNORECASE)
 
 
 class Entry(NamedTuple):

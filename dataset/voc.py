@@ -1,7 +1,7 @@
 """A data set in the PASCAL VOC layout: pairs of picture and label mask, and where the lists of ids lie."""
 
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from dataset.classes import IGNORE_LABEL, read_class_colors, read_class_names
 from dataset.files import DatasetError, read_image, read_picture
 from dataset.labels import read_label
+from dataset.listing import LABEL_SUFFIXES, PICTURE_SUFFIXES, Listing
 from dataset.lists import IMAGE_DIR, Entry, below, read_ids, read_list
 
 __all__ = [
@@ -32,7 +33,7 @@ VAL_LISTS = ("ImageSets/SegmentationAug/val.txt", "ImageSets/Segmentation/val.tx
 
 
 def find_list(data_dir: str | Path, data_list: str | Path | None, candidates: Iterable[str]) -> Path:
-    """The file of image ids: ``data_list`` as given, else the first of ``candidates`` that ``data_dir`` has.
+    """The file of image ids: ``data_list`` as given or below ``data_dir``, else the first of ``candidates`` that is there.
 
     Raises:
         DatasetError: no such folder, or none of the files.
@@ -41,20 +42,22 @@ def find_list(data_dir: str | Path, data_list: str | Path | None, candidates: It
     if not root.is_dir():
         advice = "get PASCAL VOC with `python scripts/download.py voc2012 sbd` and `python scripts/prepare_voc.py`"
         raise DatasetError(f"the data set folder {root} does not exist; {advice}, or pass --data-dir")
+    paths = [Path(data_list), root / data_list] if data_list else [root / name for name in candidates]
+    if found := next((path for path in paths if path.exists()), None):
+        return found
+    names = list(dict.fromkeys(map(str, paths)))
+    text = f"{' and '.join(names)} {'do' if len(names) > 1 else 'does'} not exist"
     if data_list:
-        return Path(data_list)
-    paths = [root / name for name in candidates]
-    found = next((path for path in paths if path.is_file()), None)
-    if found is None:
-        raise DatasetError(
-            f"no list of image ids: neither {' nor '.join(map(str, paths))} exists; run `python scripts/prepare_voc.py` for "
-            "PASCAL VOC, write one for data of your own, or pass --data-list"
-        )
-    return found
+        raise DatasetError(f"no list of image ids: {text}; pass a file with one id a line")
+    raise DatasetError(
+        f"no list of image ids: {text}; run `python scripts/prepare_voc.py` for PASCAL VOC, write one for data of your own, "
+        "or pass --data-list"
+    )
 
 
 class VOCSegmentation(Dataset):
-    """Pairs of picture and label mask: ``<root>/<image_dir>/<id>.jpg`` and ``<root>/<label_dir>/<id>.png``.
+    """Pairs of picture and label mask: ``<root>/<image_dir>/<id>.jpg`` (or another of PICTURE_SUFFIXES, in any case) and
+    ``<root>/<label_dir>/<id>.png``.
 
     A map-style data set. An entry is asked for by its index, or by ``(index, draw)`` where the transform draws random numbers:
     the draw number seeds them (see :class:`dataset.sampler.StepSampler`).
@@ -63,15 +66,20 @@ class VOCSegmentation(Dataset):
         root: the folder that holds the two folders, for VOC ``VOCdevkit/VOC2012``.
         ids: image ids, or entries of :func:`dataset.lists.read_list`: the files that they name are read, unless another
             ``image_dir`` or ``label_dir`` is given here.
-        image_dir: folder of the pictures (``.jpg``, else ``.png``).
+        image_dir: folder of the pictures.
         label_dir: folder of the masks; None means ``SegmentationClassAug`` and, for ids that it lacks, ``SegmentationClass``.
         num_classes: classes 0..num_classes-1 are allowed in the masks.
         ignore_label: a value that means void, beside 255.
         transform: a function of (image, label, draw); None returns ``(image, label)`` as read.
+        advice: what to do where a file is wrong, for the end of the message.
+
+    Attributes:
+        ids: one an entry of the list, in its order.
+        entries: id -> Entry with its two files below ``root``, where they are or should be.
 
     Raises:
         DatasetError: the root or one of its folders is missing, ``classes.txt`` does not fit, an id stands for two pairs (at
-            once); a file is missing or wrong (when it is read).
+            once); a file is missing (:meth:`check_files`) or wrong (when it is read).
     """
 
     def __init__(
@@ -83,12 +91,14 @@ class VOCSegmentation(Dataset):
         num_classes: int = 21,
         ignore_label: int = IGNORE_LABEL,
         transform: Callable | None = None,
+        advice: str = "",
     ) -> None:
         self.root = Path(root)
         self.image_dir = self.root / image_dir
         self.num_classes = num_classes
         self.ignore_label = ignore_label
         self.transform = transform
+        self.advice = advice
         if not self.root.is_dir():
             raise DatasetError(f"the data set folder {self.root} does not exist; pass --data-dir")
         self.colors = read_class_colors(self.root, num_classes)
@@ -106,42 +116,76 @@ class VOCSegmentation(Dataset):
                 raise DatasetError(f"the list holds the id {entry.id} twice, for other files ({files}); leave one out")
 
         if not self.image_dir.is_dir() and any(entry.image is None for entry in entries):
-            raise DatasetError(f"the data set folder {self.root} holds no {image_dir}/; expected <id>.jpg pictures there")
-        wanted = [self.root / name for name in ([label_dir] if label_dir else LABEL_DIRS)]
-        self.label_dirs = [folder for folder in wanted if folder.is_dir()] or wanted[:1]
+            raise DatasetError(
+                f"the data set folder {self.root} holds no {image_dir}/; expected <id>.jpg pictures there{self._holds()}"
+            )
+        wanted = [label_dir] if label_dir else LABEL_DIRS
+        label_dirs = [name for name in wanted if (self.root / name).is_dir()] or list(wanted[:1])
+        self.label_dirs = [self.root / name for name in label_dirs]
         if not self.label_dirs[0].is_dir() and any(entry.label is None for entry in entries):
-            names = " or ".join(f"{folder.name}/" for folder in wanted)
-            raise DatasetError(f"the data set folder {self.root} holds no {names}; expected <id>.png label masks there")
+            names = " or ".join(f"{name}/" for name in wanted)
+            raise DatasetError(
+                f"the data set folder {self.root} holds no {names}; expected <id>.png label masks there{self._holds()}"
+            )
+        listing = Listing(self.root)
+        self.entries = {
+            id: Entry(id, _picture(listing, entry, image_dir), entry.label or _label(listing, id, label_dirs))
+            for id, entry in self.entries.items()
+        }
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def _holds(self) -> str:
+        """The folders that there are, for messages."""
+        names = sorted(path.name for path in self.root.iterdir() if path.is_dir())
+        return f", but it holds {', '.join(f'{name}/' for name in names)}" if names else ""
+
+    def check_files(self) -> None:
+        """Raise :class:`DatasetError` that names every picture and label that is missing; no file is read."""
+        listing, entries = Listing(self.root), self.entries.values()
+        lost = listing.missing("picture", [entry.image for entry in entries if entry.image], PICTURE_SUFFIXES)
+        lost += listing.missing("label", [entry.label for entry in entries if entry.label], LABEL_SUFFIXES)
+        if lost:
+            raise DatasetError(f"files of the {len(entries)} ids are missing: {'; '.join(lost)}")
+
     def image_path(self, image_id: str) -> Path:
         """Where the picture is, or should be."""
-        named = self.entries[image_id].image
-        paths = [self.root / named] if named else []
-        paths += [self.image_dir / f"{image_id}{suffix}" for suffix in (".jpg", ".png")]
-        return next((path for path in paths if path.exists()), paths[0])
+        return self.root / str(self.entries[image_id].image)
 
     def label_path(self, image_id: str) -> Path:
         """Where the label is, or should be."""
-        if named := self.entries[image_id].label:
-            return self.root / named
-        paths = [folder / f"{image_id}.png" for folder in self.label_dirs]
-        return next((path for path in paths if path.exists()), paths[0])
+        return self.root / str(self.entries[image_id].label)
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The picture (H, W, 3) uint8 BGR and its mask (H, W) uint8, checked to be of one size."""
         image_path, label_path = self.image_path(self.ids[index]), self.label_path(self.ids[index])
-        image, orientation = read_picture(image_path)
-        label = read_label(label_path, self.num_classes, self.ignore_label, self.colors)
-        check_pair(image_path, image.shape[:2], orientation, label_path, label.shape)
+        try:
+            image, orientation = read_picture(image_path)
+            label = read_label(label_path, self.num_classes, self.ignore_label, self.colors)
+            check_pair(image_path, image.shape[:2], orientation, label_path, label.shape)
+        except DatasetError as error:
+            raise DatasetError(f"{error}; {self.advice}") if self.advice else error from None
         return image, label
 
     def __getitem__(self, key: int | tuple[int, int]) -> Any:
         index, draw = key if isinstance(key, tuple) else (key, 0)
         image, label = self.load(index)
         return (image, label) if self.transform is None else self.transform(image, label, draw)
+
+
+def _picture(listing: Listing, entry: Entry, image_dir: str) -> str:
+    """Where an entry's picture is: as the list names it, else by its name in another suffix; or should be."""
+    if entry.image and listing.has(entry.image):
+        return entry.image
+    place = str(PurePosixPath(entry.image).with_suffix("")) if entry.image else f"{image_dir}/{entry.id}"
+    return listing.find(place, PICTURE_SUFFIXES) or entry.image or f"{place}.jpg"
+
+
+def _label(listing: Listing, id: str, label_dirs: Sequence[str]) -> str:
+    """Where an id's label is, or should be."""
+    found = (listing.find(f"{folder}/{id}", LABEL_SUFFIXES) for folder in label_dirs)
+    return next(filter(None, found), None) or f"{label_dirs[0]}/{id}.png"
 
 
 def check_pair(

@@ -3,7 +3,7 @@
 from deeplab.crf import CRFParams, dense_crf
 from deeplab.deeplabv2 import ASPP, ATROUS_RATES, DeepLabV2, deeplabv2
 from deeplab.loss import LOSS_SIZES, multi_scale_loss, resize_labels, single_scale_loss
-from deeplab.multiscale import fuse_max, multiscale_logits, predict
+from deeplab.multiscale import fuse_max, multiscale_logits, predict, predict_classes
 from deeplab.resnet import BACKBONES, BATCH_NORM_MODES, conv_bn, fold_batch_norm, kept_statistics
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "multi_scale_loss",
     "multiscale_logits",
     "predict",
+    "predict_classes",
     "resize_labels",
     "single_scale_loss",
 ]

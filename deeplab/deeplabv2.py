@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from deeplab.multiscale import check_input
 from deeplab.resnet import DilatedResNet
 
 ATROUS_RATES = (6, 12, 18, 24)  # ASPP-L of the paper
@@ -77,6 +78,7 @@ class DeepLabV2(DilatedResNet):
         }
 
     def forward(self, images: Tensor) -> Tensor:
+        check_input(images)
         return self.layer5(self.features(images))
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -100,6 +100,16 @@ def _sample(logits: Tensor, side: int, scaled: int, dim: int) -> Tensor:
     return logits.index_select(dim, low) * (1 - weight) + logits.index_select(dim, high) * weight
 
 
+def check_input(images: object) -> None:
+    """Raise :class:`TypeError` for what is no net input, such as a picture as it was read."""
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        kind = f"{type(images).__name__} of {getattr(images, 'dtype', 'no numbers')}"
+        raise TypeError(
+            f"the net was given a {kind}; expected a float tensor (N, 3, H, W) of mean-subtracted BGR, which "
+            "dataset.to_input(image) makes of a picture that dataset.read_image(path) read"
+        )
+
+
 def predict_grid(
     net: Callable[[Tensor], Tensor], images: Tensor, scales: Sequence[float] = (1.0,), mirror: bool = False
 ) -> Tensor:
@@ -118,6 +128,7 @@ def predict_grid(
         (N, C, k_h + 1, k_w + 1): logit (i, j) lies at pixel (8i, 8j). :func:`enlarge` and :func:`enlarge_to_classes` go on to
         the picture's size.
     """
+    check_input(images)
     images = _pad(images, canvas_size(images.shape[-2:]))
     height, width = images.shape[-2:]
     grids = []
@@ -196,10 +207,10 @@ def predict_classes(
     Returns:
         (N, H, W), or (H, W) for a single picture; uint8, 255 all over a picture whose logits are not finite.
     """
-    images = image if image.dim() == 4 else image[None]
+    images = image if image.ndim == 4 else image[None]
     grids = predict_grid(net, images, scales, mirror).float()
     classes = torch.stack([enlarge_to_classes(logits, images.shape[-2:]) for logits in grids])
-    return classes if image.dim() == 4 else classes[0]
+    return classes if image.ndim == 4 else classes[0]
 
 
 def predict(net: Callable[[Tensor], Tensor], image: Tensor, scales: Sequence[float] = (1.0,), mirror: bool = False) -> Tensor:
@@ -211,6 +222,6 @@ def predict(net: Callable[[Tensor], Tensor], image: Tensor, scales: Sequence[flo
     Returns:
         (N, C, H, W), or (C, H, W) for a single picture; float32.
     """
-    images = image if image.dim() == 4 else image[None]
+    images = image if image.ndim == 4 else image[None]
     logits = enlarge(predict_grid(net, images, scales, mirror).float(), images.shape[-2:])
-    return logits if image.dim() == 4 else logits[0]
+    return logits if image.ndim == 4 else logits[0]

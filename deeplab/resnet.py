@@ -183,7 +183,10 @@ class DilatedResNet(nn.Module):
     ) -> None:
         super().__init__()
         if backbone not in BACKBONES:
-            raise ValueError(f"backbone {backbone!r} is unknown; choose one of {', '.join(BACKBONES)}")
+            raise ValueError(
+                f"backbone {backbone!r} is unknown; choose one of {', '.join(BACKBONES)}"
+                "; a weights file is opened by deeplab.load_net(path)"
+            )
         if batch_norm not in BATCH_NORM_MODES:
             raise ValueError(f"batch_norm {batch_norm!r} is unknown; choose one of {', '.join(BATCH_NORM_MODES)}")
         block, depths = BACKBONES[backbone]

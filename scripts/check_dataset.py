@@ -1,13 +1,16 @@
 """Read every picture and label mask of a list, as training does, and say in one table what is wrong with them.
 
-    python scripts/check_dataset.py --data-dir data/mine --data-list data/mine/train.txt --num-classes 5
+    python scripts/check_dataset.py --data-dir data/mine
+    python scripts/check_dataset.py --data-dir data/mine --data-list train.txt val.txt --num-classes 5
 
+Of several lists, the ids that are on two of them are named, and the classes that one of them lacks.
 Ends with status 0 where all is well, 1 where something is wrong, 2 where the check could not be made.
 """
 
 import argparse
 import sys
 from collections import Counter, defaultdict
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +18,22 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset import TRAIN_LISTS, VOC_CLASSES, VOCSegmentation, read_class_names
+from dataset import (
+    TRAIN_LISTS,
+    VOC_CLASSES,
+    VOCSegmentation,
+    count_classes,
+    default_names,
+    find_list,
+    read_class_names,
+    read_list,
+)
 from dataset.classes import IGNORE_LABEL, Color
 from scripts.data.causes import few, likely_causes
-from scripts.data.inspection import Inspection, inspect
+from scripts.data.inspection import MOST, Inspection, inspect
 from scripts.data.parallel import parallel_map
 from utils.command import class_count, default_processes, label_value, not_negative, run_command
 from utils.files import save_json
-from utils.loader import open_dataset
 from utils.options import DATA_DIR
 
 KINDS = (
@@ -56,13 +67,34 @@ def differing_palettes(entries: list[Inspection]) -> list[str]:
     ]
 
 
-def summarize(entries: list[Inspection], data: VOCSegmentation) -> dict:
+def compare_lists(lists: dict[str, list[str]], entries: list[Inspection], classes: list[int]) -> dict:
+    """What several lists have in common, and which classes one of them lacks.
+
+    Args:
+        lists: name -> ids.
+    """
+    counts = {entry.image_id: entry.counts for entry in entries if entry.counts is not None}
+    absent = {}
+    for name, ids in lists.items():
+        present = sum((counts[image_id] > 0 for image_id in ids if image_id in counts), start=np.zeros(256, dtype=bool))
+        absent[name] = [c for c in classes if not present[c]]
+    shared = [
+        {"lists": [one, other], "ids": both}
+        for one, other in combinations(lists, 2)
+        if (both := sorted(set(lists[one]) & set(lists[other])))
+    ]
+    return {"absent": absent, "shared": shared}
+
+
+def summarize(entries: list[Inspection], data: VOCSegmentation, lists: dict[str, list[str]]) -> dict:
     """All that is found, as JSON can hold it."""
     examples: dict[str, list[str]] = {kind: [] for kind in KINDS}
     for entry in sorted(entries, key=lambda entry: entry.image_id):
         for kind, found in entry.problems:
             examples[kind].append(found)
-    examples["duplicate id"] = [f"{image_id} ({n} times)" for image_id, n in sorted(Counter(data.ids).items()) if n > 1]
+    examples["duplicate id"] = [
+        f"{image_id} ({n} times)" for ids in lists.values() for image_id, n in sorted(Counter(ids).items()) if n > 1
+    ]
     examples["palettes differ"] = differing_palettes(entries)
     labels = [entry.counts for entry in entries if entry.counts is not None]
     with_wrong = [entry.counts for entry in entries if entry.counts is not None and "wrong values" in dict(entry.problems)]
@@ -74,6 +106,11 @@ def summarize(entries: list[Inspection], data: VOCSegmentation) -> dict:
     known = int(counts[is_class].sum())
 
     colours = Counter(entry.colours for entry in entries)
+    drawn: Counter[Color] = Counter()
+    drawn_in: Counter[Color] = Counter()
+    for entry in entries:
+        drawn.update(entry.drawn)
+        drawn_in.update(entry.drawn.keys())
     causes = likely_causes(counts, sum(with_wrong, start=none), colours, data.num_classes, data.ignore_label)
     if examples["palettes differ"]:
         causes.append(
@@ -106,6 +143,8 @@ def summarize(entries: list[Inspection], data: VOCSegmentation) -> dict:
         "void": {"pixels": int(counts[void].sum()), "share": int(counts[void].sum()) / max(int(counts.sum()), 1)},
         "only_void": sum(int(c[void].sum() == c.sum()) for c in labels),
         "absent": absent,
+        "colours": [{"colour": color, "pixels": n, "labels": drawn_in[color]} for color, n in drawn.most_common()],
+        "lists": compare_lists(lists, entries, is_class) if len(lists) > 1 else None,
     }
 
 
@@ -128,6 +167,16 @@ def print_table(report: dict, names: list[str] | None) -> None:
     if report["only_void"]:
         print(f"labels with nothing but void: {report['only_void']}")
     print(f"classes that never occur: {few(report['absent']) or 'none'}\n")
+    if report["colours"]:
+        print(f"{'colours of the colour labels':<28}{'pixels':>12}{'labels':>8}")
+        for row in report["colours"][:MOST]:
+            print(f"{' '.join(map(str, row['colour'])):<28}{row['pixels']:>12}{row['labels']:>8}")
+        print(f"and {len(report['colours']) - MOST} more\n" if len(report["colours"]) > MOST else "")
+    if report["lists"]:
+        for shared in report["lists"]["shared"]:
+            print(f"warning: {len(shared['ids'])} ids are on both {' and '.join(shared['lists'])}: {few(shared['ids'])}")
+        for name, absent in report["lists"]["absent"].items():
+            print(f"classes that never occur in {name}: {', '.join(map(str, absent)) or 'none'}")
     for cause in report["likely_causes"]:
         print(f"likely cause: {cause}")
     print(f"{'WRONG' if report['wrong'] else 'OK'}: {report['good']} good pairs, {report['ids']} lines in the list")
@@ -137,9 +186,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", default=DATA_DIR, help="folder in the VOC layout (%(default)s)")
     parser.add_argument(
-        "--data-list", help="file of ids (ImageSets/SegmentationAug/train_aug.txt in --data-dir, else Segmentation/train.txt)"
+        "--data-list",
+        nargs="+",
+        help="files of ids, also looked for in --data-dir (ImageSets/SegmentationAug/train_aug.txt there, else "
+        "ImageSets/Segmentation/train.txt)",
     )
-    parser.add_argument("--num-classes", type=class_count, default=21, help="classes with the background (%(default)s)")
+    parser.add_argument(
+        "--num-classes", type=class_count, help="classes with the background (as many as classes.txt has lines, else 21)"
+    )
     parser.add_argument("--ignore-label", type=label_value, default=IGNORE_LABEL, help="a label that means void, beside 255")
     parser.add_argument("--image-dir", default="JPEGImages", help="folder of the pictures in --data-dir (%(default)s)")
     parser.add_argument("--label-dir", help="folder of the masks (SegmentationClassAug, else SegmentationClass)")
@@ -152,19 +206,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    data, data_list = open_dataset(args, TRAIN_LISTS, args.num_classes)
-    names = read_class_names(args.data_dir, args.num_classes)
-    if names is None and args.num_classes == len(VOC_CLASSES):
-        names = [row.name for row in VOC_CLASSES]
-    print(f"{data_list}: {len(data)} ids, {args.num_classes} classes")
+    lists = [find_list(args.data_dir, name, TRAIN_LISTS) for name in args.data_list or [None]]
+    num_classes = args.num_classes or count_classes(args.data_dir, args.ignore_label) or len(VOC_CLASSES)
+    entries = {str(path): read_list(path, args.image_dir) for path in lists}
+    union = [entry for found in entries.values() for entry in found]
+    data = VOCSegmentation(args.data_dir, union, args.image_dir, args.label_dir, num_classes, args.ignore_label)
+    names = read_class_names(args.data_dir, num_classes) or (default_names(num_classes) if num_classes == 21 else None)
+    print(f"{', '.join(entries)}: {len(data)} ids, {num_classes} classes")
 
-    options = (args.num_classes, args.ignore_label, data.colors)
+    options = (num_classes, args.ignore_label, data.colors)
     tasks = [(i, data.image_path(i), data.label_path(i), *options) for i in data.entries]
-    entries = list(tqdm(parallel_map(inspect, tasks, args.workers), "read", len(tasks), unit="pair", disable=None))
-    report = summarize(entries, data)
+    found = list(tqdm(parallel_map(inspect, tasks, args.workers), "read", len(tasks), unit="pair", disable=None))
+    report = summarize(found, data, {path: [entry.id for entry in ids] for path, ids in entries.items()})
     print_table(report, names)
     if args.json:
-        save_json(args.json, {"data_dir": str(data.root), "data_list": str(data_list), "names": names, **report})
+        save_json(args.json, {"data_dir": str(data.root), "data_list": list(entries), "names": names, **report})
     return 1 if report["wrong"] else 0
 
 

@@ -3,13 +3,20 @@
     python scripts/convert_weights.py train_iter_20000.caffemodel weights/caffe.pth
     python scripts/convert_weights.py snapshots/VOC12_scenes_20000.pth out.pth --to kazuto
 
-``--to`` takes:
+``--to`` takes, for any net:
 
     snapshot           {"model", "meta"}: what train.py writes and every command here reads without flags (the default)
+    safetensors        the canonical names, with the snapshot's meta in the header (the default where OUT is a .safetensors)
+
+for resnet50, 101 and 152 with the stride in the 1x1 convolutions, as all but torchvision's have it, and a head of rates
+6,12,18,24:
+
     published          a bare state_dict with the published names, for any DeepLab-ResNet code
     kazuto             the names of kazuto1011/deeplab-pytorch
+
+and for resnet18 and 34, and for larger ones with the stride in the 3x3 convolutions, as torchvision's have it:
+
     torchvision-trunk  the trunk for RGB input, for torchvision's resnet without its fc
-    safetensors        the canonical names, with the snapshot's meta in the header
 
 ``--trunk`` overrides what a bare ResNet under torchvision's names is taken for; by default its numbers tell.
 """
@@ -31,12 +38,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="IN", type=Path, help="the weights file to read; its scheme is recognised")
     parser.add_argument("target", metavar="OUT", type=Path, help="the file to write")
-    parser.add_argument("--to", choices=SCHEMES, default="snapshot", help="the scheme of OUT (default: snapshot)")
+    parser.add_argument("--to", choices=SCHEMES, help="the scheme of OUT (default: what its suffix says)")
     parser.add_argument(
         "--trunk", choices=TRUNKS, default="auto", help="what a bare ResNet is taken for (default: what its first layer tells)"
     )
     parser.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.to = args.to or ("safetensors" if args.target.suffix == ".safetensors" else "snapshot")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     from tqdm import tqdm
 
-    from dataset import read_image
+    from dataset import DatasetError, read_image
     from deeplab.crf import find_densecrf
     from deeplab.multiscale import canvas_size, enlarge_to_classes
     from utils import distributed
@@ -105,9 +105,14 @@ def main(argv: list[str] | None = None) -> int:
         distributed.check_compiler(device)
         compile_for_prediction(net, device)
     print(*lines, *left_out, sep="\n")
+    broken = []
     with torch.inference_mode():
-        for path in tqdm(pictures, unit="image"):
-            image = read_image(path)
+        for path in tqdm(pictures, unit="image", disable=None):
+            try:
+                image = read_image(path)
+            except DatasetError as error:
+                broken.append(str(error))
+                continue
             size = image.shape[:2]
             logits = predict_batch(net, [image], canvas_size(size), device, args.scales, args.mirror, args.amp)[0]
             prediction = checked(str(path), enlarge_to_classes(logits, size))
@@ -116,8 +121,10 @@ def main(argv: list[str] | None = None) -> int:
             save_indexed_png(args.save_dir / f"{path.stem}.png", prediction)
             if args.panels:
                 save_panel(args.save_dir / f"{path.stem}_panel.png", image[:, :, ::-1], None, prediction)
-    print(f"{len(pictures)} masks in {args.save_dir}/")
-    return 0
+    print(f"{len(pictures) - len(broken)} masks in {args.save_dir}/")
+    if broken:
+        print(f"{len(broken)} of {len(pictures)} pictures were left out:", *broken, sep="\n", file=sys.stderr)
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":

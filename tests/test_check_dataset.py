@@ -97,7 +97,7 @@ def test_every_fault_is_counted_and_named(tmp_path, capsys):
     assert found["ids"] == 10
     for part in (
         "high.png holds the values 3, 9; expected class indices 0..2 and 255 for void",
-        "colour: mode RGB, 3 colours (0, 0, 0), (0, 128, 0), (128, 0, 0)",
+        "colour: mode RGB, 3 colours (0, 0, 0), (0, 128, 0), (128, 0, 0)",  # two pixels each
         "turned.png is 3x2 pixels, its picture 2x3; both must be of one size: the sides are swapped",
         "good (2 times)",
         "Pillow mode I",
@@ -110,14 +110,14 @@ def test_every_fault_is_counted_and_named(tmp_path, capsys):
 def test_examples_are_bounded(tmp_path, capsys):
     for k in range(9):
         put(tmp_path, f"id{k}", [[0, 1]])
-        (tmp_path / f"JPEGImages/id{k}.jpg").rename(tmp_path / f"JPEGImages/id{k}.jpeg")
+        (tmp_path / f"JPEGImages/id{k}.jpg").rename(tmp_path / f"JPEGImages/id{k}.gif")
     status, text = check(tmp_path, capsys, "--num-classes", 2)
     assert status == 1
     assert line(text, "missing picture")[-1] == "9"
     assert text.count("/JPEGImages/id") == 5 + 1  # five examples and the likely cause
     assert "and 4 more" in text
     assert "no id of the list has its picture" in text
-    assert ".jpeg" in text
+    assert ".gif" in text
 
 
 def test_grey_levels_as_opencv_writes_them(tmp_path, capsys):
@@ -315,7 +315,7 @@ def test_misuse(tmp_path, capsys):
     with pytest.raises(DatasetError, match="does not exist"):
         check(tmp_path / "nowhere", capsys)
     put(tmp_path, "a", [[0, 1]])
-    with pytest.raises(DatasetError, match=r"missing\.txt does not exist"):
+    with pytest.raises(DatasetError, match=r"missing\.txt does not exist; pass a file"):
         check(tmp_path, capsys, "--data-list", tmp_path / "missing.txt")
     with pytest.raises(DatasetError, match="holds no Pictures/"):
         check(tmp_path, capsys, "--image-dir", "Pictures")
@@ -324,8 +324,46 @@ def test_misuse(tmp_path, capsys):
             check(tmp_path, capsys, "--num-classes", number)
         assert end.value.code == 2
     (tmp_path / "classes.txt").write_text("sky\nroad\nsea\n")
-    with pytest.raises(DatasetError, match="pass --num-classes 3"):
+    with pytest.raises(DatasetError, match="leave --num-classes out to take the 3"):
         check(tmp_path, capsys, "--num-classes", 2)
+    assert "1 ids, 3 classes" in check(tmp_path, capsys)[1]
+
+
+def test_several_lists(tmp_path, capsys):
+    for name, label in (("a", [[0, 1]]), ("b", [[1, 2]]), ("c", [[0, 3]]), ("d", [[0, 0]])):
+        put(tmp_path, name, label)
+    folder = tmp_path / "ImageSets/Segmentation"
+    (folder / "train.txt").write_text("a\nb\nb\n")
+    (folder / "val.txt").write_text("b\nc\n")
+    (tmp_path / "classes.txt").write_text("w\nx\ny\nz\n")
+    names = ["ImageSets/Segmentation/train.txt", "ImageSets/Segmentation/val.txt"]
+    report = tmp_path / "report.json"
+    status, text = check(tmp_path, capsys, "--data-list", *names, "--json", report)
+    assert status == 1  # for the id that is twice on one list
+    assert f"{folder / 'train.txt'}, {folder / 'val.txt'}: 5 ids, 4 classes" in text
+    assert "b (2 times)" in text
+    assert f"warning: 1 ids are on both {folder / 'train.txt'} and {folder / 'val.txt'}: b" in text
+    assert f"classes that never occur in {folder / 'train.txt'}: 3\n" in text
+    assert f"classes that never occur in {folder / 'val.txt'}: none\n" in text
+    assert "classes that never occur: none" in text
+    found = json.loads(report.read_text())
+    assert [row["pixels"] for row in found["classes"]] == [2, 2, 1, 1]  # each pair counts once
+    (folder / "train.txt").write_text("a\nd\n")
+    status, text = check(tmp_path, capsys, "--data-list", *names)
+    assert (status, "warning" in text) == (0, False)
+    assert f"classes that never occur in {folder / 'train.txt'}: 2, 3\n" in text
+
+
+def test_every_colour_of_colour_masks_is_listed(tmp_path, capsys):
+    colors = np.array([[k, 2 * k, 3 * k] for k in range(40)], dtype=np.uint8)
+    put(tmp_path, "a", colors[np.repeat(np.arange(40), np.arange(1, 41))].reshape(20, 41, 3))  # colour k on k + 1 pixels
+    put(tmp_path, "b", colors[np.full((1, 1000), 7)])
+    status, text = check(tmp_path, capsys)
+    assert status == 1
+    rows = text.splitlines()
+    first = next(k for k, row in enumerate(rows) if row.startswith("colours of the colour labels"))
+    found = {tuple(map(int, row.split()[:3])): tuple(map(int, row.split()[3:])) for row in rows[first + 1 : first + 41]}
+    assert found == {(k, 2 * k, 3 * k): (k + 1 + 1000 * (k == 7), 1 + (k == 7)) for k in range(40)}
 
 
 def test_command_line(tmp_path):
@@ -338,5 +376,5 @@ def test_command_line(tmp_path):
     assert line(done.stdout, "1") == ["1", "road", "55.556%", "2"]
     done = subprocess.run([*words, "--data-list", "nowhere.txt"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert "nowhere.txt does not exist" in done.stderr
+    assert "nowhere.txt do not exist" in done.stderr
     assert "Traceback" not in done.stderr

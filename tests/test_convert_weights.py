@@ -171,13 +171,14 @@ def test_targets_that_are_refused(tmp_path):
     for target, match in (
         (tmp_path, "is a folder"),
         (tmp_path / "no" / "x.pth", "does not exist; make it first"),
-        (tmp_path / "x.safetensors", "--to snapshot writes .pth files"),
         (tmp_path / "x.caffemodel", "--to snapshot writes .pth files"),
     ):
         with pytest.raises(UserError, match=match):
             convert(path, target)
     with pytest.raises(UserError, match=r"--to safetensors writes \.safetensors files"):
         convert(path, tmp_path / "x.pth", "--to", "safetensors")
+    with pytest.raises(UserError, match=r"--to snapshot writes \.pth files"):
+        convert(path, tmp_path / "x.safetensors", "--to", "snapshot")
     convert(path, other, "--force")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other.pth", "ours.pth", "sub"]
     assert load_weights(other).config["num_classes"] == 3
@@ -194,7 +195,7 @@ def test_command_line(tmp_path):
     def run(*args):
         return subprocess.run([sys.executable, SCRIPT, *args], capture_output=True, text=True, cwd=tmp_path)
 
-    done = run(path, "out.safetensors", "--to", "safetensors")
+    done = run(path, "out.safetensors")  # the suffix says which scheme
     assert done.returncode == 0, done.stderr
     assert "DeepLab-v2 snapshot: 128 tensors; backbone resnet18, num_classes 3" in done.stdout
     assert "do not score it on VOC val: it saw val" in done.stdout

@@ -92,14 +92,23 @@ def test_lists_that_cannot_be_read(tmp_path, text, encoding, message):
         read_ids(tmp_path / "nowhere")
 
 
-def test_find_list(tmp_path):
+def test_find_list(tmp_path, monkeypatch):
     (tmp_path / "b.txt").write_text("x")
     assert find_list(tmp_path, None, ["a.txt", "b.txt"]) == tmp_path / "b.txt"
-    assert find_list(tmp_path, "c.txt", ["a.txt"]).name == "c.txt"
-    with pytest.raises(DatasetError, match=r"neither .*a\.txt nor .*c\.txt exists; .*--data-list"):
+    with pytest.raises(DatasetError, match=r"a\.txt and .*c\.txt do not exist; .*--data-list"):
         find_list(tmp_path, None, ["a.txt", "c.txt"])
     with pytest.raises(DatasetError, match=r"nowhere does not exist; .*--data-dir"):
         find_list(tmp_path / "nowhere", None, ["a.txt"])
+    # a list that is named is looked for where it says, then below the data set's folder
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert find_list(tmp_path, "b.txt", ["a.txt"]) == tmp_path / "b.txt"
+    (tmp_path / "here/b.txt").write_text("y")
+    assert find_list(tmp_path, "b.txt", ["a.txt"]).read_text() == "y"
+    with pytest.raises(DatasetError, match=r": d\.txt and .*d\.txt do not exist; pass a file with one id a line"):
+        find_list(tmp_path, "d.txt", ["b.txt"])
+    with pytest.raises(DatasetError, match=r": \S*d\.txt does not exist"):
+        find_list(tmp_path, str(tmp_path / "d.txt"), ["b.txt"])
 
 
 # ---- from entries to files
@@ -165,3 +174,67 @@ def test_a_missing_label_is_reported_where_labels_are(toy_voc):
     (toy_voc / "SegmentationClass/toy_0.png").unlink()
     with pytest.raises(DatasetError, match=r"SegmentationClass/toy_0\.png does not exist"):
         label_of(toy_voc, "toy_0")
+
+
+# ---- which files there are
+
+
+@pytest.mark.parametrize("suffix", [".JPG", ".jpeg", ".Jpeg", ".png", ".PNG", ".bmp", ".tif", ".TIFF", ".webp"])
+def test_pictures_of_every_suffix_are_found(toy_voc, suffix):
+    (toy_voc / "JPEGImages/toy_1.jpg").unlink()
+    pixels = np.arange(33 * 47 * 3, dtype=np.uint32).reshape(33, 47, 3).astype(np.uint8)
+    Image.fromarray(pixels).save(toy_voc / f"JPEGImages/toy_1{suffix}")
+    for line in ("toy_1", "JPEGImages/toy_1.jpg SegmentationClassAug/toy_1.png"):
+        data = VOCSegmentation(toy_voc, read_list(listing(toy_voc, line)), num_classes=TOY_CLASSES)
+        data.check_files()
+        assert data.image_path(data.ids[0]).name == f"toy_1{suffix}"
+        assert abs(data[0][0][..., ::-1].astype(int) - pixels).mean() < (50 if "j" in suffix.lower() or "w" in suffix else 1)
+
+
+def test_which_of_several_pictures(toy_voc):
+    """The first suffix of the list, small letters before large ones; an id may hold dots and folders."""
+    for name in ("a.png", "a.JPG", "a.bmp", "b.PNG", "b.tif", "c.0001.jpeg", "d.jpg", "d.JPG", "x/a.webp"):
+        path = toy_voc / "JPEGImages" / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    for name in ("a.PNG", "c.0001.png"):
+        (toy_voc / "SegmentationClassAug" / name).touch()
+    data = VOCSegmentation(toy_voc, ["a", "b", "c.0001", "d", "x/a"], num_classes=TOY_CLASSES)
+    names = [str(data.image_path(id).relative_to(toy_voc / "JPEGImages")) for id in data.ids]
+    assert names == ["a.JPG", "b.PNG", "c.0001.jpeg", "d.jpg", "x/a.webp"]
+    assert data.label_path("a").name == "a.PNG"
+    assert data.label_path("c.0001").name == "c.0001.png"
+    assert data.label_path("b").name == "b.png"  # where it should be
+
+
+def test_names_with_umlauts_as_macos_writes_them(toy_voc):
+    (toy_voc / "JPEGImages/toy_0.jpg").rename(toy_voc / "JPEGImages/Ku\u0308he.jpg")
+    (toy_voc / "SegmentationClassAug/toy_0.png").rename(toy_voc / "SegmentationClassAug/Ku\u0308he.png")
+    data = VOCSegmentation(toy_voc, ["K\u00fche"], num_classes=TOY_CLASSES)
+    data.check_files()
+    assert data[0][1].shape == (40, 55)
+
+
+def missing(root, lines):
+    data = VOCSegmentation(root, read_list(listing(root, "\n".join(lines))), num_classes=TOY_CLASSES)
+    with pytest.raises(DatasetError) as error:
+        data.check_files()
+    return str(error.value)
+
+
+def test_all_that_is_missing_is_named_with_the_folders_that_exist(toy_voc):
+    ids = [f"toy_{i}" for i in range(6)]
+    VOCSegmentation(toy_voc, ids, num_classes=TOY_CLASSES).check_files()
+    for name in ("JPEGImages/toy_1.jpg", "JPEGImages/toy_4.jpg", "SegmentationClassAug/toy_4.png"):
+        (toy_voc / name).unlink()
+    (toy_voc / "SegmentationClassAug/toy_2.png").rename(toy_voc / "SegmentationClassAug/toy_2.gif")
+    pictures, labels = toy_voc / "JPEGImages", toy_voc / "SegmentationClassAug"
+    assert missing(toy_voc, ids) == (
+        f"files of the 6 ids are missing: no picture for toy_1, toy_4 in {pictures}, which has files such as "
+        f"{next(iter(pictures.iterdir())).name}; no label for toy_2, toy_4 in {labels}, which has toy_2.gif: expected .png"
+    )
+    text = missing(toy_voc, ["city/a", "JPEGImages/toy_0.jpg Masks/toy_0.png"])
+    assert f"no picture for a: the folder {pictures / 'city'} does not exist" in text
+    assert f"no label for toy_0: the folder {toy_voc / 'Masks'} does not exist" in text
+    many = missing(toy_voc, [f"id{i}" for i in range(130)])
+    assert "id99 and 30 more in" in many

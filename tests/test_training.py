@@ -52,7 +52,7 @@ def log_lines(folder: Path) -> list[dict]:
 
 def test_accumulated_batches_equal_one_batch(toy_voc, tmp_path):
     """The rate changes at step boundaries only, and the first step is as long as the others."""
-    common = ["--restore-from", "none", "--learning-rate", "1e-4", "--num-steps", "3"]
+    common = ["--restore-from", "none", "--batch-norm", "frozen", "--learning-rate", "1e-4", "--num-steps", "3"]
     train(toy_voc, tmp_path / "one", *common, "--batch-size", "4")
     train(toy_voc, tmp_path / "accumulated", *common, "--batch-size", "1", "--iter-size", "4")
     one, accumulated = (log_lines(tmp_path / name) for name in ("one", "accumulated"))
@@ -186,7 +186,7 @@ def test_the_command_line(script, toy_voc, tmp_path):
 
 MISTAKES = {
     "no data": (["--data-dir", "nowhere"], r"nowhere does not exist; get PASCAL VOC with `python scripts/download.py"),
-    "no list": (["--data-list", "nothing.txt"], "nothing.txt does not exist; check its name"),
+    "no list": (["--data-list", "nothing.txt"], "nothing.txt do not exist; pass a file with one id a line"),
     "no weights": (
         ["--restore-from", "weights/MS_DeepLab_resnet_pretrained_COCO_init.pth"],
         "`python scripts/download.py list`",

@@ -10,6 +10,9 @@ from PIL import Image
 from dataset import (
     DatasetError,
     VOCSegmentation,
+    absent_classes,
+    count_classes,
+    default_names,
     one_class_warning,
     read_class_names,
     read_ids,
@@ -17,7 +20,7 @@ from dataset import (
     voc_palette,
 )
 from tests.conftest import TOY_CLASSES, TOY_SIZES, save_palette_png
-from utils.loader import make_loader
+from utils.loader import make_loader, running
 
 
 def write_label(path, array, mode=None):
@@ -66,8 +69,11 @@ def test_bad_labels_are_one_sentence_that_names_the_file(toy_voc, kind, workers)
     break_it, message = BAD_LABELS[kind]
     break_it(path)
     data = VOCSegmentation(toy_voc, ["toy_0"], num_classes=TOY_CLASSES)
-    with pytest.raises(DatasetError, match=message) as error:
-        list(make_loader(data, [[0]], workers, torch.device("cpu")))
+    with (
+        pytest.raises(DatasetError, match=message) as error,
+        running(make_loader(data, [[0]], workers, torch.device("cpu"))) as it,
+    ):
+        list(it)
     assert str(path) in str(error.value)
     assert str(error.value).startswith("the label")
     assert "\n" not in str(error.value)
@@ -122,14 +128,56 @@ def test_class_names(tmp_path):
     assert read_class_names(tmp_path, 2) is None
     (tmp_path / "classes.txt").write_text("sky\nroad\n")
     assert read_class_names(tmp_path, 2) == ["sky", "road"]
-    with pytest.raises(DatasetError, match="names 2 classes; expected 3"):
+    with pytest.raises(DatasetError, match="names 2 classes; expected 3: leave --num-classes out to take the 2, or mend"):
         read_class_names(tmp_path, 3)
+
+
+def test_how_many_classes(tmp_path):
+    assert count_classes(tmp_path) is None
+    path = tmp_path / "classes.txt"
+    for text, count in (("sky\nroad\n", 2), ("sky\nroad\nvoid\n", 3), ("void\na\nb", 3), ("a 1 2 3\nb 4 5 6\n", 2)):
+        path.write_text(text)
+        assert count_classes(tmp_path) == count
+    for text in ("only\n", "\n", "\n".join(f"c{i}" for i in range(256))):
+        path.write_text(text)
+        with pytest.raises(DatasetError, match=r"names \d+ classes; expected 2 to 255"):
+            count_classes(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["void", "Ignore", "unlabelled", "unlabeled"])
+def test_a_last_line_for_void_is_no_class(tmp_path, name):
+    (tmp_path / "classes.txt").write_text(f"sky\nroad\n{name}\n")
+    with pytest.raises(DatasetError, match=f"names {name} as its last class, but --ignore-label 2 says .*: delete that line"):
+        count_classes(tmp_path, 2)
+    with pytest.raises(DatasetError, match=f"expected 2: delete its last line, {name}, .* hold 2 for void, --ignore-label 2"):
+        read_class_names(tmp_path, 2)
+    assert count_classes(tmp_path, 0) == 3  # another one is void
+
+
+@pytest.mark.parametrize(
+    ("present", "ignore_label", "text"),
+    [
+        ([0, 1, 2, 255], 255, ""),
+        ([0, 2], 255, "1 red"),
+        ([1, 2, 255], 0, ""),  # void is no class
+        ([0, 1], 255, "2 blue"),
+        ([1], 255, ""),  # one class alone has a sentence of its own
+        ([255], 255, ""),
+    ],
+)
+def test_classes_that_labels_lack(present, ignore_label, text):
+    assert absent_classes(present, ["ground", "red", "blue"], ignore_label) == text
+
+
+def test_names_where_nobody_gave_them():
+    assert default_names(2) == ["class 0", "class 1"]
+    assert default_names(21)[::20] == ["background", "tvmonitor"]
 
 
 def test_a_data_set_knows_whether_its_classes_fit(toy_voc):
     (toy_voc / "classes.txt").write_text("ground\nred\ngreen\nblue\n")
     assert VOCSegmentation(toy_voc, ["toy_0"], num_classes=4)[0][1].shape == TOY_SIZES[0]
-    with pytest.raises(DatasetError, match=r"names 4 classes; expected 21.* a net that was trained on 21 classes cannot"):
+    with pytest.raises(DatasetError, match=r"names 4 classes; expected 21: leave --num-classes out to take the 4"):
         VOCSegmentation(toy_voc, ["toy_0"], num_classes=21)
 
 

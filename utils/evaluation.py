@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +10,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dataset import VAL_LISTS, VOC_CLASSES, VOCSegmentation, read_class_names, to_input
-from dataset.classes import one_class_warning, read_classes
+from dataset import (
+    IGNORE_LABEL,
+    VAL_LISTS,
+    VOCSegmentation,
+    absent_classes,
+    default_names,
+    one_class_warning,
+    read_class_names,
+    to_input,
+)
+from dataset.classes import read_classes
 from dataset.voc import LABEL_DIRS
 from deeplab import DeepLabV2, fold_batch_norm
 from deeplab.multiscale import NO_CLASS, enlarge_to_classes, predict_grid
@@ -37,11 +46,13 @@ class NotFinite(UserError):
 def run(args: Namespace) -> int:
     """Evaluate as ``args`` say (see :func:`utils.options.evaluation_parser`), print the scores and save what was asked for."""
     # The pool comes first: where its processes are forked, they are copies of this still small one.
-    with CRFPool(args.crf_workers, args.crf_prune) if args.crf else nullcontext() as pool:
+    with ExitStack() as stack:
+        pool = stack.enter_context(CRFPool(args.crf_workers, args.crf_prune)) if args.crf else None
         device = distributed.select_device(args.device, args.gpu)
         distributed.start()
         net, weights, lines = open_trained_net(args)
         check_classes(args, net.num_classes)
+        lines += settle_void(args, weights)
         data, data_list = open_dataset(args, VAL_LISTS, net.num_classes)
         names = class_names(args.data_dir, weights, net.num_classes)
         if 0 <= args.ignore_label < net.num_classes:
@@ -56,7 +67,8 @@ def run(args: Namespace) -> int:
             if weights.seen_voc_val and "val" in data_list.stem:
                 print(f"warning: scores on VOC val mean nothing here: {weights.seen_voc_val}")
 
-        bar = tqdm(total=len(share(data)), unit="image", disable=not distributed.is_main(), dynamic_ncols=True)
+        hidden = None if distributed.is_main() else True  # None: shown in a terminal only
+        bar = stack.enter_context(tqdm(total=len(share(data)), unit="image", disable=hidden, dynamic_ncols=True))
 
         def finish(sample: Sample, prediction: np.ndarray) -> None:
             if args.save_dir:
@@ -67,7 +79,6 @@ def run(args: Namespace) -> int:
 
         options = {name: getattr(args, name) for name in ("scales", "mirror", "batch_size", "amp", "num_workers")}
         matrices = score(net, data, device, **options, canvas=args.input_size, pool=pool, finish=finish)
-        bar.close()
     if distributed.is_main():
         report(args, data_list, weights, names, matrices)
     distributed.stop()
@@ -183,16 +194,21 @@ def check_classes(args: Namespace, num_classes: int) -> None:
     if path.is_file() and (count := len(read_classes(path))) != num_classes:
         raise UserError(
             f"{args.restore_from} is a net for {num_classes} classes, but {path} names {count}; it can be scored only on "
-            "data of the classes that it was trained on"
+            "data of the classes that it was trained on, and train.py makes a net for these, from this file as well"
         )
+
+
+def settle_void(args: Namespace, weights: Weights) -> list[str]:
+    """Take a label that means void and was not given from the run that trained the net; returns the lines that say so."""
+    if args.ignore_label is not None:
+        return []
+    args.ignore_label = (weights.meta.get("args") or {}).get("ignore_label", IGNORE_LABEL)
+    return [f"--ignore-label {args.ignore_label}, as it was trained with"] if args.ignore_label != IGNORE_LABEL else []
 
 
 def class_names(data_dir: str, weights: Weights, num_classes: int) -> list[str]:
     """The names of the classes: the snapshot's, else those of ``classes.txt``, else VOC's for 21 classes, else numbers."""
-    names = weights.meta.get("classes") or read_class_names(data_dir, num_classes)
-    if not names and num_classes == len(VOC_CLASSES):
-        names = [entry.name for entry in VOC_CLASSES]
-    return list(names or (f"class {i}" for i in range(num_classes)))
+    return list(weights.meta.get("classes") or read_class_names(data_dir, num_classes) or default_names(num_classes))
 
 
 def planned_outputs(args: Namespace, data: VOCSegmentation) -> list[Output]:
@@ -258,7 +274,10 @@ def report(args: Namespace, data_list: Path, weights: Weights, names: list[str],
         print(f"\n{title}\n{scores.table(names)}" if title else f"\n{scores.table(names)}")
         entry = {**scores.as_dict(names), "confusion_matrix": matrix.matrix.tolist()}
         result[title.replace(" ", "_").lower() or "scores"] = entry
-    if warning := one_class_warning(next(iter(matrices.values())).present()):
+    matrix = next(iter(matrices.values()))
+    if warning := one_class_warning(matrix.present()):
         print(f"\nwarning: these scores mean little: {warning}")
+    elif absent := absent_classes(matrix.present(), names, matrix.ignore_label):
+        print(f"\nno label has the classes {absent}")
     if args.save_json:
         save_json(args.save_json, result)

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
 import threading
@@ -14,7 +15,8 @@ import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dataset import VOCSegmentation, find_list, read_list
+from dataset import IGNORE_LABEL, VOCSegmentation, find_list, read_list
+from dataset.lists import IMAGE_DIR
 from utils.command import UserError
 from utils.processes import start_helper
 
@@ -26,11 +28,28 @@ MORE_SHARED_MEMORY = "give it more with `docker run --shm-size=1g` or `--ipc=hos
 def open_dataset(
     args: Namespace, candidates: Iterable[str], num_classes: int, transform: Callable | None = None
 ) -> tuple[VOCSegmentation, Path]:
-    """The data set of ``--data-dir`` and ``--data-list``, and the list that was used."""
+    """The data set of ``--data-dir`` and ``--data-list``, all of whose files are there, and the list that was used.
+
+    Raises:
+        DatasetError: no such folder or list, files are missing, ``classes.txt`` does not fit.
+    """
     data_list = find_list(args.data_dir, args.data_list, candidates)
     entries = read_list(data_list, args.image_dir)
-    data = VOCSegmentation(args.data_dir, entries, args.image_dir, args.label_dir, num_classes, args.ignore_label, transform)
+    ignore_label = IGNORE_LABEL if args.ignore_label is None else args.ignore_label
+    options = (args.image_dir, args.label_dir, num_classes, ignore_label, transform)
+    data = VOCSegmentation(args.data_dir, entries, *options, _check_command(args, data_list, num_classes, ignore_label))
+    data.check_files()
     return data, data_list
+
+
+def _check_command(args: Namespace, data_list: Path, num_classes: int, ignore_label: int) -> str:
+    """The command that finds all that is wrong with a data set."""
+    words = ["python", "scripts/check_dataset.py", "--data-dir", args.data_dir, "--data-list", data_list]
+    words += ["--num-classes", num_classes]
+    words += ["--ignore-label", ignore_label] if ignore_label != IGNORE_LABEL else []
+    words += ["--image-dir", args.image_dir] if args.image_dir != IMAGE_DIR else []
+    words += ["--label-dir", args.label_dir] if args.label_dir else []
+    return f"to find all such files, run {shlex.join(map(str, words))}"
 
 
 def make_loader(

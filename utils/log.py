@@ -1,6 +1,7 @@
-"""What a training run tells: a progress bar, ``log.jsonl``, ``args.json`` and, if asked for, TensorBoard scalars."""
+"""What a training run tells: a progress bar or lines, ``log.jsonl``, ``args.json`` and, if asked for, TensorBoard scalars."""
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ class RunLog:
         path = folder / "log.jsonl"
         cut_log(path, first_step)
         self.file = open(path, "a", buffering=1)  # noqa: SIM115
-        self.bar = tqdm(total=options["num_steps"], initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1)
+        self.num_steps = options["num_steps"]
+        bar = {"total": self.num_steps, "initial": first_step, "unit": "step", "dynamic_ncols": True, "smoothing": 0.1}
+        self.bar = tqdm(**bar, disable=None)  # a bar in a terminal, else a line an entry
         self.writer = None
         if options["tensorboard"]:
             from torch.utils.tensorboard import SummaryWriter  # slow to load, and seldom asked for
@@ -50,9 +53,10 @@ class RunLog:
             self.writer.close()
 
     def say(self, *lines: str) -> None:
-        """Print lines above the bar; empty ones are left out."""
+        """Print lines, above the bar if there is one; empty ones are left out."""
         for line in filter(None, lines):
             self.bar.write(line)
+        sys.stdout.flush()  # a pipe or a file is read while the run goes on
 
     @property
     def seconds(self) -> float:
@@ -74,7 +78,10 @@ class RunLog:
         entry = {"step": step, **{name: round(value, 6) for name, value in losses.items()}, "lr": lr}
         entry.update(images_per_s=round(speed, 3), seconds=round(self.seconds, 2))
         self.file.write(json.dumps(entry) + "\n")
-        self.bar.set_postfix_str(f"loss {entry['loss']:.4f}, lr {lr:.2e}, {speed:.2f} images/s")
+        text = f"loss {entry['loss']:.4f}, lr {lr:.2e}, {speed:.2f} images/s"
+        self.bar.set_postfix_str(text)
+        if self.bar.disable:
+            self.say(f"step {step} of {self.num_steps}: {text}")
         if self.writer:
             for name in entry.keys() - {"step", "seconds"}:
                 self.writer.add_scalar(name, entry[name], step)

@@ -28,16 +28,27 @@ LOSS_SIZES = ("output", "input")
 TRUNKS = ("auto", "torchvision", "caffe")
 
 
-def add_data_options(parser: argparse.ArgumentParser, default_list: str) -> None:
+def add_data_options(parser: argparse.ArgumentParser, default_list: str, ignore_label: int | None) -> None:
     """Where the pictures, the labels and the weights are; shared by training and evaluation."""
     group = parser.add_argument_group("data")
     group.add_argument("--data-dir", default=DATA_DIR, help="folder in the VOC layout (default: %(default)s)")
-    group.add_argument("--data-list", help=f"file of image ids, one a line (default: {default_list})")
-    group.add_argument("--image-dir", default="JPEGImages", help="folder of the pictures in --data-dir (default: %(default)s)")
+    group.add_argument(
+        "--data-list", help=f"file of image ids, one a line; also looked for in --data-dir (default: {default_list})"
+    )
+    group.add_argument(
+        "--image-dir",
+        default="JPEGImages",
+        help="folder of the pictures in --data-dir: .jpg, .jpeg, .png, .bmp, .tif or .webp (default: %(default)s)",
+    )
     group.add_argument(
         "--label-dir", help="folder of the masks in --data-dir (default: SegmentationClassAug, else SegmentationClass)"
     )
-    group.add_argument("--ignore-label", type=label_value, default=255, help="a label that means void, beside 255")
+    group.add_argument(
+        "--ignore-label",
+        type=label_value,
+        default=ignore_label,
+        help=f"a label that means void, beside 255{'' if ignore_label else ' (default: as the net was trained with)'}",
+    )
     group.add_argument(
         "--num-workers",
         type=not_negative,
@@ -74,7 +85,9 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 def training_parser(description: str, *, batch_size: int, iter_size: int, snapshot_dir: str) -> GivenParser:
     """The command line of train.py and train_msc.py, with the published flags and defaults."""
     parser = GivenParser(description=description)
-    add_data_options(parser, "ImageSets/SegmentationAug/train_aug.txt in --data-dir, else ImageSets/Segmentation/train.txt")
+    add_data_options(
+        parser, "ImageSets/SegmentationAug/train_aug.txt in --data-dir, else ImageSets/Segmentation/train.txt", 255
+    )
     group = parser.add_argument_group("augmentation")
     group.add_argument("--input-size", type=size, default=(321, 321), metavar="H,W", help="crop in pixels (default: 321,321)")
     group.add_argument("--random-mirror", action="store_true", help="mirror every other picture")
@@ -83,7 +96,13 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
 
     add_net_options(parser)
     group = parser.add_argument_group("weights")
-    group.add_argument("--num-classes", type=class_count, default=21, help="classes with the background (default: %(default)s)")
+    group.add_argument(
+        "--num-classes",
+        type=class_count,
+        default=21,
+        help="classes with the background (default: as many as classes.txt in --data-dir has lines, else those of the "
+        "snapshot in --restore-from, else PASCAL VOC's 21)",
+    )
     group.add_argument(
         "--restore-from", default=INITIAL_WEIGHTS, help='initial weights; "" or none: from scratch (default: %(default)s)'
     )
@@ -98,7 +117,7 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
         "--batch-norm",
         choices=BATCH_NORM_MODES,
         default="frozen",
-        help="frozen; stats: running statistics move; full: everything learns, for training from scratch (default: frozen)",
+        help="frozen; stats: running statistics move; full: everything learns (default: frozen, from scratch full)",
     )
     group.add_argument("--is-training", action="store_true", help="the published name of --batch-norm stats")
     group.add_argument("--sync-bn", action="store_true", help="with --batch-norm full: share batch statistics over the GPUs")
@@ -137,7 +156,7 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
 def evaluation_parser(description: str) -> argparse.ArgumentParser:
     """The command line of evaluate.py, with the published flags and defaults."""
     parser = argparse.ArgumentParser(description=description)
-    add_data_options(parser, "ImageSets/SegmentationAug/val.txt in --data-dir, else ImageSets/Segmentation/val.txt")
+    add_data_options(parser, "ImageSets/SegmentationAug/val.txt in --data-dir, else ImageSets/Segmentation/val.txt", None)
     add_net_options(parser)
     group = parser.add_argument_group("weights")
     group.add_argument("--restore-from", default=TRAINED_WEIGHTS, help="a snapshot or published weights (default: %(default)s)")

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dataset import count_classes, read_class_names
 from deeplab import DeepLabV2
-from deeplab.weights import build_net
+from deeplab.weights import build_net, load_weights
 from utils import distributed
-from utils.checkpoint import load_checkpoint, load_init
+from utils.checkpoint import load_checkpoint
 from utils.command import UserError
 from utils.options import INITIAL_WEIGHTS
 from utils.schedule import poly_lr
@@ -39,6 +40,7 @@ class Start:
         step: steps done.
         seen_voc_val: why the net's scores on VOC val mean nothing, "" if they mean something.
         lines: what to tell the user.
+        classes: the names of the classes, None where nobody gave them.
         checkpoint: optimizer, scaler, rng, ids (their check sum) and seconds of the checkpoint; {} for a new run.
     """
 
@@ -48,6 +50,7 @@ class Start:
     step: int = 0
     seen_voc_val: str = ""
     lines: list[str] = field(default_factory=list)
+    classes: list[str] | None = None
     checkpoint: dict[str, Any] = field(default_factory=dict)
 
     def build_net(self) -> DeepLabV2:
@@ -114,22 +117,37 @@ def _step_of(path: Path) -> int:
 
 def _begin(args: Namespace, loss: str) -> Start:
     refuse_other_run(Path(args.snapshot_dir))
-    asked = {name: getattr(args, name) for name in NET_OPTIONS}
+    weights, net_options = None, {"backbone": args.backbone, "atrous_rates": args.atrous_rates, "batch_norm": args.batch_norm}
     if args.restore_from:
         if args.restore_from == INITIAL_WEIGHTS and not Path(INITIAL_WEIGHTS).exists():
             advice = "`python scripts/download.py list` shows how to get it"
             raise UserError(f"{INITIAL_WEIGHTS} does not exist: {advice}; --restore-from none trains from scratch")
-        restore_last = not args.not_restore_last
-        options = {**asked, "batch_norm": args.batch_norm, "restore_last": restore_last}
-        net, weights, report = load_init(args.restore_from, args.trunk, **options)
-        lines, seen = [f"{args.restore_from}: {weights.scheme}", *report.lines()], weights.seen_voc_val
-    else:
-        net, report = build_net(None, **asked, batch_norm=args.batch_norm)
-        lines, seen = report.notes, ""
-        if args.batch_norm == "frozen":
-            lines.append("warning: a net from scratch learns little with frozen batch norm; use --batch-norm full")
+        weights = load_weights(args.restore_from, args.trunk)
+    num_classes, classes, line = _classes(args, weights.meta if weights else {})
+    net, report = build_net(weights, num_classes=num_classes, **net_options, restore_last=not args.not_restore_last)
+    lines = [line, f"{args.restore_from}: {weights.scheme}", *report.lines()] if weights else [line, *report.notes]
+    if not weights and "batch_norm" not in args.given:
+        lines.append("--batch-norm full, as the net starts from scratch")
+    elif not weights and args.batch_norm == "frozen":
+        lines.append("warning: a net from scratch learns little with --batch-norm frozen; leave it out, which is full")
     options = options_of(args) | {name: net.config[name] for name in NET_OPTIONS} | {"loss": loss}
-    return Start(options, {**net.config, "batch_norm": args.batch_norm}, net.state_dict(), 0, seen, lines)
+    config = {**net.config, "batch_norm": args.batch_norm}
+    return Start(options, config, net.state_dict(), 0, weights.seen_voc_val if weights else "", lines, classes)
+
+
+def _classes(args: Namespace, meta: dict[str, Any]) -> tuple[int, list[str] | None, str]:
+    """How many classes a new run has, their names where somebody gave them, and a line that says who.
+
+    Args:
+        meta: of the snapshot that is started from, {} where it is none.
+    """
+    if "num_classes" in args.given:
+        return args.num_classes, read_class_names(args.data_dir, args.num_classes), f"{args.num_classes} classes"
+    if count := count_classes(args.data_dir, args.ignore_label):
+        return count, read_class_names(args.data_dir, count), f"{count} classes, those of {Path(args.data_dir) / 'classes.txt'}"
+    if count := meta.get("num_classes"):
+        return count, meta.get("classes"), f"{count} classes, those of {args.restore_from}"
+    return args.num_classes, None, f"{args.num_classes} classes, PASCAL VOC's; other data need --num-classes or a classes.txt"
 
 
 def _resume(args: Namespace, loss: str, path: Path) -> Start:
@@ -144,7 +162,7 @@ def _resume(args: Namespace, loss: str, path: Path) -> Start:
     config["batch_norm"] = options["batch_norm"]
     kept = {name: checkpoint.get(name) for name in ("optimizer", "scaler", "rng", "ids", "seconds")}
     lines.insert(0, f"resumed from {path} at step {step}")
-    return Start(options, config, checkpoint["model"], step, meta["seen_voc_val"], lines, kept)
+    return Start(options, config, checkpoint["model"], step, meta["seen_voc_val"], lines, meta["classes"], kept)
 
 
 def resumed_options(args: Namespace, meta: dict[str, Any], step: int, loss: str) -> tuple[dict[str, Any], list[str]]:

@@ -1,8 +1,9 @@
 """The one training loop: train.py and train_msc.py differ in the loss function that they pass and in their defaults."""
 
 import hashlib
+import shlex
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset import (
+    IGNORE_LABEL,
     TRAIN_LISTS,
     VAL_LISTS,
     Crop,
@@ -20,11 +22,15 @@ from dataset import (
     StepSampler,
     TrainTransform,
     VOCSegmentation,
+    absent_classes,
+    default_names,
+    find_list,
     one_class_warning,
     read_class_names,
     read_ids,
     to_input,
 )
+from dataset.lists import IMAGE_DIR
 from deeplab import DeepLabV2
 from deeplab.multiscale import predict_classes, scaled_size
 from utils import distributed
@@ -76,10 +82,12 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         args = Namespace(**start.options) if start else args
         device = distributed.select_device(args.device, args.gpu)
         check_options(args, device)
-        data, data_list = open_training_data(args)
-        ids = check_ids(data.ids, start)
+        find_list(args.data_dir, args.data_list, TRAIN_LISTS)  # what is missing there is told before weights are read
         torch.manual_seed(args.random_seed)
         start = start or begin(args, loss_function.__name__)
+        args = Namespace(**start.options)  # the number of classes is settled
+        data, data_list = open_training_data(args)
+        ids = check_ids(data.ids, start)
 
         torch.backends.cudnn.benchmark = True  # the crops are all of one size
         net = start.build_net().to(device).to(memory_format=torch.channels_last).train()
@@ -104,8 +112,10 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         stop = stack.enter_context(StopRequest())  # from here on there is something to save, and workers have its handlers
         batches = stack.enter_context(running(make_loader(data, sampler, workers, device)))
         meter = Meter(device, lambda batch: describe(batch, args, data))
-        watch = ClassWatch(min(PICTURES_TO_JUDGE, len(data)), already=start.step * args.batch_size * args.iter_size)
-        folder, classes = Path(args.snapshot_dir), read_class_names(args.data_dir, args.num_classes)
+        folder, classes = Path(args.snapshot_dir), read_class_names(args.data_dir, args.num_classes) or start.classes
+        already = start.step * args.batch_size * args.iter_size
+        names = classes or default_names(args.num_classes)
+        watch = ClassWatch(min(PICTURES_TO_JUDGE, len(data)), names, args.ignore_label, already)
         log = None
         if distributed.is_main():
             log = stack.enter_context(RunLog(folder, start.options, start.step, start.checkpoint.get("seconds") or 0.0))
@@ -169,10 +179,28 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
             if meter.steps:
                 report()
             save(numbered=False)
+        if log:
+            log.say(last_words(args, data, done, start.step))
         if failed:
             raise error or UserError("another process could not read its pictures; it says why")
     distributed.stop()
     return 128 + signal if signal else 0
+
+
+def last_words(args: Namespace, data: VOCSegmentation, done: int, began: int) -> str:
+    """What was saved, and what to do next."""
+    folder = Path(args.snapshot_dir)
+    if done < args.num_steps:
+        saved = f"saved {folder / 'last.ckpt'} at step {done} of {args.num_steps}" if done > began else "no step was finished"
+        return f"{saved}; add --resume to go on" if done else f"{saved}, nothing was saved"
+    if done == began:
+        return f"nothing is left to do: all {done} steps are done; to train on, add a larger --num-steps"
+    words = ["python", "evaluate.py", "--data-dir", args.data_dir, "--restore-from", folder / f"VOC12_scenes_{done}.pth"]
+    if not any((data.root / name).exists() for name in VAL_LISTS):
+        words += ["--data-list", "LIST"]
+    words += ["--image-dir", args.image_dir] if args.image_dir != IMAGE_DIR else []
+    words += ["--label-dir", args.label_dir] if args.label_dir else []
+    return f"saved {words[5]}; next: {shlex.join(map(str, words))}"
 
 
 def read(batches: Iterator[Crop], count: int) -> tuple[list[Crop], Exception | None]:
@@ -190,6 +218,8 @@ def settle_options(args: Namespace) -> None:
         args.given = args.given | {"batch_norm"}
     if args.restore_from.lower() == "none":
         args.restore_from = ""
+    if not args.restore_from and "batch_norm" not in args.given:
+        args.batch_norm = "full"
 
 
 def check_options(args: Namespace, device: torch.device) -> None:
@@ -265,16 +295,19 @@ def seen_val(data: VOCSegmentation) -> str:
 
 
 class ClassWatch:
-    """Notices where labels hold nothing but one class, once, over all processes.
+    """Notices, once and over all processes, where labels lack classes or hold nothing but one.
 
     Args:
         pictures: how many to look at, over all processes.
+        names: of all classes, in the order of their indices.
+        ignore_label: a label that means void, beside 255.
         already: how many were looked at before the run was resumed.
     """
 
-    def __init__(self, pictures: int, already: int = 0) -> None:
-        self.left = pictures - already
+    def __init__(self, pictures: int, names: Sequence[str], ignore_label: int = IGNORE_LABEL, already: int = 0) -> None:
+        self.pictures = self.left = pictures - already
         self.over = self.left <= 0
+        self.names, self.ignore_label = names, ignore_label
         self.present = torch.zeros(256, dtype=torch.bool)
 
     def add(self, present: Tensor) -> None:
@@ -287,9 +320,15 @@ class ClassWatch:
         if self.over or self.left > 0:
             return ""
         self.over = True
-        present = distributed.agree(*self.present.int().tolist())
-        text = one_class_warning(value for value, occurs in enumerate(present) if occurs)
-        return f"warning: {text}" if text else ""
+        occurs = distributed.agree(*self.present.int().tolist())
+        present = [value for value in range(256) if occurs[value]]
+        if text := one_class_warning(present):
+            return f"warning: {text}"
+        if not (absent := absent_classes(present, self.names, self.ignore_label)):
+            return ""
+        used = max(value for value in present if value < len(self.names)) + 1
+        more = f"; if there are no more than {used} classes, train with --num-classes {used}" if used < len(self.names) else ""
+        return f"warning: none of the {self.pictures} labels read so far has the classes {absent}{more}"
 
 
 def save_panels(net: DeepLabV2, data: VOCSegmentation, folder: Path, step: int, count: int, device: torch.device) -> str:

@@ -85,7 +85,7 @@ def _wrong_values(values: set[int], wrong: set[int], grey: bool, num_classes: in
     if wrong == {num_classes}:
         return (
             f"{num_classes} is one more than the last class: pass --num-classes {num_classes + 1} if it is a class, "
-            f"--ignore-label {num_classes} if it is void; if 0 is void, subtract 1 and write 255 for 0"
+            f"--ignore-label {num_classes} if it is void; if 0 is void, `python {TO_INDICES} --zero-is-void` turns 1.. into 0.."
         )
     if len(values) > 2 and step > 2 and not any(value % step for value in values) and largest // step < num_classes:
         return f"all values are multiples of {step}: the labels were stretched to be looked at; divide by {step} (255 is void)"

@@ -15,6 +15,8 @@ from dataset.labels import BadLabel, check_palette, check_values, read_png, sing
 from dataset.voc import check_pair
 from scripts.data.causes import few
 
+MOST = 256  # colours of one label that are kept; a drawn one has fewer, a photograph more
+
 
 @dataclass
 class Inspection:
@@ -27,6 +29,7 @@ class Inspection:
     counts: np.ndarray | None = None  # (256,) pixels of each value in a single-channel label
     palette: dict[int, Color] = field(default_factory=dict)  # the colours of the indices that occur
     colours: str = ""  # of a colour label: "table", "grey" or "other"
+    drawn: dict[Color, int] = field(default_factory=dict)  # pixels of each colour of a colour label; the MOST commonest
 
 
 @contextmanager
@@ -95,12 +98,12 @@ def inspect_label(
         pixels, palette, mode = read_png(path.read_bytes())
         size = pixels.shape[0], pixels.shape[1]
         if mode in ("RGB", "RGBA"):
-            drawn = {tuple(color) for color in np.unique(pixels[..., :3].reshape(-1, 3), axis=0).tolist()}
+            drawn = _count_colors(pixels[..., :3])
             voc = {tuple(color) for color in voc_palette()[[*range(num_classes), IGNORE_LABEL]].tolist()}
             grey = all(len(set(color)) == 1 for color in drawn)
-            found.colours = "table" if drawn <= (set(colors.values()) or voc) else "grey" if grey else "other"
-            shown = few(sorted(drawn))
-            found.problems.append(("colour label", f"{found.image_id}: mode {mode}, {len(drawn)} colours {shown}"))
+            found.colours = "table" if drawn.keys() <= (set(colors.values()) or voc) else "grey" if grey else "other"
+            found.drawn = dict(list(drawn.items())[:MOST])
+            found.problems.append(("colour label", f"{found.image_id}: mode {mode}, {len(drawn)} colours {few(drawn)}"))
             return size
         single_channel(pixels, mode)
         found.counts = np.bincount(pixels.ravel(), minlength=256)
@@ -117,3 +120,11 @@ def inspect_label(
     except OSError as error:
         found.problems.append((kind, f"the label {path} cannot be read ({error.strerror or error})"))
     return size
+
+
+def _count_colors(pixels: np.ndarray) -> dict[Color, int]:
+    """The pixels of each colour of an (H, W, 3) uint8 RGB picture, the commonest first."""
+    codes = pixels.astype(np.int32) @ np.array([65536, 256, 1], dtype=np.int32)
+    found, counts = np.unique(codes, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return {(c >> 16, c >> 8 & 255, c & 255): n for c, n in zip(found[order].tolist(), counts[order].tolist())}

@@ -1,0 +1,195 @@
+"""What a new user meets before, during and after a first run on data of their own."""
+
+import re
+import shlex
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train as train_script
+from dataset import DatasetError, read_image, to_input
+from deeplab import DeepLabV2, load_net, predict_classes, single_scale_loss
+from scripts import check_dataset, predict
+from tests.conftest import save_palette_png
+from tests.test_evaluation import evaluate, snapshot  # noqa: F401
+from tests.test_resume import stopping
+from tests.test_training import log_lines, train
+from utils import evaluation, training
+from utils.options import evaluation_parser, training_parser
+
+BARE = ["--backbone", "resnet18", "--input-size", "33,41", "--batch-size", "2", "--device", "cpu", "--num-workers", "0",
+        "--save-num-images", "0", "--num-steps", "1", "--learning-rate", "1e-3"]  # fmt: skip
+SCRATCH = ["--restore-from", "none"]
+
+
+def bare(toy_voc, folder, *options, loss=single_scale_loss):
+    """A run for which neither the number of classes nor the batch norm is given, unless in ``options``."""
+    words = ["--data-dir", str(toy_voc), "--snapshot-dir", str(folder), *BARE, *options]
+    return training.run(training_parser("", batch_size=10, iter_size=1, snapshot_dir="").parse_args(words), loss)
+
+
+def meta(folder, name="last.ckpt"):
+    return torch.load(folder / name, weights_only=True)["meta"]
+
+
+def test_what_is_missing_is_told_before_the_first_step(toy_voc, tmp_path, snapshot):  # noqa: F811
+    (toy_voc / "JPEGImages/toy_3.jpg").unlink()
+    (toy_voc / "SegmentationClassAug/toy_1.png").unlink()
+    message = "no picture for toy_3 in .*JPEGImages, .*; no label for toy_1 in .*SegmentationClassAug"
+    with pytest.raises(DatasetError, match=message):
+        bare(toy_voc, tmp_path / "s", *SCRATCH)
+    assert not (tmp_path / "s").exists()
+    with pytest.raises(DatasetError, match=message):
+        evaluate(toy_voc, snapshot)
+
+
+def test_where_the_classes_come_from(toy_voc, tmp_path, capsys):
+    """The option, else classes.txt, else the snapshot that is started from, else VOC's 21."""
+    bare(toy_voc, tmp_path / "voc", *SCRATCH)
+    assert "21 classes, PASCAL VOC's; other data need --num-classes or a classes.txt" in capsys.readouterr().out
+    assert (meta(tmp_path / "voc")["num_classes"], meta(tmp_path / "voc")["classes"]) == (21, None)
+    names = ["ground", "red", "green", "blue", "never"]
+    (toy_voc / "classes.txt").write_text("\n".join(names))
+    bare(toy_voc, tmp_path / "file", "--restore-from", str(tmp_path / "voc/VOC12_scenes_1.pth"))
+    text = capsys.readouterr().out
+    assert f"5 classes, those of {toy_voc / 'classes.txt'}" in text
+    assert "the file's head has 21 classes and the net 5: the head is left out" in text
+    assert (meta(tmp_path / "file")["num_classes"], meta(tmp_path / "file")["classes"]) == (5, names)
+    (toy_voc / "classes.txt").unlink()
+    bare(toy_voc, tmp_path / "weights", "--restore-from", str(tmp_path / "file/VOC12_scenes_1.pth"))
+    assert f"5 classes, those of {tmp_path / 'file/VOC12_scenes_1.pth'}" in capsys.readouterr().out
+    assert (meta(tmp_path / "weights")["num_classes"], meta(tmp_path / "weights")["classes"]) == (5, names)
+    bare(toy_voc, tmp_path / "weights", "--resume", "--num-steps", "2")  # goes on with them, names included
+    assert (meta(tmp_path / "weights")["num_classes"], meta(tmp_path / "weights")["classes"]) == (5, names)
+    bare(toy_voc, tmp_path / "option", *SCRATCH, "--num-classes", "4")
+    assert meta(tmp_path / "option")["num_classes"] == 4
+
+
+def test_from_scratch_batch_norm_learns(toy_voc, tmp_path, capsys):
+    bare(toy_voc, tmp_path / "none", *SCRATCH)
+    text = capsys.readouterr().out
+    assert "--batch-norm full, as the net starts from scratch" in text
+    assert "warning: a net from scratch" not in text
+    assert meta(tmp_path / "none")["args"]["batch_norm"] == "full"
+    bare(toy_voc, tmp_path / "frozen", *SCRATCH, "--batch-norm", "frozen")
+    assert "warning: a net from scratch learns little with --batch-norm frozen" in capsys.readouterr().out
+    assert meta(tmp_path / "frozen")["args"]["batch_norm"] == "frozen"
+    bare(toy_voc, tmp_path / "tuned", "--restore-from", str(tmp_path / "none/VOC12_scenes_1.pth"))
+    assert meta(tmp_path / "tuned")["args"]["batch_norm"] == "frozen"
+    bare(toy_voc, tmp_path / "frozen", "--resume", "--num-steps", "2")
+    assert meta(tmp_path / "frozen")["args"]["batch_norm"] == "frozen"
+
+
+def test_classes_that_no_label_has_are_named_once(toy_voc, tmp_path, capsys, snapshot):  # noqa: F811
+    for path in (toy_voc / "SegmentationClassAug").iterdir():
+        label = np.array(Image.open(path))
+        save_palette_png(path, np.where(label == 2, 1, label).astype(np.uint8))
+    train(toy_voc, tmp_path / "a", *SCRATCH, "--num-steps", "5", "--num-classes", "6", "--batch-size", "2")
+    text = capsys.readouterr().out
+    assert text.count("warning:") == 1
+    assert "none of the 4 labels read so far has the classes 2 class 2, 4 class 4, 5 class 5; if there are no more" in text
+    assert "train with --num-classes 4" in text
+    evaluate(toy_voc, snapshot)
+    assert "no label has the classes 2 green" in capsys.readouterr().out
+
+
+def test_the_void_label_is_remembered(toy_voc, tmp_path, capsys):
+    bare(toy_voc, tmp_path, *SCRATCH, "--num-classes", "4", "--ignore-label", "3")
+    words = ["--data-dir", str(toy_voc), "--restore-from", str(tmp_path / "VOC12_scenes_1.pth"), "--num-workers", "0"]
+    capsys.readouterr()
+    for options, void in (([], "3"), (["--ignore-label", "2"], "2")):
+        assert evaluation.run(evaluation_parser("").parse_args([*words, *options])) == 0
+        text = capsys.readouterr().out
+        assert re.findall(r"(\d) class \d \(void\)", text) == [void]
+        assert ("--ignore-label 3, as it was trained with" in text) == (not options)
+
+
+def test_a_label_error_names_the_command_that_finds_them_all(toy_voc, tmp_path, capsys):
+    (toy_voc / "classes.txt").write_text("a\nb\nc\nd\n")
+    save_palette_png(toy_voc / "SegmentationClassAug/toy_2.png", np.full((57, 41), 9, dtype=np.uint8))
+    (toy_voc / "SegmentationClassAug").rename(toy_voc / "my masks")
+    options = [*SCRATCH, "--num-steps", "4", "--ignore-label", "3", "--label-dir", "my masks"]
+    with pytest.raises(DatasetError, match=r"holds the value 9; .*; to find all such files, run python scripts/") as error:
+        bare(toy_voc, tmp_path, *options)
+    words = shlex.split(str(error.value).rpartition(", run ")[2])
+    assert words[:2] == ["python", "scripts/check_dataset.py"]
+    capsys.readouterr()
+    assert check_dataset.main([*words[2:], "--workers", "0"]) == 1
+    text = capsys.readouterr().out
+    assert "4 ids, 4 classes" in text
+    assert "toy_2.png holds the value 9" in text
+
+
+def test_the_last_words_of_a_run(toy_voc, tmp_path, capsys):
+    """What was saved and the command that comes next, which its own parser takes; then that nothing is left."""
+    options = [*SCRATCH, "--num-classes", "4", "--num-steps", "4", "--log-every", "2"]
+    bare(toy_voc, tmp_path, *options, loss=stopping(single_scale_loss, 2))
+    text = capsys.readouterr().out
+    assert text.endswith(f"saved {tmp_path / 'last.ckpt'} at step 2 of 4; add --resume to go on\n")
+    bare(toy_voc, tmp_path, *options, "--resume")
+    text = capsys.readouterr().out
+    assert f"step 4 of 4: loss {log_lines(tmp_path)[-1]['loss']:.4f}, lr " in text  # a line an entry where there is no terminal
+    last = text.splitlines()[-1]
+    assert last.startswith(f"saved {tmp_path / 'VOC12_scenes_4.pth'}; next: python evaluate.py ")
+    args = evaluation_parser("").parse_args(shlex.split(last)[shlex.split(last).index("evaluate.py") + 1 :])
+    args.device = "cpu"
+    assert evaluation.run(args) == 0
+    capsys.readouterr()
+    bare(toy_voc, tmp_path, "--resume", "--num-steps", "4")
+    assert capsys.readouterr().out.endswith(
+        "nothing is left to do: all 4 steps are done; to train on, add a larger --num-steps\n"
+    )
+
+
+def test_broken_pictures_do_not_end_a_prediction(toy_voc, snapshot, tmp_path, capsys):  # noqa: F811
+    folder = toy_voc / "JPEGImages"
+    (folder / "toy_1.jpg").write_bytes(b"no picture")
+    (folder / "toy_3.jpg").write_bytes((folder / "toy_3.jpg").read_bytes()[:-40])
+    (folder / "notes.txt").touch()
+    words = [str(folder), "--restore-from", str(snapshot), "--save-dir", str(tmp_path / "out"), "--device", "cpu"]
+    assert predict.main(words) == 1
+    out, err = capsys.readouterr()
+    assert "left out: 1 .txt" in out
+    assert "4 masks in" in out
+    assert "2 of 6 pictures were left out:" in err
+    assert "toy_1.jpg is not a picture" in err
+    assert "toy_3.jpg is cut off" in err
+    assert {path.stem for path in (tmp_path / "out").iterdir()} == {"toy_0", "toy_2", "toy_4", "toy_5"}
+
+
+def test_a_picture_to_a_mask_in_python(toy_voc, snapshot, tmp_path):  # noqa: F811
+    net = load_net(snapshot)
+    mask = predict_classes(net, to_input(read_image(toy_voc / "JPEGImages/toy_1.jpg")))
+    words = [
+        str(toy_voc / "JPEGImages/toy_1.jpg"),
+        "--restore-from",
+        str(snapshot),
+        "--save-dir",
+        str(tmp_path),
+        "--device",
+        "cpu",
+    ]
+    assert predict.main(words) == 0
+    assert (mask.numpy() == np.array(Image.open(tmp_path / "toy_1.png"))).mean() > 0.99  # folded weights round otherwise
+
+
+def test_naive_tries_get_an_answer_that_helps():
+    net = DeepLabV2("resnet18", 3)
+    picture = np.zeros((20, 30, 3), dtype=np.uint8)
+    for given in (picture, torch.from_numpy(picture), torch.zeros(1, 3, 9, 9, dtype=torch.uint8)):
+        for call in (net, lambda x: predict_classes(net, x)):
+            with pytest.raises(TypeError, match=r"of (torch\.)?uint8; expected a float tensor .* dataset\.to_input\(image\)"):
+                call(given)
+    with pytest.raises(ValueError, match=r"backbone 'weights/x\.pth' is unknown; .*deeplab\.load_net\(path\)"):
+        DeepLabV2("weights/x.pth")
+
+
+def test_help_tells_which_pictures_are_found(capsys):
+    with pytest.raises(SystemExit):
+        train_script.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert ".jpg, .jpeg, .png, .bmp, .tif or .webp" in text
+    assert "from scratch full" in text
+    assert "as many as classes.txt in --data-dir has lines" in text

@@ -1,0 +1,232 @@
+"""masks_to_indices.py on what labelling tools write: every pixel, every list and what is left alone."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset import read_label, voc_palette
+from scripts import masks_to_indices
+from tests.pngs import GREY, PALETTE, RGB, png
+from utils.command import UserError
+
+# Labels of 12 small pictures, none like another: row k is k written in four digits of base 4, class 3 as void where it says so.
+LABELS = {f"p{k:02d}": np.array([[k % 4, k // 4 % 4, k // 16 % 4, 1], [0, 1, 2, 0]], dtype=np.uint8) for k in range(12)}
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def put(folder, name, data):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def picture(folder, name):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((2, 4, 3), len(name), dtype=np.uint8)).save(folder / name)
+
+
+def run(source, out, *options):
+    before = contents(source)
+    assert masks_to_indices.main([str(source), str(out), "--workers", "0", *map(str, options)]) == 0
+    assert contents(source) == before  # it is only read
+    return out
+
+
+def lists(out):
+    return [(out / f"ImageSets/Segmentation/{name}.txt").read_text().split() for name in ("train", "val")]
+
+
+def check_labels(out, expected, num_classes=4):
+    assert {path.stem for path in (out / "SegmentationClass").iterdir()} == set(expected)
+    for image_id, label in expected.items():
+        assert np.array_equal(read_label(out / f"SegmentationClass/{image_id}.png", num_classes, colors={}), label), image_id
+
+
+COLORS = [(0, 0, 0), (250, 50, 83), (52, 209, 183), (10, 20, 30)]
+
+
+def make_cvat(root, form):
+    put(
+        root,
+        "labelmap.txt",
+        "# label:color_rgb:parts:actions\nbackground:0,0,0::\nbig cat:250,50,83::\ndog:52,209,183::\nnever:10,20,30::\n",
+    )
+    for k, (image_id, label) in enumerate(LABELS.items()):
+        drawn = np.array(COLORS, dtype=np.uint8)[label]
+        # CVAT's palettes stand in any order
+        order = [2, 0, 3, 1]
+        place = np.argsort(order)
+        indexed = png(place[label], 8, PALETTE, [COLORS[i] for i in order])
+        put(root, f"SegmentationClass/{image_id}.png", png(drawn, 8, RGB) if form == "rgb" or k % 2 else indexed)
+        put(root, f"SegmentationObject/{image_id}.png", png(drawn[::-1], 8, RGB))
+        picture(root, f"JPEGImages/{image_id}.{'JPG' if k % 2 else 'png'}")
+    put(root, "ImageSets/Segmentation/default.txt", "".join(f"{i}\n" for i in list(LABELS)[:10]))
+
+
+@pytest.mark.parametrize("form", ["rgb", "palette"])
+def test_cvat(tmp_path, form):
+    make_cvat(tmp_path / "in", form)
+    out = run(tmp_path / "in", tmp_path / "out")
+    check_labels(out, LABELS)
+    assert (out / "classes.txt").read_text() == "background 0 0 0\nbig cat 250 50 83\ndog 52 209 183\nnever 10 20 30\n"
+    train, val = lists(out)
+    assert len(val) == 2
+    assert sorted(train + val) == list(LABELS)[:10]
+    assert {p.name for p in (out / "JPEGImages").iterdir()} == {p.name for p in (tmp_path / "in/JPEGImages").iterdir()}
+    assert contents(out / "JPEGImages") == contents(tmp_path / "in/JPEGImages")
+    assert not (out / "SegmentationObject").exists()
+    before = contents(out)
+    run(tmp_path / "in", out, "--seed", 7)  # once more: nothing changes, neither do the lists
+    assert contents(out) == before
+    # a folder of masks alone, with the table and the list beside it
+    run(tmp_path / "in/SegmentationClass", tmp_path / "plain/SegmentationClass")
+    check_labels(tmp_path / "plain", LABELS)
+    assert lists(tmp_path / "plain") == [train, val]
+
+
+def test_cvat_subsets_are_kept(tmp_path):
+    make_cvat(tmp_path / "in", "rgb")
+    (tmp_path / "in/ImageSets/Segmentation/default.txt").unlink()
+    put(tmp_path / "in", "ImageSets/Segmentation/Train.txt", "p03\np01\nnowhere\n")
+    put(tmp_path / "in", "ImageSets/Segmentation/Validation.txt", "p02\n")
+    assert lists(run(tmp_path / "in", tmp_path / "out")) == [["p03", "p01"], ["p02"]]
+
+
+@pytest.mark.parametrize("masks", ["SegmentationClassPNG", "SegmentationClass"])
+@pytest.mark.parametrize("first", ["__ignore__\n_background_\n", "_background_\n"])
+def test_labelme2voc(tmp_path, masks, first):
+    root = tmp_path / "in"
+    put(root, "class_names.txt", first + "cat\ndog\nbird")
+    expected = {}
+    for image_id, label in LABELS.items():
+        expected[image_id] = np.where(label == 3, 255, label)
+        put(root, f"{masks}/{image_id}.png", png(expected[image_id], 8, PALETTE, voc_palette().tolist()))
+        put(root, f"SegmentationClass/{image_id}.npy", b"numbers")
+        put(root, f"SegmentationClassVisualization/{image_id}.jpg", b"to look at")
+        picture(root, f"JPEGImages/{image_id}.jpg")
+    out = run(root, tmp_path / "out", "--val-share", 0.5)
+    check_labels(out, expected)
+    assert (out / "classes.txt").read_text() == "_background_ 0 0 0\ncat 128 0 0\ndog 0 128 0\nbird 128 128 0\n"
+    train, val = lists(out)
+    assert (len(train), len(val), sorted(train + val)) == (6, 6, sorted(LABELS))
+
+
+def test_pairs_in_one_folder(tmp_path, capsys):
+    root = tmp_path / "in"
+    put(root, "classes.txt", "ground 0 0 0\nthing 255 255 255\n")
+    expected = {}
+    for k, (image_id, label) in enumerate(LABELS.items()):
+        expected[image_id] = (label > 1).astype(np.uint8)
+        white = expected[image_id] * 255
+        data = (
+            png(white, 8, GREY) if k % 2 else png(np.repeat(white[..., None], 3, axis=2), 8, RGB)
+        )  # binary masks of both kinds
+        put(root, f"{image_id}_mask.png", data)
+        picture(root, f"{image_id}.{'png' if k % 3 else 'jpg'}")
+    picture(root, "unlabelled.jpg")
+    (root / "p11.png").unlink()
+    out = run(root, tmp_path / "out", "--suffix", "_mask", "--seed", 3)
+    assert "1 masks have no picture: put p11.jpg" in capsys.readouterr().out
+    check_labels(out, expected, 2)
+    train, val = lists(out)
+    assert sorted(train + val) == list(LABELS)[:11]  # ids whose picture is not there would stop the training
+    assert {path.name for path in (out / "JPEGImages").iterdir()} == {
+        f"{i}.{'png' if k % 3 else 'jpg'}" for k, i in enumerate(LABELS) if i != "p11"
+    }
+    run(root, tmp_path / "other", "--suffix", "_mask.png", "--seed", 4, "--val-share", 0)
+    assert (tmp_path / "other/ImageSets/Segmentation/train.txt").read_text().split() == list(LABELS)[:11]
+    assert not (tmp_path / "other/ImageSets/Segmentation/val.txt").exists()
+    with pytest.raises(UserError, match=r"holds no PNG whose name ends in _seg\.png"):
+        run(root, tmp_path / "more", "--suffix", "_seg")
+
+
+def test_the_split_is_the_seeds(tmp_path):
+    make_cvat(tmp_path / "in", "rgb")
+    splits = [lists(run(tmp_path / "in", tmp_path / str(n), "--seed", seed)) for n, seed in enumerate((1, 1, 2))]
+    assert splits[0] == splits[1] != splits[2]
+
+
+def test_zero_is_void(tmp_path):
+    """As ADE20K has it: 0 is "other", 1..N are the classes."""
+    stored = {"a": np.array([[0, 1, 150, 2]], dtype=np.uint8), "b": np.array([[3, 255, 0, 0]], dtype=np.uint8)}
+    expected = {"a": np.array([[255, 0, 149, 1]]), "b": np.array([[2, 255, 255, 255]])}
+    for image_id, values in stored.items():
+        put(tmp_path, f"annotations/{image_id}.png", png(values, 8, GREY))
+    run(tmp_path / "annotations", tmp_path / "ade/SegmentationClass", "--zero-is-void")
+    check_labels(tmp_path / "ade", expected, 150)
+    put(tmp_path, "classes.txt", "".join(f"name {i}\n" for i in range(150)))  # names alone are those of 1..N
+    run(tmp_path / "annotations", tmp_path / "named/SegmentationClass", "--zero-is-void")
+    check_labels(tmp_path / "named", expected, 150)
+    assert (tmp_path / "named/classes.txt").read_text() == (tmp_path / "classes.txt").read_text()
+    put(tmp_path, "classes.txt", "".join(f"name {i}\n" for i in range(149)))
+    with pytest.raises(UserError, match="1 of 2 masks could not be turned"):
+        run(tmp_path / "annotations", tmp_path / "few/SegmentationClass", "--zero-is-void")
+
+
+def test_zero_is_void_in_colours(tmp_path):
+    """A table of colours has a row for 0, which is no class afterwards."""
+    make_cvat(tmp_path / "in", "rgb")
+    out = run(tmp_path / "in", tmp_path / "out", "--zero-is-void")
+    check_labels(out, {i: np.where(label == 0, 255, label.astype(int) - 1) for i, label in LABELS.items()}, 3)
+    assert (out / "classes.txt").read_text() == "big cat 250 50 83\ndog 52 209 183\nnever 10 20 30\n"
+    with Image.open(out / "SegmentationClass/p01.png") as image:
+        assert image.getpalette()[:9] == [250, 50, 83, 52, 209, 183, 10, 20, 30]
+
+
+def test_what_an_export_lacks(tmp_path, capsys):
+    """No pictures: the lists name all masks. A colour that no table has is refused, and no list is written then."""
+    make_cvat(tmp_path / "in", "rgb")
+    for path in (tmp_path / "in/JPEGImages").iterdir():
+        path.unlink()
+    out = run(tmp_path / "in", tmp_path / "out")
+    assert "12 masks have no picture" in capsys.readouterr().out
+    assert sorted(image_id for found in lists(out) for image_id in found) == list(LABELS)[:10]
+    put(tmp_path / "in", "labelmap.txt", "background:0,0,0::\nbig cat:250,50,83::\nno colour:::\n")
+    with pytest.raises(UserError, match="masks could not be turned"):
+        run(tmp_path / "in", tmp_path / "refused")
+    assert "(52, 209, 183) on 2 pixels" in capsys.readouterr().err
+    assert not (tmp_path / "refused/ImageSets").exists()
+    for bad in (tmp_path / "in", tmp_path / "in/new"):
+        with pytest.raises(UserError, match="is in the folder that is read"):
+            run(tmp_path / "in", bad)
+
+
+def test_a_users_own_files_stay(tmp_path):
+    make_cvat(tmp_path / "in", "rgb")
+    out = tmp_path / "out"
+    put(out, "JPEGImages/p01.JPG", b"another picture")
+    with pytest.raises(UserError, match="1 of 12 masks"):
+        run(tmp_path / "in", out)
+    assert contents(out)["JPEGImages/p01.JPG"] == b"another picture"
+    put(tmp_path / "other", "classes.txt", "mine\n")
+    with pytest.raises(UserError, match="names the classes mine, but the masks have background, big cat"):
+        run(tmp_path / "in", tmp_path / "other")
+    assert list(contents(tmp_path / "other")) == ["classes.txt"]
+
+
+def test_colours_beside_the_new_folder_are_used(tmp_path):
+    put(tmp_path, "drawn/a.png", png([[COLORS[2], COLORS[1]]], 8, RGB))
+    put(tmp_path, "mine/classes.txt", "dog 52 209 183\ncat 250 50 83\n")
+    run(tmp_path / "drawn", tmp_path / "mine/SegmentationClass")
+    check_labels(tmp_path / "mine", {"a": np.array([[0, 1]])}, 2)
+
+
+def test_the_set_can_be_trained_on_as_it_is(tmp_path):
+    """From the export to a good check, by the two command lines that help and the last line name."""
+    make_cvat(tmp_path / "in", "palette")
+    put(tmp_path / "in", "labelmap.txt", "background:0,0,0::\nbig cat:250,50,83::\ndog:52,209,183::\nnever:10,20,30::\n")
+    script = masks_to_indices.__file__
+    done = subprocess.run(
+        [sys.executable, script, str(tmp_path / "in"), str(tmp_path / "out")], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"next: python scripts/check_dataset.py --data-dir {tmp_path / 'out'}\n")
+    from scripts import check_dataset
+
+    assert check_dataset.main(["--data-dir", str(tmp_path / "out"), "--num-classes", "4", "--workers", "0"]) == 0
