@@ -5,9 +5,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from utils.files import save_json, write_atomically
+from utils.visualize import save_picture
 
 
 class RunLog:
@@ -25,6 +27,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, options: dict[str, Any], first_step: int = 0, seconds: float = 0.0) -> None:
+        self.folder = folder
         remove_torn_files(folder)
         save_json(folder / "args.json", options)
         path = folder / "log.jsonl"
@@ -78,6 +81,12 @@ class RunLog:
         if self.writer:
             for name in entry.keys() - {"step", "seconds"}:
                 self.writer.add_scalar(name, entry[name], step)
+
+    def picture(self, name: str, step: int, image_rgb: np.ndarray) -> None:
+        """Keep a picture of step ``step``, (H, W, 3) uint8 RGB, in ``images/`` and on TensorBoard."""
+        save_picture(self.folder / "images" / f"{step:06d}_{name.replace('/', '_')}.png", image_rgb)
+        if self.writer:
+            self.writer.add_image(name, image_rgb, step, dataformats="HWC")
 
 
 def cut_log(path: Path, step: int) -> None:

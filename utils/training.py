@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-import cv2
 import torch
 from torch import Tensor, nn
 
@@ -37,10 +36,9 @@ from utils.meter import Meter
 from utils.schedule import GuardedSGD, poly_lr, set_lr
 from utils.start import Start, begin, resume
 from utils.stop import StopRequest
-from utils.visualize import save_panel
+from utils.visualize import Classes, class_names, make_palette, panel, scale, tile_factor
 
 LossFunction = Callable[..., dict[str, Tensor]]
-PANEL_SIDE = 1024  # pixels; larger pictures are shrunk for their panels
 PICTURES_TO_JUDGE = 200  # labels that are looked at before it is said that one class is all there is
 
 
@@ -105,7 +103,9 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         batches = stack.enter_context(running(make_loader(data, sampler, workers, device)))
         meter = Meter(device, lambda batch: describe(batch, args, data))
         watch = ClassWatch(min(PICTURES_TO_JUDGE, len(data)), already=start.step * args.batch_size * args.iter_size)
-        folder, classes = Path(args.snapshot_dir), read_class_names(args.data_dir, args.num_classes)
+        folder = Path(args.snapshot_dir)
+        names = read_class_names(args.data_dir, args.num_classes)
+        classes = Classes(class_names(args.num_classes, names), make_palette(data.colors))
         log = None
         if distributed.is_main():
             log = stack.enter_context(RunLog(folder, start.options, start.step, start.checkpoint.get("seconds") or 0.0))
@@ -118,12 +118,13 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
 
         def write(numbered: bool) -> None:
             if log:
-                meta = make_meta(net, classes, done, start.options, seen_voc_val=start.seen_voc_val or seen_val(data))
+                seen, colors = start.seen_voc_val or seen_val(data), classes.palette[: args.num_classes].tolist()
+                meta = make_meta(net, names, done, start.options, seen_voc_val=seen, colors=colors)
                 state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": torch.get_rng_state()}
                 save_snapshot(folder / "last.ckpt", net, meta, **state, step=done, ids=ids, seconds=log.seconds)
                 if numbered:
                     save_snapshot(folder / f"VOC12_scenes_{done}.pth", net, meta)
-                    log.say(save_panels(net, data, folder / "images", done, args.save_num_images, device))
+                    log.say(save_panels(net, data, classes, log, done, args.save_num_images, device))
 
         def save(numbered: bool) -> None:
             meter.check()  # on all processes: none of them saves after a bad step
@@ -292,8 +293,10 @@ class ClassWatch:
         return f"warning: {text}" if text else ""
 
 
-def save_panels(net: DeepLabV2, data: VOCSegmentation, folder: Path, step: int, count: int, device: torch.device) -> str:
-    """Save picture | label | prediction of the first ``count`` pictures, without augmentation, large ones shrunk.
+def save_panels(
+    net: DeepLabV2, data: VOCSegmentation, classes: Classes, log: RunLog, step: int, count: int, device: torch.device
+) -> str:
+    """Save panels of the first ``count`` pictures, without augmentation, large ones shrunk.
 
     Returns:
         "", or a sentence where it did not work: a picture to look at is no reason to end a run.
@@ -302,15 +305,11 @@ def save_panels(net: DeepLabV2, data: VOCSegmentation, folder: Path, step: int, 
     try:
         for index in range(min(count, len(data))):
             image, label = data.load(index)
-            factor = PANEL_SIDE / max(label.shape)
-            if factor < 1:
-                size = [max(1, round(side * factor)) for side in reversed(label.shape)]
-                image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-                label = cv2.resize(label, size, interpolation=cv2.INTER_NEAREST_EXACT)
+            factor = min(1.0, tile_factor(label.shape))
+            image, label = scale(image, factor), scale(label, factor)
             with torch.inference_mode():
-                prediction = predict_classes(net.forward, to_input(image).to(device))
-            name = f"{step:06d}_{data.ids[index].replace('/', '_')}.png"
-            save_panel(folder / name, image[:, :, ::-1], label, prediction.cpu().numpy())
+                prediction = predict_classes(net.forward, to_input(image).to(device)).cpu().numpy()
+            log.picture(data.ids[index], step, panel(image[:, :, ::-1], label, prediction, classes))
     except Exception as error:
         return f"warning: no panels at step {step} ({type(error).__name__}: {error})"
     finally:
