@@ -5,6 +5,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ from dataset.voc import LABEL_DIRS
 from deeplab.weights import Weights
 from utils import distributed
 from utils.command import UserError
+from utils.comparison import open_other
 from utils.crf_pool import CRFPool
 from utils.files import Output, check_outputs, save_json
 from utils.loader import make_loader, open_dataset, running
 from utils.metrics import ConfusionMatrix
 from utils.prediction import checked, open_trained_net, predict, snapshot_colors, to_device
+from utils.report import Report, head_of, prepare_folder
+from utils.report import planned as report_outputs
 from utils.samples import Sample, Samples, only_one
 from utils.visualize import Classes, class_names, make_palette, save_indexed_png, save_panel
 
@@ -39,11 +43,13 @@ def run(args: Namespace) -> int:
         data, data_list = open_dataset(args, VAL_LISTS, net.num_classes)
         classes = classes_of(args.ignore_label, data, weights)
         check_outputs(planned_outputs(args, data), *what_is_read(args, data, data_list))
+        page = open_report(args, data, classes)
         to_device(net, device, args.compile)
+        notes = []
+        if weights.seen_voc_val and "val" in data_list.stem:
+            notes.append(f"warning: scores on VOC val mean nothing here: {weights.seen_voc_val}")
         if distributed.is_main():
-            print(*lines, f"{len(data)} pictures of {data_list}", sep="\n")
-            if weights.seen_voc_val and "val" in data_list.stem:
-                print(f"warning: scores on VOC val mean nothing here: {weights.seen_voc_val}")
+            print(*lines, f"{len(data)} pictures of {data_list}", *notes, sep="\n")
 
         bar = tqdm(total=len(share(data)), unit="image", disable=not distributed.is_main(), dynamic_ncols=True)
 
@@ -53,13 +59,27 @@ def run(args: Namespace) -> int:
             if args.save_panels:
                 path, image = Path(args.save_panels) / f"{sample.id}.png", sample.image[:, :, ::-1]
                 save_panel(path, image, sample.label, prediction, classes)
+            if page:
+                page.add(sample, prediction)
             bar.update()
 
         options = {name: getattr(args, name) for name in ("scales", "mirror", "batch_size", "amp", "num_workers")}
         matrices = score(net, data, device, **options, canvas=args.input_size, pool=pool, finish=finish)
         bar.close()
+    if warning := one_class_warning(next(iter(matrices.values())).present()):
+        notes.append(f"warning: these scores mean little: {warning}")
+    records = distributed.gather(page.records) if page else []
     if distributed.is_main():
-        report(args, data_list, weights, classes, matrices)
+        result = {"restore_from": args.restore_from, "weights": weights.scheme, "step": weights.meta.get("step")}
+        result.update(data_list=str(data_list), scales=args.scales, mirror=args.mirror, input_size=args.input_size)
+        result.update(print_scores(classes, matrices))
+        if warning:
+            print(f"\n{notes[-1]}")
+        if args.save_json:
+            save_json(args.save_json, result)
+        if page:
+            page.write(chain.from_iterable(records), result, head_of(args, weights, data_list, len(data), notes))
+            print(f"open {Path(args.report) / 'index.html'}")
     distributed.stop()
     return 0
 
@@ -155,6 +175,8 @@ def planned_outputs(args: Namespace, data: VOCSegmentation) -> list[Output]:
             outputs += [
                 Output(option, Path(folder), f"{id}.png", content.format(data.image_path(id))) for id in dict.fromkeys(data.ids)
             ]
+    if args.report:
+        outputs += report_outputs(Path(args.report))
     if args.save_json:
         outputs.append(Output("--save-json", Path(args.save_json).parent, Path(args.save_json).name, "the scores"))
     return outputs
@@ -167,18 +189,23 @@ def what_is_read(args: Namespace, data: VOCSegmentation, data_list: Path) -> tup
     return files, [data.image_dir, *(data.root / name for name in (*LABEL_DIRS, args.label_dir) if name)]
 
 
-def report(args: Namespace, data_list: Path, weights: Weights, classes: Classes, matrices: dict[str, ConfusionMatrix]) -> None:
-    """Print the scores and save them."""
-    result = {"restore_from": args.restore_from, "weights": weights.scheme, "step": weights.meta.get("step")}
-    result.update(data_list=str(data_list), scales=args.scales, mirror=args.mirror, input_size=args.input_size)
+def print_scores(classes: Classes, matrices: dict[str, ConfusionMatrix]) -> dict[str, dict]:
+    """Print a table for each matrix, and return the same for JSON."""
     palette = classes.palette if sys.stdout.isatty() and "NO_COLOR" not in os.environ else None
+    result = {}
     for title, matrix in matrices.items():
         scores = matrix.scores()
-        table = scores.table(classes.names, palette)
-        print(f"\n{title}\n{table}" if title else f"\n{table}")
+        print(*filter(None, ("", title, scores.table(classes.names, palette))), sep="\n")
         entry = {**scores.as_dict(classes.names), "confusion_matrix": matrix.matrix.tolist()}
         result[title.replace(" ", "_").lower() or "scores"] = entry
-    if warning := one_class_warning(next(iter(matrices.values())).present()):
-        print(f"\nwarning: these scores mean little: {warning}")
-    if args.save_json:
-        save_json(args.save_json, result)
+    return result
+
+
+def open_report(args: Namespace, data: VOCSegmentation, classes: Classes) -> Report | None:
+    """What ``--report`` asks for; it is compared with what ``--compare`` names."""
+    if not args.report:
+        return None
+    folder = Path(args.report)
+    other = open_other(args.compare, folder, data.ids, classes) if args.compare else None
+    distributed.from_main(lambda: prepare_folder(folder))
+    return Report(folder, data.ids, classes, data.ignore_label, args.crf, other)

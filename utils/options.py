@@ -170,8 +170,10 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
     )
 
     group = parser.add_argument_group("output")
-    group.add_argument("--save-dir", help="write the predictions here as <id>.png, indexed with the VOC palette")
-    group.add_argument("--save-panels", metavar="DIR", help="write picture | label | prediction here as <id>.png")
+    group.add_argument("--save-dir", help="write the predictions here as <id>.png, with a palette")
+    group.add_argument("--save-panels", metavar="DIR", help="write picture | label | prediction | errors here as <id>.png")
     group.add_argument("--save-json", metavar="FILE", help="write the scores here")
+    group.add_argument("--report", metavar="DIR", help="write a page with scores, confusions and pictures here: DIR/index.html")
+    group.add_argument("--compare", metavar="DIR", help="an earlier report, beside which the new one puts its scores")
     add_device_options(parser)
     return parser
