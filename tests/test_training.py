@@ -15,7 +15,7 @@ import train_msc as train_msc_script
 from dataset import DatasetError
 from deeplab import multi_scale_loss, single_scale_loss
 from tests.conftest import ROOT, TOY_CLASSES, save_palette_png
-from utils import training, visualize
+from utils import training, validation, visualize
 from utils.command import run_command
 from utils.meter import Diverged
 from utils.options import training_parser
@@ -392,7 +392,7 @@ def test_panels_of_large_pictures_are_shrunk_and_never_end_a_run(toy_voc, tmp_pa
     def no_memory(*args):
         raise MemoryError("for the panel")
 
-    monkeypatch.setattr(training, "panel", no_memory)
+    monkeypatch.setattr(validation, "panel", no_memory)
     assert train(toy_voc, tmp_path / "none", *options) == 0
     assert (tmp_path / "none/VOC12_scenes_1.pth").exists()
     assert "warning: no panels at step 1 (MemoryError: for the panel)" in capsys.readouterr().out

@@ -97,10 +97,9 @@ def score(
     num_workers: int = 0,
     pool: CRFPool | None = None,
     finish: Callable[[Sample, np.ndarray], None] = lambda sample, prediction: None,
+    add_up: bool = True,
 ) -> dict[str, ConfusionMatrix]:
-    """Predict a data set and count.
-
-    Under torchrun each process takes its share of the pictures, and all get the sum of the counts.
+    """Predict a data set and count; under torchrun each process takes its share of the pictures.
 
     Args:
         net: on ``device``, in eval mode.
@@ -111,6 +110,7 @@ def score(
         num_workers: processes that read pictures.
         pool: refines the predictions; they are counted before and after.
         finish: called with each picture and its (H, W) uint8 classes, refined where there is a pool.
+        add_up: return the counts of all processes, not those of this one's share.
 
     Returns:
         ``{"": matrix}``, or with a pool ``{"before CRF": matrix, "after CRF": matrix}``.
@@ -138,7 +138,7 @@ def score(
                 after.update(torch.from_numpy(sample.label), torch.from_numpy(refined))
                 finish(sample, refined)
     matrices = {"before CRF": before, "after CRF": after} if pool else {"": before}
-    for matrix in matrices.values():
+    for matrix in matrices.values() if add_up else ():
         distributed.sum_(matrix.counts)
     return matrices
 

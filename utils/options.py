@@ -121,6 +121,14 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
     group.add_argument("--snapshot-dir", default=snapshot_dir, help="default: %(default)s")
     group.add_argument("--save-pred-every", type=positive, default=1000, help="steps between snapshots (default: %(default)s)")
     group.add_argument("--save-num-images", type=not_negative, default=2, help="panels a snapshot (default: %(default)s)")
+    group.add_argument(
+        "--val-every",
+        type=not_negative,
+        default=0,
+        metavar="N",
+        help="score the net every N steps and keep best.pth (default: 0, never)",
+    )
+    group.add_argument("--val-list", help="ids to score on (default: as in evaluate.py)")
     group.add_argument("--log-every", type=positive, default=10, help="steps between log lines (default: %(default)s)")
     group.add_argument("--tensorboard", action="store_true", help="write TensorBoard scalars to --snapshot-dir")
     group.add_argument(

@@ -24,8 +24,7 @@ from dataset import (
     read_ids,
     to_input,
 )
-from deeplab import DeepLabV2
-from deeplab.multiscale import predict_classes, scaled_size
+from deeplab.multiscale import scaled_size
 from utils import distributed
 from utils.checkpoint import make_meta, save_snapshot
 from utils.command import UserError
@@ -36,7 +35,8 @@ from utils.meter import Meter
 from utils.schedule import GuardedSGD, poly_lr, set_lr
 from utils.start import Start, begin, resume
 from utils.stop import StopRequest
-from utils.visualize import Classes, class_names, make_palette, panel, scale, tile_factor
+from utils.validation import Validation, save_panels
+from utils.visualize import Classes, class_names, make_palette
 
 LossFunction = Callable[..., dict[str, Tensor]]
 PICTURES_TO_JUDGE = 200  # labels that are looked at before it is said that one class is all there is
@@ -106,6 +106,7 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         folder = Path(args.snapshot_dir)
         names = read_class_names(args.data_dir, args.num_classes)
         classes = Classes(class_names(args.num_classes, names), make_palette(data.colors))
+        validation = Validation(args, classes, device) if args.val_every else None
         log = None
         if distributed.is_main():
             log = stack.enter_context(RunLog(folder, start.options, start.step, start.checkpoint.get("seconds") or 0.0))
@@ -114,12 +115,15 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         def report() -> None:
             steps, means = meter.steps, meter.means()
             if log:
-                log.line(done, means, lr, steps)
+                log.line(done, means, lr, steps, [group["lr"] for group in optimizer.param_groups])
+
+        def meta_of_now(**more: object) -> dict:
+            seen, colors = start.seen_voc_val or seen_val(data), classes.palette[: args.num_classes].tolist()
+            return make_meta(net, names, done, start.options, seen_voc_val=seen, colors=colors, **more)
 
         def write(numbered: bool) -> None:
             if log:
-                seen, colors = start.seen_voc_val or seen_val(data), classes.palette[: args.num_classes].tolist()
-                meta = make_meta(net, names, done, start.options, seen_voc_val=seen, colors=colors)
+                meta = meta_of_now()
                 state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": torch.get_rng_state()}
                 save_snapshot(folder / "last.ckpt", net, meta, **state, step=done, ids=ids, seconds=log.seconds)
                 if numbered:
@@ -165,6 +169,11 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
             if numbered:
                 save(numbered=True)
                 saved = done
+            if validation and validation.due(done):
+                meter.check()
+                broken, error = validation.run(net, done, stop, log, meta_of_now)
+                if failed := int(broken):
+                    break
 
         if done > saved:  # something ended the run before its last step
             if meter.steps:
@@ -291,27 +300,3 @@ class ClassWatch:
         present = distributed.agree(*self.present.int().tolist())
         text = one_class_warning(value for value, occurs in enumerate(present) if occurs)
         return f"warning: {text}" if text else ""
-
-
-def save_panels(
-    net: DeepLabV2, data: VOCSegmentation, classes: Classes, log: RunLog, step: int, count: int, device: torch.device
-) -> str:
-    """Save panels of the first ``count`` pictures, without augmentation, large ones shrunk.
-
-    Returns:
-        "", or a sentence where it did not work: a picture to look at is no reason to end a run.
-    """
-    net.eval()
-    try:
-        for index in range(min(count, len(data))):
-            image, label = data.load(index)
-            factor = min(1.0, tile_factor(label.shape))
-            image, label = scale(image, factor), scale(label, factor)
-            with torch.inference_mode():
-                prediction = predict_classes(net.forward, to_input(image).to(device)).cpu().numpy()
-            log.picture(data.ids[index], step, panel(image[:, :, ::-1], label, prediction, classes))
-    except Exception as error:
-        return f"warning: no panels at step {step} ({type(error).__name__}: {error})"
-    finally:
-        net.train()
-    return ""
