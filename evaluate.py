@@ -5,7 +5,10 @@ from utils.options import evaluation_parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = evaluation_parser(__doc__.split(".")[0]).parse_args(argv)
+    parser = evaluation_parser(__doc__.split(".")[0])
+    args = parser.parse_args(argv)
+    if args.compare and not args.report:
+        parser.error("--compare needs --report, where the comparison is written")
     from utils import evaluation
 
     return evaluation.run(args)

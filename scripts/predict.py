@@ -92,18 +92,17 @@ def main(argv: list[str] | None = None) -> int:
     from deeplab.multiscale import canvas_size, enlarge_to_classes
     from utils import distributed
     from utils.crf_pool import refine
-    from utils.evaluation import checked, compile_for_prediction, open_trained_net, predict_batch
-    from utils.visualize import save_indexed_png, save_panel
+    from utils.prediction import checked, open_trained_net, predict_batch, snapshot_colors, to_device
+    from utils.visualize import Classes, class_names, make_palette, save_indexed_png, save_panel
 
     if args.crf:
         find_densecrf()
     device = distributed.select_device(args.device, args.gpu)
-    net, _, lines = open_trained_net(args)
+    net, weights, lines = open_trained_net(args)
     check_outputs(planned_outputs(pictures, args.save_dir, args.panels), [*pictures, args.restore_from])
-    net.to(device).to(memory_format=torch.channels_last)
-    if args.compile:
-        distributed.check_compiler(device)
-        compile_for_prediction(net, device)
+    to_device(net, device, args.compile)
+    names = class_names(net.num_classes, weights.meta.get("classes"))
+    classes = Classes(names, make_palette(snapshot_colors(weights)))
     print(*lines, *left_out, sep="\n")
     broken = []
     with torch.inference_mode():
@@ -118,9 +117,9 @@ def main(argv: list[str] | None = None) -> int:
             prediction = checked(str(path), enlarge_to_classes(logits, size))
             if args.crf:
                 prediction = refine(image, logits.cpu())
-            save_indexed_png(args.save_dir / f"{path.stem}.png", prediction)
+            save_indexed_png(args.save_dir / f"{path.stem}.png", prediction, classes.palette)
             if args.panels:
-                save_panel(args.save_dir / f"{path.stem}_panel.png", image[:, :, ::-1], None, prediction)
+                save_panel(args.save_dir / f"{path.stem}_panel.png", image[:, :, ::-1], None, prediction, classes)
     print(f"{len(pictures) - len(broken)} masks in {args.save_dir}/")
     if broken:
         print(f"{len(broken)} of {len(pictures)} pictures were left out:", *broken, sep="\n", file=sys.stderr)

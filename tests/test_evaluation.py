@@ -20,8 +20,10 @@ from utils import evaluation, samples
 from utils.checkpoint import make_meta, save_snapshot
 from utils.command import UserError
 from utils.crf_pool import CRFPool
-from utils.evaluation import NotFinite, score
+from utils.evaluation import score
 from utils.options import evaluation_parser
+from utils.prediction import NotFinite, predict_batch
+from utils.visualize import GAP
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +88,8 @@ def test_scores_and_masks_against_a_naive_evaluation(toy_voc, snapshot, tmp_path
         assert clear.mean() > 0.95
         assert (prediction == logits.argmax(0))[clear].all()
         pairs.append((label, prediction))
-        assert Image.open(tmp_path / "panels" / f"toy_{i}.png").size == (3 * size[1] + 8, size[0])
+        factor = 160 // max(size)
+        assert Image.open(tmp_path / "panels" / f"toy_{i}.png").width == 4 * factor * size[1] + 3 * GAP
     accuracy, mean_iou = naive_scores(pairs)
     assert result["scores"]["pixel_accuracy"] == pytest.approx(accuracy, abs=1e-12)
     assert result["scores"]["mean_iou"] == pytest.approx(mean_iou, abs=1e-12)
@@ -207,7 +210,7 @@ def test_pictures_are_padded_with_the_mean_colour_to_the_canvas():
         return x[..., ::8, ::8]
 
     image = np.full((30, 20, 3), 200, np.uint8)
-    logits = evaluation.predict_batch(net, [image, image[:9]], (505, 505), torch.device("cpu"))
+    logits = predict_batch(net, [image, image[:9]], (505, 505), torch.device("cpu"))
     assert logits.shape == (2, 3, 64, 64)
     assert seen[0].shape == (2, 3, 505, 505)
     filled = torch.zeros(2, 505, 505, dtype=torch.bool)
@@ -279,6 +282,31 @@ def test_a_void_class_is_marked_in_the_report(toy_voc, snapshot, tmp_path, capsy
     assert sum(result["confusion_matrix"][0]) == 0
     assert sum(row[0] for row in result["confusion_matrix"]) > 0  # wrong all the same
     assert "ground (void)" in capsys.readouterr().out
+
+
+def palette_of(path: Path) -> list[list[int]]:
+    return np.array(Image.open(path).getpalette()).reshape(-1, 3).tolist()
+
+
+def test_colours_are_those_of_the_data_else_of_the_snapshot(toy_voc, snapshot, tmp_path):
+    content = torch.load(snapshot, weights_only=True)
+    content["meta"]["colors"] = [[1, 1, 1], [2, 2, 2], [3, 3, 3], [4, 4, 4]]
+    torch.save(content, tmp_path / "net.pth")
+    evaluate(toy_voc, tmp_path / "net.pth", "--save-dir", str(tmp_path / "snapshot"))
+    assert palette_of(tmp_path / "snapshot/toy_0.png")[:5] == [*content["meta"]["colors"], [0, 0, 128]]
+    (toy_voc / "classes.txt").write_text("a 9 8 7\nb 7 7 7\nc\nd 200 0 9\n")
+    evaluate(toy_voc, tmp_path / "net.pth", "--save-dir", str(tmp_path / "data"))
+    palette = palette_of(tmp_path / "data/toy_0.png")
+    assert [palette[label] for label in (0, 1, 2, 3, 255)] == [[9, 8, 7], [7, 7, 7], [0, 128, 0], [200, 0, 9], [224, 224, 192]]
+
+
+def test_the_table_shows_the_colours_in_a_terminal_only(toy_voc, snapshot, monkeypatch, capsys):
+    patch = "\033[48;2;0;128;0m  \033[0m   2 blue"
+    for terminal, no_color in ((True, False), (True, True), (False, False)):
+        monkeypatch.setattr("sys.stdout.isatty", lambda terminal=terminal: terminal, raising=False)
+        monkeypatch.setenv("NO_COLOR", "1") if no_color else monkeypatch.delenv("NO_COLOR", raising=False)
+        evaluate(toy_voc, snapshot)
+        assert (patch.replace("blue", "green") in capsys.readouterr().out) == (terminal and not no_color)
 
 
 def test_labels_of_one_class_are_told(toy_voc, snapshot, capsys):

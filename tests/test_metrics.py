@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -222,6 +223,11 @@ def test_table_and_dict():
     assert lines[4].split() == ["2", "a", "sofa", "-", "-"]
     assert lines[6].split() == ["pixel", "accuracy", "75.00"]
     assert [line.split()[-1] for line in lines[7:]] == ["83.33", "58.33", "62.50"]
+    palette = np.arange(768, dtype=np.uint8).reshape(256, 3)
+    colored = scores.table(["background", "cat", "a sofa"], palette).splitlines()
+    assert colored[3] == "\033[48;2;3;4;5m  \033[0m " + lines[3]
+    plain = [re.sub("\033\\[[0-9;]*m", "", line) for line in colored]
+    assert plain == ["   " + line for line in lines]
     values = json.loads(json.dumps(scores.as_dict(["background", "cat", "a sofa"]), allow_nan=False))
     assert values["pixel_accuracy"] == 0.75
     assert values["classes"][1] == {"id": 1, "name": "cat", "iou": 0.5, "accuracy": 1.0}

@@ -11,6 +11,7 @@ from deeplab import dense_crf
 from scripts import predict
 from tests.test_evaluation import evaluate, snapshot  # noqa: F401
 from utils.command import UserError
+from utils.visualize import GAP
 
 
 def run(snapshot: Path, *options: object) -> None:  # noqa: F811
@@ -28,7 +29,7 @@ def test_masks_are_those_of_the_evaluation(toy_voc, snapshot, tmp_path, options)
     masks, out = contents(tmp_path / "masks"), contents(tmp_path / "out")
     assert masks == {name: content for name, content in out.items() if not name.endswith("_panel.png")}
     assert len(out) == 2 * len(masks) == 12
-    assert Image.open(tmp_path / "out/toy_1_panel.png").size == (2 * 47 + 4, 33)
+    assert Image.open(tmp_path / "out/toy_1_panel.png").width == 2 * 3 * 47 + GAP
 
 
 def test_a_folder_without_what_is_no_picture(toy_voc, snapshot, tmp_path, capsys):  # noqa: F811

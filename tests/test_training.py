@@ -15,7 +15,7 @@ import train_msc as train_msc_script
 from dataset import DatasetError
 from deeplab import multi_scale_loss, single_scale_loss
 from tests.conftest import ROOT, TOY_CLASSES, save_palette_png
-from utils import training
+from utils import training, validation, visualize
 from utils.command import run_command
 from utils.meter import Diverged
 from utils.options import training_parser
@@ -68,7 +68,9 @@ def test_what_a_run_leaves_behind(toy_voc, tmp_path):
     assert {path.name for path in tmp_path.glob("*.pth")} == {"VOC12_scenes_2.pth", "VOC12_scenes_3.pth"}
     names = {"000002_toy_0.png", "000002_toy_1.png", "000003_toy_0.png", "000003_toy_1.png"}
     assert {path.name for path in (tmp_path / "images").iterdir()} == names
-    assert Image.open(tmp_path / "images/000003_toy_0.png").size == (3 * 55 + 2 * 4, 40)
+    width, height = Image.open(tmp_path / "images/000003_toy_0.png").size
+    assert width == 4 * 2 * 55 + 3 * visualize.GAP
+    assert height > 2 * 40
     assert list(tmp_path.glob("events.out.tfevents.*"))
     assert not list(tmp_path.glob(".*"))
     assert json.loads((tmp_path / "args.json").read_text())["num_steps"] == 3
@@ -380,15 +382,17 @@ def test_training_on_validation_pictures_is_marked(toy_voc, tmp_path):
 
 
 def test_panels_of_large_pictures_are_shrunk_and_never_end_a_run(toy_voc, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training, "PANEL_SIDE", 20)
+    monkeypatch.setattr(visualize, "TILE_SIDES", (10, 20))
     options = [*SCRATCH, "--num-steps", "1", "--save-num-images", "1"]
     train(toy_voc, tmp_path / "small", *options)
-    assert Image.open(tmp_path / "small/images/000001_toy_0.png").size == (3 * 20 + 2 * 4, round(40 * 20 / 55))
+    width, height = Image.open(tmp_path / "small/images/000001_toy_0.png").size
+    assert width == 4 * 20 + 3 * visualize.GAP
+    assert height > round(40 * 20 / 55)  # with a legend
 
     def no_memory(*args):
         raise MemoryError("for the panel")
 
-    monkeypatch.setattr(training, "save_panel", no_memory)
+    monkeypatch.setattr(validation, "panel", no_memory)
     assert train(toy_voc, tmp_path / "none", *options) == 0
     assert (tmp_path / "none/VOC12_scenes_1.pth").exists()
     assert "warning: no panels at step 1 (MemoryError: for the panel)" in capsys.readouterr().out

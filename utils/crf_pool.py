@@ -17,7 +17,7 @@ from deeplab.crf import dense_crf, find_densecrf
 from deeplab.multiscale import enlarge_rows
 from utils.command import UserError
 from utils.processes import start_helper
-from utils.samples import Sample
+from utils.samples import AnyPicture, Picture
 
 
 def refine(image: np.ndarray, logits: Tensor, prune: float = 0.0) -> np.ndarray:
@@ -89,29 +89,29 @@ class CRFPool:
         for process in self.processes:
             process.join()
 
-    def refine(self, pictures: Iterable[tuple[Sample, Tensor]]) -> Iterator[tuple[Sample, np.ndarray]]:
+    def refine(self, pictures: Iterable[tuple[AnyPicture, Tensor]]) -> Iterator[tuple[AnyPicture, np.ndarray]]:
         """Pictures with their (C, k_h + 1, k_w + 1) logits, see :func:`refine` -> with their (H, W) uint8 classes; in order.
 
         Raises:
             UserError: a process was killed.
         """
-        running: deque[tuple[Sample, Future[np.ndarray]]] = deque()
-        for sample, logits in pictures:
-            running.append((sample, self.threads.submit(self._refine, sample, logits.numpy())))
+        running: deque[tuple[AnyPicture, Future[np.ndarray]]] = deque()
+        for picture, logits in pictures:
+            running.append((picture, self.threads.submit(self._refine, picture, logits.numpy())))
             while running and (len(running) > self.capacity or running[0][1].done()):
                 done, future = running.popleft()
                 yield done, future.result()
         for done, future in running:
             yield done, future.result()
 
-    def _refine(self, sample: Sample, logits: np.ndarray) -> np.ndarray:
+    def _refine(self, picture: Picture, logits: np.ndarray) -> np.ndarray:
         connection = self.idle.get()
         try:
-            connection.send((sample.image, logits))
+            connection.send((picture.image, logits))
             return connection.recv()
         except (EOFError, OSError):
             advice = "if memory ran out, take fewer with --crf-workers"
-            raise UserError(f"a process of the CRF was killed at picture {sample.id}; {advice}") from None
+            raise UserError(f"a process of the CRF was killed at picture {picture.id}; {advice}") from None
         finally:
             self.idle.put(connection)
 

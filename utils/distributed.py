@@ -6,7 +6,7 @@ https://docs.pytorch.org/docs/stable/elastic/run.html.
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -205,6 +205,13 @@ class OtherProcessFailed(UserError):
     def __init__(self, message: str, exit_status: int) -> None:
         super().__init__(message)
         self.exit_status = exit_status
+
+
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Give all processes the tensors of process 0, in place."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 def sum_(tensor: Tensor) -> Tensor:

@@ -1,13 +1,17 @@
 """The one evaluation loop: decoding, the net and the CRF overlap, and no prediction is kept longer than its picture."""
 
+import os
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from dataset import (
@@ -15,32 +19,24 @@ from dataset import (
     VAL_LISTS,
     VOCSegmentation,
     absent_classes,
-    default_names,
     one_class_warning,
     read_class_names,
-    to_input,
 )
 from dataset.classes import read_classes
 from dataset.voc import LABEL_DIRS
-from deeplab import DeepLabV2, fold_batch_norm
-from deeplab.multiscale import NO_CLASS, enlarge_to_classes, predict_grid
 from deeplab.weights import Weights
 from utils import distributed
-from utils.checkpoint import load_init
 from utils.command import UserError
+from utils.comparison import open_other
 from utils.crf_pool import CRFPool
 from utils.files import Output, check_outputs, save_json
 from utils.loader import make_loader, open_dataset, running
 from utils.metrics import ConfusionMatrix
-from utils.options import TRAINED_WEIGHTS
-from utils.samples import Sample, Samples, group_by_canvas, only_one
-from utils.visualize import save_indexed_png, save_panel
-
-
-class NotFinite(UserError):
-    """The net's logits are no numbers."""
-
-    exit_status = 1
+from utils.prediction import checked, open_trained_net, predict, snapshot_colors, to_device
+from utils.report import Report, head_of, prepare_folder
+from utils.report import planned as report_outputs
+from utils.samples import Sample, Samples, only_one
+from utils.visualize import Classes, class_names, make_palette, save_indexed_png, save_panel
 
 
 def run(args: Namespace) -> int:
@@ -54,39 +50,55 @@ def run(args: Namespace) -> int:
         check_classes(args, net.num_classes)
         lines += settle_void(args, weights)
         data, data_list = open_dataset(args, VAL_LISTS, net.num_classes)
-        names = class_names(args.data_dir, weights, net.num_classes)
-        if 0 <= args.ignore_label < net.num_classes:
-            names[args.ignore_label] += " (void)"
+        classes = classes_of(args.ignore_label, data, weights)
         check_outputs(planned_outputs(args, data), *what_is_read(args, data, data_list))
-        net.to(device).to(memory_format=torch.channels_last)
-        if args.compile:
-            distributed.check_compiler(device)
-            compile_for_prediction(net, device)
+        page = open_report(args, data, classes)
+        to_device(net, device, args.compile)
+        notes = []
+        if weights.seen_voc_val and "val" in data_list.stem:
+            notes.append(f"warning: scores on VOC val mean nothing here: {weights.seen_voc_val}")
+        told = len(notes)
         if distributed.is_main():
-            print(*lines, f"{len(data)} pictures of {data_list}", sep="\n")
-            if weights.seen_voc_val and "val" in data_list.stem:
-                print(f"warning: scores on VOC val mean nothing here: {weights.seen_voc_val}")
+            print(*lines, f"{len(data)} pictures of {data_list}", *notes, sep="\n")
 
         hidden = None if distributed.is_main() else True  # None: shown in a terminal only
         bar = stack.enter_context(tqdm(total=len(share(data)), unit="image", disable=hidden, dynamic_ncols=True))
 
         def finish(sample: Sample, prediction: np.ndarray) -> None:
             if args.save_dir:
-                save_indexed_png(Path(args.save_dir) / f"{sample.id}.png", prediction)
+                save_indexed_png(Path(args.save_dir) / f"{sample.id}.png", prediction, classes.palette)
             if args.save_panels:
-                save_panel(Path(args.save_panels) / f"{sample.id}.png", sample.image[:, :, ::-1], sample.label, prediction)
+                path, image = Path(args.save_panels) / f"{sample.id}.png", sample.image[:, :, ::-1]
+                save_panel(path, image, sample.label, prediction, classes)
+            if page:
+                page.add(sample, prediction)
             bar.update()
 
         options = {name: getattr(args, name) for name in ("scales", "mirror", "batch_size", "amp", "num_workers")}
         matrices = score(net, data, device, **options, canvas=args.input_size, pool=pool, finish=finish)
+    matrix = next(iter(matrices.values()))
+    if warning := one_class_warning(matrix.present()):
+        notes.append(f"warning: these scores mean little: {warning}")
+    elif absent := absent_classes(matrix.present(), classes.names, matrix.ignore_label):
+        notes.append(f"no label has the classes {absent}")
+    records = distributed.gather(page.records) if page else []
     if distributed.is_main():
-        report(args, data_list, weights, names, matrices)
+        result = {"restore_from": args.restore_from, "weights": weights.scheme, "step": weights.meta.get("step")}
+        result.update(data_list=str(data_list), scales=args.scales, mirror=args.mirror, input_size=args.input_size)
+        result.update(print_scores(classes, matrices))
+        for note in notes[told:]:
+            print(f"\n{note}")
+        if args.save_json:
+            save_json(args.save_json, result)
+        if page:
+            page.write(chain.from_iterable(records), result, head_of(args, weights, data_list, len(data), notes))
+            print(f"open {Path(args.report) / 'index.html'}")
     distributed.stop()
     return 0
 
 
 def score(
-    net: nn.Module,
+    net: Callable[[Tensor], Tensor],
     data: VOCSegmentation,
     device: torch.device,
     *,
@@ -98,10 +110,9 @@ def score(
     num_workers: int = 0,
     pool: CRFPool | None = None,
     finish: Callable[[Sample, np.ndarray], None] = lambda sample, prediction: None,
+    add_up: bool = True,
 ) -> dict[str, ConfusionMatrix]:
-    """Predict a data set and count.
-
-    Under torchrun each process takes its share of the pictures, and all get the sum of the counts.
+    """Predict a data set and count; under torchrun each process takes its share of the pictures.
 
     Args:
         net: on ``device``, in eval mode.
@@ -112,6 +123,7 @@ def score(
         num_workers: processes that read pictures.
         pool: refines the predictions; they are counted before and after.
         finish: called with each picture and its (H, W) uint8 classes, refined where there is a pool.
+        add_up: return the counts of all processes, not those of this one's share.
 
     Returns:
         ``{"": matrix}``, or with a pool ``{"before CRF": matrix, "after CRF": matrix}``.
@@ -121,27 +133,25 @@ def score(
     """
     before, after = (ConfusionMatrix(data.num_classes, where, data.ignore_label) for where in (device, "cpu"))
     loader = make_loader(Samples(data), [[index] for index in share(data)], num_workers, device, collate_fn=only_one)
+    options: dict[str, Any] = {"scales": scales, "mirror": mirror, "canvas": canvas, "batch_size": batch_size, "amp": amp}
 
-    def predictions() -> Iterator[tuple[Sample, Tensor, np.ndarray]]:
-        """Each picture, counted, with its (C, h, w) logits on the stride-8 grid and its (H, W) uint8 classes."""
-        for samples, size in group_by_canvas(pictures, canvas, batch_size):
-            images = [sample.image for sample in samples]
-            for sample, logits in zip(samples, predict_batch(net, images, size, device, scales, mirror, amp)):
-                label = torch.from_numpy(sample.label).to(device, non_blocking=True)
-                classes = enlarge_to_classes(logits, label.shape)
-                before.update(label, classes)
-                yield sample, logits, checked(sample.id, classes)
+    def predictions() -> Iterator[tuple[Sample, Tensor]]:
+        """Each picture, predicted and counted, with its (C, h, w) logits on the stride-8 grid."""
+        for sample, logits, classes in predict(net, samples, device, **options):
+            before.update(torch.from_numpy(sample.label).to(device, non_blocking=True), classes)
+            sample.prediction = checked(sample.id, classes)
+            yield sample, logits
 
-    with torch.inference_mode(), running(loader) as pictures:
+    with torch.inference_mode(), running(loader) as samples:
         if pool is None:
-            for sample, _, prediction in predictions():
-                finish(sample, prediction)
+            for sample, _ in predictions():
+                finish(sample, sample.prediction)
         else:
-            for sample, refined in pool.refine((sample, logits.cpu()) for sample, logits, _ in predictions()):
+            for sample, refined in pool.refine((sample, logits.cpu()) for sample, logits in predictions()):
                 after.update(torch.from_numpy(sample.label), torch.from_numpy(refined))
                 finish(sample, refined)
     matrices = {"before CRF": before, "after CRF": after} if pool else {"": before}
-    for matrix in matrices.values():
+    for matrix in matrices.values() if add_up else ():
         distributed.sum_(matrix.counts)
     return matrices
 
@@ -149,43 +159,6 @@ def score(
 def share(data: VOCSegmentation) -> range:
     """The indices of the pictures that this process predicts."""
     return range(distributed.rank(), len(data), distributed.world_size())
-
-
-def open_trained_net(args: Namespace) -> tuple[DeepLabV2, Weights, list[str]]:
-    """The net of ``--restore-from``, ready to predict, its weights file and lines that say what was loaded.
-
-    Raises:
-        UserError: there is no such file, no head in it, or one that does not fit: nothing is predicted with a parameter that no
-            file gave.
-    """
-    path = args.restore_from
-    if path == TRAINED_WEIGHTS and not Path(TRAINED_WEIGHTS).exists():
-        advice = "train with `python train.py`, see `python scripts/download.py list`, or pass --restore-from"
-        raise UserError(f"{TRAINED_WEIGHTS} does not exist: {advice}")
-    net, weights, report = load_init(path, backbone=args.backbone, atrous_rates=args.atrous_rates)
-    rates, asked = weights.config.get("atrous_rates"), net.config["atrous_rates"]
-    if report.missing and rates and list(rates) != list(asked):
-        of_file, of_option = (",".join(map(str, values)) for values in (rates, asked))
-        raise UserError(
-            f"the head of {path} has the rates {of_file}, but --atrous-rates says {of_option}; leave the option out"
-        )
-    if report.missing:
-        raise UserError(f"{path} ({weights.scheme}) holds no usable head; train it first with train.py")
-    if args.num_classes not in (None, net.num_classes):
-        raise UserError(
-            f"{path} is a net for {net.num_classes} classes, which --num-classes {args.num_classes} cannot change; "
-            f"train a net for {args.num_classes} classes with train.py, or name another file"
-        )
-    fold_batch_norm(net.eval())
-    return net, weights, [f"{path}: {weights.scheme}", *report.lines()]
-
-
-def compile_for_prediction(net: nn.Module, device: torch.device) -> None:
-    """Compile a folded net in place: for pictures of any size at once, and on a CPU with its weights as constants."""
-    if device.type == "cpu":
-        net.compile(dynamic=True, options={"freezing": True})
-    else:
-        net.compile()
 
 
 def check_classes(args: Namespace, num_classes: int) -> None:
@@ -206,9 +179,12 @@ def settle_void(args: Namespace, weights: Weights) -> list[str]:
     return [f"--ignore-label {args.ignore_label}, as it was trained with"] if args.ignore_label != IGNORE_LABEL else []
 
 
-def class_names(data_dir: str, weights: Weights, num_classes: int) -> list[str]:
-    """The names of the classes: the snapshot's, else those of ``classes.txt``, else VOC's for 21 classes, else numbers."""
-    return list(weights.meta.get("classes") or read_class_names(data_dir, num_classes) or default_names(num_classes))
+def classes_of(ignore_label: int, data: VOCSegmentation, weights: Weights) -> Classes:
+    """How the classes are called and drawn: colours of the data set come before those of the snapshot."""
+    names = class_names(data.num_classes, weights.meta.get("classes"), read_class_names(data.root, data.num_classes))
+    if 0 <= ignore_label < data.num_classes:
+        names[ignore_label] += " (void)"
+    return Classes(names, make_palette(data.colors or snapshot_colors(weights)))
 
 
 def planned_outputs(args: Namespace, data: VOCSegmentation) -> list[Output]:
@@ -220,6 +196,8 @@ def planned_outputs(args: Namespace, data: VOCSegmentation) -> list[Output]:
             outputs += [
                 Output(option, Path(folder), f"{id}.png", content.format(data.image_path(id))) for id in dict.fromkeys(data.ids)
             ]
+    if args.report:
+        outputs += report_outputs(Path(args.report))
     if args.save_json:
         outputs.append(Output("--save-json", Path(args.save_json).parent, Path(args.save_json).name, "the scores"))
     return outputs
@@ -232,52 +210,23 @@ def what_is_read(args: Namespace, data: VOCSegmentation, data_list: Path) -> tup
     return files, [data.image_dir, *(data.root / name for name in (*LABEL_DIRS, args.label_dir) if name)]
 
 
-def predict_batch(
-    net: nn.Module,
-    images: Sequence[np.ndarray],
-    canvas: tuple[int, int],
-    device: torch.device,
-    scales: Sequence[float] = (1.0,),
-    mirror: bool = False,
-    amp: str = "off",
-) -> Tensor:
-    """The logits of pictures, (H, W, 3) uint8 BGR each, on the stride-8 grid of one canvas: (N, C, h, w) float32."""
-    batch = torch.zeros(len(images), 3, *canvas, device=device).contiguous(memory_format=torch.channels_last)
-    for padded, image in zip(batch, images):
-        height, width = image.shape[:2]
-        padded[:, :height, :width] = to_input(torch.from_numpy(image).to(device, non_blocking=True))
-    with distributed.autocast(device, amp):
-        return predict_grid(net, batch, scales, mirror).float()
-
-
-def checked(name: str, classes: Tensor) -> np.ndarray:
-    """A picture's (H, W) uint8 classes, brought to the host.
-
-    Raises:
-        NotFinite: its logits were not finite, which :func:`deeplab.multiscale.enlarge_to_classes` tells by NO_CLASS.
-    """
-    prediction = classes.cpu().numpy()
-    if prediction[0, 0] == NO_CLASS:
-        raise NotFinite(
-            f"the net's logits are not finite for picture {name}: its numbers overflow; leave --amp out if it was given, "
-            "or take weights that are not damaged"
-        )
-    return prediction
-
-
-def report(args: Namespace, data_list: Path, weights: Weights, names: list[str], matrices: dict[str, ConfusionMatrix]) -> None:
-    """Print the scores and save them."""
-    result = {"restore_from": args.restore_from, "weights": weights.scheme, "step": weights.meta.get("step")}
-    result.update(data_list=str(data_list), scales=args.scales, mirror=args.mirror, input_size=args.input_size)
+def print_scores(classes: Classes, matrices: dict[str, ConfusionMatrix]) -> dict[str, dict]:
+    """Print a table for each matrix, and return the same for JSON."""
+    palette = classes.palette if sys.stdout.isatty() and "NO_COLOR" not in os.environ else None
+    result = {}
     for title, matrix in matrices.items():
         scores = matrix.scores()
-        print(f"\n{title}\n{scores.table(names)}" if title else f"\n{scores.table(names)}")
-        entry = {**scores.as_dict(names), "confusion_matrix": matrix.matrix.tolist()}
+        print(*filter(None, ("", title, scores.table(classes.names, palette))), sep="\n")
+        entry = {**scores.as_dict(classes.names), "confusion_matrix": matrix.matrix.tolist()}
         result[title.replace(" ", "_").lower() or "scores"] = entry
-    matrix = next(iter(matrices.values()))
-    if warning := one_class_warning(matrix.present()):
-        print(f"\nwarning: these scores mean little: {warning}")
-    elif absent := absent_classes(matrix.present(), names, matrix.ignore_label):
-        print(f"\nno label has the classes {absent}")
-    if args.save_json:
-        save_json(args.save_json, result)
+    return result
+
+
+def open_report(args: Namespace, data: VOCSegmentation, classes: Classes) -> Report | None:
+    """What ``--report`` asks for; it is compared with what ``--compare`` names."""
+    if not args.report:
+        return None
+    folder = Path(args.report)
+    other = open_other(args.compare, folder, data.ids, classes) if args.compare else None
+    distributed.from_main(lambda: prepare_folder(folder))
+    return Report(folder, data.ids, classes, data.ignore_label, args.crf, other)

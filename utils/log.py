@@ -1,21 +1,28 @@
 """What a training run tells: a progress bar or lines, ``log.jsonl``, ``args.json`` and, if asked for, TensorBoard scalars."""
 
 import json
+import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from tqdm import tqdm
 
 from utils.files import save_json, write_atomically
+from utils.metrics import Scores
+from utils.visualize import save_picture
 
 
 class RunLog:
     """The log of one run, kept by the main process.
 
     ``log.jsonl`` gets one JSON object a logged step: step (from 1), the losses (means since the last line, over all
-    processes), lr, images_per_s and seconds of running, those before a restart included. A resumed run goes on behind the last
+    processes), lr, images_per_s, seconds of running, those before a restart included, and memory_mb at its peak; and one a
+    validation, see :meth:`scores`. A resumed run goes on behind the last
     line that its checkpoint knew; later ones, which tell of steps that are done again, are cut off.
 
     Args:
@@ -26,6 +33,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, options: dict[str, Any], first_step: int = 0, seconds: float = 0.0) -> None:
+        self.folder = folder
         remove_torn_files(folder)
         save_json(folder / "args.json", options)
         path = folder / "log.jsonl"
@@ -63,7 +71,7 @@ class RunLog:
         """How long the run has been going."""
         return time.perf_counter() - self.start
 
-    def line(self, step: int, losses: dict[str, float], lr: float, steps: int) -> None:
+    def line(self, step: int, losses: dict[str, float], lr: float, steps: int, rates: Sequence[float] = ()) -> None:
         """Write one line.
 
         Args:
@@ -71,12 +79,13 @@ class RunLog:
             losses: name -> mean over the last ``steps`` steps.
             lr: base rate of the last step.
             steps: since the last line.
+            rates: of the parameter groups, for TensorBoard.
         """
         now = time.perf_counter()
         speed = steps * self.images_a_step / (now - self.last_time)
         self.last_time = now
         entry = {"step": step, **{name: round(value, 6) for name, value in losses.items()}, "lr": lr}
-        entry.update(images_per_s=round(speed, 3), seconds=round(self.seconds, 2))
+        entry.update(images_per_s=round(speed, 3), seconds=round(self.seconds, 2), memory_mb=peak_memory())
         self.file.write(json.dumps(entry) + "\n")
         text = f"loss {entry['loss']:.4f}, lr {lr:.2e}, {speed:.2f} images/s"
         self.bar.set_postfix_str(text)
@@ -85,6 +94,38 @@ class RunLog:
         if self.writer:
             for name in entry.keys() - {"step", "seconds"}:
                 self.writer.add_scalar(name, entry[name], step)
+            for number, rate in enumerate(rates):
+                self.writer.add_scalar(f"rate/group_{number}", rate, step)
+
+    def scores(self, step: int, scores: Scores, names: Sequence[str]) -> None:
+        """Write a line of validation: step, val_mean_iou, and val_iou, a number a class (null where it does not occur)."""
+        ious = [None if math.isnan(iou) else round(iou, 6) for iou in scores.class_iou.tolist()]
+        entry = {"step": step, "val_mean_iou": round(scores.mean_iou, 6), "val_iou": dict(zip(names, ious))}
+        self.file.write(json.dumps(entry) + "\n")
+        self.last_time = time.perf_counter()  # no part of the speed of training
+        if self.writer:
+            self.writer.add_scalar("val_mean_iou", scores.mean_iou, step)
+            for name, iou in zip(names, ious):
+                if iou is not None:
+                    self.writer.add_scalar(f"val_iou/{name}", iou, step)
+
+    def picture(self, name: str, step: int, image_rgb: np.ndarray) -> None:
+        """Keep a picture of step ``step``, (H, W, 3) uint8 RGB, in ``images/`` and on TensorBoard."""
+        save_picture(self.folder / "images" / f"{step:06d}_{name.replace('/', '_')}.png", image_rgb)
+        if self.writer:
+            self.writer.add_image(name, image_rgb, step, dataformats="HWC")
+
+
+def peak_memory() -> int:
+    """The most memory in use so far, in MB: on the GPU where there is one, else of this process; 0 where no one tells."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() // 2**20
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def cut_log(path: Path, step: int) -> None:
@@ -103,6 +144,6 @@ def cut_log(path: Path, step: int) -> None:
 
 def remove_torn_files(folder: Path) -> None:
     """Delete the temporary files of snapshots that a killed run did not finish."""
-    for pattern in (".last.ckpt.*.tmp", ".VOC12_scenes_*.pth.*.tmp", ".args.json.*.tmp", ".log.jsonl.*.tmp"):
+    for pattern in (".last.ckpt.*.tmp", ".VOC12_scenes_*.pth.*.tmp", ".best.pth.*.tmp", ".args.json.*.tmp", ".log.jsonl.*.tmp"):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)

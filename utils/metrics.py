@@ -52,8 +52,12 @@ class Scores:
             ],
         }
 
-    def table(self, class_names: Sequence[str]) -> str:
+    def table(self, class_names: Sequence[str], palette: np.ndarray | None = None) -> str:
         """A table for the terminal: one line a class in percent (``-`` for NaN), then the four scores of the set.
+
+        Args:
+            palette: (256, 3) uint8 RGB; a patch of its colour then begins each class's line, for terminals with 24-bit colours
+                (ISO 8613-6).
 
         Raises:
             ValueError: not one name a class.
@@ -68,12 +72,16 @@ class Scores:
         width = max(len(name) for name in (*class_names, *summary))
         header = f"{'':3} {'class':{width}} {'IoU %':>8} {'accuracy %':>10}"
         rule = "-" * len(header)
-        lines = [header, rule]
-        for i, name in enumerate(class_names):
-            lines.append(f"{i:3} {name:{width}} {_percent(self.class_iou[i]):>8} {_percent(self.class_accuracy[i]):>10}")
-        lines.append(rule)
-        lines += [f"{'':3} {name:{width}} {_percent(value):>8}" for name, value in summary.items()]
-        return "\n".join(lines)
+        rows = [
+            f"{i:3} {name:{width}} {_percent(self.class_iou[i]):>8} {_percent(self.class_accuracy[i]):>10}"
+            for i, name in enumerate(class_names)
+        ]
+        totals = [f"{'':3} {name:{width}} {_percent(value):>8}" for name, value in summary.items()]
+        if palette is None:
+            return "\n".join([header, rule, *rows, rule, *totals])
+        patches = ["\033[48;2;{};{};{}m  \033[0m ".format(*color) for color in palette[: len(rows)]]
+        rows = [patch + row for patch, row in zip(patches, rows)]
+        return "\n".join(["   " + header, "   " + rule, *rows, "   " + rule, *("   " + line for line in totals)])
 
 
 class ConfusionMatrix:

@@ -140,6 +140,14 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
     group.add_argument("--snapshot-dir", default=snapshot_dir, help="default: %(default)s")
     group.add_argument("--save-pred-every", type=positive, default=1000, help="steps between snapshots (default: %(default)s)")
     group.add_argument("--save-num-images", type=not_negative, default=2, help="panels a snapshot (default: %(default)s)")
+    group.add_argument(
+        "--val-every",
+        type=not_negative,
+        default=0,
+        metavar="N",
+        help="score the net every N steps and keep best.pth (default: 0, never)",
+    )
+    group.add_argument("--val-list", help="ids to score on (default: as in evaluate.py)")
     group.add_argument("--log-every", type=positive, default=10, help="steps between log lines (default: %(default)s)")
     group.add_argument("--tensorboard", action="store_true", help="write TensorBoard scalars to --snapshot-dir")
     group.add_argument(
@@ -189,8 +197,10 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
     )
 
     group = parser.add_argument_group("output")
-    group.add_argument("--save-dir", help="write the predictions here as <id>.png, indexed with the VOC palette")
-    group.add_argument("--save-panels", metavar="DIR", help="write picture | label | prediction here as <id>.png")
+    group.add_argument("--save-dir", help="write the predictions here as <id>.png, with a palette")
+    group.add_argument("--save-panels", metavar="DIR", help="write picture | label | prediction | errors here as <id>.png")
     group.add_argument("--save-json", metavar="FILE", help="write the scores here")
+    group.add_argument("--report", metavar="DIR", help="write a page with scores, confusions and pictures here: DIR/index.html")
+    group.add_argument("--compare", metavar="DIR", help="an earlier report, beside which the new one puts its scores")
     add_device_options(parser)
     return parser

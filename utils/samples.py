@@ -1,13 +1,15 @@
-"""Pictures with their labels on the way through an evaluation: from the loader's workers into batches of one padded size."""
+"""Pictures, with or without labels, on their way to a prediction: from the loader's workers into batches of one padded size."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dataset import VOCSegmentation
+from dataset import VOCSegmentation, read_image
 from deeplab.multiscale import canvas_size
 from utils.command import UserError
 
@@ -15,17 +17,33 @@ MAX_WAITING = 64  # pictures that may wait for others of their padded size
 
 
 @dataclass
-class Sample:
-    """One picture on its way through the evaluation. As arrays it comes through a worker's pipe, not through shared memory."""
+class Picture:
+    """A picture on its way to a prediction. As an array it comes through a worker's pipe, not through shared memory."""
 
     id: str
     image: np.ndarray  # H W 3 uint8 BGR
+
+    def pin_memory(self) -> "Picture":
+        """The same in memory from which a GPU copies while the host goes on; called by the loader."""
+        return Picture(self.id, _pinned(self.image))
+
+
+@dataclass
+class Sample(Picture):
+    """A picture with its label."""
+
     label: np.ndarray  # H W uint8, 255 void
+    prediction: np.ndarray = field(init=False)  # H W uint8, once the net has seen it
 
     def pin_memory(self) -> "Sample":
-        """The same in memory from which a GPU copies while the host goes on; called by the loader."""
-        image, label = (torch.from_numpy(array).pin_memory().numpy() for array in (self.image, self.label))
-        return Sample(self.id, image, label)
+        return Sample(self.id, _pinned(self.image), _pinned(self.label))
+
+
+AnyPicture = TypeVar("AnyPicture", bound=Picture)
+
+
+def _pinned(array: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(array).pin_memory().numpy()
 
 
 class Samples(Dataset[Sample]):
@@ -41,14 +59,32 @@ class Samples(Dataset[Sample]):
         return Sample(self.data.ids[index], *self.data.load(index))
 
 
-def only_one(items: list[Sample]) -> Sample:
+class Pictures(Dataset[Picture]):
+    """Picture files as :class:`Picture` entries, for a loader.
+
+    Args:
+        files: (id, path) of each.
+    """
+
+    def __init__(self, files: Sequence[tuple[str, Path]]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Picture:
+        name, path = self.files[index]
+        return Picture(name, read_image(path))
+
+
+def only_one(items: list[AnyPicture]) -> AnyPicture:
     """A batch of one picture as that picture; for a loader, whose workers find it by its name."""
     return items[0]
 
 
 def group_by_canvas(
-    samples: Iterable[Sample], fixed: tuple[int, int] | None, batch_size: int
-) -> Iterator[tuple[list[Sample], tuple[int, int]]]:
+    pictures: Iterable[AnyPicture], fixed: tuple[int, int] | None, batch_size: int
+) -> Iterator[tuple[list[AnyPicture], tuple[int, int]]]:
     """Gather pictures of one padded size, so that pictures of mixed sizes run in batches.
 
     Yields:
@@ -57,17 +93,17 @@ def group_by_canvas(
     Raises:
         UserError: a picture does not fit the fixed canvas.
     """
-    waiting: dict[tuple[int, int], list[Sample]] = {}
+    waiting: dict[tuple[int, int], list[AnyPicture]] = {}
     count_waiting = 0
-    for sample in samples:
-        size = sample.image.shape[:2]
+    for picture in pictures:
+        size = picture.image.shape[:2]
         if fixed and (size[0] > fixed[0] or size[1] > fixed[1]):
             advice = "enlarge --input-size, or leave it out to use each picture's own size"
             raise UserError(
-                f"picture {sample.id} of {size[0]}x{size[1]} does not fit --input-size {fixed[0]}x{fixed[1]}; {advice}"
+                f"picture {picture.id} of {size[0]}x{size[1]} does not fit --input-size {fixed[0]}x{fixed[1]}; {advice}"
             )
         canvas = canvas_size(fixed or size)
-        waiting.setdefault(canvas, []).append(sample)
+        waiting.setdefault(canvas, []).append(picture)
         count_waiting += 1
         if len(waiting[canvas]) == batch_size or count_waiting == MAX_WAITING:
             fullest = max(waiting, key=lambda key: len(waiting[key]))

@@ -25,7 +25,8 @@ NET_OPTIONS = ("backbone", "num_classes", "atrous_rates")
 MAY_CHANGE = {
     "num_workers", "device", "gpu", "compile", "grad_checkpoint", "one_scale_at_a_time",
     "data_dir", "data_list", "image_dir", "label_dir",  # other paths of the same pictures
-    "snapshot_dir", "save_pred_every", "save_num_images", "log_every", "tensorboard", "num_steps", "resume",
+    "snapshot_dir", "save_pred_every", "save_num_images", "log_every", "tensorboard", "num_steps", "resume", "val_every",
+    "val_list",
 }  # fmt: skip
 
 
@@ -219,7 +220,7 @@ def refuse_other_run(folder: Path) -> None:
     if (folder / "last.ckpt").exists():
         advice = "add --resume to go on with it, choose another --snapshot-dir, or delete it"
         raise UserError(f"--snapshot-dir {folder} holds a run already (last.ckpt); {advice}")
-    if numbered := sorted(folder.glob("VOC12_scenes_*.pth")):
+    if numbered := sorted([*folder.glob("VOC12_scenes_*.pth"), *folder.glob("best.pth")]):
         raise UserError(
             f"--snapshot-dir {folder} holds snapshots already ({numbered[0].name}), which this run would overwrite; "
             "choose another --snapshot-dir, or move them"

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import cv2
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +22,6 @@ from dataset import (
     TrainTransform,
     VOCSegmentation,
     absent_classes,
-    default_names,
     find_list,
     one_class_warning,
     read_class_names,
@@ -31,8 +29,7 @@ from dataset import (
     to_input,
 )
 from dataset.lists import IMAGE_DIR
-from deeplab import DeepLabV2
-from deeplab.multiscale import predict_classes, scaled_size
+from deeplab.multiscale import scaled_size
 from utils import distributed
 from utils.checkpoint import make_meta, save_snapshot
 from utils.command import UserError
@@ -43,10 +40,10 @@ from utils.meter import Meter
 from utils.schedule import GuardedSGD, poly_lr, set_lr
 from utils.start import Start, begin, resume
 from utils.stop import StopRequest
-from utils.visualize import save_panel
+from utils.validation import Validation, save_panels
+from utils.visualize import Classes, class_names, make_palette
 
 LossFunction = Callable[..., dict[str, Tensor]]
-PANEL_SIDE = 1024  # pixels; larger pictures are shrunk for their panels
 PICTURES_TO_JUDGE = 200  # labels that are looked at before it is said that one class is all there is
 
 
@@ -112,10 +109,12 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         stop = stack.enter_context(StopRequest())  # from here on there is something to save, and workers have its handlers
         batches = stack.enter_context(running(make_loader(data, sampler, workers, device)))
         meter = Meter(device, lambda batch: describe(batch, args, data))
-        folder, classes = Path(args.snapshot_dir), read_class_names(args.data_dir, args.num_classes) or start.classes
         already = start.step * args.batch_size * args.iter_size
-        names = classes or default_names(args.num_classes)
-        watch = ClassWatch(min(PICTURES_TO_JUDGE, len(data)), names, args.ignore_label, already)
+        folder = Path(args.snapshot_dir)
+        names = read_class_names(args.data_dir, args.num_classes) or start.classes
+        classes = Classes(class_names(args.num_classes, names), make_palette(data.colors))
+        watch = ClassWatch(min(PICTURES_TO_JUDGE, len(data)), classes.names, args.ignore_label, already)
+        validation = Validation(args, classes, device) if args.val_every else None
         log = None
         if distributed.is_main():
             log = stack.enter_context(RunLog(folder, start.options, start.step, start.checkpoint.get("seconds") or 0.0))
@@ -124,16 +123,20 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         def report() -> None:
             steps, means = meter.steps, meter.means()
             if log:
-                log.line(done, means, lr, steps)
+                log.line(done, means, lr, steps, [group["lr"] for group in optimizer.param_groups])
+
+        def meta_of_now(**more: object) -> dict:
+            seen, colors = start.seen_voc_val or seen_val(data), classes.palette[: args.num_classes].tolist()
+            return make_meta(net, names, done, start.options, seen_voc_val=seen, colors=colors, **more)
 
         def write(numbered: bool) -> None:
             if log:
-                meta = make_meta(net, classes, done, start.options, seen_voc_val=start.seen_voc_val or seen_val(data))
+                meta = meta_of_now()
                 state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": torch.get_rng_state()}
                 save_snapshot(folder / "last.ckpt", net, meta, **state, step=done, ids=ids, seconds=log.seconds)
                 if numbered:
                     save_snapshot(folder / f"VOC12_scenes_{done}.pth", net, meta)
-                    log.say(save_panels(net, data, folder / "images", done, args.save_num_images, device))
+                    log.say(save_panels(net, data, classes, log, done, args.save_num_images, device))
 
         def save(numbered: bool) -> None:
             meter.check()  # on all processes: none of them saves after a bad step
@@ -174,6 +177,11 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
             if numbered:
                 save(numbered=True)
                 saved = done
+            if validation and validation.due(done):
+                meter.check()
+                broken, error = validation.run(net, done, stop, log, meta_of_now)
+                if failed := int(broken):
+                    break
 
         if done > saved:  # something ended the run before its last step
             if meter.steps:
@@ -329,29 +337,3 @@ class ClassWatch:
         used = max(value for value in present if value < len(self.names)) + 1
         more = f"; if there are no more than {used} classes, train with --num-classes {used}" if used < len(self.names) else ""
         return f"warning: none of the {self.pictures} labels read so far has the classes {absent}{more}"
-
-
-def save_panels(net: DeepLabV2, data: VOCSegmentation, folder: Path, step: int, count: int, device: torch.device) -> str:
-    """Save picture | label | prediction of the first ``count`` pictures, without augmentation, large ones shrunk.
-
-    Returns:
-        "", or a sentence where it did not work: a picture to look at is no reason to end a run.
-    """
-    net.eval()
-    try:
-        for index in range(min(count, len(data))):
-            image, label = data.load(index)
-            factor = PANEL_SIDE / max(label.shape)
-            if factor < 1:
-                size = [max(1, round(side * factor)) for side in reversed(label.shape)]
-                image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-                label = cv2.resize(label, size, interpolation=cv2.INTER_NEAREST_EXACT)
-            with torch.inference_mode():
-                prediction = predict_classes(net.forward, to_input(image).to(device))
-            name = f"{step:06d}_{data.ids[index].replace('/', '_')}.png"
-            save_panel(folder / name, image[:, :, ::-1], label, prediction.cpu().numpy())
-    except Exception as error:
-        return f"warning: no panels at step {step} ({type(error).__name__}: {error})"
-    finally:
-        net.train()
-    return ""

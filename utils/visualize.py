@@ -1,17 +1,51 @@
-"""Labels as pictures: indexed PNGs, colour masks, and panels of picture, label and prediction side by side."""
+"""Labels as pictures: indexed PNGs, colours laid over a picture, and panels of picture, label, prediction and errors."""
 
+import functools
+import io
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from dataset.classes import voc_palette
+from dataset.classes import IGNORE_LABEL, Color, default_names, voc_palette
 from utils.files import write_atomically
 
 PALETTE = voc_palette()  # (256, 3) uint8 RGB; the void label 255 is a pale yellow
-GAP = 4  # pixels between the tiles of a panel
-GAP_COLOR = 255
+OPACITY = 0.55  # of a colour that is laid over a picture
+WRONG: Color = (255, 0, 60)
+GAP = 6  # pixels between the tiles of a panel
+TILE_SIDES = (160, 1024)  # of a panel: smaller pictures are enlarged by a whole number, larger ones shrunk
+TEXT_SIZE = 13
+PAPER, INK, FAINT = (255, 255, 255), (32, 32, 32), (170, 170, 170)
+
+
+class Classes(NamedTuple):
+    """How the classes of a net are called and drawn.
+
+    Attributes:
+        names: one a class.
+        palette: (256, 3) uint8 RGB, row = label.
+    """
+
+    names: Sequence[str]
+    palette: np.ndarray = PALETTE
+
+
+def class_names(num_classes: int, *known: Sequence[str] | None) -> list[str]:
+    """The first of the lists of names that is one, else VOC's names for 21 classes, else numbers."""
+    return list(next(filter(None, known), default_names(num_classes)))
+
+
+def make_palette(colors: Mapping[int, Color]) -> np.ndarray:
+    """The VOC colour map with other colours for some labels: (256, 3) uint8 RGB, row = label."""
+    palette = PALETTE.copy()
+    for label, color in colors.items():
+        palette[label] = color
+    return palette
 
 
 def save_indexed_png(path: str | os.PathLike[str], labels: np.ndarray, palette: np.ndarray = PALETTE) -> None:
@@ -30,55 +64,121 @@ def save_indexed_png(path: str | os.PathLike[str], labels: np.ndarray, palette: 
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path}: labels are saved as .png only; other formats would change them")
+    data = indexed_png(labels, palette)
+    write_atomically(path, lambda file: file.write(data))
+
+
+def indexed_png(labels: np.ndarray, palette: np.ndarray = PALETTE) -> bytes:
+    """The file that :func:`save_indexed_png` writes."""
     _check_labels(labels, "labels")
     if palette.shape != (256, 3) or palette.dtype != np.uint8:
         raise ValueError(f"the palette is {palette.dtype} of shape {palette.shape}; expected uint8 of shape (256, 3)")
     picture = Image.fromarray(np.ascontiguousarray(labels))
     picture.putpalette(palette.tobytes())  # turns the mode from L to P; the indices stay
-    _save(picture, path)
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    return file.getvalue()
 
 
-def color_mask(labels: np.ndarray) -> np.ndarray:
-    """(H, W) uint8 labels -> (H, W, 3) uint8 RGB in the colours of the VOC palette.
-
-    Raises:
-        ValueError: another shape or dtype.
-    """
-    _check_labels(labels, "labels")
-    return PALETTE[labels]
-
-
-def panel(image_rgb: np.ndarray, label: np.ndarray | None, prediction: np.ndarray) -> np.ndarray:
-    """Picture | label | prediction side by side, or picture | prediction where there is no label.
+def blend(image_rgb: np.ndarray, labels: np.ndarray, palette: np.ndarray = PALETTE) -> np.ndarray:
+    """The colours of the labels laid over a picture, the outlines of the classes in full colour.
 
     Args:
         image_rgb: (H, W, 3) uint8 RGB.
-        label: (H, W) uint8, 255 for void, or None.
-        prediction: (H, W) uint8.
+        labels: (H, W) uint8.
+        palette: (256, 3) uint8 RGB, row = label.
 
     Returns:
-        (H, 3 W + 2 GAP, 3) or (H, 2 W + GAP, 3) uint8 RGB; the tiles are separated by GAP white columns.
+        (H, W, 3) uint8 RGB.
+    """
+    colors = palette[labels]
+    mixed = cv2.addWeighted(image_rgb, 1 - OPACITY, colors, OPACITY, 0)
+    edges = outlines(labels)
+    mixed[edges] = colors[edges]
+    return mixed
+
+
+def outlines(labels: np.ndarray) -> np.ndarray:
+    """The pixels beside which, above, below, left or right, another label begins: (H, W) bool."""
+    edges = np.zeros(labels.shape, dtype=bool)
+    across, down = labels[:, 1:] != labels[:, :-1], labels[1:] != labels[:-1]
+    edges[:, 1:] |= across
+    edges[:, :-1] |= across
+    edges[1:] |= down
+    edges[:-1] |= down
+    return edges
+
+
+def wrong_pixels(label: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """Where a labelled pixel was predicted as another class: (H, W) bool; void is never wrong."""
+    return (label != IGNORE_LABEL) & (label != prediction)
+
+
+def draw_errors(image_rgb: np.ndarray, label: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """The picture in pale grey, wrong pixels in red, void ones in its colour: (H, W, 3) uint8 RGB."""
+    grey = cv2.cvtColor(cv2.cvtColor(image_rgb, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    tile = cv2.addWeighted(grey, 0.5, np.full_like(grey, 255), 0.35, 0)
+    for pixels, color in ((label == IGNORE_LABEL, PALETTE[IGNORE_LABEL]), (wrong_pixels(label, prediction), np.array(WRONG))):
+        tile[pixels] = (tile[pixels] * 0.2 + color * 0.8).astype(np.uint8)
+    return tile
+
+
+def panel(image_rgb: np.ndarray, label: np.ndarray | None, prediction: np.ndarray, classes: Classes) -> np.ndarray:
+    """Picture | label | prediction | errors, or picture | prediction where there is no label, with a legend below.
+
+    Args:
+        image_rgb: (H, W, 3) uint8 RGB. Small pictures are enlarged, large ones shrunk (``TILE_SIDES``).
+        label: (H, W) uint8, 255 for void, or None.
+        prediction: (H, W) uint8.
+        classes: their names and colours; those that occur stand in the legend.
+
+    Returns:
+        (h, w, 3) uint8 RGB.
 
     Raises:
         ValueError: another shape or dtype, sizes that differ.
     """
     if image_rgb.ndim != 3 or image_rgb.shape[2] != 3 or image_rgb.size == 0 or image_rgb.dtype != np.uint8:
         raise ValueError(f"the picture is {image_rgb.dtype} of shape {image_rgb.shape}; expected uint8 of shape (H, W, 3)")
-    height, width = image_rgb.shape[:2]
-    tiles = [image_rgb]
     shown = {"prediction": prediction} if label is None else {"label": label, "prediction": prediction}
     for name, labels in shown.items():
         _check_labels(labels, name)
-        if labels.shape != (height, width):
+        if labels.shape != image_rgb.shape[:2]:
             raise ValueError(
-                f"the {name} is {labels.shape[0]}x{labels.shape[1]} and the picture {height}x{width} (height x width); "
-                "expected one size"
+                f"the {name} is {labels.shape[0]}x{labels.shape[1]} and the picture {image_rgb.shape[0]}x{image_rgb.shape[1]} "
+                "(height x width); expected one size"
             )
-        tiles += [np.full((height, GAP, 3), GAP_COLOR, dtype=np.uint8), color_mask(labels)]
-    return np.concatenate(tiles, axis=1)
+    present = sorted({value for labels in shown.values() for value in np.unique(labels).tolist()})
+    factor = tile_factor(image_rgb.shape[:2])
+    image_rgb = scale(image_rgb, factor)
+    tiles = {"picture": image_rgb}
+    tiles |= {name: blend(image_rgb, scale(labels, factor), classes.palette) for name, labels in shown.items()}
+    if label is not None:
+        counted = max(int((label != IGNORE_LABEL).sum()), 1)
+        share = int(wrong_pixels(label, prediction).sum()) / counted
+        tiles[f"errors {100 * share:.1f} %"] = draw_errors(image_rgb, scale(label, factor), scale(prediction, factor))
+    rows = [_side_by_side(tiles), _legend(present, classes, len(tiles) * (image_rgb.shape[1] + GAP) - GAP)]
+    return np.concatenate(rows)
 
 
-def save_panel(path: str | os.PathLike[str], image_rgb: np.ndarray, label: np.ndarray | None, prediction: np.ndarray) -> None:
+def tile_factor(size: Sequence[int]) -> float:
+    """By what a picture of ``size`` (H, W) is scaled for a panel: a whole number where it is enlarged."""
+    smallest, largest = TILE_SIDES
+    return largest / max(size) if max(size) > largest else float(max(1, smallest // max(size)))
+
+
+def scale(pixels: np.ndarray, factor: float) -> np.ndarray:
+    """A picture (H, W, 3), or labels (H, W), whose classes stay what they are, at another size."""
+    if factor == 1:
+        return pixels
+    height, width = (max(1, round(side * factor)) for side in pixels.shape[:2])
+    exact = pixels.ndim == 2 or factor > 1
+    return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_NEAREST_EXACT if exact else cv2.INTER_AREA)
+
+
+def save_panel(
+    path: str | os.PathLike[str], image_rgb: np.ndarray, label: np.ndarray | None, prediction: np.ndarray, classes: Classes
+) -> None:
     """Save :func:`panel` as .png or .jpg/.jpeg, whole or not at all. Missing folders are made.
 
     Raises:
@@ -87,16 +187,67 @@ def save_panel(path: str | os.PathLike[str], image_rgb: np.ndarray, label: np.nd
     path = Path(path)
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise ValueError(f"{path}: a panel is saved as .png, .jpg or .jpeg")
-    _save(Image.fromarray(panel(image_rgb, label, prediction)), path)
+    save_picture(path, panel(image_rgb, label, prediction, classes))
+
+
+def save_picture(path: Path, image_rgb: np.ndarray) -> None:
+    """Save (H, W, 3) uint8 RGB as PNG or JPEG, by the suffix, whole or not at all. Missing folders are made."""
+    options = {"format": "PNG"} if path.suffix.lower() == ".png" else {"format": "JPEG", "quality": 95, "subsampling": 0}
+    write_atomically(path, lambda file: Image.fromarray(image_rgb).save(file, **options))
+
+
+def _side_by_side(tiles: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Tiles of one size with their names above."""
+    height, width = next(iter(tiles.values())).shape[:2]
+    head = TEXT_SIZE + 5
+    sheet = Image.new("RGB", (len(tiles) * (width + GAP) - GAP, head + height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for number, (name, tile) in enumerate(tiles.items()):
+        left = number * (width + GAP)
+        draw.text((left + 1, 1), _fitting(name, width, draw), INK, _font())
+        draw.rectangle((left + width, 0, left + width + GAP, head), PAPER)
+        sheet.paste(Image.fromarray(tile), (left, head))
+    return np.asarray(sheet)
+
+
+def _legend(present: Sequence[int], classes: Classes, width: int) -> np.ndarray:
+    """A strip with a patch and the name of each label in ``present``, in as many lines as ``width`` asks for."""
+    line = TEXT_SIZE + 8
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    entries, x, y = [], GAP, 0
+    for label in present:
+        name = "void" if label == IGNORE_LABEL else f"{label} {classes.names[label]}"
+        name = _fitting(name, width - TEXT_SIZE - 2 * GAP, draw)
+        length = TEXT_SIZE + GAP + int(draw.textlength(name, _font())) + 2 * GAP
+        if x > GAP and x + length > width:
+            x, y = GAP, y + line
+        entries.append((x, y, label, name))
+        x += length
+    sheet = Image.new("RGB", (width, y + line + GAP), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for x, y, label, name in entries:
+        top = y + GAP
+        color = tuple(classes.palette[label].tolist())
+        draw.rectangle((x, top, x + TEXT_SIZE, top + TEXT_SIZE), color, outline=FAINT)
+        draw.text((x + TEXT_SIZE + GAP, top - 1), name, INK, _font())
+    return np.asarray(sheet)
+
+
+def _fitting(text: str, width: int, draw: ImageDraw.ImageDraw) -> str:
+    """``text``, cut off with dots where it is longer than ``width`` pixels."""
+    if draw.textlength(text, _font()) <= width:
+        return text
+    while text and draw.textlength(text + "…", _font()) > width:
+        text = text[:-1]
+    return text + "…" if text else ""
+
+
+@functools.cache
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(TEXT_SIZE)
 
 
 def _check_labels(labels: np.ndarray, name: str) -> None:
     if not isinstance(labels, np.ndarray) or labels.ndim != 2 or labels.size == 0 or labels.dtype != np.uint8:
         found = f"{labels.dtype} of shape {labels.shape}" if isinstance(labels, np.ndarray) else type(labels).__name__
         raise ValueError(f"the {name} to draw is {found}; expected a numpy array, uint8 of shape (H, W)")
-
-
-def _save(picture: Image.Image, path: Path) -> None:
-    """Write a picture as PNG or JPEG, by its suffix."""
-    options = {"format": "PNG"} if path.suffix.lower() == ".png" else {"format": "JPEG", "quality": 95, "subsampling": 0}
-    write_atomically(path, lambda file: picture.save(file, **options))

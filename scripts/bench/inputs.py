@@ -15,9 +15,9 @@ from deeplab import deeplabv2, fold_batch_norm
 from deeplab.deeplabv2 import DeepLabV2
 from scripts.bench import reference
 from utils.checkpoint import load_init
-from utils.evaluation import compile_for_prediction
 from utils.loader import open_dataset
 from utils.options import evaluation_parser
+from utils.prediction import compile_for_prediction
 from utils.visualize import save_indexed_png
 
 SIZES = ((375, 500), (500, 375), (333, 500), (375, 500), (500, 333))  # height, width: the usual ones in VOC

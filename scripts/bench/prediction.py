@@ -20,7 +20,8 @@ from scripts.bench.measure import Part, Runner, Variant
 from utils.command import usable_cores
 from utils.crf_pool import CRFPool
 from utils.distributed import autocast
-from utils.evaluation import predict_batch, score
+from utils.evaluation import score
+from utils.prediction import predict_batch
 from utils.samples import Sample, Samples
 
 COUNTED_PIXELS = 20000  # the sample from which the time of counting in Python is extrapolated

@@ -1,0 +1,208 @@
+"""The report of an evaluation, read as a browser would: its links, its numbers, and names that are no HTML."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataset import VOCSegmentation
+from tests.conftest import TOY_CLASSES, TOY_SIZES
+from tests.test_evaluation import evaluate, naive_scores, scores, snapshot  # noqa: F401
+from utils import report
+from utils.command import UserError
+from utils.samples import Sample
+from utils.visualize import Classes
+
+NASTY = ["<script>alert(1)</script>", 'red" onload="x', "green & {{ 7 * 7 }}", "blue"]
+
+
+class Page(HTMLParser):
+    """The tags of a page with their attributes, and its text."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict]] = []
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self.feed((folder / "index.html").read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data):
+        self.text += data
+        if self.rows and self.tags[-1][0] in ("td", "th", "i", "span"):
+            self.rows[-1][-1] += data.strip()
+
+    def find(self, tag: str, name: str) -> list[str]:
+        return [attributes[name] for found, attributes in self.tags if found == tag and name in attributes]
+
+
+@pytest.fixture(scope="module")
+def nasty(snapshot, tmp_path_factory) -> Path:  # noqa: F811
+    """A net whose classes have names that a page could take for something else."""
+    content = torch.load(snapshot, weights_only=True)
+    content["meta"].update(classes=NASTY, colors=[[1, 2, 3], [200, 0, 0], [0, 200, 0], [0, 0, 200]], args={"note": "<i>"})
+    torch.save(content, path := tmp_path_factory.mktemp("nasty") / "a&b.pth")
+    return path
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.2f}"
+
+
+@pytest.mark.parametrize("crf", [False, True])
+def test_the_page_stands_alone_and_tells_the_saved_scores(toy_voc, nasty, tmp_path, crf):
+    for folder, suffix in (("JPEGImages", "jpg"), ("SegmentationClassAug", "png")):
+        (toy_voc / folder / f"toy_5.{suffix}").rename(toy_voc / folder / f"it's #5 & <b>.{suffix}")
+    (tmp_path / "list.txt").write_text("toy_0\ntoy_1\ntoy_2\ntoy_3\ntoy_4\nit's #5 & <b>\n")
+    out = tmp_path / "report"
+    options = ["--report", str(out), "--data-list", str(tmp_path / "list.txt")] + (
+        ["--crf", "--crf-workers", "1"] if crf else []
+    )
+    result = scores(toy_voc, nasty, tmp_path, *options)
+    page = Page(out)
+    parts = [result["before_crf"], result["after_crf"]] if crf else [result["scores"]]
+
+    links = page.find("img", "src") + page.find("a", "href")
+    assert len(links) == 12
+    for link in links:
+        assert re.fullmatch(r"pictures/\d{6}(_thumbnail)?\.jpg", link)
+        Image.open(out / link).verify()
+    for anchor in (attributes for tag, attributes in page.tags if tag == "a"):
+        for layer in anchor["data-layers"].split()[1:]:
+            Image.open(out / anchor["href"].replace(".jpg", f"_{layer}.png")).verify()
+    assert {tag for tag, _ in page.tags} & {"link", "iframe", "object", "base"} == set()
+    assert [tag for tag, _ in page.tags].count("b") == 6  # one a picture
+    assert page.find("script", "src") == []
+    assert not re.search(r"https?://|url\(|@import", (out / "index.html").read_text(encoding="utf-8"))
+
+    assert [tag for tag, _ in page.tags].count("script") == 1  # none came in by a name
+    assert not page.find("th", "onload")
+    assert page.find("option", "value")[-4:] == ["0", "1", "2", "3"]
+    assert page.text.count(NASTY[0]) >= 3
+    assert NASTY[2] in page.text
+    assert "it's #5 & <b>" in page.find("a", "data-id")
+
+    rows = {row[0]: row[1:] for row in page.rows if row}
+    assert rows["mean IoU %"] == [percent(part["mean_iou"]) for part in parts]
+    assert rows["frequency-weighted IoU %"] == [percent(part["frequency_weighted_iou"]) for part in parts]
+    counts = np.array(parts[-1]["confusion_matrix"])
+    present = np.flatnonzero(counts.sum(0) + counts.sum(1)).tolist()
+    named = [row for row in page.rows if row and row[0] in NASTY]  # first of the table of classes, then of the heat map
+    for i, row in enumerate(named[:TOY_CLASSES]):
+        assert row[2 : 2 + len(parts)] == [percent(part["classes"][i]["iou"]) for part in parts]
+        assert (row[0], row[-1]) == (NASTY[i], f"{counts[i].sum():,}")
+    for i, row in zip(present, named[TOY_CLASSES:], strict=True):
+        assert row == [NASTY[i], *(f"{100 * n / counts[i].sum():.1f}" if n else "" for n in counts[i][present])]
+    ious = [float(value) for value in page.find("a", "data-iou")]
+    assert ious == sorted(ious)
+    assert "evaluate" in page.text or "pytest" in page.text  # the command
+    assert f"torch {torch.__version__.split('+')[0]}" in page.text
+
+
+def test_the_counts_of_the_pictures_add_up(toy_voc, snapshot, tmp_path):  # noqa: F811
+    """A picture's IoU is that of its own pixels; the small matrices together are the large one."""
+    result = scores(toy_voc, snapshot, tmp_path, "--report", str(tmp_path / "r"), "--save-dir", str(tmp_path / "masks"))
+    data = json.loads((tmp_path / "r/report.json").read_text())
+    assert data["scores"] == result
+    total = np.zeros((TOY_CLASSES, TOY_CLASSES), int)
+    shown = {a["data-id"]: float(a["data-iou"]) for tag, a in Page(tmp_path / "r").tags if tag == "a"}
+    for record in data["pictures"]:
+        for label, prediction, count in record["matrix"]:
+            total[label, prediction] += count
+        files = [folder / f"{record['id']}.png" for folder in (toy_voc / "SegmentationClassAug", tmp_path / "masks")]
+        label, prediction = (np.array(Image.open(path)) for path in files)
+        assert shown[record["id"]] == pytest.approx(naive_scores([(label, prediction)])[1], abs=1e-6)
+        layers = {name: tmp_path / f"r/pictures/{record['number']:06d}_{name}.png" for name in record["layers"]}
+        assert list(layers) == ["label", "prediction", "errors"]
+        assert (np.array(Image.open(layers["label"])) == label).all()
+        assert (np.array(Image.open(layers["prediction"])) == prediction).all()
+        wrong = np.where(label == 255, 2, label != prediction)
+        assert (np.array(Image.open(layers["errors"])) == wrong).all()
+    assert total.tolist() == result["scores"]["confusion_matrix"]
+
+
+def test_two_evaluations_side_by_side(toy_voc, snapshot, tmp_path):  # noqa: F811
+    """One has five pictures, the other six: differences are over those that both have."""
+    five = toy_voc / "five.txt"
+    five.write_text("".join(f"toy_{i}\n" for i in range(5)))
+    evaluate(toy_voc, snapshot, "--report", str(tmp_path / "a"), "--scales", "0.5")
+    evaluate(toy_voc, snapshot, "--report", str(tmp_path / "b"), "--compare", str(tmp_path / "a"), "--data-list", str(five))
+    there = scores(toy_voc, snapshot, tmp_path, "--data-list", str(five), "--scales", "0.5")["scores"]
+    here = scores(toy_voc, snapshot, tmp_path, "--data-list", str(five))["scores"]
+    page = Page(tmp_path / "b")
+    rows = {row[0]: row[1:] for row in page.rows if len(row) == 4}
+    for name, a, b in [("mean IoU", there["mean_iou"], here["mean_iou"])] + [
+        (x["name"], x["iou"], y["iou"]) for x, y in zip(there["classes"], here["classes"])
+    ]:
+        assert rows[name] == [percent(a), percent(b), f"{100 * (b - a):+.2f}"]
+    assert "over the 5 pictures that both have" in page.text
+    ious = [{a["data-id"]: float(a["data-iou"]) for tag, a in Page(tmp_path / x).tags if tag == "a"} for x in ("a", "b")]
+    for attributes in (a for tag, a in page.tags if tag == "a"):
+        change = ious[1][attributes["data-id"]] - ious[0][attributes["data-id"]]
+        assert float(attributes["data-change"]) == pytest.approx(change, abs=2e-6)
+        number = int(attributes["data-number"])
+        other = (tmp_path / f"b/pictures/{number:06d}_other.png").read_bytes()
+        assert other == (tmp_path / f"a/pictures/{number:06d}_prediction.png").read_bytes()
+
+
+def test_what_cannot_be_reported_or_compared_is_a_sentence(toy_voc, snapshot, nasty, tmp_path):  # noqa: F811
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.txt").write_text("mine")
+    evaluate(toy_voc, snapshot, "--report", str(tmp_path / "a"))
+    first = toy_voc / "first.txt"
+    first.write_text("toy_0\n")
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    for net, options, message in (
+        (snapshot, ["--report", str(tmp_path / "full")], "full holds other files; choose an empty or new folder"),
+        (snapshot, ["--report", str(toy_voc / "JPEGImages")], "among the data"),
+        (snapshot, ["--report", a, "--compare", a], "are both"),
+        (snapshot, ["--report", b, "--compare", str(tmp_path / "full")], "is no report: expected a folder that evaluate.py"),
+        (nasty, ["--report", b, "--compare", a], "has other classes"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate(toy_voc, net, *options)
+    assert (tmp_path / "full/thesis.txt").read_text() == "mine"
+    evaluate(toy_voc, snapshot, "--report", a, "--data-list", str(first))  # over an earlier report, whose pictures go
+    assert {path.name[:6] for path in (tmp_path / "a/pictures").iterdir()} == {"000000"}
+    first.write_text("toy_5\n")
+    with pytest.raises(UserError, match="has none of the 1 pictures of this evaluation"):
+        evaluate(toy_voc, snapshot, "--report", b, "--compare", a, "--data-list", str(first))
+
+
+def test_pictures_keep_to_their_bytes(tmp_path, monkeypatch):
+    """Noise is what packs worst: large pictures shrink until all fit; of very many every second one is shown."""
+    monkeypatch.setattr(report, "BYTES", 160_000)
+    monkeypatch.setattr(report, "MOST_PICTURES", 4)
+    report.prepare_folder(tmp_path)
+    page = report.Report(tmp_path, [str(i) for i in range(8)], Classes(list("abc")), 255, False, None)
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        sample = Sample(str(i), rng.integers(0, 256, (900, 700, 3), dtype=np.uint8), np.zeros((900, 700), np.uint8))
+        sample.prediction = np.zeros_like(sample.label)
+        page.add(sample, sample.prediction)
+    files = list((tmp_path / "pictures").iterdir())
+    assert {path.name[:6] for path in files} == {"000000", "000002", "000004", "000006"}
+    assert sum(path.stat().st_size for path in files) <= 160_000
+    assert max(Image.open(tmp_path / "pictures/000002.jpg").size) >= 110
+    assert len(page.records) == 8
+
+
+def test_a_picture_of_void_has_no_iou(toy_voc, snapshot, tmp_path):  # noqa: F811
+    Image.fromarray(np.full(TOY_SIZES[2], 255, np.uint8)).save(toy_voc / "SegmentationClassAug/toy_2.png")
+    evaluate(toy_voc, snapshot, "--report", str(tmp_path / "r"))
+    ious = Page(tmp_path / "r").find("a", "data-iou")
+    assert ious[-1] == ""
+    assert all(math.isfinite(float(value)) for value in ious[:-1])
+    assert VOCSegmentation(toy_voc, ["toy_2"], num_classes=TOY_CLASSES).load(0)[1].min() == 255

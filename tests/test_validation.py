@@ -1,0 +1,92 @@
+"""Validation during training: the numbers of evaluate.py, the best snapshot, and a training that does not notice."""
+
+import json
+import signal
+
+import pytest
+import torch
+
+from dataset import DatasetError
+from tests.test_evaluation import scores
+from tests.test_training import SCRATCH, log_lines, model, train
+from utils import validation
+from utils.command import UserError
+
+OPTIONS = [*SCRATCH, "--num-steps", "4", "--save-pred-every", "4"]
+
+
+@pytest.mark.parametrize("mode", ["full", "stats", "frozen"])
+def test_weights_are_the_same_with_and_without(mode, toy_voc, tmp_path):
+    options = [*OPTIONS, "--batch-norm", mode, "--learning-rate", "1e-4"]
+    train(toy_voc, tmp_path / "without", *options)
+    train(toy_voc, tmp_path / "with", *options, "--val-every", "1", "--num-workers", "1")
+    files = [torch.load(tmp_path / name / "last.ckpt", weights_only=True) for name in ("without", "with")]
+    for key, value in files[0]["model"].items():
+        assert torch.equal(value, files[1]["model"][key]), key
+    assert torch.equal(files[0]["rng"], files[1]["rng"])
+    assert [line.get("loss") for line in log_lines(tmp_path / "without")] == [
+        line["loss"] for line in log_lines(tmp_path / "with") if "loss" in line
+    ]
+
+
+def test_scores_are_those_of_evaluate_and_the_best_is_kept(toy_voc, tmp_path):
+    train(toy_voc, tmp_path / "run", *OPTIONS, "--num-steps", "5", "--val-every", "2", "--tensorboard")
+    lines = [line for line in log_lines(tmp_path / "run") if "val_mean_iou" in line]
+    assert [line["step"] for line in lines] == [2, 4, 5]
+    best = max(lines, key=lambda line: line["val_mean_iou"])
+    result = scores(toy_voc, tmp_path / "run/best.pth", tmp_path)
+    assert result["step"] == best["step"]
+    assert result["scores"]["mean_iou"] == pytest.approx(best["val_mean_iou"], abs=2e-6)
+    assert [entry["iou"] for entry in result["scores"]["classes"]] == pytest.approx(list(best["val_iou"].values()), abs=2e-6)
+    last = scores(toy_voc, tmp_path / "run/VOC12_scenes_5.pth", tmp_path)["scores"]["mean_iou"]
+    assert last == pytest.approx(lines[-1]["val_mean_iou"], abs=2e-6)
+    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+
+
+def test_a_worse_net_never_replaces_the_best(toy_voc, tmp_path):
+    """Not after a resume either; and a new run is not begun over it."""
+    options = [*OPTIONS, "--val-every", "4"]
+    train(toy_voc, tmp_path, *options)
+    content = torch.load(tmp_path / "best.pth", weights_only=True)
+    content["meta"].update(val_mean_iou=0.99)
+    torch.save(content, tmp_path / "best.pth")
+    before = (tmp_path / "best.pth").read_bytes()
+    train(toy_voc, tmp_path, "--resume", "--num-steps", "6")
+    assert (tmp_path / "best.pth").read_bytes() == before
+    assert [line["step"] for line in log_lines(tmp_path) if "val_mean_iou" in line] == [4, 6]
+    for path in [*tmp_path.glob("VOC12*"), tmp_path / "last.ckpt"]:
+        path.unlink()
+    with pytest.raises(UserError, match=r"holds snapshots already \(best\.pth\)"):
+        train(toy_voc, tmp_path, *options)
+
+
+def test_a_stop_request_leaves_a_validation(toy_voc, tmp_path, monkeypatch):
+    score, seen = validation.score, []
+
+    def score_and_stop(*args, finish, **options):
+        def stopping(sample, prediction):
+            seen.append(sample.id)
+            signal.raise_signal(signal.SIGTERM)
+            finish(sample, prediction)
+
+        return score(*args, finish=stopping, **options)
+
+    monkeypatch.setattr(validation, "score", score_and_stop)
+    assert train(toy_voc, tmp_path, *OPTIONS, "--val-every", "3") == 128 + signal.SIGTERM
+    assert seen == ["toy_0"]
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["step"] == 3
+    assert not (tmp_path / "best.pth").exists()
+    monkeypatch.undo()
+    assert train(toy_voc, tmp_path, "--resume") == 0
+    assert model(tmp_path / "best.pth").keys() == model(tmp_path / "VOC12_scenes_4.pth").keys()
+
+
+def test_what_cannot_be_validated_is_a_sentence_and_loses_nothing(toy_voc, tmp_path):
+    with pytest.raises(DatasetError, match="nowhere"):
+        train(toy_voc, tmp_path / "a", *OPTIONS, "--val-every", "2", "--val-list", str(tmp_path / "nowhere.txt"))
+    assert not (tmp_path / "a/last.ckpt").exists()
+    (toy_voc / "JPEGImages/toy_5.jpg").write_bytes(b"broken")  # on the list of validation only
+    with pytest.raises(DatasetError, match="toy_5"):
+        train(toy_voc, tmp_path / "b", *OPTIONS, "--val-every", "2")
+    assert torch.load(tmp_path / "b/last.ckpt", weights_only=True)["step"] == 2
+    assert json.loads((tmp_path / "b/args.json").read_text())["val_every"] == 2

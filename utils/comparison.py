@@ -1,0 +1,107 @@
+"""Two evaluations of the same pictures side by side, from the small matrix a picture that a report keeps."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.command import UserError
+from utils.metrics import ConfusionMatrix, Scores
+from utils.visualize import Classes
+
+DATA = "report.json"  # in a report's folder: the scores and a small matrix a picture
+
+
+@dataclass
+class OtherReport:
+    """A report that was written before, to compare with.
+
+    Attributes:
+        folder: where it lies.
+        content: of its ``report.json``.
+        pictures: its records by their ids.
+    """
+
+    folder: Path
+    content: dict[str, Any]
+    pictures: dict[str, dict[str, Any]]
+
+    def mask(self, id: str) -> bytes | None:
+        """The file of a picture's prediction, where there is one."""
+        record = self.pictures.get(id, {})
+        layer = "crf" if "crf" in record.get("layers", ()) else "prediction"
+        path = self.folder / "pictures" / f"{record.get('number', -1):06d}_{layer}.png"
+        return path.read_bytes() if path.is_file() else None
+
+    def iou(self, id: str, ignore_label: int) -> float | None:
+        """A picture's mean IoU; None where it has none."""
+        if id not in self.pictures:
+            return None
+        value = scores_of([self.pictures[id]["matrix"]], len(self.content["names"]), ignore_label).mean_iou
+        return None if math.isnan(value) else value
+
+    def compare(
+        self, records: Sequence[dict[str, Any]], classes: Classes, ignore_label: int, colors: Sequence[str]
+    ) -> dict[str, Any]:
+        """The IoU of each class there and here, over the pictures that both have."""
+        common = [record for record in records if record["id"] in self.pictures]
+        sides = ([self.pictures[record["id"]]["matrix"] for record in common], [record["matrix"] for record in common])
+        there, here = (scores_of(matrices, len(classes.names), ignore_label) for matrices in sides)
+        rows = [
+            {"name": name, "color": color, "there": a, "here": b, "change": b - a}
+            for name, color, a, b in zip(
+                ("mean IoU", *classes.names),
+                ("", *colors),
+                (there.mean_iou, *there.class_iou.tolist()),
+                (here.mean_iou, *here.class_iou.tolist()),
+            )
+        ]
+        text = f"{self.content['scores'].get('restore_from')}; over the {len(common):,} pictures that both have."
+        moved = sum(_labelled(a) != _labelled(b) for a, b in zip(*sides))
+        if moved:
+            text += f" The labels of {moved:,} of them are not the same in both."
+        return {"name": self.folder, "text": text, "rows": rows}
+
+
+def open_other(folder: str, report: Path, ids: Sequence[str], classes: Classes) -> OtherReport:
+    """The report in ``folder``, for ``--compare``.
+
+    Raises:
+        UserError: there is none, it is the one to be written, or it has other classes or other pictures.
+    """
+    path = Path(folder) / DATA
+    try:
+        content = json.loads(path.read_bytes())
+        pictures = {record["id"]: record for record in content["pictures"]}
+        names = content["names"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"--compare {folder} is no report: expected a folder that evaluate.py wrote with --report") from None
+    if report.exists() and report.samefile(folder):
+        raise UserError(f"--compare and --report are both {folder}; write the new report to another folder")
+    if names != list(classes.names):
+        raise UserError(
+            f"--compare {folder} has other classes ({', '.join(names[:4])}, ...; {len(names)} of them) than this evaluation "
+            f"({', '.join(classes.names[:4])}, ...; {len(classes.names)}); only the same can be compared"
+        )
+    if not pictures.keys() & set(ids):
+        raise UserError(f"--compare {folder} has none of the {len(ids)} pictures of this evaluation; compare the same list")
+    return OtherReport(Path(folder), content, pictures)
+
+
+def scores_of(matrices: Sequence[Sequence[Sequence[int]]], num_classes: int, ignore_label: int) -> Scores:
+    """The scores of pictures together, from their (label, prediction, count) entries."""
+    total = ConfusionMatrix(num_classes, ignore_label=ignore_label)
+    for entries in matrices:
+        for label, prediction, count in entries:
+            total.matrix[label, prediction] += count
+    return total.scores()
+
+
+def _labelled(entries: Sequence[Sequence[int]]) -> dict[int, int]:
+    """The labelled pixels of each class of a picture."""
+    counts: dict[int, int] = {}
+    for label, _, count in entries:
+        counts[label] = counts.get(label, 0) + count
+    return counts

@@ -1,0 +1,142 @@
+"""How evaluate.py and scripts/predict.py make a trained net's predictions: the same pictures give them the same classes."""
+
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dataset import to_input
+from dataset.classes import Color
+from deeplab import DeepLabV2, fold_batch_norm
+from deeplab.multiscale import NO_CLASS, enlarge_to_classes, predict_grid
+from deeplab.weights import Weights
+from utils import distributed
+from utils.checkpoint import load_init
+from utils.command import UserError
+from utils.options import TRAINED_WEIGHTS
+from utils.samples import AnyPicture, group_by_canvas
+
+
+class NotFinite(UserError):
+    """The net's logits are no numbers."""
+
+    exit_status = 1
+
+
+def open_trained_net(args: Namespace) -> tuple[DeepLabV2, Weights, list[str]]:
+    """The net of ``--restore-from``, ready to predict, its weights file and lines that say what was loaded.
+
+    Raises:
+        UserError: there is no such file, no head in it, or one that does not fit: nothing is predicted with a parameter that no
+            file gave.
+    """
+    path = args.restore_from
+    if path == TRAINED_WEIGHTS and not Path(TRAINED_WEIGHTS).exists():
+        advice = "train with `python train.py`, see `python scripts/download.py list`, or pass --restore-from"
+        raise UserError(f"{TRAINED_WEIGHTS} does not exist: {advice}")
+    net, weights, report = load_init(path, backbone=args.backbone, atrous_rates=args.atrous_rates)
+    rates, asked = weights.config.get("atrous_rates"), net.config["atrous_rates"]
+    if report.missing and rates and list(rates) != list(asked):
+        of_file, of_option = (",".join(map(str, values)) for values in (rates, asked))
+        raise UserError(
+            f"the head of {path} has the rates {of_file}, but --atrous-rates says {of_option}; leave the option out"
+        )
+    if report.missing:
+        raise UserError(f"{path} ({weights.scheme}) holds no usable head; train it first with train.py")
+    if args.num_classes not in (None, net.num_classes):
+        raise UserError(
+            f"{path} is a net for {net.num_classes} classes, which --num-classes {args.num_classes} cannot change; "
+            f"train a net for {args.num_classes} classes with train.py, or name another file"
+        )
+    fold_batch_norm(net.eval())
+    return net, weights, [f"{path}: {weights.scheme}", *report.lines()]
+
+
+def to_device(net: nn.Module, device: torch.device, compiled: bool) -> None:
+    """Bring a net to where it predicts, and compile it if asked for."""
+    net.to(device).to(memory_format=torch.channels_last)
+    if compiled:
+        distributed.check_compiler(device)
+        compile_for_prediction(net, device)
+
+
+def compile_for_prediction(net: nn.Module, device: torch.device) -> None:
+    """Compile a folded net in place: for pictures of any size at once, and on a CPU with its weights as constants."""
+    if device.type == "cpu":
+        net.compile(dynamic=True, options={"freezing": True})
+    else:
+        net.compile()
+
+
+def snapshot_colors(weights: Weights) -> dict[int, Color]:
+    """The colours of the classes of the data set that a snapshot was trained on; empty where the file does not tell."""
+    colors = weights.meta.get("colors") or []
+    return {label: (red, green, blue) for label, (red, green, blue) in enumerate(colors)}
+
+
+def predict(
+    net: Callable[[Tensor], Tensor],
+    pictures: Iterable[AnyPicture],
+    device: torch.device,
+    *,
+    scales: Sequence[float] = (1.0,),
+    mirror: bool = False,
+    canvas: tuple[int, int] | None = None,
+    batch_size: int = 1,
+    amp: str = "off",
+) -> Iterator[tuple[AnyPicture, Tensor, Tensor]]:
+    """Predict a stream of pictures, in batches of one padded size; the host waits for no device.
+
+    Args:
+        net: on ``device``, in eval mode; (N, 3, H, W) -> (N, C, h, w).
+        scales, mirror: see :func:`deeplab.multiscale.predict_grid`.
+        canvas: (H, W) to which every picture is padded; None takes each picture's own size.
+        batch_size: pictures of one padded size at once.
+        amp: ``"off"``, ``"bf16"`` or ``"fp16"``.
+
+    Yields:
+        A picture, its (C, h, w) float32 logits on the stride-8 grid, and its (H, W) uint8 classes, to be :func:`checked`.
+
+    Raises:
+        UserError: a picture does not fit ``canvas``.
+    """
+    for group, size in group_by_canvas(pictures, canvas, batch_size):
+        images = [picture.image for picture in group]
+        for picture, logits in zip(group, predict_batch(net, images, size, device, scales, mirror, amp)):
+            yield picture, logits, enlarge_to_classes(logits, picture.image.shape[:2])
+
+
+def predict_batch(
+    net: Callable[[Tensor], Tensor],
+    images: Sequence[np.ndarray],
+    canvas: tuple[int, int],
+    device: torch.device,
+    scales: Sequence[float] = (1.0,),
+    mirror: bool = False,
+    amp: str = "off",
+) -> Tensor:
+    """The logits of pictures, (H, W, 3) uint8 BGR each, on the stride-8 grid of one canvas: (N, C, h, w) float32."""
+    batch = torch.zeros(len(images), 3, *canvas, device=device).contiguous(memory_format=torch.channels_last)
+    for padded, image in zip(batch, images):
+        height, width = image.shape[:2]
+        padded[:, :height, :width] = to_input(torch.from_numpy(image).to(device, non_blocking=True))
+    with distributed.autocast(device, amp):
+        return predict_grid(net, batch, scales, mirror).float()
+
+
+def checked(name: str, classes: Tensor) -> np.ndarray:
+    """A picture's (H, W) uint8 classes, brought to the host.
+
+    Raises:
+        NotFinite: its logits were not finite, which :func:`deeplab.multiscale.enlarge_to_classes` tells by NO_CLASS.
+    """
+    prediction = classes.cpu().numpy()
+    if prediction[0, 0] == NO_CLASS:
+        raise NotFinite(
+            f"the net's logits are not finite for picture {name}: its numbers overflow; leave --amp out if it was given, "
+            "or take weights that are not damaged"
+        )
+    return prediction
