@@ -50,8 +50,8 @@ def find_list(data_dir: str | Path, data_list: str | Path | None, candidates: It
     if data_list:
         raise DatasetError(f"no list of image ids: {text}; pass a file with one id a line")
     raise DatasetError(
-        f"no list of image ids: {text}; run `python scripts/prepare_voc.py` for PASCAL VOC, write one for data of your own, "
-        "or pass --data-list"
+        f"no list of image ids: {text}; run `python scripts/prepare_voc.py` for PASCAL VOC; for data of your own write one, "
+        "have scripts/masks_to_indices.py write it (CVAT, labelme, pairs), or pass --data-list"
     )
 
 
