@@ -50,8 +50,8 @@ def find_list(data_dir: str | Path, data_list: str | Path | None, candidates: It
     if data_list:
         raise DatasetError(f"no list of image ids: {text}; pass a file with one id a line")
     raise DatasetError(
-        f"no list of image ids: {text}; run `python scripts/prepare_voc.py` for PASCAL VOC, write one for data of your own, "
-        "or pass --data-list"
+        f"no list of image ids: {text}; run `python scripts/prepare_voc.py` for PASCAL VOC; for data of your own write one, "
+        "have scripts/masks_to_indices.py write it (CVAT, labelme, pairs), or pass --data-list"
     )
 
 
@@ -128,10 +128,9 @@ class VOCSegmentation(Dataset):
                 f"the data set folder {self.root} holds no {names}; expected <id>.png label masks there{self._holds()}"
             )
         listing = Listing(self.root)
-        self.entries = {
-            id: Entry(id, _picture(listing, entry, image_dir), entry.label or _label(listing, id, label_dirs))
-            for id, entry in self.entries.items()
-        }
+        for id, entry in self.entries.items():
+            label = entry.label or _label(listing, id, label_dirs)
+            self.entries[id] = Entry(id, _picture(listing, entry, image_dir, label), label)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -174,12 +173,13 @@ class VOCSegmentation(Dataset):
         return (image, label) if self.transform is None else self.transform(image, label, draw)
 
 
-def _picture(listing: Listing, entry: Entry, image_dir: str) -> str:
-    """Where an entry's picture is: as the list names it, else by its name in another suffix; or should be."""
+def _picture(listing: Listing, entry: Entry, image_dir: str, label: str) -> str:
+    """Where an entry's picture is: as the list names it, else by its name in another suffix; or should be. Never its label."""
     if entry.image and listing.has(entry.image):
         return entry.image
     place = str(PurePosixPath(entry.image).with_suffix("")) if entry.image else f"{image_dir}/{entry.id}"
-    return listing.find(place, PICTURE_SUFFIXES) or entry.image or f"{place}.jpg"
+    found = listing.find(place, PICTURE_SUFFIXES)
+    return found if found and found != label else entry.image or f"{place}.jpg"
 
 
 def _label(listing: Listing, id: str, label_dirs: Sequence[str]) -> str:

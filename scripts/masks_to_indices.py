@@ -20,6 +20,7 @@ PASCAL VOC's. A colour of no class is refused. The first folder is only read, an
 import argparse
 import filecmp
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping
@@ -129,15 +130,17 @@ def write_set(
     if rows and not (home / "classes.txt").exists():
         write_lines(home / "classes.txt", (" ".join(map(str, (name, *(own or ())))) for name, own in rows))
         print(f"{home / 'classes.txt'}: {len(rows)} classes")
-    there = [home / name for name in (*TRAIN_LISTS, *VAL_LISTS) if (home / name).exists()]
-    if there:
-        print(f"the lists that are there stay as they are: {', '.join(map(str, there))}")
+    names = [name for name in (*TRAIN_LISTS, *VAL_LISTS) if (home / name).exists()]
+    if names:
+        print(f"the lists that are there stay as they are: {', '.join(names)}")
     else:
         lists, origin = choose_lists(ids, labelled.lists, args.val_share, args.seed)
         for name, found in lists.items():
             write_lines(home / LISTS / f"{name}.txt", found)
             print(f"{home / LISTS / name}.txt: {len(found)} ids, {origin}")
-    print(f"next: python scripts/check_dataset.py --data-dir {home}")
+        names = [f"{LISTS}/{name}.txt" for name in lists]
+    words = ["python", "scripts/check_dataset.py", "--data-dir", str(home), "--data-list", *names]
+    print(f"next: {shlex.join(words)}")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

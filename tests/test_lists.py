@@ -215,6 +215,16 @@ def test_names_with_umlauts_as_macos_writes_them(toy_voc):
     assert data[0][1].shape == (40, 55)
 
 
+def test_a_label_is_never_taken_for_its_picture(toy_voc):
+    for path in (toy_voc / "JPEGImages").iterdir():
+        path.rename(toy_voc / "SegmentationClassAug" / path.name)
+    options = {"image_dir": "SegmentationClassAug", "label_dir": "SegmentationClassAug", "num_classes": TOY_CLASSES}
+    VOCSegmentation(toy_voc, ["toy_0"], **options).check_files()
+    (toy_voc / "SegmentationClassAug/toy_0.jpg").unlink()
+    with pytest.raises(DatasetError, match=r"no picture for toy_0 in .*, which has toy_0\.png"):
+        VOCSegmentation(toy_voc, ["toy_0"], **options).check_files()
+
+
 def missing(root, lines):
     data = VOCSegmentation(root, read_list(listing(root, "\n".join(lines))), num_classes=TOY_CLASSES)
     with pytest.raises(DatasetError) as error:

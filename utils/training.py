@@ -3,7 +3,7 @@
 import hashlib
 import shlex
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from dataset import (
-    IGNORE_LABEL,
     TRAIN_LISTS,
     VAL_LISTS,
     Crop,
@@ -21,9 +20,7 @@ from dataset import (
     StepSampler,
     TrainTransform,
     VOCSegmentation,
-    absent_classes,
     find_list,
-    one_class_warning,
     read_class_names,
     read_ids,
     to_input,
@@ -32,6 +29,7 @@ from dataset.lists import IMAGE_DIR
 from deeplab.multiscale import scaled_size
 from utils import distributed
 from utils.checkpoint import make_meta, save_snapshot
+from utils.class_watch import ClassWatch
 from utils.command import UserError
 from utils.loader import fitting_workers, make_loader, open_dataset, running
 from utils.log import RunLog
@@ -44,7 +42,7 @@ from utils.validation import Validation, save_panels
 from utils.visualize import Classes, class_names, make_palette
 
 LossFunction = Callable[..., dict[str, Tensor]]
-PICTURES_TO_JUDGE = 200  # labels that are looked at before it is said that one class is all there is
+PICTURES_TO_JUDGE = 200  # labels that are looked at before it is said which classes they lack
 
 
 class Objective(nn.Module):
@@ -300,40 +298,3 @@ def seen_val(data: VOCSegmentation) -> str:
         if path.is_file() and (common := set(read_ids(path)) & set(data.ids)):
             return f"{len(common)} of the pictures that it was trained on are on {path.name}"
     return ""
-
-
-class ClassWatch:
-    """Notices, once and over all processes, where labels lack classes or hold nothing but one.
-
-    Args:
-        pictures: how many to look at, over all processes.
-        names: of all classes, in the order of their indices.
-        ignore_label: a label that means void, beside 255.
-        already: how many were looked at before the run was resumed.
-    """
-
-    def __init__(self, pictures: int, names: Sequence[str], ignore_label: int = IGNORE_LABEL, already: int = 0) -> None:
-        self.pictures = self.left = pictures - already
-        self.over = self.left <= 0
-        self.names, self.ignore_label = names, ignore_label
-        self.present = torch.zeros(256, dtype=torch.bool)
-
-    def add(self, present: Tensor) -> None:
-        """Take the (N, 256) bool label values of a batch of this process."""
-        self.present |= present.any(dim=0)
-        self.left -= len(present) * distributed.world_size()
-
-    def warning(self) -> str:
-        """The sentence, at the end of the step in which the last picture was looked at, else ""; all processes must ask."""
-        if self.over or self.left > 0:
-            return ""
-        self.over = True
-        occurs = distributed.agree(*self.present.int().tolist())
-        present = [value for value in range(256) if occurs[value]]
-        if text := one_class_warning(present):
-            return f"warning: {text}"
-        if not (absent := absent_classes(present, self.names, self.ignore_label)):
-            return ""
-        used = max(value for value in present if value < len(self.names)) + 1
-        more = f"; if there are no more than {used} classes, train with --num-classes {used}" if used < len(self.names) else ""
-        return f"warning: none of the {self.pictures} labels read so far has the classes {absent}{more}"
