@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dataset import VOCSegmentation, read_image
+from dataset import DatasetError, VOCSegmentation, read_image
 from deeplab.multiscale import canvas_size
 from utils.command import UserError
 
@@ -26,6 +26,13 @@ class Picture:
     def pin_memory(self) -> "Picture":
         """The same in memory from which a GPU copies while the host goes on; called by the loader."""
         return Picture(self.id, _pinned(self.image))
+
+
+@dataclass
+class Broken:
+    """In the place of a picture that cannot be read: the sentence that says why."""
+
+    problem: str
 
 
 @dataclass
@@ -59,8 +66,8 @@ class Samples(Dataset[Sample]):
         return Sample(self.data.ids[index], *self.data.load(index))
 
 
-class Pictures(Dataset[Picture]):
-    """Picture files as :class:`Picture` entries, for a loader.
+class Pictures(Dataset):
+    """Picture files as :class:`Picture` entries, or :class:`Broken` ones, for a loader.
 
     Args:
         files: (id, path) of each.
@@ -72,9 +79,12 @@ class Pictures(Dataset[Picture]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> Picture:
+    def __getitem__(self, index: int) -> Picture | Broken:
         name, path = self.files[index]
-        return Picture(name, read_image(path))
+        try:
+            return Picture(name, read_image(path))
+        except DatasetError as error:
+            return Broken(str(error))
 
 
 def only_one(items: list[AnyPicture]) -> AnyPicture:
