@@ -1,6 +1,7 @@
 """The one evaluation loop: decoding, the net and the CRF overlap, and no prediction is kept longer than its picture."""
 
 from argparse import Namespace
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -123,21 +124,28 @@ def score(
     loader = make_loader(Samples(data), [[index] for index in share(data)], num_workers, device, collate_fn=only_one)
 
     def predictions() -> Iterator[tuple[Sample, Tensor, np.ndarray]]:
-        """Each picture, counted, with its (C, h, w) logits on the stride-8 grid and its (H, W) uint8 classes."""
+        """Each picture, counted, with its (C, h, w) logits on the stride-8 grid and its (H, W) uint8 classes, on the host.
+
+        The device is a batch ahead: it computes the next one while this one is copied, saved or refined.
+        """
+        under_way: deque[tuple[Sample, Callable[[], Tensor], Callable[[], Tensor]]] = deque()
         for samples, size in group_by_canvas(pictures, canvas, batch_size):
             images = [sample.image for sample in samples]
             for sample, logits in zip(samples, predict_batch(net, images, size, device, scales, mirror, amp)):
                 label = torch.from_numpy(sample.label).to(device, non_blocking=True)
                 classes = enlarge_to_classes(logits, label.shape)
                 before.update(label, classes)
-                yield sample, logits, checked(sample.id, classes)
+                under_way.append((sample, to_host(logits), to_host(classes)))
+            while len(under_way) > len(samples):
+                yield arrived(*under_way.popleft())
+        yield from (arrived(*entry) for entry in under_way)
 
     with torch.inference_mode(), running(loader) as pictures:
         if pool is None:
             for sample, _, prediction in predictions():
                 finish(sample, prediction)
         else:
-            for sample, refined in pool.refine((sample, logits.cpu()) for sample, logits, _ in predictions()):
+            for sample, refined in pool.refine((sample, logits) for sample, logits, _ in predictions()):
                 after.update(torch.from_numpy(sample.label), torch.from_numpy(refined))
                 finish(sample, refined)
     matrices = {"before CRF": before, "after CRF": after} if pool else {"": before}
@@ -248,6 +256,25 @@ def predict_batch(
         padded[:, :height, :width] = to_input(torch.from_numpy(image).to(device, non_blocking=True))
     with distributed.autocast(device, amp):
         return predict_grid(net, batch, scales, mirror).float()
+
+
+def to_host(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy a tensor to the host; what is returned waits until it is there, and for nothing that came later."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu
+    copy, there = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
+    there.record()
+
+    def wait() -> Tensor:
+        there.synchronize()
+        return copy
+
+    return wait
+
+
+def arrived(sample: Sample, logits: Callable[[], Tensor], classes: Callable[[], Tensor]) -> tuple[Sample, Tensor, np.ndarray]:
+    """A picture whose results are on their way (:func:`to_host`), with them; raises as :func:`checked` does."""
+    return sample, logits(), checked(sample.id, classes())
 
 
 def checked(name: str, classes: Tensor) -> np.ndarray:
