@@ -8,6 +8,7 @@ block of a dilated stage uses that stage's dilation (torchvision gives the first
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,7 @@ def fold(pairs: Sequence[Pair]) -> list[Folded | None]:
     return [next(folded) if isinstance(bn, FrozenBatchNorm2d) else None for _, bn in pairs]
 
 
-def _scale_and_shift(norms: Sequence[nn.Module]) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(norms: Sequence[Any]) -> tuple[Tensor, Tensor]:
     """What batch norms do on running statistics, ``y * scale + shift``: (channels of all of them,) each."""
     names = ("weight", "bias", "running_mean", "running_var")
     weight, bias, mean, var = (torch.cat([getattr(bn, name) for bn in norms]) for name in names)
@@ -122,13 +123,13 @@ class BasicBlock(nn.Module):
 
     def pairs(self) -> list[Pair]:
         pairs: list[Pair] = [(self.conv1, self.bn1), (self.conv2, self.bn2)]
-        return pairs if self.downsample is None else [*pairs, (self.downsample[0], self.downsample[1])]
+        return [*pairs, tuple(self.downsample)] if self.downsample else pairs
 
     def forward(self, x: Tensor, folded: Sequence[Folded | None]) -> Tensor:
         """``folded`` is what :func:`fold` makes of :meth:`pairs`."""
         y = F.relu(conv_bn(x, self.conv1, self.bn1, folded[0]), inplace=True)
         y = conv_bn(y, self.conv2, self.bn2, folded[1])
-        shortcut = x if self.downsample is None else conv_bn(x, *self.downsample, folded[2])
+        shortcut = x if self.downsample is None else conv_bn(x, self.downsample[0], self.downsample[1], folded[2])
         return F.relu(y + shortcut, inplace=True)
 
 
@@ -153,14 +154,14 @@ class Bottleneck(nn.Module):
 
     def pairs(self) -> list[Pair]:
         pairs: list[Pair] = [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
-        return pairs if self.downsample is None else [*pairs, (self.downsample[0], self.downsample[1])]
+        return [*pairs, tuple(self.downsample)] if self.downsample else pairs
 
     def forward(self, x: Tensor, folded: Sequence[Folded | None]) -> Tensor:
         """``folded`` is what :func:`fold` makes of :meth:`pairs`."""
         y = F.relu(conv_bn(x, self.conv1, self.bn1, folded[0]), inplace=True)
         y = F.relu(conv_bn(y, self.conv2, self.bn2, folded[1]), inplace=True)
         y = conv_bn(y, self.conv3, self.bn3, folded[2])
-        shortcut = x if self.downsample is None else conv_bn(x, *self.downsample, folded[3])
+        shortcut = x if self.downsample is None else conv_bn(x, self.downsample[0], self.downsample[1], folded[3])
         return F.relu(y + shortcut, inplace=True)
 
 
@@ -172,8 +173,8 @@ def _recomputed(block: nn.Module, x: Tensor, folded: Sequence[Folded | None]) ->
     return checkpoint(block, x, folded, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
-def _shortcut(inplanes: int, outplanes: int, stride: int, norm: Callable[[int], nn.Module]) -> nn.Sequential | None:
-    """The projection of a block's input (published name ``downsample``), or None where the input fits as it is."""
+def _shortcut(inplanes: int, outplanes: int, stride: int, norm: Callable[[int], nn.Module]) -> Any:
+    """The projection of a block's input (published name ``downsample``), a pair; None where the input fits as it is."""
     if stride == 1 and inplanes == outplanes:
         return None
     return nn.Sequential(nn.Conv2d(inplanes, outplanes, 1, stride, bias=False), norm(outplanes))

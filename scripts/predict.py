@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if args.crf:
         find_densecrf()
-    device = distributed.select_device(args.device, args.gpu)
+    device = distributed.select_device(args.device, args.gpu, not args.no_tf32)
     net, _, lines = open_trained_net(args)
     check_outputs(planned_outputs(pictures, args.save_dir, args.panels), [*pictures, args.restore_from])
     net.to(device).to(memory_format=torch.channels_last)

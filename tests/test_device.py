@@ -306,7 +306,7 @@ def on_meta(monkeypatch):
 
     monkeypatch.setattr(training, "Meter", Unread)
     monkeypatch.setattr(training, "save_snapshot", lambda *args, **kwargs: None)
-    monkeypatch.setattr(distributed, "select_device", lambda name, gpu: torch.device("meta"))
+    monkeypatch.setattr(distributed, "select_device", lambda *args: torch.device("meta"))
     monkeypatch.setattr(distributed, "autocast", lambda device, amp: nullcontext())
     sgd = sys.modules["torch.optim.sgd"]
     monkeypatch.setattr(sgd, "_device_dtype_check_for_fused", lambda *args, **kwargs: None, raising=False)
@@ -390,6 +390,22 @@ def test_prediction_and_counting_wait_for_nothing(options, toy_voc, fake_cuda):
     assert sorted(seen) == sorted(data.ids)
     sizes = [data.load(index)[1].size for index in range(len(data))]
     assert strict.sent == 4 * sum(sizes)
+
+
+def test_the_device_is_a_batch_ahead(toy_voc, monkeypatch):
+    """Each batch is handed over when the next one is launched; nothing is lost at the end."""
+    order: list[str] = []
+    net, data, predict = fold_batch_norm(deeplabv2("resnet18", 4).eval()), data_of(toy_voc), evaluation.predict_batch
+
+    def launched(net, images, *args):
+        order.extend("launch" for _ in images)
+        return predict(net, images, *args)
+
+    monkeypatch.setattr(evaluation, "predict_batch", launched)
+    options = {"canvas": (65, 65), "batch_size": 2}
+    evaluation.score(net, data, torch.device("cpu"), **options, finish=lambda sample, classes: order.append(sample.id))
+    ids, go = iter(data.ids), ["launch"] * 2
+    assert order == [*go, *go, next(ids), next(ids), *go, next(ids), next(ids), next(ids), next(ids)]
 
 
 @pytest.mark.parametrize("fault", ["item", "cpu", "constant", "mixture"])
