@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deeplab.multiscale import check_input
-from deeplab.resnet import DilatedResNet
+from deeplab.resnet import DilatedResNet, FoldedNet
 
 ATROUS_RATES = (6, 12, 18, 24)  # ASPP-L of the paper
 
@@ -77,9 +77,9 @@ class DeepLabV2(DilatedResNet):
             "batch_norm_eps": float(batch_norm_eps),
         }
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, folded: FoldedNet | None = None) -> Tensor:
         check_input(images)
-        return self.layer5(self.features(images))
+        return self.layer5(self.features(images, folded))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The learnable parameters in the published groups (``lr_mult`` and ``decay_mult`` of the official train.prototxt).

@@ -33,10 +33,11 @@ def resize_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
     Returns:
         (N, h, w) of the same type.
     """
-    rows, columns = (
-        torch.arange(n, device=labels.device) * 2 * (side - 1) // max(n - 1, 1) + 1 for n, side in zip(size, labels.shape[-2:])
+    rows, columns = (  # floor(i * (side - 1) / last + 1 / 2) in whole numbers
+        (torch.arange(n, device=labels.device) * (2 * (side - 1)) + last) // (2 * last)
+        for n, side, last in ((n, side, max(n - 1, 1)) for n, side in zip(size, labels.shape[-2:]))
     )
-    return labels[..., (rows // 2)[:, None], columns // 2]
+    return labels[..., rows[:, None], columns]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, size: str = "output") -> Tensor:

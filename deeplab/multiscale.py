@@ -6,14 +6,14 @@ as in the published Caffe net: 321 -> 241 -> 161. Pixel p of the picture then li
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deeplab.resnet import kept_statistics
+from deeplab.resnet import DilatedResNet, kept_statistics
 
 TRAIN_SCALES = (1.0, 0.75, 0.5)
 OUTPUT_STRIDE = 8
@@ -52,16 +52,17 @@ def multiscale_logits(
         One (N, C, h_s, w_s) a scale, in the order of ``scales``.
     """
     inputs = [resize(images, scaled_size(images.shape[-2:], scale)) for scale in scales]
+    forward = partial(net, folded=net.fold()) if isinstance(net, DilatedResNet) else net  # folded once for all scales
     if not one_scale_at_a_time:
-        return [net(x) for x in inputs]
+        return [forward(x) for x in inputs]
     # Backward goes through what was computed last first: the first scale, whose activations are then gone before those of the
     # others come back, one scale after another. Running statistics move in the second pass of the others, which makes it the
     # order in which they move without this option: first scale, second, third.
     contexts = lambda: (kept_statistics(net), nullcontext())  # noqa: E731 (of the first pass, of the second)
     others = [
-        checkpoint(net, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts) for x in reversed(inputs[1:])
+        checkpoint(forward, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts) for x in reversed(inputs[1:])
     ]
-    return [net(inputs[0]), *reversed(others)]
+    return [forward(inputs[0]), *reversed(others)]
 
 
 def fuse_max(logits: Sequence[Tensor]) -> Tensor:

@@ -6,8 +6,9 @@ come from differs: the pool rounds its output size up, the stride of a stage sit
 block of a dilated stage uses that stage's dilation (torchvision gives the first block the previous one's).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,27 +19,48 @@ from torchvision.ops import FrozenBatchNorm2d
 BATCH_NORM_MODES = ("frozen", "stats", "full")
 
 
-def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module) -> Tensor:
-    """``bn(conv(x))``, with a frozen ``bn`` folded into the convolution.
+Folded = tuple[Tensor, Tensor]  # the weight and the bias of a convolution that does its batch norm as well
+Pair = tuple[nn.Conv2d, nn.Module]  # a convolution and the batch norm behind it
+
+
+def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, folded: Folded | None = None) -> Tensor:
+    """``bn(conv(x))``, in one convolution where ``folded`` is what :func:`fold` made of the two: (N, C_out, h, w)."""
+    if folded is None:
+        return bn(conv(x))
+    return F.conv2d(x, *folded, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def fold(pairs: Sequence[Pair]) -> list[Folded | None]:
+    """Fold each frozen batch norm into the convolution before it, for the forward passes that share one backward pass.
 
     A frozen batch norm is the affine map ``y * scale + shift`` per channel, so ``bn(conv(x, w))`` equals
-    ``conv(x, w * scale) + shift``. Folding at call time keeps ``conv.weight`` the parameter that is trained and saved, gives
-    it the same gradient, and stores no activation between the two: the unfolded pair keeps the convolution's output as well.
-
-    Args:
-        x: (N, C_in, H, W) floating point.
-        conv: a convolution, without a bias where ``bn`` is frozen.
-        bn: any module over (N, C_out, h, w); only ``FrozenBatchNorm2d`` is folded.
+    ``conv(x, w * scale) + shift``. ``conv.weight`` stays the parameter that is trained and saved, and gets the same gradient;
+    but no activation is stored between the two, as the unfolded pair does. Nothing is kept from one call to the next: for all
+    layers at once, the constants cost eight operations, and cannot be older than the buffers that they come from.
 
     Returns:
-        (N, C_out, h, w)
+        (weight, bias) a pair, under autocast in its type; None where the batch norm is not frozen.
     """
-    if not isinstance(bn, FrozenBatchNorm2d):
-        return bn(conv(x))
-    scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
-    shift = bn.bias - bn.running_mean * scale
-    weight = conv.weight * scale[:, None, None, None]
-    return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+    frozen = [(conv, bn) for conv, bn in pairs if isinstance(bn, FrozenBatchNorm2d)]
+    if not frozen:
+        return [None] * len(pairs)
+    scale, shift = _scale_and_shift([bn for _, bn in frozen])
+    device = scale.device.type
+    autocast = not scale.is_meta and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else scale.dtype
+    channels = [conv.out_channels for conv, _ in frozen]
+    scales, shifts = scale[:, None, None, None].split(channels), shift.to(dtype).split(channels)
+    folded = iter([((conv.weight * a).to(dtype), b) for (conv, _), a, b in zip(frozen, scales, shifts)])
+    return [next(folded) if isinstance(bn, FrozenBatchNorm2d) else None for _, bn in pairs]
+
+
+def _scale_and_shift(norms: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """What batch norms do on running statistics, ``y * scale + shift``: (channels of all of them,) each."""
+    names = ("weight", "bias", "running_mean", "running_var")
+    weight, bias, mean, var = (torch.cat([getattr(bn, name) for bn in norms]) for name in names)
+    (eps,) = {bn.eps for bn in norms}
+    scale = weight * (var + eps).rsqrt()
+    return scale, bias.addcmul(mean, scale, value=-1)
 
 
 def fold_batch_norm(net: nn.Module) -> nn.Module:
@@ -56,9 +78,9 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
     for module, conv_name, bn_name in pairs:
         conv, bn = getattr(module, conv_name), getattr(module, bn_name)
         with torch.no_grad():
-            scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
+            scale, shift = _scale_and_shift([bn])
             conv.weight.mul_(scale[:, None, None, None])
-            conv.bias = nn.Parameter(bn.bias - bn.running_mean * scale)
+            conv.bias = nn.Parameter(shift)
         setattr(module, bn_name, nn.Identity())
     return net
 
@@ -99,10 +121,15 @@ class BasicBlock(nn.Module):
         self.bn2 = norm(planes)
         self.downsample = _shortcut(inplanes, planes, stride, norm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(conv_bn(x, self.conv1, self.bn1), inplace=True)
-        y = conv_bn(y, self.conv2, self.bn2)
-        shortcut = x if self.downsample is None else conv_bn(x, *self.downsample)
+    def pairs(self) -> list[Pair]:
+        pairs: list[Pair] = [(self.conv1, self.bn1), (self.conv2, self.bn2)]
+        return [*pairs, tuple(self.downsample)] if self.downsample else pairs
+
+    def forward(self, x: Tensor, folded: Sequence[Folded | None]) -> Tensor:
+        """``folded`` is what :func:`fold` makes of :meth:`pairs`."""
+        y = F.relu(conv_bn(x, self.conv1, self.bn1, folded[0]), inplace=True)
+        y = conv_bn(y, self.conv2, self.bn2, folded[1])
+        shortcut = x if self.downsample is None else conv_bn(x, self.downsample[0], self.downsample[1], folded[2])
         return F.relu(y + shortcut, inplace=True)
 
 
@@ -125,29 +152,36 @@ class Bottleneck(nn.Module):
         self.bn3 = norm(planes * self.expansion)
         self.downsample = _shortcut(inplanes, planes * self.expansion, stride, norm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(conv_bn(x, self.conv1, self.bn1), inplace=True)
-        y = F.relu(conv_bn(y, self.conv2, self.bn2), inplace=True)
-        y = conv_bn(y, self.conv3, self.bn3)
-        shortcut = x if self.downsample is None else conv_bn(x, *self.downsample)
+    def pairs(self) -> list[Pair]:
+        pairs: list[Pair] = [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
+        return [*pairs, tuple(self.downsample)] if self.downsample else pairs
+
+    def forward(self, x: Tensor, folded: Sequence[Folded | None]) -> Tensor:
+        """``folded`` is what :func:`fold` makes of :meth:`pairs`."""
+        y = F.relu(conv_bn(x, self.conv1, self.bn1, folded[0]), inplace=True)
+        y = F.relu(conv_bn(y, self.conv2, self.bn2, folded[1]), inplace=True)
+        y = conv_bn(y, self.conv3, self.bn3, folded[2])
+        shortcut = x if self.downsample is None else conv_bn(x, self.downsample[0], self.downsample[1], folded[3])
         return F.relu(y + shortcut, inplace=True)
 
 
-def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
-    """``block(x)`` whose activations are computed again in the backward pass instead of being kept."""
+def _recomputed(block: nn.Module, x: Tensor, folded: Sequence[Folded | None]) -> Tensor:
+    """``block(x, folded)`` whose activations are computed again in the backward pass instead of being kept."""
     if torch.compiler.is_compiling():  # compiled code moves the statistics once, whatever it recomputes
-        return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(block, x, folded, use_reentrant=False, preserve_rng_state=False)
     contexts = lambda: (nullcontext(), kept_statistics(block))  # noqa: E731 (of the first pass, of the second)
-    return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    return checkpoint(block, x, folded, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
-def _shortcut(inplanes: int, outplanes: int, stride: int, norm: Callable[[int], nn.Module]) -> nn.Sequential | None:
-    """The projection of a block's input (published name ``downsample``), or None where the input fits as it is."""
+def _shortcut(inplanes: int, outplanes: int, stride: int, norm: Callable[[int], nn.Module]) -> Any:
+    """The projection of a block's input (published name ``downsample``), a pair; None where the input fits as it is."""
     if stride == 1 and inplanes == outplanes:
         return None
     return nn.Sequential(nn.Conv2d(inplanes, outplanes, 1, stride, bias=False), norm(outplanes))
 
 
+Block = BasicBlock | Bottleneck
+FoldedNet = list[list[Folded | None]]
 BACKBONES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
@@ -222,14 +256,27 @@ class DilatedResNet(nn.Module):
                     # Each block starts as its shortcut, which allows higher rates from scratch: Goyal et al., arXiv:1706.02677.
                     nn.init.zeros_(last.weight)
 
-    def features(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) mean-subtracted BGR pictures -> (N, out_channels, h, w), h and w about an eighth of H and W."""
-        x = F.relu(conv_bn(x, self.conv1, self.bn1), inplace=True)  # N 64 H/2 W/2
+    def blocks(self) -> list[Block]:
+        """All of them, from the input to the output."""
+        return [*self.layer1, *self.layer2, *self.layer3, *self.layer4]
+
+    def fold(self) -> FoldedNet:
+        """:func:`fold` for the first convolution and each of :meth:`blocks`: once for all passes that share a backward."""
+        parts = [[(self.conv1, self.bn1)], *(block.pairs() for block in self.blocks())]
+        folded = iter(fold([pair for pairs in parts for pair in pairs]))
+        return [[next(folded) for _ in pairs] for pairs in parts]
+
+    def features(self, x: Tensor, folded: FoldedNet | None = None) -> Tensor:
+        """(N, 3, H, W) mean-subtracted BGR pictures -> (N, out_channels, h, w), h and w about an eighth of H and W.
+
+        ``folded`` is of :meth:`fold`, where it is shared with other passes.
+        """
+        (stem,), *others = folded or self.fold()
+        x = F.relu(conv_bn(x, self.conv1, self.bn1, stem), inplace=True)  # N 64 H/2 W/2
         x = self.maxpool(x)  # N 64 H/4 W/4
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):  # H/4, H/8, H/8, H/8
-            for block in layer:
-                if self.grad_checkpoint and torch.is_grad_enabled():
-                    x = _recomputed(block, x)
-                else:
-                    x = block(x)
+        for block, weights in zip(self.blocks(), others):  # H/4, H/8, H/8, H/8
+            if self.grad_checkpoint and torch.is_grad_enabled():
+                x = _recomputed(block, x, weights)
+            else:
+                x = block(x, weights)
         return x

@@ -35,7 +35,7 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def select_device(name: str, gpu: int) -> torch.device:
+def select_device(name: str, gpu: int, tf32: bool = True) -> torch.device:
     """The device to run on.
 
     Args:
@@ -43,10 +43,12 @@ def select_device(name: str, gpu: int) -> torch.device:
             ``"mps"``, ``"xpu"``.
         gpu: index of the CUDA device where ``name`` does not give one. Several processes take one each, by their number on
             the machine, whatever ``gpu`` is.
+        tf32: whether CUDA may round the factors of float32 convolutions to 10 bits; decided here, whatever torch's default.
 
     Raises:
         UserError: the device does not exist here, or several processes are to share one.
     """
+    torch.backends.cudnn.allow_tf32 = tf32
     if name == "auto":
         if not torch.cuda.is_available():
             if is_main():

@@ -3,6 +3,7 @@
 import os
 import sys
 from argparse import Namespace
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import chain
@@ -32,7 +33,7 @@ from utils.crf_pool import CRFPool
 from utils.files import Output, check_outputs, save_json
 from utils.loader import make_loader, open_dataset, running
 from utils.metrics import ConfusionMatrix
-from utils.prediction import checked, open_trained_net, predict, snapshot_colors, to_device
+from utils.prediction import checked, open_trained_net, predict, snapshot_colors, to_device, to_host
 from utils.report import Report, head_of, prepare_folder
 from utils.report import planned as report_outputs
 from utils.samples import Sample, Samples, only_one
@@ -44,7 +45,7 @@ def run(args: Namespace) -> int:
     # The pool comes first: where its processes are forked, they are copies of this still small one.
     with ExitStack() as stack:
         pool = stack.enter_context(CRFPool(args.crf_workers, args.crf_prune)) if args.crf else None
-        device = distributed.select_device(args.device, args.gpu)
+        device = distributed.select_device(args.device, args.gpu, not args.no_tf32)
         distributed.start()
         net, weights, lines = open_trained_net(args)
         check_classes(args, net.num_classes)
@@ -136,24 +137,36 @@ def score(
     options: dict[str, Any] = {"scales": scales, "mirror": mirror, "canvas": canvas, "batch_size": batch_size, "amp": amp}
 
     def predictions() -> Iterator[tuple[Sample, Tensor]]:
-        """Each picture, predicted and counted, with its (C, h, w) logits on the stride-8 grid."""
+        """Each picture, predicted and counted, with its (C, h, w) logits on the stride-8 grid; on the host for a pool.
+
+        The device is a batch ahead: it computes the next one while this one is copied, saved or refined.
+        """
+        under_way: deque[tuple[Sample, Callable[[], Tensor], Callable[[], Tensor]]] = deque()
         for sample, logits, classes in predict(net, samples, device, **options):
             before.update(torch.from_numpy(sample.label).to(device, non_blocking=True), classes)
-            sample.prediction = checked(sample.id, classes)
-            yield sample, logits
+            under_way.append((sample, to_host(logits) if pool else logits.detach, to_host(classes)))
+            if len(under_way) > batch_size:
+                yield arrived(*under_way.popleft())
+        yield from (arrived(*entry) for entry in under_way)
 
     with torch.inference_mode(), running(loader) as samples:
         if pool is None:
             for sample, _ in predictions():
                 finish(sample, sample.prediction)
         else:
-            for sample, refined in pool.refine((sample, logits.cpu()) for sample, logits in predictions()):
+            for sample, refined in pool.refine(predictions()):
                 after.update(torch.from_numpy(sample.label), torch.from_numpy(refined))
                 finish(sample, refined)
     matrices = {"before CRF": before, "after CRF": after} if pool else {"": before}
     for matrix in matrices.values() if add_up else ():
         distributed.sum_(matrix.counts)
     return matrices
+
+
+def arrived(sample: Sample, logits: Callable[[], Tensor], classes: Callable[[], Tensor]) -> tuple[Sample, Tensor]:
+    """A picture whose results are on their way (:func:`utils.prediction.to_host`), with them."""
+    sample.prediction = checked(sample.id, classes())
+    return sample, logits()
 
 
 def share(data: VOCSegmentation) -> range:

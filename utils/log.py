@@ -21,9 +21,9 @@ class RunLog:
     """The log of one run, kept by the main process.
 
     ``log.jsonl`` gets one JSON object a logged step: step (from 1), the losses (means since the last line, over all
-    processes), lr, images_per_s, seconds of running, those before a restart included, and memory_mb at its peak; and one a
-    validation, see :meth:`scores`. A resumed run goes on behind the last
-    line that its checkpoint knew; later ones, which tell of steps that are done again, are cut off.
+    processes), lr, images_per_s, data_wait (the share of the time that the device waited for pictures), seconds of running,
+    those before a restart included, and memory_mb at its peak; and one a validation, see :meth:`scores`. A resumed run goes on
+    behind the last line that its checkpoint knew; later ones, which tell of steps that are done again, are cut off.
 
     Args:
         folder: the snapshot folder.
@@ -71,7 +71,9 @@ class RunLog:
         """How long the run has been going."""
         return time.perf_counter() - self.start
 
-    def line(self, step: int, losses: dict[str, float], lr: float, steps: int, rates: Sequence[float] = ()) -> None:
+    def line(
+        self, step: int, losses: dict[str, float], lr: float, steps: int, data_wait: float = 0.0, rates: Sequence[float] = ()
+    ) -> None:
         """Write one line.
 
         Args:
@@ -79,15 +81,17 @@ class RunLog:
             losses: name -> mean over the last ``steps`` steps.
             lr: base rate of the last step.
             steps: since the last line.
+            data_wait: share of the time since then that the device waited for data, 0..1.
             rates: of the parameter groups, for TensorBoard.
         """
         now = time.perf_counter()
         speed = steps * self.images_a_step / (now - self.last_time)
         self.last_time = now
         entry = {"step": step, **{name: round(value, 6) for name, value in losses.items()}, "lr": lr}
-        entry.update(images_per_s=round(speed, 3), seconds=round(self.seconds, 2), memory_mb=peak_memory())
+        entry.update(images_per_s=round(speed, 3), data_wait=round(data_wait, 3))
+        entry.update(seconds=round(self.seconds, 2), memory_mb=peak_memory())
         self.file.write(json.dumps(entry) + "\n")
-        text = f"loss {entry['loss']:.4f}, lr {lr:.2e}, {speed:.2f} images/s"
+        text = f"loss {entry['loss']:.4f}, lr {lr:.2e}, {speed:.2f} images/s, waiting {data_wait:.0%}"
         self.bar.set_postfix_str(text)
         if self.bar.disable:
             self.say(f"step {step} of {self.num_steps}: {text}")

@@ -1,14 +1,21 @@
-"""The losses of a run, kept on the device and over all processes; the host reads them only where something is told or saved."""
+"""What a run measures, without anyone waiting for the device in between: its losses, and its waiting for data.
 
-from collections.abc import Callable
+The losses are kept on the device and over all processes; the host reads them only where something is told or saved.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from utils import distributed
-from utils.command import UserError
+from utils.command import UserError, usable_cores
 
 NEVER = 2**62  # the number of a batch that no run reaches
+MUCH_WAITING = 0.1  # of the time; more is worth a word
 
 
 class Diverged(UserError):
@@ -66,3 +73,55 @@ class Meter:
         count = self.batches * distributed.world_size()
         self.batches = self.steps = 0
         return {name: value / count for name, value in zip(self.names, sums)}
+
+
+class DataWait:
+    """The share of its time that the device has nothing to do because the next pictures are not read yet.
+
+    On CUDA it lies between two events on the stream: the host, which is ahead, may well wait for pictures while the device is
+    busy. Elsewhere the device waits when the host does.
+
+    Args:
+        device: where the steps are done.
+        workers: that read pictures.
+    """
+
+    def __init__(self, device: torch.device, workers: int) -> None:
+        self.on_cuda, self.workers = device.type == "cuda", workers
+        self.marks: list[tuple[Any, Any]] = []
+        self.since, self.high, self.told = time.perf_counter(), 0, False
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around what waits for the next pictures."""
+        before = self._mark()
+        yield
+        self.marks.append((before, self._mark()))
+
+    def _mark(self) -> Any:
+        if not self.on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def share(self) -> float:
+        """0..1, since the last call; the device must have been waited for, as :meth:`Meter.means` does."""
+        waits = [a.elapsed_time(b) / 1000 if self.on_cuda else b - a for a, b in self.marks]
+        now = time.perf_counter()
+        share = min(1.0, sum(waits) / max(now - self.since, 1e-9))
+        self.since, self.marks = now, []
+        self.high = self.high + 1 if share > MUCH_WAITING else 0
+        return share
+
+    def warning(self) -> str:
+        """A sentence, once, when the share was high three times in a row, else ""; the first steps start the workers."""
+        if self.told or self.high < 3:
+            return ""
+        self.told = True
+        cores = usable_cores()
+        if self.workers < cores:
+            advice = f"raise --num-workers, which is {self.workers}; this process may use {cores} cores"
+        else:
+            advice = f"give it more than {cores} cores and as many --num-workers, or smaller pictures on a faster disk"
+        return f"warning: the device waits for pictures more than {MUCH_WAITING:.0%} of the time; {advice}"

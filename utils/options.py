@@ -52,8 +52,9 @@ def add_data_options(parser: argparse.ArgumentParser, default_list: str, ignore_
     group.add_argument(
         "--num-workers",
         type=not_negative,
-        default=default_processes(4),
-        help="processes that read pictures; 0 reads in the main process (default: %(default)s)",
+        default=default_processes(16),
+        help="processes that read pictures; 0 reads in the main process (default: this process's share of the cores, at most "
+        "16; here %(default)s)",
     )
 
 
@@ -78,6 +79,12 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision; the loss stays in float32"
+    )
+    group.add_argument(
+        "--no-tf32",
+        action="store_true",
+        help="on CUDA, float32 convolutions take factors of 10 bits (TF32), and sums in any order, so that two runs differ by "
+        "rounding; this gives all 24 bits, several times slower",
     )
     group.add_argument("--compile", action="store_true", help="compile the net with torch.compile")
 

@@ -127,6 +127,20 @@ def predict_batch(
         return predict_grid(net, batch, scales, mirror).float()
 
 
+def to_host(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy a tensor to the host; what is returned waits until it is there, and for nothing that came later."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu
+    copy, there = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
+    there.record()
+
+    def wait() -> Tensor:
+        there.synchronize()
+        return copy
+
+    return wait
+
+
 def checked(name: str, classes: Tensor) -> np.ndarray:
     """A picture's (H, W) uint8 classes, brought to the host.
 

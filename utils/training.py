@@ -33,8 +33,8 @@ from utils.class_watch import ClassWatch
 from utils.command import UserError
 from utils.loader import fitting_workers, make_loader, open_dataset, running
 from utils.log import RunLog
+from utils.meter import DataWait, Meter
 from utils.meter import Diverged as Diverged  # part of what run() raises
-from utils.meter import Meter
 from utils.schedule import GuardedSGD, poly_lr, set_lr
 from utils.start import Start, begin, resume
 from utils.stop import StopRequest
@@ -75,7 +75,7 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         distributed.start()
         start = resume(args, loss_function.__name__)
         args = Namespace(**start.options) if start else args
-        device = distributed.select_device(args.device, args.gpu)
+        device = distributed.select_device(args.device, args.gpu, not args.no_tf32)
         check_options(args, device)
         find_list(args.data_dir, args.data_list, TRAIN_LISTS)  # what is missing there is told before weights are read
         torch.manual_seed(args.random_seed)
@@ -106,6 +106,7 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         sampler = StepSampler(len(data), args.batch_size, args.random_seed, start.step * args.iter_size, **shards)
         stop = stack.enter_context(StopRequest())  # from here on there is something to save, and workers have its handlers
         batches = stack.enter_context(running(make_loader(data, sampler, workers, device)))
+        wait = DataWait(device, workers)
         meter = Meter(device, lambda batch: describe(batch, args, data))
         already = start.step * args.batch_size * args.iter_size
         folder = Path(args.snapshot_dir)
@@ -119,9 +120,10 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
             log.say(*head_lines(args, data, data_list), *start.lines, note)
 
         def report() -> None:
-            steps, means = meter.steps, meter.means()
+            steps, means, waited = meter.steps, meter.means(), wait.share()
             if log:
-                log.line(done, means, lr, steps, [group["lr"] for group in optimizer.param_groups])
+                log.line(done, means, lr, steps, waited, [group["lr"] for group in optimizer.param_groups])
+                log.say(wait.warning())
 
         def meta_of_now(**more: object) -> dict:
             seen, colors = start.seen_voc_val or seen_val(data), classes.palette[: args.num_classes].tolist()
@@ -145,7 +147,8 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         error: Exception | None = None
         signal = failed = 0
         for step in range(start.step, args.num_steps):
-            crops, error = read(batches, args.iter_size)
+            with wait.reading():
+                crops, error = read(batches, args.iter_size)
             signal, failed = distributed.agree(stop.signal, int(error is not None))
             if signal or failed:  # in any process: all leave before the same step
                 break

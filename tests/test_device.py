@@ -1,0 +1,422 @@
+"""What a GPU is spared, held without one: how much is launched, nothing read back, nothing sent but bytes."""
+
+import copy
+import sys
+from collections import Counter
+from contextlib import ExitStack, nullcontext
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dataset import VOCSegmentation, read_ids
+from deeplab import deeplabv2, fold_batch_norm, multi_scale_loss, single_scale_loss
+from deeplab.weights.apply import apply_weights
+from deeplab.weights.contents import Weights
+from tests.test_resnet import naive_forward, randomise_batch_norm
+from tests.test_training import train, train_msc
+from utils import distributed, evaluation, prediction, training
+
+LOSSES = {"one scale": single_scale_loss, "three scales": multi_scale_loss}
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that a GPU would be given: all but views; ``_foreach`` as one a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        views = [result.alias_info for result in func._schema.returns]
+        if not any(alias is not None and not alias.is_write for alias in views):
+            self.names[func._schema.name] += len(args[0]) if "_foreach" in func._schema.name else 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def count(self) -> int:
+        return sum(self.names.values())
+
+
+# ---- launches
+
+
+@pytest.mark.parametrize(
+    ("loss", "size", "amp", "most"),
+    [
+        ("one scale", "output", False, 374),
+        ("one scale", "input", False, 366),
+        ("one scale", "output", True, 489),
+        ("three scales", "output", False, 924),
+        ("three scales", "input", False, 892),
+        ("three scales", "output", True, 1044),
+    ],
+)
+def test_launches_of_a_forward_pass(loss, size, amp, most):
+    """ResNet-101 and its loss, exactly; bf16 on a CPU, since meta tensors have no autocast."""
+    device = "cpu" if amp else "meta"
+    with torch.device(device):
+        net = deeplabv2().train()
+        images, labels = torch.zeros(1, 3, 33, 33), torch.zeros(1, 33, 33, dtype=torch.int64)
+    with Launches() as launches, torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        LOSSES[loss](net, images, labels, size=size)
+    assert launches.count == most
+    assert launches.names["aten::convolution"] == 108 * (3 if "three" in loss else 1)
+    assert launches.names["aten::rsqrt"] == 1  # the constants of all layers at once
+
+
+def test_launches_of_a_backward_pass():
+    """One product a folded weight, whatever the number of scales; the counter sees what a loop over tensors hides."""
+    counts = {}
+    for name, loss in LOSSES.items():
+        with torch.device("meta"):
+            net = deeplabv2("resnet18", 3).train()
+            images, labels = torch.zeros(1, 3, 65, 65), torch.zeros(1, 65, 65, dtype=torch.int64)
+        losses = loss(net, images, labels)
+        with Launches() as launches:
+            losses["loss"].backward()
+        counts[name] = launches.names["aten::mul"]
+    assert counts == {"one scale": 20, "three scales": 20}
+    with Launches() as launches:
+        torch._foreach_mul([torch.ones(2), torch.ones(3)], 2.0)[1].view(3, 1)
+    assert launches.count == 4  # two products, and two tensors of ones
+
+
+# ---- folding
+
+
+def naive_loss(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """The loss at three scales and of their maximum, on the net written out without folding."""
+    return multi_scale_loss(partial(naive_forward, net), images, labels)["loss"]
+
+
+def same(found: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("one_scale_at_a_time", [False, True])
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+def test_folded_once_for_all_scales(grad_checkpoint, one_scale_at_a_time):
+    """Gradients of two batches, accumulated, against the unfolded net; what recomputes takes the weights that are there."""
+    torch.manual_seed(0)
+    net = randomise_batch_norm(deeplabv2("resnet18", 3).double()).train()
+    net.grad_checkpoint = grad_checkpoint
+    batches = [(torch.randn(1, 3, 33, 41, dtype=torch.float64), torch.randint(0, 3, (1, 33, 41))) for _ in range(2)]
+    folds = 0
+    with Launches() as launches:
+        for images, labels in batches:
+            multi_scale_loss(net, images, labels, one_scale_at_a_time=one_scale_at_a_time)["loss"].backward()
+    folds = launches.names["aten::rsqrt"]
+    assert folds == len(batches)
+    found = [parameter.grad for parameter in net.parameters()]
+    net.zero_grad()
+    for images, labels in batches:
+        naive_loss(net, images, labels).backward()
+    same(found, [parameter.grad for parameter in net.parameters()])
+
+
+def changed_in_place(net: nn.Module, state: dict[str, Tensor]) -> None:
+    for name, value in net.state_dict().items():
+        value.copy_(state[name])
+
+
+def changed_behind_autograd(net: nn.Module, state: dict[str, Tensor]) -> None:
+    for name, value in (*net.named_parameters(), *net.named_buffers()):
+        value.data.copy_(state[name])
+
+
+def changed_by_weights(net: nn.Module, state: dict[str, Tensor]) -> None:
+    apply_weights(net, Weights(state, "made up", dict(net.config)))
+
+
+CHANGES = {
+    "load_state_dict": lambda net, state: net.load_state_dict(state),
+    "assign": lambda net, state: net.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True),
+    "apply_weights": changed_by_weights,
+    "in place": changed_in_place,
+    "behind autograd's back": changed_behind_autograd,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_folded_weights_are_never_stale(change):
+    """After a pass with other values, whichever way the new ones come; in double precision after ``.to()``."""
+    torch.manual_seed(0)
+    net, other = deeplabv2("resnet18", 3).train(), randomise_batch_norm(deeplabv2("resnet18", 3))
+    images, labels = torch.randn(1, 3, 33, 41), torch.randint(0, 3, (1, 33, 41))
+    multi_scale_loss(net, images, labels)["loss"].backward()
+    names = set(net.state_dict())
+    with torch.inference_mode():
+        net.eval()(images)
+    CHANGES[change](net.train(), other.state_dict())
+    net.zero_grad()
+    net.double()
+    with torch.inference_mode():  # an evaluation in the middle of a run
+        net.eval()(images.double())
+    multi_scale_loss(net.train(), images.double(), labels)["loss"].backward()
+    found = [parameter.grad for parameter in net.parameters()]
+    net.zero_grad()
+    naive_loss(other.double(), images.double(), labels).backward()
+    same(found, [parameter.grad for parameter in other.parameters()])
+    assert set(net.state_dict()) == names == set(other.state_dict())
+
+
+def test_a_net_that_began_on_meta():
+    with torch.device("meta"):
+        net = deeplabv2("resnet18", 3)
+        net(torch.zeros(1, 3, 33, 33))
+    other = randomise_batch_norm(deeplabv2("resnet18", 3))
+    net = net.to_empty(device="cpu")
+    net.load_state_dict(other.state_dict())
+    images = torch.randn(1, 3, 33, 33)
+    with torch.no_grad():
+        expected = naive_forward(other, images)
+        torch.testing.assert_close(net(images), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_some_layers_frozen_and_some_not():
+    """A net that a user has frozen in part: each batch norm does what it says."""
+    torch.manual_seed(0)
+    net = randomise_batch_norm(deeplabv2("resnet18", 3, batch_norm="full").double())
+    twin = randomise_batch_norm(deeplabv2("resnet18", 3).double())
+    twin.load_state_dict(net.state_dict(), strict=False)
+    net.layer2 = twin.layer2
+    images = torch.randn(2, 3, 33, 33, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(net.eval()(images), naive_forward(net, images))
+
+
+@pytest.mark.parametrize("mode", ["frozen", "full"])
+def test_a_compiled_net_is_compiled_once(mode):
+    """Four steps at three sizes: after the second nothing is compiled again, and the gradients are the eager ones."""
+    torch.manual_seed(0)
+    net = randomise_batch_norm(deeplabv2("resnet18", 3, batch_norm=mode)).train()
+    eager = copy.deepcopy(net)
+    graphs = []
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    net.compile(backend=compiler)
+    images, labels = torch.randn(2, 3, 65, 73), torch.randint(0, 3, (2, 65, 73))
+    for step in range(4):
+        for each in (net, eager):
+            each.zero_grad()
+            multi_scale_loss(each, images, labels)["loss"].backward()
+        if step == 1:
+            after_two = len(graphs)
+    assert after_two == len(graphs) <= 3
+    for a, b in zip(net.parameters(), eager.parameters(), strict=True):
+        if b.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4 * float(b.grad.abs().max()))
+
+
+# ---- nothing waits for the device
+
+
+class Strict(TorchDispatchMode):
+    """Refuses what would make the host wait for a device, or the device for the host, where meta and fake tensors let it pass.
+
+    From the host to the device only bytes go, the pictures and their labels; back goes nothing, and no operator takes tensors
+    of both. Scalars of the host are the exception that torch itself makes: they travel with the launch.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device, self.launches, self.sent = device, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        here = [x for x in inputs if x.device.type != self.device and x.dim()]
+        there = [x for x in inputs if x.device.type == self.device]
+        name = func._schema.name
+        if here and there and not (name == "aten::copy_" and here[0] is args[1] and here[0].dtype == torch.uint8):
+            raise AssertionError(f"{name} takes tensors of two devices")
+        if name == "aten::_fused_sgd_" and self.device == "meta":  # which has no kernel for it, and nothing to compute
+            self.launches += 1
+            return None
+        result = func(*args, **kwargs)
+        outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        arrived = [x for x in outputs if x.device.type == self.device]
+        if there and len(arrived) < len(outputs):
+            raise AssertionError(f"{name} copies to the host")
+        if arrived and not there and here:
+            if any(x.dtype != torch.uint8 for x in here):
+                raise AssertionError(f"{name} sends {here[0].dtype} to the device")
+            self.sent += sum(x.nbytes for x in here)
+        self.launches += bool(arrived)
+        return result
+
+
+class NoConstants(TorchFunctionMode):
+    """Refuses tensors that are made of numbers of the host: each would be copied while both wait."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor, Tensor.new_tensor) and result.device.type == self.device:
+            raise AssertionError("a tensor is made on the device of numbers of the host")
+        return result
+
+
+class Unread(training.Meter):
+    """A meter that is asked for nothing, as between two lines of the log."""
+
+    def check(self) -> None:
+        pass
+
+    def means(self) -> dict[str, float]:
+        return {"loss": 0.0}
+
+
+@pytest.fixture
+def on_meta(monkeypatch):
+    """``on_meta(script, toy_voc, folder, *options)``: a real training run on meta tensors, watched from the first step on.
+
+    Returns:
+        The :class:`Strict` that watched.
+    """
+
+    def run(script, *arguments, **options) -> Strict:
+        strict, read = Strict("meta"), training.read
+        with ExitStack() as stack, monkeypatch.context() as patch:
+
+            def watched_read(*args):
+                patch.setattr(training, "read", read)
+                stack.enter_context(NoConstants("meta"))
+                stack.enter_context(strict)
+                return read(*args)
+
+            patch.setattr(training, "read", watched_read)
+            assert script(*arguments, **options) == 0
+        return strict
+
+    monkeypatch.setattr(training, "Meter", Unread)
+    monkeypatch.setattr(training, "save_snapshot", lambda *args, **kwargs: None)
+    monkeypatch.setattr(distributed, "select_device", lambda *args: torch.device("meta"))
+    monkeypatch.setattr(distributed, "autocast", lambda device, amp: nullcontext())
+    sgd = sys.modules["torch.optim.sgd"]
+    monkeypatch.setattr(sgd, "_device_dtype_check_for_fused", lambda *args, **kwargs: None, raising=False)
+    return run
+
+
+STEP = ["--restore-from", "none", "--random-scale", "--random-mirror", "--num-steps", "2", "--log-every", "9"]
+VARIANTS = {
+    "plain": [],
+    "loss-size": ["--loss-size", "input"],
+    "iter-size": ["--iter-size", "2"],
+    "grad-checkpoint": ["--grad-checkpoint"],
+    "one-scale-at-a-time": ["--one-scale-at-a-time", "--loss-size", "input", "--iter-size", "2"],
+}
+
+
+@pytest.mark.parametrize("mode", ["frozen", "stats", "full"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_training_step_waits_for_nothing(name, mode, toy_voc, tmp_path, on_meta):
+    """Of both scripts; what travels is the bytes of the crops, once."""
+    options = [*STEP, "--batch-norm", mode, *VARIANTS[name]]
+    for script in [train_msc] if "one-scale" in name else [train, train_msc]:
+        strict = on_meta(script, toy_voc, tmp_path / script.__name__, *options)
+        assert strict.launches > 100
+        batches = 4 if "--iter-size" in options else 2
+        assert strict.sent == batches * 2 * 33 * 41 * (3 + 1)  # two crops a batch, three bytes a pixel and one of label
+
+
+def planted_item(losses):
+    losses["loss"].item()
+    return losses
+
+
+def planted_cpu(losses):
+    losses["loss"].detach().cpu()
+    return losses
+
+
+def planted_constant(losses):
+    return {"loss": losses["loss"] * torch.tensor([2.0]).to("meta")[0]}
+
+
+def planted_mixture(losses):
+    return {"loss": losses["loss"][None][torch.tensor([0])][0]}
+
+
+def planted_number(losses):
+    return {"loss": losses["loss"] * torch.tensor(2.0, device="meta")}
+
+
+@pytest.mark.parametrize("fault", [planted_item, planted_cpu, planted_constant, planted_mixture, planted_number])
+def test_planted_faults_in_training_are_noticed(fault, toy_voc, tmp_path, on_meta):
+    with pytest.raises((AssertionError, RuntimeError, NotImplementedError), match=r"meta|device|host"):
+        on_meta(train, toy_voc, tmp_path, *STEP, loss=lambda *args, **options: fault(single_scale_loss(*args, **options)))
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """The real prediction on fake CUDA tensors, up to the copy that brings the classes to the host."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        monkeypatch.setattr(evaluation, "make_loader", lambda data, order, *args, **kwargs: [data[index] for (index,) in order])
+        monkeypatch.setattr(evaluation, "running", lambda samples: nullcontext(iter(samples)))
+        monkeypatch.setattr(evaluation, "to_host", lambda tensor: lambda: tensor)
+        monkeypatch.setattr(evaluation, "checked", lambda name, classes: np.zeros(classes.shape, dtype=np.uint8))
+        with torch.device("cuda"):
+            net = fold_batch_norm(deeplabv2("resnet18", 4).eval())
+        with Strict("cuda") as strict, NoConstants("cuda"):
+            yield net, strict
+
+
+def data_of(toy_voc) -> VOCSegmentation:
+    return VOCSegmentation(toy_voc, read_ids(toy_voc / "ImageSets/Segmentation/val.txt"), num_classes=4)
+
+
+@pytest.mark.parametrize("options", [{}, {"scales": (1.0, 0.5), "mirror": True, "batch_size": 2}, {"canvas": (65, 65)}])
+def test_prediction_and_counting_wait_for_nothing(options, toy_voc, fake_cuda):
+    """Each picture travels as bytes at its own size, with its label."""
+    net, strict = fake_cuda
+    data, seen = data_of(toy_voc), []
+    evaluation.score(net, data, torch.device("cuda"), **options, finish=lambda sample, classes: seen.append(sample.id))
+    assert sorted(seen) == sorted(data.ids)
+    sizes = [data.load(index)[1].size for index in range(len(data))]
+    assert strict.sent == 4 * sum(sizes)
+
+
+def test_the_device_is_a_batch_ahead(toy_voc, monkeypatch):
+    """Each batch is handed over when the next one is launched; nothing is lost at the end."""
+    order: list[str] = []
+    net, data, predict = fold_batch_norm(deeplabv2("resnet18", 4).eval()), data_of(toy_voc), prediction.predict_batch
+
+    def launched(net, images, *args):
+        order.extend("launch" for _ in images)
+        return predict(net, images, *args)
+
+    monkeypatch.setattr(prediction, "predict_batch", launched)
+    options = {"canvas": (65, 65), "batch_size": 2}
+    evaluation.score(net, data, torch.device("cpu"), **options, finish=lambda sample, classes: order.append(sample.id))
+    ids, go = iter(data.ids), ["launch"] * 2
+    assert order == [*go, *go, next(ids), next(ids), *go, next(ids), next(ids), next(ids), next(ids)]
+
+
+@pytest.mark.parametrize("fault", ["item", "cpu", "constant", "mixture"])
+def test_planted_faults_in_prediction_are_noticed(fault, toy_voc, fake_cuda):
+    net, _ = fake_cuda
+    faults = {
+        "item": lambda x: x * x.sum().item(),
+        "cpu": lambda x: x.cpu().to(x.device),
+        "constant": lambda x: x - torch.ones(4, 1, 1).to(x.device),
+        "mixture": lambda x: x[:, torch.arange(4)],
+    }
+    net.layer5.register_forward_hook(lambda module, args, logits: faults[fault](logits))
+    with pytest.raises((AssertionError, RuntimeError), match=r"device|host|_local_scalar_dense"):
+        evaluation.score(net, data_of(toy_voc), torch.device("cuda"))
