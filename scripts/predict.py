@@ -185,7 +185,7 @@ def segment(
     from utils.prediction import checked, open_trained_net, predict, snapshot_colors, to_device
     from utils.samples import Broken, Picture, Pictures, only_one
     from utils.video import VideoFile, open_video, read_frames
-    from utils.visualize import Classes, blend, class_names, make_palette, save_indexed_png, save_panel, save_picture
+    from utils.visualize import Classes, blend, class_names, make_palette, save_panel, save_picture, save_prediction
 
     net, weights, loaded = open_trained_net(args)
     check()
@@ -239,14 +239,14 @@ def segment(
                 if args.overlays:
                     overlay = blend(np.ascontiguousarray(image), mask, classes.palette)
                     save_picture(target.with_name(f"{target.name}_overlay.png"), overlay)
-                save_indexed_png(target.with_name(f"{target.name}.png"), mask, classes.palette)
+                save_prediction(target.with_name(f"{target.name}.png"), mask, classes.palette)
                 bar.update()
         for source in (source for source in sources if source.is_video):
             target = files[str(source.path)]
             video, rate = open_video(source.path)
             with VideoFile(target.with_name(f"{target.name}.mp4"), rate) as film:
                 for frame, mask in predictions(read_frames(video), lambda picture, logits: None):
-                    save_indexed_png(target / f"{frame.id}.png", mask, classes.palette)
+                    save_prediction(target / f"{frame.id}.png", mask, classes.palette)
                     film.write(blend(np.ascontiguousarray(frame.image[:, :, ::-1]), mask, classes.palette))
                     bar.set_postfix_str(f"{source.path.name}: frame {int(frame.id) + 1}", refresh=False)
             bar.update()

@@ -37,7 +37,7 @@ from utils.prediction import checked, open_trained_net, predict, snapshot_colors
 from utils.report import Report, head_of, prepare_folder
 from utils.report import planned as report_outputs
 from utils.samples import Sample, Samples, only_one
-from utils.visualize import Classes, class_names, make_palette, save_indexed_png, save_panel
+from utils.visualize import Classes, class_names, make_palette, save_panel, save_prediction
 
 
 def run(args: Namespace) -> int:
@@ -67,7 +67,7 @@ def run(args: Namespace) -> int:
 
         def finish(sample: Sample, prediction: np.ndarray) -> None:
             if args.save_dir:
-                save_indexed_png(Path(args.save_dir) / f"{sample.id}.png", prediction, classes.palette)
+                save_prediction(Path(args.save_dir) / f"{sample.id}.png", prediction, classes.palette)
             if args.save_panels:
                 path, image = Path(args.save_panels) / f"{sample.id}.png", sample.image[:, :, ::-1]
                 save_panel(path, image, sample.label, prediction, classes)

@@ -10,6 +10,8 @@ from typing import IO, Any
 
 from utils.command import UserError
 
+OUTPUT_MARK = "DeepLab-ResNet prediction"  # in the text of every PNG that evaluate.py and predict.py write
+
 
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Call ``write(file)`` on a temporary file beside ``path`` and rename it: ``path`` is the old file or the whole new one.
@@ -68,7 +70,7 @@ class Output:
 def check_outputs(outputs: Iterable[Output], inputs: Iterable[str | Path], data_folders: Iterable[str | Path] = ()) -> None:
     """Make sure, before any work is done, that every output can be written and destroys nothing; makes missing folders.
 
-    What an earlier run left under the same names may be written over.
+    What an earlier run left under the same names may be written over, and nothing else.
 
     Args:
         inputs: files that the command reads.
@@ -76,14 +78,17 @@ def check_outputs(outputs: Iterable[Output], inputs: Iterable[str | Path], data_
 
     Raises:
         UserError: an output is an input (by whatever name or link), lies in one of ``data_folders`` or outside its own folder,
-            is another output too, or cannot be written.
+            would replace a file of other origin, is another output too, or cannot be written.
     """
     outputs = list(outputs)
     read = {_identity(path): path for path in inputs}
     data = {_identity(folder): folder for folder in data_folders}
     parents = dict.fromkeys(output.path.parent for output in outputs)
     real = {folder: folder.resolve() for folder in {*parents, *(output.folder for output in outputs)}}
-    taken = {folder: data.get(_identity(folder)) for folder in real}
+    taken = {
+        folder: next((data[key] for place in (path, *path.parents) if (key := _identity(place)) in data), None)
+        for folder, path in real.items()
+    }
     for output in outputs:
         path, folder = output.path, output.folder
         refused = f"{output.option}: {output.content} would be written to {path}"
@@ -95,6 +100,8 @@ def check_outputs(outputs: Iterable[Output], inputs: Iterable[str | Path], data_
             raise UserError(f"{refused}, over {source}, which is read; choose another folder")
         if path.is_dir():
             raise UserError(f"{refused}, which is a folder; choose another place")
+        if path.exists() and not _is_output(path):
+            raise UserError(f"{refused}, over a file that is no earlier output; choose another place, or move that file")
     _refuse_shared(outputs, real, {folder: _ignores_case(folder) for folder in parents})
     for folder in parents:
         try:
@@ -116,6 +123,19 @@ def _refuse_shared(outputs: Iterable[Output], real: dict[Path, Path], ignores_ca
                 f"{other.content} ({other.option}) and {output.content} ({output.option}) would both be written to "
                 f"{output.path}; choose different folders, or names that differ"
             )
+
+
+def _is_output(path: Path) -> bool:
+    """Whether a file can be an earlier output: PNGs carry a mark, JSON the name of the weights; of some kinds only we write."""
+    try:
+        if path.suffix.lower() == ".png":
+            with open(path, "rb") as file:
+                return OUTPUT_MARK.encode() in file.read(4096)
+        if path.suffix.lower() in (".npz", ".mp4", ".html", ".jpg", ".jpeg", ".tgz"):
+            return True
+        return "restore_from" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _identity(path: str | Path) -> object:

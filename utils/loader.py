@@ -136,9 +136,9 @@ def fitting_workers(num_workers: int, batch_bytes: int) -> tuple[int, str]:
 def _users_error(error: RuntimeError) -> UserError | None:
     """What a RuntimeError out of a loader means to the user; None where it is something else."""
     text = str(error)
-    if "worker" not in text and "shared memory" not in text and "shm" not in text:
-        return None
-    if "Bus error" in text or "shared memory" in text or "shm" in text:
+    if not any(sign in text for sign in ("DataLoader worker", "shared memory object", "shared memory file", "/torch_", "shm")):
+        return None  # a GPU has "shared memory", too
+    if "Bus error" in text or "DataLoader worker" not in text:
         return UserError(
             f"the workers ran out of shared memory ({SHARED_MEMORY}): {MORE_SHARED_MEMORY}, or add --num-workers 0"
         )

@@ -140,7 +140,7 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
     group.add_argument(
         "--loss-size", choices=LOSS_SIZES, default="output", help="shrink the labels to the logits, or enlarge the logits"
     )
-    group.add_argument("--random-seed", type=not_negative, default=1234, help="default: %(default)s")
+    group.add_argument("--random-seed", type=partial(whole, 0, 2**63 - 1), default=1234, help="default: %(default)s")
     group.add_argument("--grad-checkpoint", action="store_true", help="recompute activations: less memory, slower")
 
     group = parser.add_argument_group("output")

@@ -225,6 +225,7 @@ def settle_options(args: Namespace) -> None:
     if args.is_training and args.batch_norm == "frozen":
         args.batch_norm = "stats"
         args.given = args.given | {"batch_norm"}
+    args.is_training = args.batch_norm == "stats"
     if args.restore_from.lower() == "none":
         args.restore_from = ""
     if not args.restore_from and "batch_norm" not in args.given:

@@ -5,14 +5,15 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from dataset.classes import IGNORE_LABEL, Color, default_names, voc_palette
-from utils.files import write_atomically
+from utils.files import OUTPUT_MARK, write_atomically
 
 PALETTE = voc_palette()  # (256, 3) uint8 RGB; the void label 255 is a pale yellow
 OPACITY = 0.55  # of a colour that is laid over a picture
@@ -68,15 +69,27 @@ def save_indexed_png(path: str | os.PathLike[str], labels: np.ndarray, palette: 
     write_atomically(path, lambda file: file.write(data))
 
 
-def indexed_png(labels: np.ndarray, palette: np.ndarray = PALETTE) -> bytes:
-    """The file that :func:`save_indexed_png` writes."""
+def save_prediction(path: Path, labels: np.ndarray, palette: np.ndarray = PALETTE) -> None:
+    """:func:`save_indexed_png` for a mask that a net made: with a mark, by which a later run knows what it may write over."""
+    data = indexed_png(labels, palette, _marked())
+    write_atomically(path, lambda file: file.write(data))
+
+
+def _marked() -> PngInfo:
+    info = PngInfo()
+    info.add_text("Software", OUTPUT_MARK)
+    return info
+
+
+def indexed_png(labels: np.ndarray, palette: np.ndarray = PALETTE, info: PngInfo | None = None) -> bytes:
+    """The file that :func:`save_indexed_png` writes, with text in it."""
     _check_labels(labels, "labels")
     if palette.shape != (256, 3) or palette.dtype != np.uint8:
         raise ValueError(f"the palette is {palette.dtype} of shape {palette.shape}; expected uint8 of shape (256, 3)")
     picture = Image.fromarray(np.ascontiguousarray(labels))
     picture.putpalette(palette.tobytes())  # turns the mode from L to P; the indices stay
     file = io.BytesIO()
-    picture.save(file, format="PNG")
+    picture.save(file, format="PNG", pnginfo=info)
     return file.getvalue()
 
 
@@ -192,7 +205,8 @@ def save_panel(
 
 def save_picture(path: Path, image_rgb: np.ndarray) -> None:
     """Save (H, W, 3) uint8 RGB as PNG or JPEG, by the suffix, whole or not at all. Missing folders are made."""
-    options = {"format": "PNG"} if path.suffix.lower() == ".png" else {"format": "JPEG", "quality": 95, "subsampling": 0}
+    png: dict[str, Any] = {"format": "PNG", "pnginfo": _marked()}
+    options = png if path.suffix.lower() == ".png" else {"format": "JPEG", "quality": 95, "subsampling": 0}
     write_atomically(path, lambda file: Image.fromarray(image_rgb).save(file, **options))
 
 

@@ -207,5 +207,5 @@ def _choose_branches(net: DeepLabV2, weights: Weights, restore_last: bool) -> tu
     option = re.sub(r"[^\d,]", "", str(rates))
     raise WeightsError(
         f"{weights.path}: its head has the rates {rates}, but the net {net_rates}; "
-        f"use --atrous-rates {option}, or --not-restore-last to leave the head out"
+        f"use --atrous-rates {option}; in training, --not-restore-last leaves the head out"
     )

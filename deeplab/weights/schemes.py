@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -103,6 +103,10 @@ def _main_head(state: dict[str, Tensor], skipped: dict[str, str]) -> tuple[dict[
             "it has two heads, layer5 and layer6, over the same features, and programs that save such files (CLAN) add the "
             "two; a DeepLab-v2 has one head, so add their weights and biases, as layer5, and save it"
         )
+    if auxiliary and _input_channels(state, auxiliary) > _input_channels(state, main):  # the names the other way round
+        skipped.update((key, "an auxiliary head on the features of an earlier layer") for key in main)
+        note = "two-level DeepLab-v2: layer5 is its head, for it takes more channels; layer6, an auxiliary one, is left out"
+        return {key: value for key, value in state.items() if key not in main}, [note]
     skipped.update((key, "the auxiliary head on the features of layer3") for key in auxiliary)
     kind = "two-level DeepLab-v2: layer6 is its head, layer5 an auxiliary one that is left out"
     notes = [
@@ -111,6 +115,10 @@ def _main_head(state: dict[str, Tensor], skipped: dict[str, str]) -> tuple[dict[
     ]
     kept = {main.get(key, key): value for key, value in state.items() if not HEAD_KEY.match(key)}
     return kept, notes
+
+
+def _input_channels(state: Mapping[str, Tensor], head: Iterable[str]) -> int:
+    return max((state[key].shape[1] for key in head if state[key].ndim == 4), default=0)
 
 
 def _refuse_other_nets(state: Mapping[str, Tensor]) -> None:
