@@ -80,7 +80,7 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         find_list(args.data_dir, args.data_list, TRAIN_LISTS)  # what is missing there is told before weights are read
         torch.manual_seed(args.random_seed)
         start = start or begin(args, loss_function.__name__)
-        args = Namespace(**start.options)  # the number of classes is settled
+        args.num_classes = start.options["num_classes"]
         data, data_list = open_training_data(args)
         ids = check_ids(data.ids, start)
 
