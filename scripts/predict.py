@@ -1,29 +1,57 @@
-"""Segment pictures of your own: masks as indexed PNGs, and panels to look at. No labels are needed.
+"""Segment pictures and videos of your own: masks as indexed PNGs, and pictures to look at. No labels are needed.
 
     python scripts/predict.py --restore-from snapshots/VOC12_scenes_20000.pth --save-dir predictions photo.jpg folder/
+    python scripts/predict.py --overlays "holiday/**/*.jpg" film.mp4
+    torchrun --nproc_per_node=4 scripts/predict.py --skip-existing --batch-size 8 a_million_pictures/
 
-A folder stands for the pictures in it, without those in its sub-folders. The net is rebuilt from the weights file; no option
-has to be repeated.
+A folder stands for the pictures in it, without those in its sub-folders; a pattern in quotes for all that fits it, and their
+masks keep the sub-folders. A video becomes <name>.mp4, with the classes over it, and a folder <name> of masks, one a frame. The
+net is rebuilt from the weights file; no option has to be repeated. Under torchrun the files are shared out.
 """
 
 import argparse
+import glob
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
+from itertools import chain, takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.command import UserError, numbers, positive, run_command
-from utils.files import Output, check_outputs
+from utils.command import UserError, below_one, default_processes, not_negative, numbers, positive, run_command
+from utils.files import Output, check_outputs, write_atomically
 from utils.options import TRAINED_WEIGHTS, add_device_options, add_net_options
 
+if TYPE_CHECKING:
+    import torch
+
+    from utils.crf_pool import CRFPool
+    from utils.samples import Picture
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+
+
+class Source(NamedTuple):
+    """A picture or video, and the name of what is made of it: a path below ``--save-dir``, without suffix."""
+
+    path: Path
+    name: str
+
+    @property
+    def is_video(self) -> bool:
+        return self.path.suffix.lower() in VIDEO_SUFFIXES
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
-    parser.add_argument("pictures", nargs="+", type=Path, help="picture files, or folders of them")
+    parser.add_argument("pictures", nargs="+", help="picture and video files, folders of them, patterns in quotes")
     parser.add_argument(
         "--restore-from", default=TRAINED_WEIGHTS, help="a snapshot or published weights (default: %(default)s)"
     )
@@ -31,99 +59,211 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-classes", type=positive, help="default: that of the weights file")
     parser.add_argument("--scales", type=partial(numbers, float), default=(1.0,), help="fused by maximum (default: 1)")
     parser.add_argument("--mirror", action="store_true", help="average with the prediction of the mirrored picture")
+    parser.add_argument("--batch-size", type=positive, default=1, help="pictures of one padded size at once (default: 1)")
     parser.add_argument("--crf", action="store_true", help="refine with the dense CRF")
-    parser.add_argument("--panels", action="store_true", help="also save <name>_panel.png: picture | prediction")
+    parser.add_argument("--crf-workers", type=positive, default=default_processes(32), help="processes (default: %(default)s)")
+    parser.add_argument("--crf-prune", type=below_one, default=0.0, metavar="P", help="see evaluate.py --help")
+    parser.add_argument("--panels", action="store_true", help="also save <name>_panel.png: picture | prediction, and a legend")
+    parser.add_argument("--overlays", action="store_true", help="also save <name>_overlay.png: the classes over the picture")
+    parser.add_argument(
+        "--probabilities",
+        action="store_true",
+        help="also save <name>.npz: probabilities (C, H, W) float16 of the net, without CRF, and classes, their names",
+    )
+    parser.add_argument("--skip-existing", action="store_true", help="leave out what has all its outputs: go on after a stop")
+    parser.add_argument(
+        "--num-workers", type=not_negative, default=default_processes(4), help="processes that read (default: %(default)s)"
+    )
     add_net_options(parser)
     add_device_options(parser)
     return parser.parse_intermixed_args(argv)  # pictures before and after the options
 
 
-def find_pictures(paths: list[Path]) -> tuple[list[Path], list[str]]:
-    """The files among ``paths`` and the pictures in the folders among them, and a line for each folder that holds more.
+def find_sources(arguments: Iterable[str]) -> tuple[list[Source], list[str]]:
+    """The pictures and videos that the arguments stand for, and a line for each folder or pattern that holds more.
 
     Raises:
-        UserError: a path does not exist, or a folder holds no picture.
+        UserError: a path does not exist, or a folder or pattern stands for no picture.
     """
-    found, lines = [], []
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"the picture {path} does not exist")
-        if not path.is_dir():
-            found.append(path)
+    found: dict[Path, Source] = {}
+    lines = []
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            root, entries = path, sorted(path.iterdir())
+        elif path.exists():
+            found.setdefault(path, Source(path, path.stem))
             continue
-        kinds = {entry: _kind(entry) for entry in sorted(path.iterdir()) if not entry.name.startswith(".")}  # ._a.jpg: macOS
+        elif glob.has_magic(argument):
+            root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
+            entries = sorted(map(Path, glob.glob(argument, recursive=True)))
+        else:
+            raise UserError(f"the picture {path} does not exist")
+        kinds = {entry: _kind(entry) for entry in entries if not entry.name.startswith(".")}  # ._a.jpg: macOS
         inside = [entry for entry, kind in kinds.items() if kind == "picture"]
         left_out = ", ".join(f"{count} {kind}" for kind, count in Counter(kinds.values()).items() if kind != "picture")
         if not inside:
             more = f" (only {left_out})" if left_out else ""
-            raise UserError(f"the folder {path} holds no picture{more}; expected files ending in {', '.join(SUFFIXES)}")
+            what = f"the folder {path} holds" if path.is_dir() else f"the pattern {path} fits"
+            raise UserError(f"{what} no picture{more}; expected files ending in {', '.join(SUFFIXES)}")
         if left_out:
             lines.append(f"{path}: {len(inside)} pictures; left out: {left_out}")
-        found += inside
-    return list(dict.fromkeys(found)), lines
+        for entry in inside:
+            found.setdefault(entry, Source(entry, entry.relative_to(root).with_suffix("").as_posix()))
+    return list(found.values()), lines
 
 
 def _kind(entry: Path) -> str:
     """What an entry of a folder is: ``"picture"``, or a word for the count of what is left out."""
     if entry.is_dir():
         return "sub-folder"
-    return "picture" if entry.suffix.lower() in SUFFIXES else entry.suffix or "without suffix"
+    return "picture" if entry.suffix.lower() in (*SUFFIXES, *VIDEO_SUFFIXES) else entry.suffix or "without suffix"
 
 
-def planned_outputs(pictures: list[Path], folder: Path, panels: bool) -> list[Output]:
-    """Every file that will be written: for each picture a mask and, if asked for, a panel."""
-    endings = {"mask": ".png", "panel": "_panel.png"} if panels else {"mask": ".png"}
+def planned_outputs(source: Source, args: argparse.Namespace) -> list[Output]:
+    """Every file that is made of a source; of a video, the last one to be finished and the first mask."""
+    if source.is_video:
+        endings = {"mask of a frame": "/000000.png", "video": ".mp4"}
+    else:
+        endings = {"mask": ".png"}
+        endings |= {"panel": "_panel.png"} if args.panels else {}
+        endings |= {"overlay": "_overlay.png"} if args.overlays else {}
+        endings |= {"probabilities": ".npz"} if args.probabilities else {}
     return [
-        Output("--save-dir", folder, f"{path.stem}{ending}", f"the {kind} of {path}")
-        for path in pictures
+        Output("--save-dir", args.save_dir, f"{source.name}{ending}", f"the {kind} of {source.path}")
         for kind, ending in endings.items()
     ]
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    pictures, left_out = find_pictures(args.pictures)
+    sources, lines = find_sources(args.pictures)
+    if args.probabilities and (videos := [source.path for source in sources if source.is_video]):
+        raise UserError(f"--probabilities of a video ({videos[0]}) would fill the disk; leave it out, or take single frames")
 
+    from utils import distributed
+    from utils.crf_pool import CRFPool
+
+    # The pool comes first: where its processes are forked, they are copies of this still small one.
+    with CRFPool(args.crf_workers, args.crf_prune) if args.crf else nullcontext() as pool:
+        device = distributed.select_device(args.device, args.gpu)
+        outputs = {source: planned_outputs(source, args) for source in sources}
+        read = [*(source.path for source in sources), args.restore_from]
+        # Shared out before anything is skipped: the processes do not all find the same files to be there.
+        mine = sources[distributed.rank() :: distributed.world_size()]
+        done = [source for source in mine if args.skip_existing and all(output.path.exists() for output in outputs[source])]
+        left = [source for source in mine if source not in set(done)]
+        broken = segment(args, left, device, pool, lambda: check_outputs(chain.from_iterable(outputs.values()), read), lines)
+    if distributed.is_main():
+        share = f" from process 0 of {distributed.world_size()}" if distributed.world_size() > 1 else ""
+        there = f"; {len(done)} were there already" if done else ""
+        print(f"{len(left) - len(broken)} masks in {args.save_dir}/{share}{there}")
+    if broken:
+        print(f"{len(broken)} of {len(left)} pictures were left out:", *broken, sep="\n", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def segment(
+    args: argparse.Namespace,
+    sources: list[Source],
+    device: "torch.device",
+    pool: "CRFPool | None",
+    check: Callable[[], None],
+    lines: list[str],
+) -> list[str]:
+    """Predict pictures and videos, and write what is asked for; why some could not be read.
+
+    Args:
+        check: raises an error where an output would do harm; called when the net is known to be good.
+        lines: what to tell before.
+    """
     import torch
     from tqdm import tqdm
 
-    from dataset import DatasetError, read_image
-    from deeplab.crf import find_densecrf
-    from deeplab.multiscale import canvas_size, enlarge_to_classes
     from utils import distributed
-    from utils.crf_pool import refine
-    from utils.prediction import checked, open_trained_net, predict_batch, snapshot_colors, to_device
-    from utils.visualize import Classes, class_names, make_palette, save_indexed_png, save_panel
+    from utils.loader import make_loader, running
+    from utils.prediction import checked, open_trained_net, predict, snapshot_colors, to_device
+    from utils.samples import Broken, Picture, ReadablePictures, only_one
+    from utils.video import VideoFile, open_video, read_frames
+    from utils.visualize import Classes, blend, class_names, make_palette, save_indexed_png, save_panel, save_picture
 
-    if args.crf:
-        find_densecrf()
-    device = distributed.select_device(args.device, args.gpu)
-    net, weights, lines = open_trained_net(args)
-    check_outputs(planned_outputs(pictures, args.save_dir, args.panels), [*pictures, args.restore_from])
+    net, weights, loaded = open_trained_net(args)
+    check()
+    classes = Classes(class_names(net.num_classes, weights.meta.get("classes")), make_palette(snapshot_colors(weights)))
     to_device(net, device, args.compile)
-    names = class_names(net.num_classes, weights.meta.get("classes"))
-    classes = Classes(names, make_palette(snapshot_colors(weights)))
-    print(*lines, *left_out, sep="\n")
+    if distributed.is_main():
+        print(*loaded, *lines, sep="\n")
+    options = {name: getattr(args, name) for name in ("scales", "mirror", "batch_size", "amp")}
+
+    def predictions(pictures: Iterable[Picture], keep: Callable) -> Iterator[tuple[Picture, np.ndarray]]:
+        """Each picture with its (H, W) uint8 classes; ``keep`` is called with the picture and its logits."""
+
+        def of_net() -> Iterator[tuple[Picture, torch.Tensor, np.ndarray]]:
+            for picture, logits, labels in predict(net, pictures, device, **options):
+                mask = checked(picture.id, labels)
+                keep(picture, logits)
+                yield picture, logits, mask
+
+        if pool:
+            yield from pool.refine((picture, logits.cpu()) for picture, logits, _ in of_net())
+        else:
+            yield from ((picture, mask) for picture, _, mask in of_net())
+
     broken = []
-    with torch.inference_mode():
-        for path in tqdm(pictures, unit="image", disable=None):
+
+    def readable(stream: Iterable[Picture | Broken]) -> Iterator[Picture]:
+        for picture in stream:
+            if isinstance(picture, Broken):
+                broken.append(picture.reason)
+            else:
+                yield picture
+
+    files = {str(source.path): args.save_dir / source.name for source in sources}
+
+    def save_probabilities(picture: Picture, logits: torch.Tensor) -> None:
+        if args.probabilities:
+            write_probabilities(files[picture.id].with_name(f"{files[picture.id].name}.npz"), picture, logits, classes.names)
+
+    pictures = ReadablePictures([(str(source.path), source.path) for source in sources if not source.is_video])
+    workers = min(args.num_workers, len(pictures))
+    loader = make_loader(pictures, [[index] for index in range(len(pictures))], workers, device, only_one)
+    bar = tqdm(total=len(sources), unit="file", disable=None if distributed.is_main() else True, dynamic_ncols=True)
+    with torch.inference_mode(), bar:
+        with running(loader) as stream:
+            for picture, mask in predictions(readable(stream), save_probabilities):
+                target, image = files[picture.id], picture.image[:, :, ::-1]
+                if args.panels:
+                    save_panel(target.with_name(f"{target.name}_panel.png"), image, None, mask, classes)
+                if args.overlays:
+                    overlay = blend(np.ascontiguousarray(image), mask, classes.palette)
+                    save_picture(target.with_name(f"{target.name}_overlay.png"), overlay)
+                save_indexed_png(target.with_name(f"{target.name}.png"), mask, classes.palette)
+                bar.update()
+        for source in (source for source in sources if source.is_video):
+            target = files[str(source.path)]
             try:
-                image = read_image(path)
-            except DatasetError as error:
+                video, rate = open_video(source.path)
+            except UserError as error:
                 broken.append(str(error))
                 continue
-            size = image.shape[:2]
-            logits = predict_batch(net, [image], canvas_size(size), device, args.scales, args.mirror, args.amp)[0]
-            prediction = checked(str(path), enlarge_to_classes(logits, size))
-            if args.crf:
-                prediction = refine(image, logits.cpu())
-            save_indexed_png(args.save_dir / f"{path.stem}.png", prediction, classes.palette)
-            if args.panels:
-                save_panel(args.save_dir / f"{path.stem}_panel.png", image[:, :, ::-1], None, prediction, classes)
-    print(f"{len(pictures) - len(broken)} masks in {args.save_dir}/")
-    if broken:
-        print(f"{len(broken)} of {len(pictures)} pictures were left out:", *broken, sep="\n", file=sys.stderr)
-    return 1 if broken else 0
+            with VideoFile(target.with_name(f"{target.name}.mp4"), rate) as film:
+                for frame, mask in predictions(read_frames(video), lambda picture, logits: None):
+                    save_indexed_png(target / f"{frame.id}.png", mask, classes.palette)
+                    film.write(blend(np.ascontiguousarray(frame.image[:, :, ::-1]), mask, classes.palette))
+                    bar.set_postfix_str(f"{source.path.name}: frame {int(frame.id) + 1}", refresh=False)
+            bar.update()
+    return broken
+
+
+def write_probabilities(path: Path, picture: "Picture", logits: "torch.Tensor", names: Sequence[str]) -> None:
+    """Save the softmax of a picture's (C, h, w) logits at its own size, in blocks of rows."""
+    from deeplab.multiscale import enlarge_rows
+
+    size = picture.image.shape[:2]
+    probabilities = np.empty((len(logits), *size), dtype=np.float16)
+    for rows, block in enlarge_rows(logits[None], size):
+        probabilities[:, rows] = block[0].softmax(dim=0).half().cpu().numpy()
+    write_atomically(path, lambda file: np.savez_compressed(file, probabilities=probabilities, classes=np.array(names)))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tests.conftest import ROOT, make_toy_voc
-from tests.test_evaluation import snapshot  # noqa: F401
+from tests.test_evaluation import scores, snapshot  # noqa: F401
 from tests.test_training import SCRATCH, SMALL, STEPS, command, log_lines, model, train, train_msc
 from tests.two_ranks import FROZEN, STOPPED
 from utils import distributed
@@ -140,6 +140,22 @@ def test_a_picture_that_one_process_cannot_read_loses_nothing(two_ranks):
     assert torch.load(folder / "broken/last.ckpt", weights_only=True)["step"] >= 1
 
 
+def test_two_processes_validate_as_evaluate_does(two_ranks, tmp_path):
+    """With process 0's statistics on both; the trained weights do not notice. What one cannot read both leave for."""
+    toy, folder, results = two_ranks
+    assert [result[name] for result in results for name in ("validated", "not validated")] == [[0, ""]] * 4
+    states = [torch.load(folder / name / "last.ckpt", weights_only=True)["model"] for name in ("validated", "not validated")]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    lines = [line for line in log_lines(folder / "validated") if "val_mean_iou" in line]
+    for line in lines:
+        if (path := folder / f"validated/VOC12_scenes_{line['step']}.pth").exists():
+            result = scores(toy, path, tmp_path)["scores"]
+            assert result["mean_iou"] == pytest.approx(line["val_mean_iou"], abs=2e-6)
+    assert [line["step"] for line in lines] == [1, 2]
+    assert sorted(result["half"][0] for result in results) == ["DatasetError", "UserError"]
+    assert torch.load(folder / "half/last.ckpt", weights_only=True)["step"] == 1
+
+
 def test_two_processes_count_the_same_matrix(toy_voc, snapshot, tmp_path):  # noqa: F811
     options = [
         "--data-dir",
@@ -156,8 +172,11 @@ def test_two_processes_count_the_same_matrix(toy_voc, snapshot, tmp_path):  # no
     ]
     one = command("evaluate.py", *options, "--save-json", tmp_path / "one.json", "--save-dir", tmp_path / "one")
     assert one.returncode == 0, one.stderr
+    options += ["--report", tmp_path / "report"]
     two = torchrun("evaluate.py", *options, "--save-json", tmp_path / "two.json", "--save-dir", tmp_path / "two")
     assert two.returncode == 0, two.stderr
+    assert len(json.loads((tmp_path / "report/report.json").read_text())["pictures"]) == 6
+    assert len(list((tmp_path / "report/pictures").glob("*_crf.png"))) == 6
     one_result, two_result = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert one_result["before_crf"]["confusion_matrix"] == two_result["before_crf"]["confusion_matrix"]
     assert one_result["after_crf"]["confusion_matrix"] == two_result["after_crf"]["confusion_matrix"]

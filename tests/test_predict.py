@@ -5,24 +5,27 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from deeplab import dense_crf
 from scripts import predict
-from tests.test_evaluation import evaluate, snapshot  # noqa: F401
+from tests.test_evaluation import evaluate, naive_logits, snapshot  # noqa: F401
 from utils.command import UserError
-from utils.visualize import GAP
+from utils.video import VideoFile
+from utils.visualize import GAP, blend
 
 
 def run(snapshot: Path, *options: object) -> None:  # noqa: F811
-    assert predict.main([*map(str, options), "--restore-from", str(snapshot), "--device", "cpu"]) == 0
+    assert predict.main([*map(str, options), "--restore-from", str(snapshot), "--device", "cpu", "--num-workers", "0"]) == 0
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.mark.parametrize("options", [(), ("--scales", "1,0.5", "--mirror"), ("--crf",)])
+@pytest.mark.parametrize(
+    "options", [(), ("--scales", "1,0.5", "--mirror"), ("--crf", "--crf-workers", "1"), ("--batch-size", "3")]
+)
 def test_masks_are_those_of_the_evaluation(toy_voc, snapshot, tmp_path, options):  # noqa: F811
     evaluate(toy_voc, snapshot, "--save-dir", str(tmp_path / "masks"), *options)
     run(snapshot, toy_voc / "JPEGImages", "--save-dir", tmp_path / "out", "--panels", *options)
@@ -90,17 +93,153 @@ def test_photos_are_never_written_over(snapshot, tmp_path, monkeypatch):  # noqa
     assert contents(tmp_path) == before
 
 
-def test_the_crf_sees_the_photo_in_its_colours(toy_voc, snapshot, tmp_path, monkeypatch):  # noqa: F811
-    """Its picture is the raw one, red first."""
-    seen = []
+def test_patterns_keep_sub_folders(toy_voc, snapshot, tmp_path, monkeypatch, capsys):  # noqa: F811
+    photos = tmp_path / "photos"
+    for folder in ("a", "b/c"):
+        (photos / folder).mkdir(parents=True)
+        (photos / folder / "1.jpg").write_bytes((toy_voc / "JPEGImages/toy_0.jpg").read_bytes())
+    (photos / "a/notes.txt").touch()
+    (photos / "odd[1].jpg").write_bytes((toy_voc / "JPEGImages/toy_1.jpg").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    run(snapshot, "photos/**/*", "photos/odd[1].jpg", "--save-dir", "out", "--overlays")
+    names = ["a/1", "b/c/1", "odd[1]"]
+    assert sorted(contents(tmp_path / "out")) == sorted(f"{name}{end}" for name in names for end in (".png", "_overlay.png"))
+    assert "photos/**/*: 3 pictures; left out: 3 sub-folder, 1 .txt" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"the pattern photos/\*\.tiff fits no picture"):
+        predict.main(["photos/*.tiff"])
 
-    def spy(image, probabilities, **options):
-        seen.append(image)
-        return dense_crf(image, probabilities, **options)
 
-    monkeypatch.setattr("utils.crf_pool.dense_crf", spy)
-    run(snapshot, toy_voc / "JPEGImages/toy_2.jpg", "--save-dir", tmp_path / "out", "--crf")
-    assert (seen[0] == np.array(Image.open(toy_voc / "JPEGImages/toy_2.jpg"))).mean() > 0.9  # two JPEG decoders
-    np.testing.assert_allclose(
-        seen[0].mean((0, 1)), np.array(Image.open(toy_voc / "JPEGImages/toy_2.jpg")).mean((0, 1)), atol=1
+def test_overlays_have_the_colours_of_the_snapshot(toy_voc, snapshot, tmp_path):  # noqa: F811
+    content = torch.load(snapshot, weights_only=True)
+    content["meta"]["colors"] = [[9, 9, 9], [200, 0, 0], [0, 200, 0], [0, 0, 200]]
+    torch.save(content, tmp_path / "net.pth")
+    run(tmp_path / "net.pth", toy_voc / "JPEGImages/toy_2.jpg", "--save-dir", tmp_path / "out", "--overlays")
+    mask = Image.open(tmp_path / "out/toy_2.png")
+    assert mask.getpalette()[:12] == [9, 9, 9, 200, 0, 0, 0, 200, 0, 0, 0, 200]
+    image, overlay = (
+        cv2.imread(str(toy_voc / "JPEGImages/toy_2.jpg"))[:, :, ::-1],
+        np.array(Image.open(tmp_path / "out/toy_2_overlay.png")),
     )
+    colors = np.array(mask.convert("RGB")).astype(float)
+    mixed = np.abs(overlay - (0.45 * image + 0.55 * colors)).max(axis=2) <= 1
+    assert (mixed | (overlay == colors).all(axis=2)).all()
+
+
+@pytest.mark.parametrize("crf", [False, True])
+def test_probabilities_are_the_softmax_of_the_net(crf, toy_voc, snapshot, tmp_path):  # noqa: F811
+    options = ["--crf", "--crf-workers", 1] if crf else []
+    run(snapshot, toy_voc / "JPEGImages/toy_1.jpg", "--save-dir", tmp_path, "--probabilities", *options)
+    saved = np.load(tmp_path / "toy_1.npz")
+    logits = naive_logits(snapshot, toy_voc, 1)
+    expected = np.exp(logits - logits.max(0)) / np.exp(logits - logits.max(0)).sum(0)
+    assert saved["probabilities"].dtype == np.float16
+    np.testing.assert_allclose(saved["probabilities"], expected, atol=2e-3)
+    assert saved["classes"].tolist() == ["ground", "red", "green", "blue"]
+
+
+def test_a_run_that_was_cut_off_goes_on(toy_voc, snapshot, tmp_path, capsys):  # noqa: F811
+    """What has all its outputs is left alone; what lacks one is made again."""
+    options = [toy_voc / "JPEGImages", "--save-dir", tmp_path / "out", "--panels", "--batch-size", 4]
+    run(snapshot, *options)
+    whole = contents(tmp_path / "out")
+    (tmp_path / "out/toy_1.png").write_bytes(b"mine")
+    (tmp_path / "out/toy_2_panel.png").unlink()
+    (tmp_path / "out/toy_3.png").unlink()
+    capsys.readouterr()
+    run(snapshot, *options, "--skip-existing")
+    assert contents(tmp_path / "out") == {**whole, "toy_1.png": b"mine"}
+    assert "2 masks in" in (out := capsys.readouterr().out)
+    assert "4 were there already" in out
+
+
+def test_processes_share_the_pictures(toy_voc, snapshot, tmp_path, monkeypatch):  # noqa: F811
+    """As torchrun starts them, one after another here: together all, none twice, whatever is there already."""
+    run(snapshot, toy_voc / "JPEGImages", "--save-dir", tmp_path / "one")
+    for rank in range(4):
+        monkeypatch.setenv("WORLD_SIZE", "4")
+        monkeypatch.setenv("RANK", str(rank))
+        before = contents(tmp_path / "four")
+        run(snapshot, toy_voc / "JPEGImages", "--save-dir", tmp_path / "four", "--skip-existing")
+        assert len(contents(tmp_path / "four")) == len(before) + (2 if rank < 2 else 1)
+    assert contents(tmp_path / "four") == contents(tmp_path / "one")
+
+
+def test_pictures_of_every_kind(toy_voc, snapshot, tmp_path):  # noqa: F811
+    """Grey, with alpha, with a palette and CMYK are the same picture as in RGB."""
+    rgb = Image.open(toy_voc / "JPEGImages/toy_0.jpg").convert("L").convert("RGB")
+    rgb.save(tmp_path / "rgb.png")
+    rgb.convert("L").save(tmp_path / "grey.png")
+    rgb.convert("RGBA").save(tmp_path / "alpha.png")
+    rgb.quantize(256).save(tmp_path / "palette.png")
+    rgb.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    run(
+        snapshot,
+        *(tmp_path / name for name in ("rgb.png", "grey.png", "alpha.png", "palette.png", "cmyk.jpg")),
+        "--save-dir",
+        tmp_path / "o",
+    )
+    masks = {path.stem: np.array(Image.open(path)) for path in (tmp_path / "o").iterdir()}
+    assert (masks["grey"] == masks["rgb"]).all()
+    assert (masks["alpha"] == masks["rgb"]).all()
+    assert (masks["palette"] == masks["rgb"]).mean() > 0.95
+    assert (masks["cmyk"] == masks["rgb"]).mean() > 0.9
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_broken_picture_does_not_end_the_others(workers, toy_voc, snapshot, tmp_path, capsys):  # noqa: F811
+    (toy_voc / "JPEGImages/toy_1.jpg").write_bytes(b"broken")
+    options = [toy_voc / "JPEGImages", "--save-dir", tmp_path, "--restore-from", snapshot, "--device", "cpu"]
+    assert predict.main([*map(str, options), "--num-workers", workers]) == 1
+    assert sorted(contents(tmp_path)).count("toy_1.png") == 0
+    assert "toy_5.png" in contents(tmp_path)
+    out, err = capsys.readouterr()
+    assert "5 masks in" in out
+    assert "1 of 6 pictures were left out:\n" in err
+    assert "toy_1.jpg" in err
+
+
+def write_video(path: Path, frames: list[np.ndarray]) -> None:
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 10.0, (frames[0].shape[1], frames[0].shape[0]))
+    for frame in frames:
+        writer.write(frame)
+    writer.release()
+
+
+@pytest.mark.parametrize("options", [(), ("--batch-size", 2), ("--crf", "--crf-workers", 1)])
+def test_a_video_becomes_masks_and_a_video(options, snapshot, tmp_path):  # noqa: F811
+    rng = np.random.default_rng(0)
+    frames = [np.full((48, 64, 3), 40 * i, np.uint8) + rng.integers(0, 30, (48, 64, 3), dtype=np.uint8) for i in range(3)]
+    write_video(tmp_path / "film.mp4", frames)
+    run(snapshot, tmp_path / "film.mp4", "--save-dir", tmp_path / "out", *options)
+    assert sorted(contents(tmp_path / "out")) == ["film.mp4", *(f"film/{i:06d}.png" for i in range(3))]
+    video, decoded = cv2.VideoCapture(str(tmp_path / "out/film.mp4")), cv2.VideoCapture(str(tmp_path / "film.mp4"))
+    assert video.get(cv2.CAP_PROP_FPS) == pytest.approx(10)
+    for i in range(3):
+        (_, shown), (_, image) = video.read(), decoded.read()
+        mask = np.array(Image.open(tmp_path / f"out/film/{i:06d}.png"))
+        assert np.abs(shown.astype(int) - blend(image[:, :, ::-1].copy(), mask)[:, :, ::-1]).mean() < 25  # lossy
+    assert not video.read()[0]
+    run(snapshot, tmp_path / "film.mp4", "--save-dir", tmp_path / "out", "--skip-existing")
+
+
+def test_videos_that_cannot_be_taken_are_a_sentence(snapshot, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "film.mp4").write_bytes(b"no video")
+    options = [tmp_path / "film.mp4", "--save-dir", tmp_path / "out", "--restore-from", snapshot, "--device", "cpu"]
+    assert predict.main([*map(str, options)]) == 1
+    assert "film.mp4 cannot be decoded" in capsys.readouterr().err
+    write_video(tmp_path / "film.mp4", [np.zeros((48, 64, 3), np.uint8)])
+    with pytest.raises(UserError, match=r"--probabilities of a video .* would fill the disk"):
+        run(snapshot, tmp_path / "film.mp4", "--save-dir", tmp_path / "out", "--probabilities")
+    with pytest.raises(UserError, match=r"the video of .*film\.mp4 would be written to .*film\.mp4, over"):
+        run(snapshot, tmp_path / "film.mp4", "--save-dir", tmp_path)
+
+
+def test_odd_frames_get_even_sides(tmp_path):
+    with VideoFile(tmp_path / "a.mp4", 5.0) as film:
+        film.write(np.full((33, 47, 3), 200, np.uint8))
+    video = cv2.VideoCapture(str(tmp_path / "a.mp4"))
+    assert video.read()[1].shape == (34, 48, 3)
+    film = VideoFile(tmp_path / "b.mp4", 5.0)
+    film.write(np.zeros((32, 48, 3), np.uint8))
+    film.__exit__(KeyboardInterrupt, None, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]

@@ -82,6 +82,13 @@ def main(toy: Path, folder: Path) -> None:
     other = ["--data-list", str(folder / "other.txt")] if rank else []
     results["lists"] = outcome(partial(train, toy, folder / "lists", *STOPPED, *other))
 
+    full = [*SCRATCH, "--num-steps", "2", "--save-pred-every", "2"]
+    for name, options in {"not validated": [], "validated": ["--val-every", "1"]}.items():
+        results[name] = outcome(partial(train, toy, folder / name, *full, *options))
+    (folder / "half.txt").write_text("toy_4\nnone\n")  # process 1 finds nothing to score
+    options = ["--val-every", "1", "--val-list", str(folder / "half.txt")]
+    results["half"] = outcome(partial(train, toy, folder / "half", *full, *options))
+
     # A picture that only process 1 reads breaks; process 0 saves what was reached.
     def break_picture(losses):
         (toy / "JPEGImages/toy_3.jpg").write_bytes(b"broken")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dataset import VOCSegmentation, read_image
+from dataset import DatasetError, VOCSegmentation, read_image
 from deeplab.multiscale import canvas_size
 from utils.command import UserError
 
@@ -40,6 +40,7 @@ class Sample(Picture):
 
 
 AnyPicture = TypeVar("AnyPicture", bound=Picture)
+Item = TypeVar("Item")
 
 
 def _pinned(array: np.ndarray) -> np.ndarray:
@@ -77,7 +78,31 @@ class Pictures(Dataset[Picture]):
         return Picture(name, read_image(path))
 
 
-def only_one(items: list[AnyPicture]) -> AnyPicture:
+@dataclass
+class Broken:
+    """A picture that cannot be read, and the sentence that says why."""
+
+    id: str
+    reason: str
+
+
+class ReadablePictures(Dataset[Picture | Broken]):
+    """:class:`Pictures` in which one that is broken does not end what is done with the others."""
+
+    def __init__(self, files: Sequence[tuple[str, Path]]) -> None:
+        self.pictures = Pictures(files)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Picture | Broken:
+        try:
+            return self.pictures[index]
+        except DatasetError as error:
+            return Broken(self.pictures.files[index][0], str(error))
+
+
+def only_one(items: list[Item]) -> Item:
     """A batch of one picture as that picture; for a loader, whose workers find it by its name."""
     return items[0]
 
