@@ -9,9 +9,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.compare and not args.report:
         parser.error("--compare needs --report, where the comparison is written")
-    from utils import evaluation
+    if args.submission and (args.save_dir or args.save_panels or args.save_json or args.report):
+        parser.error("--submission packs the masks of pictures without labels, and takes no --save-... and no --report")
+    from utils import evaluation, submission
 
-    return evaluation.run(args)
+    return submission.run(args) if args.submission else evaluation.run(args)
 
 
 if __name__ == "__main__":

@@ -201,6 +201,8 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--save-panels", metavar="DIR", help="write picture | label | prediction | errors here as <id>.png")
     group.add_argument("--save-json", metavar="FILE", help="write the scores here")
     group.add_argument("--report", metavar="DIR", help="write a page with scores, confusions and pictures here: DIR/index.html")
+    text = "predict test.txt, without labels, and pack the masks for the VOC server: FILE.tgz"
+    group.add_argument("--submission", metavar="FILE", help=text)
     group.add_argument("--compare", metavar="DIR", help="an earlier report, beside which the new one puts its scores")
     add_device_options(parser)
     return parser
