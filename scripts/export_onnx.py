@@ -1,0 +1,139 @@
+"""Write a net for use without this project: as ONNX, or as a torch.export program.
+
+    python scripts/export_onnx.py snapshots/VOC12_scenes_20000.pth net.onnx
+    python scripts/export_onnx.py snapshots/VOC12_scenes_20000.pth net.pt2 --with-preprocessing
+
+By the suffix, .onnx or .pt2. Batch and size are free, and batch norm is folded into the convolutions. Without
+--with-preprocessing the net takes (N, 3, H, W) float32, BGR 0..255 minus the mean colour, and gives (N, C, h, w) logits at an
+eighth of the size: position (i, j) lies at pixel (8i, 8j) where the sides are 8k + 1. With it, (N, H, W, 3) uint8 RGB pictures
+become (N, H, W) uint8 class indices, as scripts/predict.py gives them for one scale. The file says so itself, with the names
+of the classes: in the metadata of an ONNX model, in contract.json of a .pt2.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.command import UserError, run_command
+from utils.files import Output, check_outputs, write_atomically
+
+if TYPE_CHECKING:
+    import torch
+
+OPSET = 18
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="IN", type=Path, help="a snapshot or published weights")
+    parser.add_argument("target", metavar="OUT", type=Path, help="the file to write: .onnx or .pt2")
+    parser.add_argument("--with-preprocessing", action="store_true", help="uint8 RGB pictures in, class indices out")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.target.suffix not in (".onnx", ".pt2"):
+        raise UserError(f"{args.target} ends in {args.target.suffix!r}; expected .onnx, or .pt2 for torch.export")
+    if args.target.suffix == ".onnx":
+        try:
+            import onnx  # noqa: F401
+            import onnxscript  # noqa: F401
+        except ImportError as error:
+            raise UserError(f"ONNX needs packages that are not installed ({error}): pip install onnx onnxscript") from None
+    check_outputs([Output("OUT", args.target.parent, args.target.name, "the net")], [args.source])
+
+    from deeplab import fold_batch_norm
+    from deeplab.weights import build_net, load_weights
+
+    weights = load_weights(args.source)
+    net, report = build_net(weights)
+    if report.missing:
+        raise UserError(f"{args.source} ({weights.scheme}) holds no usable head, so there is no net to write")
+    print(f"{args.source}: {weights.scheme}", *report.lines(), sep="\n")
+    module = fold_batch_norm(net.eval())
+    facts = contract(net.num_classes, weights.meta, args.with_preprocessing)
+    program = export(with_preprocessing(module) if args.with_preprocessing else module, args.with_preprocessing)
+    if args.target.suffix == ".onnx":
+        write_onnx(args.target, program, facts)
+    else:
+        import torch
+
+        extra = {"contract.json": json.dumps(facts)}
+        write_atomically(args.target, lambda file: torch.export.save(program, file, extra_files=extra))
+    print(f"wrote {args.target} ({args.target.stat().st_size / 1e6:.1f} MB): {facts['input']} -> {facts['output']}")
+    return 0
+
+
+def contract(num_classes: int, meta: dict[str, Any], with_preprocessing: bool) -> dict[str, Any]:
+    """What goes in and what comes out, in words, and the classes."""
+    from dataset import MEAN_BGR
+    from utils.visualize import class_names
+
+    given = "(N, H, W, 3) uint8 RGB" if with_preprocessing else "(N, 3, H, W) float32 BGR 0..255 minus the mean colour"
+    result = "(N, H, W) uint8 class indices" if with_preprocessing else f"(N, {num_classes}, h, w) float32 logits, stride 8"
+    names = class_names(num_classes, meta.get("classes"))
+    return {"input": given, "output": result, "mean_bgr": list(MEAN_BGR), "classes": names, "opset": OPSET}
+
+
+def with_preprocessing(net: "torch.nn.Module") -> "torch.nn.Module":
+    """``net`` between pictures as files hold them and classes; the same numbers as ``deeplab.multiscale.predict_classes``."""
+    import torch.nn.functional as F
+    from torch import Tensor, arange, nn, uint8
+
+    from dataset import to_input
+    from deeplab.multiscale import resize
+
+    def cut(x: Tensor, height: int, width: int) -> Tensor:
+        """The upper left corner; slices would tie the program to sizes for which they are, or are not, the whole."""
+        return x.index_select(2, arange(height, device=x.device)).index_select(3, arange(width, device=x.device))
+
+    class WithPreprocessing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, pictures: Tensor) -> Tensor:
+            height, width = pictures.shape[1:3]
+            canvas = (
+                (height + 6) // 8 * 8 + 1,
+                (width + 6) // 8 * 8 + 1,
+            )  # canvas_size(), which is exact for one kind of division
+            images = cut(F.pad(to_input(pictures.flip(-1)), (0, 7, 0, 7)), *canvas)  # N3HW
+            logits = resize(self.net(images), canvas)
+            return cut(logits, height, width).argmax(dim=1).to(uint8)
+
+    return WithPreprocessing()
+
+
+def export(module: "torch.nn.Module", with_preprocessing: bool) -> "torch.export.ExportedProgram":
+    """``module`` traced for pictures of any number and size; a torch.export program wants 9 pixels a side."""
+    import torch
+    from torch.export import Dim
+
+    example = torch.zeros(2, 71, 93, 3, dtype=torch.uint8) if with_preprocessing else torch.zeros(2, 3, 71, 93)
+    free = dict.fromkeys((0, 1, 2) if with_preprocessing else (0, 2, 3), Dim.AUTO)
+    with torch.no_grad():
+        return torch.export.export(module, (example,), dynamic_shapes=(free,))
+
+
+def write_onnx(target: Path, program: "torch.export.ExportedProgram", facts: dict[str, Any]) -> None:
+    """Write ``program`` as an ONNX model with ``facts`` as its metadata."""
+    import onnx
+    import torch
+
+    exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
+    assert exported is not None
+    model = exported.model_proto
+    for name, value in facts.items():
+        model.metadata_props.add(key=name, value=value if isinstance(value, str) else json.dumps(value))
+    onnx.checker.check_model(model)
+    write_atomically(target, lambda file: file.write(model.SerializeToString()))
+
+
+if __name__ == "__main__":
+    run_command(main)

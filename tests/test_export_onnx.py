@@ -1,0 +1,91 @@
+"""Exported nets give what the project's own give, at any size; where onnx is not installed there is a sentence."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from dataset import to_input
+from deeplab import load_net
+from deeplab.multiscale import predict_classes
+from scripts import export_onnx
+from tests.conftest import ROOT
+from tests.test_evaluation import snapshot  # noqa: F401
+from utils.command import UserError
+
+SIZES = [(1, 65, 130), (3, 33, 47), (2, 64, 64), (1, 9, 17), (1, 129, 90), (2, 3, 5)]
+
+
+def pictures(count: int, height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(height).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+
+
+def logits_and_classes(net, batch: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    images = to_input(np.ascontiguousarray(batch[..., ::-1]))
+    with torch.no_grad():
+        return net(images), predict_classes(net, images)
+
+
+@pytest.mark.parametrize("with_preprocessing", [False, True])
+def test_torch_export(with_preprocessing, snapshot, tmp_path):  # noqa: F811
+    options = ["--with-preprocessing"] if with_preprocessing else []
+    assert export_onnx.main([str(snapshot), str(tmp_path / "net.pt2"), *options]) == 0
+    extra = {"contract.json": ""}
+    program = torch.export.load(tmp_path / "net.pt2", extra_files=extra).module()
+    assert json.loads(extra["contract.json"])["classes"] == ["ground", "red", "green", "blue"]
+    net = load_net(snapshot)
+    for size in SIZES if with_preprocessing else SIZES[:-1]:
+        batch = pictures(*size)
+        logits, classes = logits_and_classes(net, batch)
+        if with_preprocessing:
+            assert (program(torch.from_numpy(batch)) == classes).float().mean() > 0.999
+        else:
+            torch.testing.assert_close(program(to_input(np.ascontiguousarray(batch[..., ::-1]))), logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("with_preprocessing", [False, True])
+def test_onnx_runtime(with_preprocessing, snapshot, tmp_path):  # noqa: F811
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    options = ["--with-preprocessing"] if with_preprocessing else []
+    assert export_onnx.main([str(snapshot), str(tmp_path / "net.onnx"), *options]) == 0
+    model = onnx.load(tmp_path / "net.onnx")
+    facts = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(facts["classes"]) == ["ground", "red", "green", "blue"]
+    assert ("uint8 RGB" in facts["input"]) == with_preprocessing
+    assert next(entry.version for entry in model.opset_import if not entry.domain) == 18
+    assert "BatchNormalization" not in {node.op_type for node in model.graph.node}
+    session = runtime.InferenceSession(str(tmp_path / "net.onnx"))
+    name, net = session.get_inputs()[0].name, load_net(snapshot)
+    for size in SIZES:
+        batch = pictures(*size)
+        logits, classes = logits_and_classes(net, batch)
+        given = batch if with_preprocessing else to_input(np.ascontiguousarray(batch[..., ::-1])).contiguous().numpy()
+        found = torch.from_numpy(session.run(None, {name: given})[0])
+        if with_preprocessing:
+            assert found.dtype == torch.uint8
+            assert (found == classes).float().mean() > 0.999
+        else:
+            torch.testing.assert_close(found, logits, rtol=1e-3, atol=1e-3)
+
+
+def test_what_cannot_be_exported_is_a_sentence(snapshot, tmp_path, monkeypatch):  # noqa: F811
+    for source, target, message in (
+        (snapshot, tmp_path / "net.tflite", r"ends in \'\.tflite\'; expected \.onnx, or \.pt2"),
+        (snapshot, tmp_path / "net.pth", "expected .onnx"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export_onnx.main([str(source), str(target)])
+    headless = {key: value for key, value in torch.load(snapshot, weights_only=True)["model"].items() if "layer5" not in key}
+    torch.save(headless, tmp_path / "headless.pth")
+    with pytest.raises(UserError, match="holds no usable head"):
+        export_onnx.main([str(tmp_path / "headless.pth"), str(tmp_path / "a.pt2")])
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(UserError, match="pip install onnx onnxscript"):
+        export_onnx.main([str(snapshot), str(tmp_path / "a.onnx")])
+    result = subprocess.run([sys.executable, ROOT / "scripts/export_onnx.py"], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert not list(tmp_path.glob("a.*"))
