@@ -1,0 +1,98 @@
+"""Draw the loss, the rate and the validation scores of one or more training runs.
+
+    python scripts/plot_log.py snapshots snapshots_msc -o curves.png
+
+A RUN is the folder of its log.jsonl, or that file. Several runs are drawn over each other, by the names of their folders.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.command import UserError, run_command
+from utils.files import Output, check_outputs, write_atomically
+
+CURVES = {"loss": "loss", "lr": "base rate", "val_mean_iou": "mean IoU"}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="a --snapshot-dir, or a log.jsonl")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("curves.png"), help=".png, .svg or .pdf (default: %(default)s)"
+    )
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.output.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"{args.output} ends in {args.output.suffix!r}; expected .png, .svg or .pdf")
+    paths = [run / "log.jsonl" if run.is_dir() else run for run in args.runs]
+    runs = {str(run): read_log(path) for run, path in zip(args.runs, paths)}
+    check_outputs([Output("--output", args.output.parent, args.output.name, "the curves")], paths)
+    draw(runs, args.output)
+    reached = ", ".join(f"{name} to step {lines[-1]['step']}" for name, lines in runs.items())
+    print(f"wrote {args.output}: {reached}")
+    return 0
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log; one that is half written, of a run that goes on, is left out.
+
+    Raises:
+        UserError: there is no log, or nothing in it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); expected the log.jsonl of a training run") from None
+    lines = []
+    for line in text.splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and "step" in entry:
+            lines.append(entry)
+    if not lines:
+        raise UserError(f"{path} holds no step; expected the log.jsonl of a training run that has begun")
+    return lines
+
+
+def points(lines: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """The steps at which ``name`` was logged, and its values."""
+    known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    return [step for step, _ in known], [value for _, value in known]
+
+
+def draw(runs: dict[str, list[dict[str, Any]]], output: Path) -> None:
+    """One plot below the other, of what occurs in any run.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(f"the curves need matplotlib ({error}); pip install matplotlib") from None
+    shown = [name for name in CURVES if any(name in line for lines in runs.values() for line in lines)]
+    figure = Figure(figsize=(8, 2.8 * len(shown)), layout="constrained")
+    for axes, name in zip(figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0], shown):
+        for run, lines in runs.items():
+            steps, values = points(lines, name)
+            axes.plot(steps, values, label=run, marker="." if len(steps) < 40 else "")
+        axes.set_ylabel(CURVES[name])
+        axes.grid(alpha=0.3)
+    axes.set_xlabel("step")
+    figure.axes[0].legend()
+    write_atomically(output, lambda file: figure.savefig(file, format=output.suffix[1:], dpi=120))
+
+
+if __name__ == "__main__":
+    run_command(main)

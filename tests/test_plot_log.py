@@ -1,0 +1,57 @@
+"""The curves of runs: what a log holds is what is drawn; what is no log is a sentence."""
+
+import json
+import sys
+
+import pytest
+from PIL import Image
+
+from scripts import plot_log
+from utils.command import UserError
+
+LINES = [
+    {"step": 1, "loss": 3.0, "lr": 0.1},
+    {"step": 2, "val_mean_iou": 0.25, "val_iou": {}},
+    {"step": 4, "loss": 1.5, "lr": 0.05},
+]
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES) + '{"step": 5, "lo')
+    return tmp_path / "run"
+
+
+def test_points_of_each_curve(run):
+    lines = plot_log.read_log(run / "log.jsonl")
+    assert lines == LINES
+    assert plot_log.points(lines, "loss") == ([1, 4], [3.0, 1.5])
+    assert plot_log.points(lines, "val_mean_iou") == ([2], [0.25])
+
+
+def test_curves_are_drawn(run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert plot_log.main([str(run), str(run / "log.jsonl"), "-o", str(tmp_path / "curves.png")]) == 0
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert min(picture.size) > 500
+        assert len(picture.convert("RGB").getcolors(100000)) > 10
+    assert "to step 4" in capsys.readouterr().out
+    assert plot_log.main([str(run), "-o", str(tmp_path / "curves.svg")]) == 0
+    assert "<svg" in (tmp_path / "curves.svg").read_text()
+
+
+def test_what_is_no_log_is_a_sentence(run, tmp_path, monkeypatch):
+    (tmp_path / "empty.jsonl").write_text("[1]\nno json\n")
+    before = (run / "log.jsonl").read_bytes()
+    for options, message in (
+        ([str(tmp_path / "nowhere")], "nowhere cannot be read"),
+        ([str(tmp_path / "empty.jsonl")], "holds no step"),
+        ([str(run), "-o", "a.gif"], r"ends in '.gif'; expected \.png"),
+    ):
+        with pytest.raises(UserError, match=message):
+            plot_log.main(options)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        plot_log.main([str(run), "-o", str(tmp_path / "a.png")])
+    assert (run / "log.jsonl").read_bytes() == before
