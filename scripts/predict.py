@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
         there = f"; {len(done)} were there already" if done else ""
         print(f"{len(left) - len(broken)} masks in {args.save_dir}/{share}{there}")
     if broken:
-        print(f"{len(broken)} of {len(left)} files were left out:", *broken, sep="\n", file=sys.stderr)
+        print(f"{len(broken)} of {len(left)} pictures were left out:", *broken, sep="\n", file=sys.stderr)
     return 1 if broken else 0
 
 
@@ -171,7 +171,7 @@ def segment(
     check: Callable[[], None],
     lines: list[str],
 ) -> list[str]:
-    """Predict pictures and videos, and write what is asked for; returns a sentence for each file that cannot be read.
+    """Predict pictures and videos, and write what is asked for; why some could not be read.
 
     Args:
         check: raises an error where an output would do harm; called when the net is known to be good.
@@ -183,7 +183,7 @@ def segment(
     from utils import distributed
     from utils.loader import make_loader, running
     from utils.prediction import checked, open_trained_net, predict, snapshot_colors, to_device
-    from utils.samples import Broken, Picture, Pictures, only_one
+    from utils.samples import Broken, Picture, ReadablePictures, only_one
     from utils.video import VideoFile, open_video, read_frames
     from utils.visualize import Classes, blend, class_names, make_palette, save_panel, save_picture, save_prediction
 
@@ -209,13 +209,12 @@ def segment(
         else:
             yield from ((picture, mask) for picture, _, mask in of_net())
 
-    broken: list[str] = []
+    broken = []
 
-    def readable(pictures: Iterable[Picture | Broken]) -> Iterator[Picture]:
-        for picture in pictures:
+    def readable(stream: Iterable[Picture | Broken]) -> Iterator[Picture]:
+        for picture in stream:
             if isinstance(picture, Broken):
-                broken.append(picture.problem)
-                bar.update()
+                broken.append(picture.reason)
             else:
                 yield picture
 
@@ -225,11 +224,10 @@ def segment(
         if args.probabilities:
             write_probabilities(files[picture.id].with_name(f"{files[picture.id].name}.npz"), picture, logits, classes.names)
 
-    pictures = Pictures([(str(source.path), source.path) for source in sources if not source.is_video])
+    pictures = ReadablePictures([(str(source.path), source.path) for source in sources if not source.is_video])
     workers = min(args.num_workers, len(pictures))
     loader = make_loader(pictures, [[index] for index in range(len(pictures))], workers, device, only_one)
-    hidden = None if distributed.is_main() else True  # None: shown in a terminal only
-    bar = tqdm(total=len(sources), unit="file", disable=hidden, dynamic_ncols=True)
+    bar = tqdm(total=len(sources), unit="file", disable=None if distributed.is_main() else True, dynamic_ncols=True)
     with torch.inference_mode(), bar:
         with running(loader) as stream:
             for picture, mask in predictions(readable(stream), save_probabilities):
@@ -243,7 +241,11 @@ def segment(
                 bar.update()
         for source in (source for source in sources if source.is_video):
             target = files[str(source.path)]
-            video, rate = open_video(source.path)
+            try:
+                video, rate = open_video(source.path)
+            except UserError as error:
+                broken.append(str(error))
+                continue
             with VideoFile(target.with_name(f"{target.name}.mp4"), rate) as film:
                 for frame, mask in predictions(read_frames(video), lambda picture, logits: None):
                     save_prediction(target / f"{frame.id}.png", mask, classes.palette)

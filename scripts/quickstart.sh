@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a trained, evaluated net: makes a small data set, trains on it, evaluates with three scales and the dense
-# CRF, and saves pictures. With a CUDA device it trains a ResNet-101, on the CPU a ResNet-18.
+# CRF, and ends with a report to look at. With a CUDA device it trains a ResNet-101, on the CPU a ResNet-18.
 #
 #     bash scripts/quickstart.sh [FOLDER]        results go to FOLDER (default: quickstart), which is made anew
 set -euo pipefail
@@ -22,22 +22,24 @@ touch "$out/.quickstart"
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     net=(--backbone resnet101 --batch-size 16 --num-steps 1500 --learning-rate 2e-3)
 else
-    net=(--backbone resnet18 --batch-size 8 --num-steps 400 --learning-rate 5e-3)
+    net=(--backbone resnet18 --batch-size 8 --num-steps 200 --learning-rate 5e-3)
 fi
 
 python scripts/make_shapes.py --out "$out/shapes"
 classes=$(wc -l < "$out/shapes/classes.txt")
 python train.py --data-dir "$out/shapes" --num-classes "$classes" --restore-from none --batch-norm full "${net[@]}" \
     --input-size 129,129 --random-mirror --random-scale \
-    --save-pred-every 200 --snapshot-dir "$out/snapshots"
+    --save-pred-every 100 --snapshot-dir "$out/snapshots"
 snapshot=$(ls -t "$out"/snapshots/VOC12_scenes_*.pth | head -n 1)
 python evaluate.py --data-dir "$out/shapes" --restore-from "$snapshot" --scales 1,0.75,0.5 --crf \
-    --save-dir "$out/masks" --save-panels "$out/panels" --save-json "$out/scores.json"
+    --save-dir "$out/masks" --save-panels "$out/panels" --save-json "$out/scores.json" --report "$out/report"
 
 cat <<EOF
 
-pictures to look at   $out/panels/      picture | label | prediction, after the CRF
+pictures to look at   $out/panels/      picture | label | prediction | errors, after the CRF
 while it learnt       $out/snapshots/images/
 masks                 $out/masks/       indexed PNGs, one a picture
 scores                $out/scores.json
+
+open $out/report/index.html
 EOF

@@ -185,6 +185,19 @@ def test_pictures_of_every_kind(toy_voc, snapshot, tmp_path):  # noqa: F811
     assert (masks["cmyk"] == masks["rgb"]).mean() > 0.9
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_broken_picture_does_not_end_the_others(workers, toy_voc, snapshot, tmp_path, capsys):  # noqa: F811
+    (toy_voc / "JPEGImages/toy_1.jpg").write_bytes(b"broken")
+    options = [toy_voc / "JPEGImages", "--save-dir", tmp_path, "--restore-from", snapshot, "--device", "cpu"]
+    assert predict.main([*map(str, options), "--num-workers", workers]) == 1
+    assert sorted(contents(tmp_path)).count("toy_1.png") == 0
+    assert "toy_5.png" in contents(tmp_path)
+    out, err = capsys.readouterr()
+    assert "5 masks in" in out
+    assert "1 of 6 pictures were left out:\n" in err
+    assert "toy_1.jpg" in err
+
+
 def write_video(path: Path, frames: list[np.ndarray]) -> None:
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 10.0, (frames[0].shape[1], frames[0].shape[0]))
     for frame in frames:
@@ -209,10 +222,11 @@ def test_a_video_becomes_masks_and_a_video(options, snapshot, tmp_path):  # noqa
     run(snapshot, tmp_path / "film.mp4", "--save-dir", tmp_path / "out", "--skip-existing")
 
 
-def test_videos_that_cannot_be_taken_are_a_sentence(snapshot, tmp_path):  # noqa: F811
+def test_videos_that_cannot_be_taken_are_a_sentence(snapshot, tmp_path, capsys):  # noqa: F811
     (tmp_path / "film.mp4").write_bytes(b"no video")
-    with pytest.raises(UserError, match=r"film\.mp4 cannot be decoded"):
-        run(snapshot, tmp_path / "film.mp4", "--save-dir", tmp_path / "out")
+    options = [tmp_path / "film.mp4", "--save-dir", tmp_path / "out", "--restore-from", snapshot, "--device", "cpu"]
+    assert predict.main([*map(str, options)]) == 1
+    assert "film.mp4 cannot be decoded" in capsys.readouterr().err
     write_video(tmp_path / "film.mp4", [np.zeros((48, 64, 3), np.uint8)])
     with pytest.raises(UserError, match=r"--probabilities of a video .* would fill the disk"):
         run(snapshot, tmp_path / "film.mp4", "--save-dir", tmp_path / "out", "--probabilities")

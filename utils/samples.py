@@ -29,13 +29,6 @@ class Picture:
 
 
 @dataclass
-class Broken:
-    """In the place of a picture that cannot be read: the sentence that says why."""
-
-    problem: str
-
-
-@dataclass
 class Sample(Picture):
     """A picture with its label."""
 
@@ -47,6 +40,7 @@ class Sample(Picture):
 
 
 AnyPicture = TypeVar("AnyPicture", bound=Picture)
+Item = TypeVar("Item")
 
 
 def _pinned(array: np.ndarray) -> np.ndarray:
@@ -66,8 +60,8 @@ class Samples(Dataset[Sample]):
         return Sample(self.data.ids[index], *self.data.load(index))
 
 
-class Pictures(Dataset):
-    """Picture files as :class:`Picture` entries, or :class:`Broken` ones, for a loader.
+class Pictures(Dataset[Picture]):
+    """Picture files as :class:`Picture` entries, for a loader.
 
     Args:
         files: (id, path) of each.
@@ -79,15 +73,36 @@ class Pictures(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> Picture | Broken:
+    def __getitem__(self, index: int) -> Picture:
         name, path = self.files[index]
+        return Picture(name, read_image(path))
+
+
+@dataclass
+class Broken:
+    """A picture that cannot be read, and the sentence that says why."""
+
+    id: str
+    reason: str
+
+
+class ReadablePictures(Dataset[Picture | Broken]):
+    """:class:`Pictures` in which one that is broken does not end what is done with the others."""
+
+    def __init__(self, files: Sequence[tuple[str, Path]]) -> None:
+        self.pictures = Pictures(files)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Picture | Broken:
         try:
-            return Picture(name, read_image(path))
+            return self.pictures[index]
         except DatasetError as error:
-            return Broken(str(error))
+            return Broken(self.pictures.files[index][0], str(error))
 
 
-def only_one(items: list[AnyPicture]) -> AnyPicture:
+def only_one(items: list[Item]) -> Item:
     """A batch of one picture as that picture; for a loader, whose workers find it by its name."""
     return items[0]
 

@@ -1,0 +1,87 @@
+"""The README's commands: each goes through its program's own parser, so that none rots."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+# What is looked up, not run, with the reason.
+NOT_RUN = {
+    "bash": "the two set-up scripts install packages; bash itself reads them",
+    "pip": "installs packages",
+    "source": "the shell's own",
+    "torchrun": "its processes wait for one another; the script that it starts goes through its parser",
+    "srun": "needs a cluster",
+}
+PARSE = """
+import argparse, os, runpy, sys
+def ending(method):
+    def parse(self, args=None):
+        method(self, args)
+        print("parsed", flush=True)
+        os._exit(0)  # before anything is done
+    return parse
+argparse.ArgumentParser.parse_args = ending(argparse.ArgumentParser.parse_args)
+argparse.ArgumentParser.parse_intermixed_args = ending(argparse.ArgumentParser.parse_intermixed_args)
+script, *sys.argv = [sys.argv[1], *sys.argv[1:]]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def commands() -> list[str]:
+    """The commands of the README's bash blocks and of its inline code, with continued lines joined."""
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)).replace("\\\n", " ")
+    lines = [re.sub(r"\s+#.*", "", line).strip() for line in blocks.splitlines()]
+    inline = [" ".join(text.split()) for text in re.findall(r"(?<!`)`(?!`)([^`]+)`(?!`)", TEXT)]
+    starts = ("python ", "bash ", "torchrun ", "source ", "pip ", "srun ")
+    return list(dict.fromkeys(line for line in (*lines, *inline) if line.startswith(starts)))
+
+
+def script_and_options(command: str) -> tuple[str, list[str]]:
+    words = shlex.split(command)
+    place = next(i for i, word in enumerate(words) if word.endswith((".py", ".sh")))
+    options = [re.split(r"\|", word)[0].strip("[]") for word in words[place + 1 :]]  # one of the choices
+    return words[place], [word for word in options if word]
+
+
+def test_there_are_commands():
+    assert len(commands()) > 15
+    assert any(command.startswith("torchrun") for command in commands())
+
+
+@pytest.mark.parametrize("command", [command for command in commands() if command.split()[0] in ("python", "torchrun")])
+def test_a_command_is_understood(command):
+    script, options = script_and_options(command)
+    result = subprocess.run([sys.executable, "-c", PARSE, ROOT / script, *options], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout.strip()) == (0, "parsed"), f"{command}: {result.stderr}"
+
+
+@pytest.mark.parametrize("command", [command for command in commands() if command.split()[0] in NOT_RUN])
+def test_what_is_not_run_is_there(command):
+    for name in re.findall(r"[\w./-]+\.(?:sh|py|txt)", command):
+        assert (ROOT / name).is_file(), name
+    if command.startswith("bash "):
+        assert subprocess.run(["bash", "-n", ROOT / command.split()[1]], timeout=60).returncode == 0
+
+
+def test_scripts_and_options_that_are_named_exist():
+    """``--option`` anywhere in the text is an option of some program, and what looks like a script is a file."""
+    for name in re.findall(r"`((?:scripts/)?\w+\.(?:py|sh))`", TEXT):
+        assert (ROOT / name).is_file() or list(ROOT.glob(f"*/{name}")), name
+    programs = [*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py"), ROOT / "utils/options.py"]
+    known = set(re.findall(r'"(--[a-z-]+)"', "".join(path.read_text(encoding="utf-8") for path in programs)))
+    foreign = re.compile(r"`[^`]*\b(?:docker|sbatch|srun)\b[^`]*`|`--(?:shm-size|ipc|signal)[^`]*`")
+    text = foreign.sub("", TEXT)
+    named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", "\n".join(re.findall(r"`[^`\n]*`", text))))
+    assert named - known - {"--help", "--nproc", "--nnodes", "--rdzv", "--max-restarts", "--version"} == set()
+
+
+def test_pictures_are_small_and_there():
+    for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", TEXT):
+        assert Path(ROOT / name).stat().st_size < 300_000
