@@ -40,6 +40,11 @@ def read_list(path: str | Path, image_dir: str = IMAGE_DIR) -> list[Entry]:
     for number, line in enumerate(read_text(path, "the list of image ids").splitlines(), start=1):
         if not (line := line.strip().replace("\\", "/")):
             continue
+        if any(len(part.encode()) > 255 for part in line.split("/")):
+            raise DatasetError(
+                f"the list of image ids {path} holds {line[:40]!r}... in line {number}, which is too long for a file name; "
+                "expected one id a line"
+            )
         image, label = pair.groups() if (pair := _PAIR.fullmatch(line)) else (None, None)
         paths = [image, label] if image else [line]
         if any(_leads_out(text, bare=not image) for text in paths if text):

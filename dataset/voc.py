@@ -1,5 +1,6 @@
 """A data set in the PASCAL VOC layout: pairs of picture and label mask, and where the lists of ids lie."""
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -43,7 +44,7 @@ def find_list(data_dir: str | Path, data_list: str | Path | None, candidates: It
         advice = "get PASCAL VOC with `python scripts/download.py voc2012 sbd` and `python scripts/prepare_voc.py`"
         raise DatasetError(f"the data set folder {root} does not exist; {advice}, or pass --data-dir")
     paths = [Path(data_list), root / data_list] if data_list else [root / name for name in candidates]
-    if found := next((path for path in paths if path.exists()), None):
+    if found := next((path for path in paths if os.path.exists(path)), None):
         return found
     names = list(dict.fromkeys(map(str, paths)))
     text = f"{' and '.join(names)} {'do' if len(names) > 1 else 'does'} not exist"

@@ -16,12 +16,11 @@ class ClassWatch:
         pictures: how many to look at, over all processes.
         names: of all classes, in the order of their indices.
         ignore_label: a label that means void, beside 255.
-        already: how many were looked at before the run was resumed.
     """
 
-    def __init__(self, pictures: int, names: Sequence[str], ignore_label: int = IGNORE_LABEL, already: int = 0) -> None:
-        self.pictures = self.left = pictures - already
-        self.over = self.left <= 0
+    def __init__(self, pictures: int, names: Sequence[str], ignore_label: int = IGNORE_LABEL) -> None:
+        self.pictures = self.left = pictures
+        self.over = False
         self.names, self.ignore_label = names, ignore_label
         self.present = torch.zeros(256, dtype=torch.bool)
 

@@ -201,6 +201,24 @@ def from_main(make: Callable[[], Value]) -> Value:
     return sent[0]
 
 
+def everywhere(make: Callable[[], Value]) -> Value:
+    """What ``make()`` returns in this process; where it raises in one of them, all raise, so that none waits for ever."""
+    if _hosts is None:
+        return make()
+    result: Value | None = None
+    failed: Exception | None = None
+    try:
+        result = make()
+    except Exception as error:
+        failed = error
+    problems = gather((str(failed), getattr(failed, "exit_status", 1)) if failed else None)
+    if failed:
+        raise failed
+    for problem in filter(None, problems):
+        raise OtherProcessFailed(*problem)
+    return result  # type: ignore[return-value]  # make() did return
+
+
 class OtherProcessFailed(UserError):
     """Something went wrong in another process, which tells what."""
 

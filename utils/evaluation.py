@@ -149,7 +149,7 @@ def score(
                 yield arrived(*under_way.popleft())
         yield from (arrived(*entry) for entry in under_way)
 
-    with torch.inference_mode(), running(loader) as samples:
+    def predict_share() -> None:
         if pool is None:
             for sample, _ in predictions():
                 finish(sample, sample.prediction)
@@ -157,6 +157,9 @@ def score(
             for sample, refined in pool.refine(predictions()):
                 after.update(torch.from_numpy(sample.label), torch.from_numpy(refined))
                 finish(sample, refined)
+
+    with torch.inference_mode(), running(loader) as samples:
+        distributed.everywhere(predict_share)
     matrices = {"before CRF": before, "after CRF": after} if pool else {"": before}
     for matrix in matrices.values() if add_up else ():
         distributed.sum_(matrix.counts)

@@ -78,7 +78,11 @@ def running(loader: DataLoader) -> Iterator[Iterator]:
         UserError: the workers ran out of shared memory, or one was killed.
     """
     before = multiprocessing.active_children()
-    batches = iter(loader)
+    try:
+        batches = iter(loader)
+    except OSError as error:  # the semaphores of the workers' queues lie in shared memory, too
+        text = f"no workers can be started ({error.strerror or error}): {MORE_SHARED_MEMORY}, or add --num-workers 0"
+        raise UserError(text) from None
     workers = [process for process in multiprocessing.active_children() if process not in before]
     try:
         yield batches

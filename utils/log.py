@@ -34,9 +34,11 @@ class RunLog:
 
     def __init__(self, folder: Path, options: dict[str, Any], first_step: int = 0, seconds: float = 0.0) -> None:
         self.folder = folder
-        remove_torn_files(folder)
-        save_json(folder / "args.json", options)
         path = folder / "log.jsonl"
+        remove_torn_files(folder)
+        if first_step == 0:
+            put_aside(path, folder / "args.json")
+        save_json(folder / "args.json", options)
         cut_log(path, first_step)
         self.file = open(path, "a", buffering=1)  # noqa: SIM115
         self.num_steps = options["num_steps"]
@@ -144,6 +146,16 @@ def cut_log(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             continue
     write_atomically(path, lambda file: file.write("".join(kept).encode()))
+
+
+def put_aside(*paths: Path) -> None:
+    """Rename what an earlier run left under these names, ``log.jsonl`` to ``log.1.jsonl`` or the next free number."""
+    number = 1
+    while any(path.with_suffix(f".{number}{path.suffix}").exists() for path in paths):
+        number += 1
+    for path in paths:
+        if path.exists():
+            path.rename(path.with_suffix(f".{number}{path.suffix}"))
 
 
 def remove_torn_files(folder: Path) -> None:

@@ -15,6 +15,7 @@ from utils.command import (
     positive,
     scale_range,
     size,
+    whole,
 )
 
 DATA_DIR = "data/VOCdevkit/VOC2012"

@@ -217,6 +217,8 @@ def options_of(args: Namespace) -> dict[str, Any]:
 
 def refuse_other_run(folder: Path) -> None:
     """Raise :class:`UserError` if a new run would overwrite what another one left in ``folder``."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--snapshot-dir {folder} is a file; expected a folder, or a name where nothing is yet")
     if (folder / "last.ckpt").exists():
         advice = "add --resume to go on with it, choose another --snapshot-dir, or delete it"
         raise UserError(f"--snapshot-dir {folder} holds a run already (last.ckpt); {advice}")

@@ -20,14 +20,13 @@ from dataset import (
     StepSampler,
     TrainTransform,
     VOCSegmentation,
-    find_list,
     read_class_names,
     read_ids,
     to_input,
 )
 from dataset.lists import IMAGE_DIR
-from deeplab.multiscale import scaled_size
 from utils import distributed
+from utils.checked_options import choose_device, settle_options
 from utils.checkpoint import make_meta, save_snapshot
 from utils.class_watch import ClassWatch
 from utils.command import UserError
@@ -75,13 +74,11 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         distributed.start()
         start = resume(args, loss_function.__name__)
         args = Namespace(**start.options) if start else args
-        device = distributed.select_device(args.device, args.gpu, not args.no_tf32)
-        check_options(args, device)
-        find_list(args.data_dir, args.data_list, TRAIN_LISTS)  # what is missing there is told before weights are read
+        device = distributed.everywhere(lambda: choose_device(args))
         torch.manual_seed(args.random_seed)
         start = start or begin(args, loss_function.__name__)
-        args.num_classes = start.options["num_classes"]
-        data, data_list = open_training_data(args)
+        args.num_classes, args.batch_norm = start.options["num_classes"], start.options["batch_norm"]  # settled by now
+        data, data_list = distributed.everywhere(lambda: open_training_data(args))
         ids = check_ids(data.ids, start)
 
         torch.backends.cudnn.benchmark = True  # the crops are all of one size
@@ -108,11 +105,10 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         batches = stack.enter_context(running(make_loader(data, sampler, workers, device)))
         wait = DataWait(device, workers)
         meter = Meter(device, lambda batch: describe(batch, args, data))
-        already = start.step * args.batch_size * args.iter_size
         folder = Path(args.snapshot_dir)
         names = read_class_names(args.data_dir, args.num_classes) or start.classes
         classes = Classes(class_names(args.num_classes, names), make_palette(data.colors))
-        watch = ClassWatch(min(PICTURES_TO_JUDGE, len(data)), classes.names, args.ignore_label, already)
+        watch = ClassWatch(min(PICTURES_TO_JUDGE, len(data)), classes.names, args.ignore_label)
         validation = Validation(args, classes, device) if args.val_every else None
         log = None
         if distributed.is_main():
@@ -140,6 +136,7 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
 
         def save(numbered: bool) -> None:
             meter.check()  # on all processes: none of them saves after a bad step
+            check_weights(net, done)
             distributed.from_main(lambda: write(numbered))  # what process 0 cannot write the others hear of
 
         done = saved = start.step
@@ -220,40 +217,12 @@ def read(batches: Iterator[Crop], count: int) -> tuple[list[Crop], Exception | N
         return [], error
 
 
-def settle_options(args: Namespace) -> None:
-    """Bring options that say the same thing in two ways to one."""
-    if args.is_training and args.batch_norm == "frozen":
-        args.batch_norm = "stats"
-        args.given = args.given | {"batch_norm"}
-    args.is_training = args.batch_norm == "stats"
-    if args.restore_from.lower() == "none":
-        args.restore_from = ""
-    if not args.restore_from and "batch_norm" not in args.given:
-        args.batch_norm = "full"
-
-
-def check_options(args: Namespace, device: torch.device) -> None:
-    """Refuse options that do not go together.
-
-    Raises:
-        UserError: the sentence names both.
-    """
-    processes = distributed.world_size()
-    if args.batch_size % processes:
-        raise UserError(f"--batch-size {args.batch_size} does not divide into {processes} processes; choose a multiple")
-    if args.sync_bn and args.batch_norm == "frozen":
-        raise UserError("--sync-bn has nothing to do with frozen batch norm; add --batch-norm full")
-    if args.sync_bn and device.type != "cuda":
-        raise UserError(f"--sync-bn works between CUDA devices only, and this run is on {device.type}; leave it out")
-    # 6 pixels a side are a single position of the net's output, at the smallest scale that the loss takes.
-    smallest = scaled_size(args.input_size, 0.5 if "one_scale_at_a_time" in args else 1.0)
-    if args.batch_norm != "frozen" and args.batch_size == processes and max(smallest) <= 6:
-        raise UserError(
-            f"--input-size {args.input_size[0]},{args.input_size[1]} gives one position a picture, of which --batch-norm "
-            f"{args.batch_norm} cannot take statistics; enlarge the crop or the batch"
-        )
-    if args.compile:
-        distributed.check_compiler(device)
+def check_weights(net: nn.Module, step: int) -> None:
+    """Raise :class:`Diverged` if the last step has made a weight infinite, which no loss has shown yet."""
+    finite = [tensor.isfinite().all() for tensor in net.state_dict().values() if tensor.is_floating_point()]
+    if not bool(torch.stack(finite).all()):
+        advice = "the snapshots are as they were; lower --learning-rate"
+        raise Diverged(f"weights of the net are not finite after step {step}: {advice}")
 
 
 def open_training_data(args: Namespace) -> tuple[VOCSegmentation, Path]:

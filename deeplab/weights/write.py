@@ -39,9 +39,7 @@ def export(weights: Weights, scheme: str) -> dict[str, Any]:
     heads = [(key, value.shape[1]) for key, value in state.items() if HEAD_KEY.match(key) and value.ndim == 4]
     if other := [(key, channels) for key, channels in heads if channels != features]:
         key, channels = other[0]
-        raise WeightsError(
-            f"{weights.path}: {key} takes {channels} channels and the trunk gives {features}; it is an auxiliary head, or another net's"
-        )
+        raise WeightsError(f"{weights.path}: {key} takes {channels} channels, the trunk gives {features}; another net's head")
     if wrong:
         raise WeightsError(f"{weights.path}: {len(wrong)} tensors of the trunk are missing or misshapen, such as {wrong[0]}")
     state = {key: value for key, value in state.items() if key in shapes or HEAD_KEY.match(key) or is_counter(key, shapes)}

@@ -34,7 +34,11 @@ def parallel_map(function: Callable[..., Result], tasks: Iterable[tuple], worker
         return
     workers = min(workers, 61) if sys.platform == "win32" else workers
     tasks = iter(tasks)
-    with ProcessPoolExecutor(workers, initializer=start_helper) as pool:
+    try:
+        executor = ProcessPoolExecutor(workers, initializer=start_helper)
+    except OSError as error:  # /dev/shm is full, or too many files are open
+        raise UserError(f"no processes can be started ({error.strerror or error}); add --workers 0") from None
+    with executor as pool:
         pending: dict[Future[Result], str] = {}
         try:
             while True:
