@@ -191,6 +191,13 @@ def test_an_indivisible_batch_is_refused(toy_voc, tmp_path):
     assert "--batch-size 3 does not divide into 2 processes" in result.stderr
 
 
+def test_a_label_that_one_process_cannot_read_ends_the_evaluation_of_both(two_ranks):
+    """With its sentence, and nobody waits for counts that never come."""
+    _, _, results = two_ranks
+    assert [result["evaluated"][0] for result in results] == ["OtherProcessFailed", "DatasetError"]
+    assert all("toy_5.png holds the value 77" in result["evaluated"][1] for result in results)
+
+
 @pytest.fixture
 def four_cards(monkeypatch):
     """A machine that says it has four CUDA devices; the environment of launchers is empty."""

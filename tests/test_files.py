@@ -3,11 +3,13 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from utils import files
 from utils.command import UserError
 from utils.files import Output, check_outputs, save_json
+from utils.visualize import PALETTE, Classes, save_panel, save_prediction
 
 
 def out(folder: Path, *names: str, option: str = "--save-dir") -> list[Output]:
@@ -15,14 +17,44 @@ def out(folder: Path, *names: str, option: str = "--save-dir") -> list[Output]:
 
 
 def test_good_outputs_make_their_folders_and_may_exist(tmp_path):
-    (tmp_path / "photo.jpg").write_text("a photo")
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old/a.png").write_text("of an earlier run")
-    outputs = out(tmp_path / "old", "a.png", "b.png") + out(tmp_path / "new/deep", "city/a.png", option="--save-panels")
-    check_outputs(outputs + outputs[:1], [tmp_path / "photo.jpg", tmp_path / "missing.jpg"], [tmp_path])
+    """What an earlier run of ours wrote is written over; the test of what that is writes it with the real functions."""
+    (tmp_path / "data").mkdir()
+    mask = np.zeros((3, 4), dtype=np.uint8)
+    save_prediction(tmp_path / "old/a.png", mask)
+    classes = Classes(["a", "b"], PALETTE)
+    save_panel(tmp_path / "old/p.png", np.zeros((3, 4, 3), dtype=np.uint8), mask, mask, classes)
+    save_json(tmp_path / "old/scores.json", {"restore_from": "net.pth"})
+    outputs = out(tmp_path / "old", "a.png", "p.png", "scores.json", "b.png")
+    outputs += out(tmp_path / "new/deep", "city/a.png", option="--save-panels")
+    before = {path: path.read_bytes() for path in (tmp_path / "old").iterdir()}
+    check_outputs(outputs + outputs[:1], [tmp_path / "missing.jpg"], [tmp_path / "data"])
     assert (tmp_path / "new/deep/city").is_dir()
-    assert (tmp_path / "old/a.png").read_text() == "of an earlier run"
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.png", "city", "deep", "new", "old", "photo.jpg"]
+    assert {path: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.png", b"\x89PNG\r\n\x1a\n somebody's photo or label"),
+        ("last.ckpt", b"PK a run's only optimiser state"),
+        ("train.txt", b"2007_000032\n"),
+        ("scores.json", b'{"mine": 1}'),
+        ("scores.json", b"[1, 2]"),
+        ("classes", b"sky\n"),
+    ],
+)
+def test_a_file_of_other_origin_is_not_written_over(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}, over a file that is no earlier output"):
+        check_outputs(out(tmp_path, name), [])
+    assert (tmp_path / name).read_bytes() == content
+
+
+def test_nothing_is_written_below_the_data_either(tmp_path):
+    (tmp_path / "SegmentationClassAug/val").mkdir(parents=True)
+    for folder in ("SegmentationClassAug/new", "SegmentationClassAug/val"):
+        with pytest.raises(UserError, match=r"among the data of .*SegmentationClassAug"):
+            check_outputs(out(tmp_path / folder, "a.png"), [], [tmp_path / "SegmentationClassAug"])
 
 
 def test_an_output_that_is_an_input_is_refused_by_any_name(tmp_path):

@@ -248,3 +248,10 @@ def test_all_that_is_missing_is_named_with_the_folders_that_exist(toy_voc):
     assert f"no label for toy_0: the folder {toy_voc / 'Masks'} does not exist" in text
     many = missing(toy_voc, [f"id{i}" for i in range(130)])
     assert "id99 and 30 more in" in many
+
+
+def test_a_line_that_is_no_name_is_a_sentence(tmp_path):
+    """Annotations in JSON, for instance: no file system has names of over 255 bytes."""
+    (tmp_path / "list.json").write_text("{" + '"id": 1, ' * 100 + "}")
+    with pytest.raises(DatasetError, match=r"in line 1, which is too long for a file name"):
+        read_list(tmp_path / "list.json")

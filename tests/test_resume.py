@@ -4,10 +4,13 @@ import json
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from deeplab import multi_scale_loss, single_scale_loss
+from tests.conftest import save_palette_png
 from tests.test_training import SCRATCH, log_lines, model, train, train_msc
 from utils import log
 from utils.command import UserError
@@ -202,3 +205,27 @@ def test_tensorboard_forgets_the_steps_that_are_done_again(toy_voc, tmp_path):
                 run.line(step, {"loss": float(10 * first + step)}, 0.1, 1)
     events = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
     assert [(event.step, event.value) for event in events] == [(1, 1), (2, 2), (3, 23), (4, 24), (5, 25)]
+
+
+def test_labels_are_judged_anew_after_a_restart(toy_voc, tmp_path, capsys):
+    """Not as if those before it had held nothing: three of four pictures hold class 0 alone."""
+    for name in ("toy_0", "toy_1", "toy_2"):
+        path = toy_voc / "SegmentationClassAug" / f"{name}.png"
+        label = np.array(Image.open(path))
+        save_palette_png(path, np.zeros_like(label))
+    options = [*SCRATCH, "--num-steps", "9", "--batch-size", "1"]
+    for stop_at in (1, 2, 3):
+        folder = tmp_path / str(stop_at)
+        train(toy_voc, folder, *options, loss=stopping(single_scale_loss, stop_at))
+        assert bare_resume(folder) == 0
+    assert "nothing but class" not in capsys.readouterr().out
+
+
+def test_is_training_is_another_word_for_stats(toy_voc, tmp_path):
+    common = ["--restore-from", "none", "--learning-rate", "1e-5", "--num-steps", "2"]
+    for number, (begun, resumed) in enumerate(
+        [(["--batch-norm", "stats"], "--is-training"), (["--is-training"], "--is-training")]
+    ):
+        train(toy_voc, tmp_path / str(number), *common, *begun, loss=stopping(single_scale_loss, 1))
+        assert bare_resume(tmp_path / str(number), single_scale_loss, resumed) == 0
+    assert bare_resume(tmp_path / "0", single_scale_loss, "--batch-norm", "stats") == 0

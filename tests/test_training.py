@@ -111,6 +111,28 @@ def test_a_loss_that_is_not_finite_stops_the_run(toy_voc, tmp_path):
     assert all(bool(value.isfinite().all()) for value in state["model"].values())
 
 
+def test_a_step_that_makes_weights_infinite_is_not_saved(toy_voc, tmp_path):
+    """Its loss was still a number, and no later one has been looked at: neither in the middle of a run nor at its end."""
+    options = [*SCRATCH, "--learning-rate", "1e38", "--save-pred-every", "1"]
+    with pytest.raises(Diverged, match=r"weights of the net are not finite after step 1: the snapshots are as they were"):
+        train(toy_voc, tmp_path / "a", *options, "--num-steps", "3")
+    with pytest.raises(Diverged, match=r"after step 1"):
+        train(toy_voc, tmp_path / "b", *options, "--num-steps", "1")
+    assert not list(tmp_path.rglob("*.pth"))
+    assert not list(tmp_path.rglob("last.ckpt"))
+
+
+def test_a_new_run_puts_the_log_of_what_was_there_aside(toy_voc, tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"mine": 1}\n')
+    (tmp_path / "args.json").write_text("{}")
+    (tmp_path / "args.1.json").write_text("older")
+    train(toy_voc, tmp_path, *SCRATCH, "--num-steps", "1")
+    assert (tmp_path / "log.2.jsonl").read_text() == '{"mine": 1}\n'
+    assert (tmp_path / "args.2.json").read_text() == "{}"
+    assert (tmp_path / "args.1.json").read_text() == "older"
+    assert [line["step"] for line in log_lines(tmp_path)] == [1]
+
+
 def test_fine_tuning_starts_from_a_snapshot(toy_voc, tmp_path):
     """Batch norm frozen by default, the head kept, or dropped for other classes or with --not-restore-last."""
     train(toy_voc, tmp_path / "a", *SCRATCH, "--num-steps", "1")
