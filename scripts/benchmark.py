@@ -20,6 +20,8 @@ process and in turns, A B C A B C, after one call each to warm up, so that a dri
     beyond     the peak without what has to be there: the process after its imports (on a CPU), weights and buffers and, in
                training, one gradient and one momentum a learnable weight. What is left is activations and work space
 
+The part ``memory`` runs nothing: it computes what a training step of ``--batch-size`` crops takes, for usual settings.
+
 Without ``--data-dir`` pictures of the usual VOC sizes are made in a temporary folder, without ``--restore-from`` the weights
 are random; neither changes the arithmetic, but for the CRF, whose speed depends on the picture and the probabilities.
 """
@@ -29,6 +31,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +44,7 @@ from utils.options import BACKBONE_NAMES, add_device_options
 if TYPE_CHECKING:  # the parts bring torch, which --help need not wait for
     from scripts.bench.measure import Part
 
-PART_NAMES = ("train", "msc", "predict", "evaluate", "data", "crf")
+PART_NAMES = ("train", "msc", "predict", "evaluate", "data", "crf", "memory")
 TOO_SHORT = 0.01  # seconds of a call below which a ratio says little
 
 
@@ -114,6 +117,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     from scripts.bench import PARTS
     from scripts.bench.inputs import make_pictures, open_pictures
     from scripts.bench.measure import Gemm, describe, measure_peak, run_part
+    from scripts.bench.memory import memory_rows, print_memory
     from utils import distributed
     from utils.checkpoint import load_init
     from utils.files import save_json
@@ -130,6 +134,16 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         config = load_init(args.restore_from, backbone=args.backbone, num_classes=args.num_classes)[0].config
         args.backbone, args.num_classes = config["backbone"], config["num_classes"]
     args.backbone, args.num_classes = args.backbone or "resnet101", args.num_classes or 21
+    measured = [name for name in args.parts if name != "memory"]
+    result: dict[str, Any] = {"options": {**vars(args)}, "parts": {}}
+    if "memory" in args.parts:  # computed, whatever the machine
+        steps = memory_rows(args)
+        print_memory(args, steps)
+        result["parts"]["memory"] = {"rows": {name: {**asdict(step), "card": step.card} for name, step in steps.items()}}
+        if args.json:
+            save_json(args.json, result)
+    if not measured:
+        return 0
     if not args.data_dir:
         args.data_dir = str(Path(args.scratch) / "pictures")
         make_pictures(Path(args.data_dir), args.pictures, args.num_classes)
@@ -138,11 +152,11 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     machine = describe(device)
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     print(f"{machine['device']}, {machine['threads']} threads; {versions}", flush=True)
-    result: dict[str, Any] = {**machine, "options": {**vars(args), "parts": args.parts}, "parts": {}}
+    result.update(machine)
     if args.json:
         save_json(args.json, result)
     gemm = Gemm(device, ["off", args.amp])
-    for name in args.parts:
+    for name in measured:
         part = PARTS[name](args, device)
         say = partial(progress, name)
         rows = run_part(part, args.repeats, gemm, device, say)
@@ -161,7 +175,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         print(f"\nGEMM, {name}: {rate:.1f} GFLOP/s, {side}x{side}, median of {entry['samples']} samples", end="")
     print()
     print("beyond: the peak without the process after its imports, weights, buffers and, in training, gradients and momentum")
-    peaks = {name: {key: row.get("peak_bytes") for key, row in part["rows"].items()} for name, part in result["parts"].items()}
+    peaks = {name: {key: row.get("peak_bytes") for key, row in result["parts"][name]["rows"].items()} for name in measured}
     one, alone = peaks.get("train", {}).get("ours"), peaks.get("msc", {}).get("ours --one-scale-at-a-time")
     if one and alone:
         print(f"peak of three scales, one at a time: {alone / one:.2f}x that of a single scale")
