@@ -1,0 +1,206 @@
+"""What ``scripts/gpu_check.sh`` does: the tests that need a GPU, the benchmark, 200 real steps, and a table of the results."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from argparse import Namespace
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from deeplab import single_scale_loss
+from scripts.bench.inputs import make_pictures
+from scripts.bench.measure import synchronize
+from scripts.bench.memory import step_memory
+from scripts.bench.training import our_step
+from utils.command import UserError, run_command
+from utils.meter import MUCH_WAITING
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+MINUTES = 8.0
+# the CPU has no tests of its own: these show what a GPU would be spared
+TESTS = {
+    "cuda": ["-m", "cuda", "tests/test_cuda.py", "tests/test_training.py"],
+    "cpu": ["tests/test_device.py", "-k", "launches or stale"],
+}
+# (options, parts) of each run of the benchmark; on a CPU in float32 alone
+RUNS = {
+    "cuda": [
+        ("", ["train", "msc", "evaluate", "data"]),
+        (" --amp bf16", ["train", "msc", "evaluate"]),
+        (" --amp fp16", ["train", "msc", "evaluate"]),
+        (" --amp bf16 --compile", ["train", "msc"]),
+    ],
+    "cpu": [("", ["train", "data"])],
+}
+
+
+class Check:
+    """The device, the time that is left, and the lines of the table."""
+
+    def __init__(self, folder: Path) -> None:
+        self.kind = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(self.kind)
+        self.folder, self.end = folder, time.monotonic() + 60 * MINUTES
+        small = self.kind == "cpu"
+        self.net, self.batch, self.crop, self.steps = ("resnet18", 2, 129, 20) if small else ("resnet101", 10, 321, 200)
+        self.data_wait = 0.0
+        self.table: dict[str, str] = {}
+
+    def run(self, title: str, command: list[str]) -> bool:
+        """Run a command of this project in what is left of the time; what it says is seen. Whether it went well."""
+        left = self.end - time.monotonic()
+        print(f"\n=== {title} ({left / 60:.1f} minutes left)", flush=True)
+        try:
+            status = subprocess.run([sys.executable, *command], cwd=ROOT, timeout=max(left, 1)).returncode
+        except subprocess.TimeoutExpired:
+            self.table[title] = "did not end in time"
+            return False
+        if status:
+            self.table[title] = f"failed, status {status}"
+        return status == 0
+
+    def tests(self) -> None:
+        if not importlib.util.find_spec("pytest"):
+            self.table["tests"] = "not run: pytest is not installed"
+        elif self.run("tests", ["-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS[self.kind]]):
+            self.table["tests"] = "passed"
+
+    def benchmark(self) -> None:
+        common = ["--backbone", self.net, "--batch-size", str(self.batch), "--input-size", f"{self.crop},{self.crop}"]
+        for options, parts in RUNS[self.kind]:
+            file = self.folder / "speed.json"
+            less = ["--no-memory", *([] if "--compile" in options else ["--no-compile"])]
+            command = ["scripts/benchmark.py", *parts, *common, *options.split(), *less, "--json", str(file)]
+            if self.run(f"benchmark{options}", command):
+                for part, entry in json.loads(file.read_text())["parts"].items():
+                    row = entry["rows"].get(f"ours{options}") or entry["rows"]["ours, 1 worker"]
+                    self.table[f"{part}{options}"] = described(row)
+
+    def real_steps(self) -> None:
+        """A run of train.py, reading pictures, while the use of the GPU is looked at twice a second."""
+        pictures, snapshots = self.folder / "pictures", self.folder / "snapshots"
+        make_pictures(pictures, 60, 21)
+        command = ["train.py", "--data-dir", str(pictures), "--restore-from", "none", "--batch-norm", "frozen"]
+        command += [
+            "--learning-rate",
+            "1e-6",
+            "--num-steps",
+            str(self.steps),
+            "--random-scale",
+            "--random-mirror",
+            "--snapshot-dir",
+            str(snapshots),
+        ]
+        command += ["--backbone", self.net, "--batch-size", str(self.batch), "--input-size", f"{self.crop},{self.crop}"]
+        command += ["--save-num-images", "0", *(["--amp", "bf16"] if self.kind == "cuda" else [])]
+        with Utilisation() as used:
+            went_well = self.run("real steps", command)
+        if not went_well:
+            return
+        lines = [json.loads(line) for line in (snapshots / "log.jsonl").read_text().splitlines()]
+        steady = lines[len(lines) // 2 :]
+        speed, self.data_wait = median(x["images_per_s"] for x in steady), mean(x["data_wait"] for x in steady)
+        self.table["real steps"] = f"{speed:.1f} pictures/s, {self.data_wait:.0%} of the time waiting for them{used.text()}"
+
+    def limits(self) -> None:
+        """How long the host takes to launch a step, how long the step takes, and so what limits it."""
+        args = Namespace(restore_from=None, backbone=self.net, num_classes=21, batch_size=self.batch)
+        args.input_size = (self.crop, self.crop)
+        amp = "bf16" if self.kind == "cuda" else "off"
+        run = our_step(args, self.device, single_scale_loss, amp=amp).run
+        for _ in range(3):
+            run()
+        synchronize(self.device)
+        start = time.perf_counter()
+        for _ in range(5):
+            run()
+        launched = (time.perf_counter() - start) / 5
+        synchronize(self.device)
+        took = (time.perf_counter() - start) / 5
+        self.table[f"a step, {amp}"] = f"{1000 * took:.1f} ms"
+        if self.kind == "cpu":
+            return
+        peak = torch.cuda.max_memory_allocated()
+        computed = step_memory(self.net, 21, args.input_size, self.batch, amp=True).peak
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            run()
+            synchronize(self.device)
+        kernels = sum(event.count for event in profiler.key_averages())
+        self.table[f"a step, {amp}"] += f", which the host launches in {1000 * launched:.1f} ms, {kernels} kernels and copies"
+        self.table[f"memory of it, {amp}"] = f"{peak / 1e6:.0f} MB at its peak, computed {computed / 1e6:.0f} MB"
+        limit = "the host: see --compile" if launched > 0.9 * took else "arithmetic"
+        self.table["limited by"] = "data: see --num-workers" if self.data_wait > MUCH_WAITING else limit
+
+
+class Utilisation:
+    """What nvidia-smi says of the use of the GPU, twice a second, where there is one."""
+
+    def __init__(self) -> None:
+        self.found: list[float] = []
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--id=0"]
+        while torch.cuda.is_available() and shutil.which(command[0]) and not self.over.wait(0.5):
+            text = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+            self.found += [float(text)] if text.isdecimal() else []
+
+    def __enter__(self) -> "Utilisation":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.over.set()
+        self.thread.join()
+
+    def text(self) -> str:
+        steady = self.found[len(self.found) // 2 :]
+        return f", GPU used {mean(steady):.0f} %" if steady else ""
+
+
+def described(row: dict[str, Any]) -> str:
+    text = f"{row['items_per_s']:.1f} pictures/s, {row['speedup']:.2f}x the reference"
+    return text + (f", {row['gemm_ratio']:.2f} of GEMM" if "gemm_ratio" in row else "")
+
+
+def card() -> str:
+    if not torch.cuda.is_available():
+        return "none: no CUDA device found, this is the CPU's share of the check"
+    properties = torch.cuda.get_device_properties(0)
+    driver = ""
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+        driver = ", driver " + subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GB{driver}"
+
+
+def main() -> int:
+    if len(sys.argv) > 1:
+        raise UserError(f"gpu_check takes no arguments, found {' '.join(sys.argv[1:])}")
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as scratch:
+        check = Check(Path(scratch))
+        check.table["card"] = card()
+        check.table["torch"] = f"{torch.__version__}, CUDA {torch.version.cuda}, {os.cpu_count()} cores"
+        print(*(f"{name}: {text}" for name, text in check.table.items()), sep="\n")
+        check.tests()
+        check.real_steps()
+        check.limits()
+        check.benchmark()
+    width = max(map(len, check.table))
+    print("\n" + "\n".join(f"{name:{width}}  {text}" for name, text in check.table.items()))
+    return 1 if any("failed" in text for text in check.table.values()) else 0
+
+
+if __name__ == "__main__":
+    run_command(main)
