@@ -125,7 +125,7 @@ class BasicBlock(nn.Module):
         pairs: list[Pair] = [(self.conv1, self.bn1), (self.conv2, self.bn2)]
         return [*pairs, tuple(self.downsample)] if self.downsample else pairs
 
-    def forward(self, x: Tensor, folded: Sequence[Folded | None]) -> Tensor:
+    def forward(self, x: Tensor, folded: Sequence[Folded | None] = (None,) * 4) -> Tensor:
         """``folded`` is what :func:`fold` makes of :meth:`pairs`."""
         y = F.relu(conv_bn(x, self.conv1, self.bn1, folded[0]), inplace=True)
         y = conv_bn(y, self.conv2, self.bn2, folded[1])
@@ -156,7 +156,7 @@ class Bottleneck(nn.Module):
         pairs: list[Pair] = [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
         return [*pairs, tuple(self.downsample)] if self.downsample else pairs
 
-    def forward(self, x: Tensor, folded: Sequence[Folded | None]) -> Tensor:
+    def forward(self, x: Tensor, folded: Sequence[Folded | None] = (None,) * 4) -> Tensor:
         """``folded`` is what :func:`fold` makes of :meth:`pairs`."""
         y = F.relu(conv_bn(x, self.conv1, self.bn1, folded[0]), inplace=True)
         y = F.relu(conv_bn(y, self.conv2, self.bn2, folded[1]), inplace=True)

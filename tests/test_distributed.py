@@ -37,7 +37,7 @@ def two_ranks(tmp_path_factory) -> tuple[Path, Path, list[dict]]:
     toy = make_toy_voc(folder / "toy")
     # Running statistics that fit, so that the net behaves with frozen batch norm, too.
     train(toy, folder / "start", *SCRATCH, "--batch-norm", "stats", "--learning-rate", "0", "--num-steps", "25")
-    pictures = {path: path.read_bytes() for path in (toy / "JPEGImages").iterdir()}
+    pictures = {path: path.read_bytes() for name in ("JPEGImages", "SegmentationClassAug") for path in (toy / name).iterdir()}
     result = torchrun("tests/two_ranks.py", toy, folder)
     assert result.returncode == 0, result.stderr[-3000:]
     for path, content in pictures.items():

@@ -389,7 +389,7 @@ def test_historic_two_branch_head(tmp_path):
     assert two.config["atrous_rates"] == [6, 12]
     report = apply_weights(deeplabv2("resnet18", 3), two)
     assert report.notes == ["the file's head has the rates [6, 12] and the net [6, 12, 18, 24]: the head is left out"]
-    with pytest.raises(WeightsError, match=r"rates \[6, 12\], but the net \[6, 24\]; use --atrous-rates 6,12, or"):
+    with pytest.raises(WeightsError, match=r"rates \[6, 12\], but the net \[6, 24\]; use --atrous-rates 6,12; in training"):
         apply_weights(deeplabv2("resnet18", 3, atrous_rates=(6, 24)), two)
 
 

@@ -100,7 +100,7 @@ def check_outputs(outputs: Iterable[Output], inputs: Iterable[str | Path], data_
             raise UserError(f"{refused}, over {source}, which is read; choose another folder")
         if path.is_dir():
             raise UserError(f"{refused}, which is a folder; choose another place")
-        if path.exists() and not _is_output(path):
+        if path.exists() and output.option != "--report" and not _is_output(path):  # a report's folder is told by its own mark
             raise UserError(f"{refused}, over a file that is no earlier output; choose another place, or move that file")
     _refuse_shared(outputs, real, {folder: _ignores_case(folder) for folder in parents})
     for folder in parents:

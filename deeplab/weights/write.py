@@ -35,13 +35,13 @@ def export(weights: Weights, scheme: str) -> dict[str, Any]:
     config, state = weights.config, weights.state
     shapes = trunk_shapes(config["backbone"])
     wrong = [key for key, shape in shapes.items() if key not in state or tuple(state[key].shape) != shape]
+    if wrong:
+        raise WeightsError(f"{weights.path}: {len(wrong)} tensors of the trunk are missing or misshapen, such as {wrong[0]}")
     features = 512 * BACKBONES[config["backbone"]][0].expansion
     heads = [(key, value.shape[1]) for key, value in state.items() if HEAD_KEY.match(key) and value.ndim == 4]
     if other := [(key, channels) for key, channels in heads if channels != features]:
         key, channels = other[0]
         raise WeightsError(f"{weights.path}: {key} takes {channels} channels, the trunk gives {features}; another net's head")
-    if wrong:
-        raise WeightsError(f"{weights.path}: {len(wrong)} tensors of the trunk are missing or misshapen, such as {wrong[0]}")
     state = {key: value for key, value in state.items() if key in shapes or HEAD_KEY.match(key) or is_counter(key, shapes)}
     if scheme == "safetensors":
         return state
