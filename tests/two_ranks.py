@@ -103,7 +103,7 @@ def main(toy: Path, folder: Path) -> None:
     results["broken"] = outcome(partial(train, toy, folder / "broken", *STOPPED, loss=Once(1, 1, break_picture)))
     # A label that only process 1 reads is wrong: process 0, which adds the counts up, hears of it.
     label = toy / "SegmentationClassAug/toy_5.png"
-    save_palette_png(label, np.where(np.array(Image.open(label)) == 0, 77, 1).astype(np.uint8))
+    save_palette_png(label, np.full_like(np.array(Image.open(label)), 77))
     (toy / "evaluated.txt").write_text("toy_4\ntoy_5\n")
     options = ["--data-dir", toy, "--data-list", toy / "evaluated.txt", "--restore-from", start, "--device", "cpu"]
     results["evaluated"] = outcome(partial(evaluate.main, [*map(str, options), "--num-workers", "0"]))
