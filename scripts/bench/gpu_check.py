@@ -90,19 +90,12 @@ class Check:
         """A run of train.py, reading pictures, while the use of the GPU is looked at twice a second."""
         pictures, snapshots = self.folder / "pictures", self.folder / "snapshots"
         make_pictures(pictures, 60, 21)
-        command = ["train.py", "--data-dir", str(pictures), "--restore-from", "none", "--batch-norm", "frozen"]
-        command += [
-            "--learning-rate",
-            "1e-6",
-            "--num-steps",
-            str(self.steps),
-            "--random-scale",
-            "--random-mirror",
-            "--snapshot-dir",
-            str(snapshots),
-        ]
+        options = (
+            "--restore-from none --batch-norm frozen --learning-rate 1e-6 --random-scale --random-mirror --save-num-images 0"
+        )
+        command = ["train.py", *options.split(), "--data-dir", str(pictures), "--snapshot-dir", str(snapshots)]
         command += ["--backbone", self.net, "--batch-size", str(self.batch), "--input-size", f"{self.crop},{self.crop}"]
-        command += ["--save-num-images", "0", *(["--amp", "bf16"] if self.kind == "cuda" else [])]
+        command += ["--num-steps", str(self.steps), *(["--amp", "bf16"] if self.kind == "cuda" else [])]
         with Utilisation() as used:
             went_well = self.run("real steps", command)
         if not went_well:
