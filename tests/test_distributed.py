@@ -152,7 +152,7 @@ def test_two_processes_validate_as_evaluate_does(two_ranks, tmp_path):
             result = scores(toy, path, tmp_path)["scores"]
             assert result["mean_iou"] == pytest.approx(line["val_mean_iou"], abs=2e-6)
     assert [line["step"] for line in lines] == [1, 2]
-    assert sorted(result["half"][0] for result in results) == ["DatasetError", "UserError"]
+    assert sorted(result["half"][0] for result in results) in (["DatasetError", "UserError"], ["DatasetError", "DatasetError"])
     assert torch.load(folder / "half/last.ckpt", weights_only=True)["step"] == 1
 
 
