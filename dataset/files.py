@@ -33,12 +33,7 @@ def read_text(path: str | Path, what: str) -> str:
     Raises:
         DatasetError: the file cannot be read, or is in another encoding.
     """
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise DatasetError(f"{what} {path} does not exist; check its name") from None
-    except OSError as error:
-        raise DatasetError(f"{what} {path} cannot be read ({error.strerror or error})") from None
+    data = _read_bytes(path, what)
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data:
         raise DatasetError(f"{what} {path} cannot be read as text: it looks like UTF-16; save it as UTF-8")
     try:
@@ -48,6 +43,15 @@ def read_text(path: str | Path, what: str) -> str:
         raise DatasetError(
             f"{what} {path} cannot be read as text: byte {data[error.start]:#04x} in line {line} is not UTF-8; save it as UTF-8"
         ) from None
+
+
+def _read_bytes(path: str | Path, what: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise DatasetError(f"{what} {path} does not exist; check its name") from None
+    except OSError as error:
+        raise DatasetError(f"{what} {path} cannot be read ({error.strerror or error})") from None
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -61,12 +65,7 @@ def read_image(path: str | Path) -> np.ndarray:
 
 def read_picture(path: str | Path) -> tuple[np.ndarray, int]:
     """:func:`read_image`, and the EXIF orientation of the file: 1 as stored, 2..4 mirrored or turned over, 5..8 on its side."""
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise DatasetError(f"the picture {path} cannot be read (it does not exist)") from None
-    except OSError as error:
-        raise DatasetError(f"the picture {path} cannot be read ({error.strerror or error})") from None
+    data = _read_bytes(path, "the picture")
     # OpenCV fills the missing part of a cut JPEG with grey and says nothing.
     if data.startswith(b"\xff\xd8") and not any(marker == 0xD9 for marker, _ in _jpeg_segments(data)):
         raise DatasetError(f"the picture {path} is cut off: its {len(data)} bytes lack the JPEG end marker; fetch it again")

@@ -102,16 +102,4 @@ class DeepLabV2(DilatedResNet):
         ]
 
 
-def deeplabv2(
-    backbone: str = "resnet101",
-    num_classes: int = 21,
-    batch_norm: str = "frozen",
-    atrous_rates: Sequence[int] = ATROUS_RATES,
-    stride_in_3x3: bool = False,
-    batch_norm_eps: float = 1e-5,
-) -> DeepLabV2:
-    """DeepLab-v2 with published initial values (head N(0, 0.01), head bias 0) and a Kaiming-initialised trunk.
-
-    See :class:`DeepLabV2` for the arguments.
-    """
-    return DeepLabV2(backbone, num_classes, batch_norm, atrous_rates, stride_in_3x3, batch_norm_eps)
+deeplabv2 = DeepLabV2  # the name by which torchvision's builders of nets would call it

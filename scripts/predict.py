@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from utils.crf_pool import CRFPool
     from utils.samples import Picture
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 
 
@@ -85,6 +84,8 @@ def find_sources(arguments: Iterable[str]) -> tuple[list[Source], list[str]]:
     Raises:
         UserError: a path does not exist, or a folder or pattern stands for no picture.
     """
+    from dataset.listing import PICTURE_SUFFIXES
+
     found: dict[Path, Source] = {}
     lines = []
     for argument in arguments:
@@ -99,13 +100,13 @@ def find_sources(arguments: Iterable[str]) -> tuple[list[Source], list[str]]:
             entries = sorted(map(Path, glob.glob(argument, recursive=True)))
         else:
             raise UserError(f"the picture {path} does not exist")
-        kinds = {entry: _kind(entry) for entry in entries if not entry.name.startswith(".")}  # ._a.jpg: macOS
+        kinds = {entry: _kind(entry, PICTURE_SUFFIXES) for entry in entries if not entry.name.startswith(".")}  # ._a.jpg: macOS
         inside = [entry for entry, kind in kinds.items() if kind == "picture"]
         left_out = ", ".join(f"{count} {kind}" for kind, count in Counter(kinds.values()).items() if kind != "picture")
         if not inside:
             more = f" (only {left_out})" if left_out else ""
             what = f"the folder {path} holds" if path.is_dir() else f"the pattern {path} fits"
-            raise UserError(f"{what} no picture{more}; expected files ending in {', '.join(SUFFIXES)}")
+            raise UserError(f"{what} no picture{more}; expected files ending in {', '.join(PICTURE_SUFFIXES)}")
         if left_out:
             lines.append(f"{path}: {len(inside)} pictures; left out: {left_out}")
         for entry in inside:
@@ -113,11 +114,11 @@ def find_sources(arguments: Iterable[str]) -> tuple[list[Source], list[str]]:
     return list(found.values()), lines
 
 
-def _kind(entry: Path) -> str:
+def _kind(entry: Path, suffixes: tuple[str, ...]) -> str:
     """What an entry of a folder is: ``"picture"``, or a word for the count of what is left out."""
     if entry.is_dir():
         return "sub-folder"
-    return "picture" if entry.suffix.lower() in (*SUFFIXES, *VIDEO_SUFFIXES) else entry.suffix or "without suffix"
+    return "picture" if entry.suffix.lower() in (*suffixes, *VIDEO_SUFFIXES) else entry.suffix or "without suffix"
 
 
 def planned_outputs(source: Source, args: argparse.Namespace) -> list[Output]:

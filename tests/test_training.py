@@ -16,7 +16,7 @@ from dataset import DatasetError
 from deeplab import multi_scale_loss, single_scale_loss
 from tests.conftest import ROOT, TOY_CLASSES, save_palette_png
 from utils import training, validation, visualize
-from utils.command import run_command
+from utils.command import UserError, run_command
 from utils.meter import Diverged
 from utils.options import training_parser
 
@@ -336,6 +336,23 @@ def test_compiled_steps(toy_voc, tmp_path, monkeypatch):
     assert plain.keys() == compiled.keys()
     for key, value in plain.items():
         torch.testing.assert_close(compiled[key], value, rtol=1e-3, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("options", [[], ["--batch-norm", "full"], ["--batch-norm", "full", "--one-scale-at-a-time"]])
+def test_compiled_steps_on_three_scales(options, toy_voc, tmp_path, monkeypatch):
+    """As without, also where the smaller scales are computed again; what torch cannot do is refused before any work."""
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    train(toy_voc, tmp_path / "start", *SCRATCH, "--num-steps", "1")
+    common = ["--restore-from", str(tmp_path / "start/VOC12_scenes_1.pth"), "--num-steps", "2", "--learning-rate", "1e-5"]
+    recompute = ["--grad-checkpoint"] if "full" not in options or "--one-scale-at-a-time" in options else []
+    for name, more in (("plain", []), ("compiled", ["--compile", *recompute])):
+        train_msc(toy_voc, tmp_path / name, *common, *options, *more)
+    plain, compiled = (model(tmp_path / name / "VOC12_scenes_2.pth") for name in ("plain", "compiled"))
+    for key, value in plain.items():
+        torch.testing.assert_close(compiled[key], value, rtol=1e-3, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+    if "full" in options and not recompute:
+        with pytest.raises(UserError, match="add --one-scale-at-a-time, or leave one of them out"):
+            train_msc(toy_voc, tmp_path / "no", *common, *options, "--compile", "--grad-checkpoint")
 
 
 def test_without_a_compiler_there_is_a_sentence(toy_voc, tmp_path):

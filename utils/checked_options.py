@@ -42,6 +42,13 @@ def check_options(args: Namespace, device: torch.device) -> None:
             f"--input-size {args.input_size[0]},{args.input_size[1]} gives one position a picture, of which --batch-norm "
             f"{args.batch_norm} cannot take statistics; enlarge the crop or the batch"
         )
+    three_scales = "one_scale_at_a_time" in args and not args.one_scale_at_a_time
+    if args.compile and args.grad_checkpoint and args.batch_norm != "frozen" and three_scales:
+        # torch keeps the running statistics of the first scale for its backward pass, and the second scale has moved them.
+        raise UserError(
+            f"--compile and --grad-checkpoint cannot both be had with --batch-norm {args.batch_norm} on three scales at once; "
+            "add --one-scale-at-a-time, or leave one of them out"
+        )
     if args.compile:
         distributed.check_compiler(device)
 
