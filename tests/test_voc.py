@@ -82,7 +82,7 @@ def test_bad_labels_are_one_sentence_that_names_the_file(toy_voc, kind, workers)
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot be read"), (0.5, "is cut off"), (b"GIF?" * 100, "is not a picture"), (b"", "is not a picture")],
+    [(None, "does not exist"), (0.5, "is cut off"), (b"GIF?" * 100, "is not a picture"), (b"", "is not a picture")],
 )
 def test_bad_pictures(toy_voc, content, message):
     path = toy_voc / "JPEGImages" / "toy_0.jpg"

@@ -90,9 +90,13 @@ def main(toy: Path, folder: Path) -> None:
     full = [*SCRATCH, "--num-steps", "2", "--save-pred-every", "2"]
     for name, options in {"not validated": [], "validated": ["--val-every", "1"]}.items():
         results[name] = outcome(partial(train, toy, folder / name, *full, *options))
-    (folder / "half.txt").write_text("toy_4\nnone\n")  # process 1 finds nothing to score
+    (folder / "half.txt").write_text("toy_4\ntoy_5\n")  # process 1 cannot read what it is to score
+    picture = toy / "JPEGImages/toy_5.jpg"
+    whole = picture.read_bytes()
+    distributed.from_main(lambda: picture.write_bytes(b"broken"))
     options = ["--val-every", "1", "--val-list", str(folder / "half.txt")]
     results["half"] = outcome(partial(train, toy, folder / "half", *full, *options))
+    distributed.from_main(lambda: picture.write_bytes(whole))
 
     # A picture that only process 1 reads breaks; process 0 saves what was reached.
     def break_picture(losses):
@@ -103,7 +107,7 @@ def main(toy: Path, folder: Path) -> None:
     results["broken"] = outcome(partial(train, toy, folder / "broken", *STOPPED, loss=Once(1, 1, break_picture)))
     # A label that only process 1 reads is wrong: process 0, which adds the counts up, hears of it.
     label = toy / "SegmentationClassAug/toy_5.png"
-    save_palette_png(label, np.full_like(np.array(Image.open(label)), 77))
+    distributed.from_main(lambda: save_palette_png(label, np.full_like(np.array(Image.open(label)), 77)))
     (toy / "evaluated.txt").write_text("toy_4\ntoy_5\n")
     options = ["--data-dir", toy, "--data-list", toy / "evaluated.txt", "--restore-from", start, "--device", "cpu"]
     results["evaluated"] = outcome(partial(evaluate.main, [*map(str, options), "--num-workers", "0"]))

@@ -124,7 +124,8 @@ def score(
         num_workers: processes that read pictures.
         pool: refines the predictions; they are counted before and after.
         finish: called with each picture and its (H, W) uint8 classes, refined where there is a pool.
-        add_up: return the counts of all processes, not those of this one's share.
+        add_up: return the counts of all processes, and hear of what goes wrong in one of them; else those of this one's
+            share, for a caller that brings the processes together itself.
 
     Returns:
         ``{"": matrix}``, or with a pool ``{"before CRF": matrix, "after CRF": matrix}``.
@@ -159,7 +160,7 @@ def score(
                 finish(sample, refined)
 
     with torch.inference_mode(), running(loader) as samples:
-        distributed.everywhere(predict_share)
+        distributed.everywhere(predict_share) if add_up else predict_share()
     matrices = {"before CRF": before, "after CRF": after} if pool else {"": before}
     for matrix in matrices.values() if add_up else ():
         distributed.sum_(matrix.counts)
