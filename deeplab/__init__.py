@@ -1,9 +1,12 @@
-"""DeepLab-v2: the net, its losses, multi-scale prediction, the dense CRF and the published weights."""
+"""DeepLab-v2, DeepLabv3 and PSPNet: the nets, their losses, multi-scale prediction, the dense CRF, the published weights."""
 
 from deeplab.crf import CRFParams, dense_crf
 from deeplab.deeplabv2 import ASPP, ATROUS_RATES, DeepLabV2, deeplabv2
+from deeplab.deeplabv3 import DeepLabV3
 from deeplab.loss import LOSS_SIZES, multi_scale_loss, resize_labels, single_scale_loss
 from deeplab.multiscale import fuse_max, multiscale_logits, predict, predict_classes
+from deeplab.nets import NETS, Net, make_net
+from deeplab.pspnet import PSPNet
 from deeplab.resnet import BACKBONES, BATCH_NORM_MODES, conv_bn, fold_batch_norm, kept_statistics
 
 __all__ = [
@@ -12,14 +15,19 @@ __all__ = [
     "BACKBONES",
     "BATCH_NORM_MODES",
     "LOSS_SIZES",
+    "NETS",
     "CRFParams",
     "DeepLabV2",
+    "DeepLabV3",
+    "Net",
+    "PSPNet",
     "conv_bn",
     "deeplabv2",
     "dense_crf",
     "fold_batch_norm",
     "fuse_max",
     "kept_statistics",
+    "make_net",
     "multi_scale_loss",
     "multiscale_logits",
     "predict",

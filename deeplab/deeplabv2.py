@@ -1,12 +1,13 @@
 """DeepLab-v2 (Chen et al., arXiv:1606.00915): a dilated ResNet with atrous spatial pyramid pooling."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
 from deeplab.multiscale import check_input
-from deeplab.resnet import DilatedResNet, FoldedNet
+from deeplab.resnet import DilatedResNet, FoldedNet, check_classes
 
 ATROUS_RATES = (6, 12, 18, 24)  # ASPP-L of the paper
 
@@ -45,13 +46,16 @@ class DeepLabV2(DilatedResNet):
     ``net.config`` holds the arguments that are needed to build the same net again; snapshots carry it.
 
     Args:
-        backbone, batch_norm, batch_norm_eps, stride_in_3x3: see :class:`DilatedResNet`.
+        backbone, batch_norm, batch_norm_eps, stride_in_3x3, stem: see :class:`DilatedResNet`.
         num_classes: classes including the background, 1..255 (255 is the void label).
         atrous_rates: the dilations of the head; (6, 12) gives the historic two-branch head.
 
     Raises:
         ValueError: an unknown backbone or batch-norm mode, a class count or rate out of range.
     """
+
+    defaults: Mapping[str, Any] = MappingProxyType({})
+    """What training takes for options that nobody gave, where that is not the scripts' own."""
 
     def __init__(
         self,
@@ -61,25 +65,32 @@ class DeepLabV2(DilatedResNet):
         atrous_rates: Sequence[int] = ATROUS_RATES,
         stride_in_3x3: bool = False,
         batch_norm_eps: float = 1e-5,
+        stem: str = "7x7",
     ) -> None:
-        super().__init__(backbone, batch_norm, batch_norm_eps, stride_in_3x3)
-        if not 1 <= num_classes <= 255:
-            raise ValueError(f"num_classes is {num_classes}; expected 1..255 (255 is the void label)")
+        super().__init__(backbone, batch_norm, batch_norm_eps, stride_in_3x3, stem)
+        check_classes(num_classes)
         if not atrous_rates or min(atrous_rates) < 1:
             raise ValueError(f"atrous_rates is {tuple(atrous_rates)}; expected one or more rates of at least 1")
         self.num_classes = num_classes
         self.layer5 = ASPP(self.out_channels, num_classes, atrous_rates)
         self.config: dict[str, Any] = {
+            "net": "deeplabv2",
             "backbone": backbone,
             "num_classes": num_classes,
             "atrous_rates": [int(rate) for rate in atrous_rates],
             "stride_in_3x3": bool(stride_in_3x3),
             "batch_norm_eps": float(batch_norm_eps),
+            "stem": stem,
         }
 
     def forward(self, images: Tensor, folded: FoldedNet | None = None) -> Tensor:
         check_input(images)
-        return self.layer5(self.features(images, folded))
+        _, x = self.features(images, folded or self.fold())
+        return self.layer5(x)
+
+    def reset_head(self) -> None:
+        """Give the head its initial values, which weights of a trunk alone leave open."""
+        self.layer5.reset_parameters()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The learnable parameters in the published groups (``lr_mult`` and ``decay_mult`` of the official train.prototxt).

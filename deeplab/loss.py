@@ -7,14 +7,16 @@ published Caffe net computes (batch 1, ten accumulated iterations a step), and i
 one batch of ten, and a batch split over several processes the same step; a mean over the pixels of a batch would not.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deeplab.multiscale import TRAIN_SCALES, fuse_max, multiscale_logits
+from deeplab.multiscale import TRAIN_SCALES, fuse_max, multiscale_logits, resize
 
 LOSS_SIZES = ("output", "input")
 IGNORE_LABEL = 255
@@ -40,7 +42,35 @@ def resize_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
     return labels[..., rows[:, None], columns]
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, size: str = "output") -> Tensor:
+@dataclass(frozen=True)
+class Ohem:
+    """Online hard example mining (Shrivastava et al., arXiv:1604.03540) as pytorch-segmentation-toolbox does it: only pixels
+    whose true class has a probability of at most ``threshold`` count, but at least the ``keep`` hardest.
+
+    The toolbox estimates the ``keep``-th hardest pixel on predictions and labels at an eighth of the size; here it is exact.
+    """
+
+    threshold: float = 0.7
+    keep: int = 100_000
+
+    def mean(self, losses: Tensor, labelled: Tensor) -> Tensor:
+        """The mean over the hard pixels of the batch, for one process as published: not per picture.
+
+        Args:
+            losses: (N, h, w) cross entropy, which falls as the true class's probability rises.
+            labelled: (N, h, w) bool, False for void.
+
+        Returns:
+            A scalar, found without a read-back to the host; 0 where nothing is labelled.
+        """
+        hardness = losses.detach().masked_fill(~labelled, -1.0).flatten()
+        # Not kthvalue, which has no deterministic kernel on CUDA. Void is last, so fewer labelled pixels than `keep` all count.
+        limit = hardness.topk(min(self.keep, len(hardness)), sorted=False).values.amin()
+        hard = hardness >= limit.clamp(min=0, max=-math.log(self.threshold))
+        return (losses.flatten() * hard).sum() / hard.sum().clamp(min=1)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, size: str = "output", ohem: Ohem | None = None) -> Tensor:
     """Mean over pictures of the mean cross entropy over each picture's labelled pixels, in float32.
 
     A picture without a labelled pixel counts 0, with a gradient of 0.
@@ -49,6 +79,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, size: str = "output") -> Tenso
         logits: (N, C, h, w).
         labels: (N, H, W) int64; pixels of 255 have no part in the loss.
         size: ``"output"`` shrinks the labels to (h, w), ``"input"`` enlarges the logits to (H, W).
+        ohem: the mean over the batch's hard pixels instead.
 
     Returns:
         A scalar.
@@ -57,29 +88,42 @@ def cross_entropy(logits: Tensor, labels: Tensor, size: str = "output") -> Tenso
     if size == "output":
         labels = resize_labels(labels, logits.shape[-2:])
     elif size == "input":
-        logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=True)
+        logits = resize(logits, labels.shape[-2:])
     else:
         raise ValueError(f"the loss size {size!r} is unknown; choose one of {', '.join(LOSS_SIZES)}")
     losses = F.cross_entropy(logits, labels, ignore_index=IGNORE_LABEL, reduction="none")  # N h w, 0 where ignored
-    counts = (labels != IGNORE_LABEL).sum(dim=(1, 2)).clamp(min=1)
-    return (losses.sum(dim=(1, 2)) / counts).mean()
+    labelled = labels != IGNORE_LABEL
+    if ohem:
+        return ohem.mean(losses, labelled)
+    return (losses.sum(dim=(1, 2)) / labelled.sum(dim=(1, 2)).clamp(min=1)).mean()
 
 
 def single_scale_loss(
-    net: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, size: str = "output"
+    net: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]],
+    images: Tensor,
+    labels: Tensor,
+    size: str = "output",
+    ohem: Ohem | None = None,
+    aux_weight: float = 0.0,
 ) -> dict[str, Tensor]:
     """The loss of ``train.py``.
 
     Args:
-        net: (N, 3, H, W) -> (N, C, h, w) logits.
+        net: (N, 3, H, W) -> (N, C, h, w) logits, or a pair of them: the head's and an auxiliary head's.
         images: (N, 3, H, W) mean-subtracted BGR.
         labels: (N, H, W) int64, 255 void.
-        size: see :func:`cross_entropy`.
+        size, ohem: see :func:`cross_entropy`; the auxiliary head's loss is without ``ohem``.
+        aux_weight: what the auxiliary head's loss is multiplied by.
 
     Returns:
-        ``{"loss": scalar}``.
+        ``{"loss": scalar}``; with an auxiliary head ``"loss_main"`` and ``"loss_aux"`` as well.
     """
-    return {"loss": cross_entropy(net(images), labels, size)}
+    logits, auxiliary = _both(net(images))
+    loss = cross_entropy(logits, labels, size, ohem)
+    if auxiliary is None:
+        return {"loss": loss}
+    aux = cross_entropy(auxiliary, labels, size)
+    return {"loss": loss + aux_weight * aux, "loss_main": loss, "loss_aux": aux}
 
 
 def multi_scale_loss(
@@ -87,19 +131,32 @@ def multi_scale_loss(
     images: Tensor,
     labels: Tensor,
     size: str = "output",
+    ohem: Ohem | None = None,
+    aux_weight: float = 0.0,
     scales: Sequence[float] = TRAIN_SCALES,
     one_scale_at_a_time: bool = False,
 ) -> dict[str, Tensor]:
     """The loss of ``train_msc.py``: that of each scale's logits and that of their pixel-wise maximum, summed.
 
     Arguments as in :func:`single_scale_loss` and :func:`deeplab.multiscale.multiscale_logits`; the maximum is taken at the size
-    of the first of ``scales``.
+    of the first of ``scales``, the only one at which an auxiliary head has a part in the sum.
 
     Returns:
-        ``{"loss": their sum, "loss_max": ..., "loss_1x": ..., "loss_0.75x": ..., "loss_0.5x": ...}``, scalars.
+        ``{"loss": their sum, "loss_max": ..., "loss_1x": ..., "loss_0.75x": ..., "loss_0.5x": ...}``, scalars; with an
+        auxiliary head ``"loss_aux"`` as well.
     """
-    logits = multiscale_logits(net, images, scales, one_scale_at_a_time)
-    parts = {"loss_max": cross_entropy(fuse_max(logits), labels, size)}
-    for scale, scale_logits in zip(scales, logits):
-        parts[f"loss_{scale:g}x"] = cross_entropy(scale_logits, labels, size)
-    return {"loss": reduce(torch.add, parts.values()), **parts}
+    first, *others = multiscale_logits(net, images, scales, one_scale_at_a_time)
+    logits, auxiliary = _both(first)
+    parts = {"loss_max": cross_entropy(fuse_max([logits, *others]), labels, size, ohem)}
+    for scale, scale_logits in zip(scales, [logits, *others]):
+        parts[f"loss_{scale:g}x"] = cross_entropy(scale_logits, labels, size, ohem)
+    total = reduce(torch.add, parts.values())
+    if auxiliary is None:
+        return {"loss": total, **parts}
+    aux = cross_entropy(auxiliary, labels, size)
+    return {"loss": total + aux_weight * aux, **parts, "loss_aux": aux}
+
+
+def _both(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """What a net gives in training: its logits, and those of an auxiliary head if it has one."""
+    return output if isinstance(output, tuple) else (output, None)

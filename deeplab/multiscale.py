@@ -7,6 +7,7 @@ as in the published Caffe net: 321 -> 241 -> 161. Pixel p of the picture then li
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial, reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,11 +38,11 @@ def multiscale_logits(
     images: Tensor,
     scales: Sequence[float] = TRAIN_SCALES,
     one_scale_at_a_time: bool = False,
-) -> list[Tensor]:
+) -> list[Any]:
     """The logits of each scale at that scale's own size.
 
     Args:
-        net: (N, 3, H, W) -> (N, C, h, w).
+        net: (N, 3, H, W) -> (N, C, h, w); an auxiliary head answers at the first scale alone, so that is a pair then.
         images: (N, 3, H, W) mean-subtracted BGR.
         scales: factors, at least one.
         one_scale_at_a_time: keep only the activations of the first scale, and compute those of the others again in the
@@ -53,14 +54,16 @@ def multiscale_logits(
     """
     inputs = [resize(images, scaled_size(images.shape[-2:], scale)) for scale in scales]
     forward = partial(net, folded=net.fold()) if isinstance(net, DilatedResNet) else net  # folded once for all scales
+    plain = partial(forward, auxiliary=False) if hasattr(net, "dsn") else forward
     if not one_scale_at_a_time:
-        return [forward(x) for x in inputs]
+        return [forward(inputs[0]), *map(plain, inputs[1:])]
     # Backward goes through what was computed last first: the first scale, whose activations are then gone before those of the
     # others come back, one scale after another. Running statistics move in the second pass of the others, which makes it the
     # order in which they move without this option: first scale, second, third.
+    dropout = plain is not forward  # the nets with auxiliary heads draw numbers, and must draw the same ones again
     contexts = lambda: (kept_statistics(net), nullcontext())  # noqa: E731 (of the first pass, of the second)
     others = [
-        checkpoint(forward, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts) for x in reversed(inputs[1:])
+        checkpoint(plain, x, use_reentrant=False, preserve_rng_state=dropout, context_fn=contexts) for x in reversed(inputs[1:])
     ]
     return [forward(inputs[0]), *reversed(others)]
 

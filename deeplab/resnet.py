@@ -8,6 +8,7 @@ block of a dilated stage uses that stage's dilation (torchvision gives the first
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
 BATCH_NORM_MODES = ("frozen", "stats", "full")
-
+STEMS = ("7x7", "deep")
 
 Folded = tuple[Tensor, Tensor]  # the weight and the bias of a convolution that does its batch norm as well
 Pair = tuple[nn.Conv2d, nn.Module]  # a convolution and the batch norm behind it
@@ -50,8 +51,12 @@ def fold(pairs: Sequence[Pair]) -> list[Folded | None]:
     dtype = torch.get_autocast_dtype(device) if autocast else scale.dtype
     channels = [conv.out_channels for conv, _ in frozen]
     scales, shifts = scale[:, None, None, None].split(channels), shift.to(dtype).split(channels)
-    folded = iter([((conv.weight * a).to(dtype), b) for (conv, _), a, b in zip(frozen, scales, shifts)])
+    folded = iter([((conv.weight * a).to(dtype), _bias(conv, a, b)) for (conv, _), a, b in zip(frozen, scales, shifts)])
     return [next(folded) if isinstance(bn, FrozenBatchNorm2d) else None for _, bn in pairs]
+
+
+def _bias(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> Tensor:
+    return shift if conv.bias is None else (conv.bias * scale.flatten() + shift).to(shift.dtype)
 
 
 def _scale_and_shift(norms: Sequence[Any]) -> tuple[Tensor, Tensor]:
@@ -63,25 +68,29 @@ def _scale_and_shift(norms: Sequence[Any]) -> tuple[Tensor, Tensor]:
     return scale, bias.addcmul(mean, scale, value=-1)
 
 
-def fold_batch_norm(net: nn.Module) -> nn.Module:
-    """Fold every batch norm of a trunk into its convolution for good, for prediction; changes and returns ``net``.
+def make_norm(channels: int, batch_norm: str, eps: float = 1e-5) -> nn.Module:
+    """The batch norm of a mode, one of ``BATCH_NORM_MODES``."""
+    if batch_norm == "frozen":
+        return FrozenBatchNorm2d(channels, eps=eps)
+    bn = nn.BatchNorm2d(channels, eps=eps)
+    bn.requires_grad_(batch_norm == "full")
+    return bn
+
+
+def fold_batch_norm(net: "DilatedResNet") -> nn.Module:
+    """Fold every batch norm of a net into its convolution for good, for prediction; changes and returns ``net``.
 
     Each convolution gets the product as its weight and a bias, each batch norm becomes ``nn.Identity``. Running statistics are
     used, whatever kind of batch norm it was. The net can no longer be trained as it was, nor saved under the published names.
     """
-    pairs = []
-    for module in net.modules():
-        names = [name for name, _ in module.named_children()]
-        pairs += [(module, f"conv{k}", f"bn{k}") for k in (1, 2, 3) if f"bn{k}" in names]
-        if isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[0], nn.Conv2d):
-            pairs.append((module, "0", "1"))  # a shortcut
-    for module, conv_name, bn_name in pairs:
-        conv, bn = getattr(module, conv_name), getattr(module, bn_name)
+    names = {module: name for name, module in net.named_modules()}
+    for conv, bn in (pair for pairs in net.pairs() for pair in pairs):
         with torch.no_grad():
             scale, shift = _scale_and_shift([bn])
             conv.weight.mul_(scale[:, None, None, None])
-            conv.bias = nn.Parameter(shift)
-        setattr(module, bn_name, nn.Identity())
+            conv.bias = nn.Parameter(shift if conv.bias is None else shift + scale * conv.bias)
+        parent, _, name = names[bn].rpartition(".")
+        setattr(net.get_submodule(parent), name, nn.Identity())
     return net
 
 
@@ -191,6 +200,12 @@ BACKBONES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, 
 }
 
 
+def check_classes(num_classes: int) -> None:
+    """Raise :class:`ValueError` for a number of classes that labels of one byte cannot tell."""
+    if not 1 <= num_classes <= 255:
+        raise ValueError(f"num_classes is {num_classes}; expected 1..255 (255 is the void label)")
+
+
 class DilatedResNet(nn.Module):
     """A ResNet trunk at output stride 8: stage 3 has stride 1 and dilation 2, stage 4 stride 1 and dilation 4.
 
@@ -203,9 +218,11 @@ class DilatedResNet(nn.Module):
             (running statistics move in training, weight and bias are fixed) or ``"full"`` (everything learns).
         batch_norm_eps: added to the variance; 1e-5 in all published nets but those trained with TensorFlow-Slim (1e-3).
         stride_in_3x3: the stride of a bottleneck stage sits in its 3x3 (torchvision) instead of its first 1x1 (published).
+        stem: ``"7x7"``, one convolution, or ``"deep"``: three 3x3 convolutions of 64, 64 and 128 channels, as MIT's scene
+            parsing nets and pytorch-segmentation-toolbox have.
 
     Raises:
-        ValueError: an unknown ``backbone`` or ``batch_norm``.
+        ValueError: an unknown ``backbone``, ``batch_norm`` or ``stem``.
     """
 
     def __init__(
@@ -214,6 +231,7 @@ class DilatedResNet(nn.Module):
         batch_norm: str = "frozen",
         batch_norm_eps: float = 1e-5,
         stride_in_3x3: bool = False,
+        stem: str = "7x7",
     ) -> None:
         super().__init__()
         if backbone not in BACKBONES:
@@ -223,26 +241,31 @@ class DilatedResNet(nn.Module):
             )
         if batch_norm not in BATCH_NORM_MODES:
             raise ValueError(f"batch_norm {batch_norm!r} is unknown; choose one of {', '.join(BATCH_NORM_MODES)}")
+        if stem not in STEMS:
+            raise ValueError(f"stem {stem!r} is unknown; choose one of {', '.join(STEMS)}")
         block, depths = BACKBONES[backbone]
+        self.norm = partial(make_norm, batch_norm=batch_norm, eps=batch_norm_eps)
         self.grad_checkpoint = False
 
-        def norm(channels: int) -> nn.Module:
-            if batch_norm == "frozen":
-                return FrozenBatchNorm2d(channels, eps=batch_norm_eps)
-            bn = nn.BatchNorm2d(channels, eps=batch_norm_eps)
-            bn.requires_grad_(batch_norm == "full")
-            return bn
-
         def stage(inplanes: int, planes: int, depth: int, stride: int, dilation: int) -> nn.Sequential:
-            blocks = [block(inplanes, planes, stride, dilation, norm, stride_in_3x3)]
+            blocks = [block(inplanes, planes, stride, dilation, self.norm, stride_in_3x3)]
             for _ in range(1, depth):
-                blocks.append(block(planes * block.expansion, planes, 1, dilation, norm, stride_in_3x3))
+                blocks.append(block(planes * block.expansion, planes, 1, dilation, self.norm, stride_in_3x3))
             return nn.Sequential(*blocks)
 
-        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = norm(64)
+        self.stem, channels = stem, 64
+        if stem == "7x7":
+            self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+            self.bn1 = self.norm(64)
+        else:
+            self.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
+            self.bn1 = self.norm(64)
+            self.conv2 = nn.Conv2d(64, 64, 3, padding=1, bias=False)
+            self.bn2 = self.norm(64)
+            self.conv3 = nn.Conv2d(64, channels := 128, 3, padding=1, bias=False)
+            self.bn3 = self.norm(channels)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)  # Caffe rounds pooled sizes up
-        self.layer1 = stage(64, 64, depths[0], stride=1, dilation=1)
+        self.layer1 = stage(channels, 64, depths[0], stride=1, dilation=1)
         self.layer2 = stage(64 * block.expansion, 128, depths[1], stride=2, dilation=1)
         self.layer3 = stage(128 * block.expansion, 256, depths[2], stride=1, dilation=2)
         self.layer4 = stage(256 * block.expansion, 512, depths[3], stride=1, dilation=4)
@@ -256,27 +279,40 @@ class DilatedResNet(nn.Module):
                     # Each block starts as its shortcut, which allows higher rates from scratch: Goyal et al., arXiv:1706.02677.
                     nn.init.zeros_(last.weight)
 
+    def stem_pairs(self) -> list[Pair]:
+        pairs: list[Pair] = [(self.conv1, self.bn1)]
+        return pairs if self.stem == "7x7" else [*pairs, (self.conv2, self.bn2), (self.conv3, self.bn3)]
+
     def blocks(self) -> list[Block]:
         """All of them, from the input to the output."""
         return [*self.layer1, *self.layer2, *self.layer3, *self.layer4]
 
+    def pairs(self) -> list[list[Pair]]:
+        """Every convolution with its batch norm, by parts: the stem, each of :meth:`blocks`, then those of a head."""
+        return [self.stem_pairs(), *(block.pairs() for block in self.blocks())]
+
     def fold(self) -> FoldedNet:
-        """:func:`fold` for the first convolution and each of :meth:`blocks`: once for all passes that share a backward."""
-        parts = [[(self.conv1, self.bn1)], *(block.pairs() for block in self.blocks())]
+        """:func:`fold` for :meth:`pairs`: once for all passes that share a backward."""
+        parts = self.pairs()
         folded = iter(fold([pair for pairs in parts for pair in pairs]))
         return [[next(folded) for _ in pairs] for pairs in parts]
 
-    def features(self, x: Tensor, folded: FoldedNet | None = None) -> Tensor:
-        """(N, 3, H, W) mean-subtracted BGR pictures -> (N, out_channels, h, w), h and w about an eighth of H and W.
+    def features(self, x: Tensor, folded: FoldedNet) -> tuple[Tensor, Tensor]:
+        """(N, 3, H, W) mean-subtracted BGR pictures -> what stages 3 and 4 give: (N, out_channels / 2, h, w) and
+        (N, out_channels, h, w), h and w about an eighth of H and W.
 
-        ``folded`` is of :meth:`fold`, where it is shared with other passes.
+        ``folded`` is of :meth:`fold`.
         """
-        (stem,), *others = folded or self.fold()
-        x = F.relu(conv_bn(x, self.conv1, self.bn1, stem), inplace=True)  # N 64 H/2 W/2
-        x = self.maxpool(x)  # N 64 H/4 W/4
+        stem, *others = folded
+        for (conv, bn), both in zip(self.stem_pairs(), stem):
+            x = F.relu(conv_bn(x, conv, bn, both), inplace=True)  # N 64 H/2 W/2, 128 channels after a deep stem
+        x = self.maxpool(x)  # H/4 W/4
+        third = x
         for block, weights in zip(self.blocks(), others):  # H/4, H/8, H/8, H/8
+            if block is self.layer4[0]:
+                third = x
             if self.grad_checkpoint and torch.is_grad_enabled():
                 x = _recomputed(block, x, weights)
             else:
                 x = block(x, weights)
-        return x
+        return third, x

@@ -4,7 +4,8 @@
     python scripts/benchmark.py train msc --batch-size 4 --amp bf16 --compile
     python scripts/benchmark.py evaluate crf --data-dir data/VOCdevkit/VOC2012 --restore-from net.pth --json speed.json
 
-Each part is one table. Its first row is the reference (``scripts/bench/reference.py``). All rows of a table are measured in one
+Each part is one table. Its first row is the reference (``scripts/bench/reference.py``; for ``--net deeplabv3`` and ``pspnet``
+the same net unfolded and in NCHW). All rows of a table are measured in one
 process and in turns, A B C A B C, after one call each to warm up, so that a drift of the machine meets all alike. The columns:
 
     seconds    the median of a call, with the fastest and the slowest; compiling belongs to the warm-up
@@ -39,7 +40,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.command import default_processes, not_negative, numbers, positive, run_command, size
-from utils.options import BACKBONE_NAMES, add_device_options
+from utils.options import BACKBONE_NAMES, NET_NAMES, add_device_options
 
 if TYPE_CHECKING:  # the parts bring torch, which --help need not wait for
     from scripts.bench.measure import Part
@@ -65,6 +66,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory, which takes a process a row")
 
     group = parser.add_argument_group("what is measured")
+    group.add_argument("--net", choices=NET_NAMES, help="default: that of --restore-from, else deeplabv2")
     group.add_argument("--backbone", choices=BACKBONE_NAMES, help="default: that of --restore-from, else resnet101")
     group.add_argument("--num-classes", type=positive, help="default: that of --restore-from, else 21")
     group.add_argument("--restore-from", metavar="FILE", help="a snapshot or published weights (default: random weights)")
@@ -131,9 +133,9 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
 
     device = distributed.select_device(args.device, args.gpu, not args.no_tf32)
     if args.restore_from:
-        config = load_init(args.restore_from, backbone=args.backbone, num_classes=args.num_classes)[0].config
-        args.backbone, args.num_classes = config["backbone"], config["num_classes"]
-    args.backbone, args.num_classes = args.backbone or "resnet101", args.num_classes or 21
+        config = load_init(args.restore_from, net=args.net, backbone=args.backbone, num_classes=args.num_classes)[0].config
+        args.net, args.backbone, args.num_classes = config["net"], config["backbone"], config["num_classes"]
+    args.net, args.backbone, args.num_classes = args.net or "deeplabv2", args.backbone or "resnet101", args.num_classes or 21
     measured = [name for name in args.parts if name != "memory"]
     result: dict[str, Any] = {"options": {**vars(args)}, "parts": {}}
     if "memory" in args.parts:  # computed, whatever the machine
@@ -192,7 +194,16 @@ def add_memory(
     """Measure the peak memory of each row in a process of its own; returns a line for each row where that failed."""
     from scripts.bench.measure import peak_in_child
 
-    settled = ["--data-dir", args.data_dir, "--backbone", args.backbone, "--num-classes", str(args.num_classes)]
+    settled = [
+        "--data-dir",
+        args.data_dir,
+        "--net",
+        args.net,
+        "--backbone",
+        args.backbone,
+        "--num-classes",
+        str(args.num_classes),
+    ]
     settled += ["--pictures", str(min(args.pictures, 2))]
     notes = []
     for variant in part.variants:

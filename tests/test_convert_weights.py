@@ -61,7 +61,7 @@ def test_our_snapshot_there_and_back(tmp_path, scheme):
     elif scheme == "kazuto":
         assert_same_bits(load(there), kazuto_state(state, "resnet50"))
     else:
-        assert back["meta"] == meta | {"scheme": "DeepLab-v2 snapshot", "mean": list(MEAN_BGR), "version": 1}
+        assert back["meta"] == meta | {"scheme": "snapshot", "mean": list(MEAN_BGR), "version": 1}
         with safe_open(there, "pt") as file:
             assert set(file.keys()) == set(state)
             assert json.loads(file.metadata()["meta"])["args"] == {"seed": [1, 2]}
@@ -197,7 +197,7 @@ def test_command_line(tmp_path):
 
     done = run(path, "out.safetensors")  # the suffix says which scheme
     assert done.returncode == 0, done.stderr
-    assert "DeepLab-v2 snapshot: 128 tensors; backbone resnet18, num_classes 3" in done.stdout
+    assert "snapshot: 128 tensors; net deeplabv2, backbone resnet18, num_classes 3" in done.stdout
     assert "do not score it on VOC val: it saw val" in done.stdout
     assert "wrote out.safetensors (safetensors, " in done.stdout
     failed = run(path, "x.pth", "--to", "kazuto")

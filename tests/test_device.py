@@ -320,6 +320,8 @@ VARIANTS = {
     "loss-size": ["--loss-size", "input"],
     "iter-size": ["--iter-size", "2"],
     "grad-checkpoint": ["--grad-checkpoint"],
+    "pspnet": ["--net", "pspnet", "--ohem"],
+    "deeplabv3": ["--net", "deeplabv3", "--ohem", "--one-scale-at-a-time"],
     "one-scale-at-a-time": ["--one-scale-at-a-time", "--loss-size", "input", "--iter-size", "2"],
 }
 

@@ -4,10 +4,11 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from deeplab import LOSS_SIZES, deeplabv2, multi_scale_loss, resize_labels, single_scale_loss
-from deeplab.loss import cross_entropy
+from deeplab.loss import Ohem, cross_entropy
 from deeplab.weights import TRUNKS
 from tests.test_multiscale import EveryEighth, naive_bilinear
 from utils import options
@@ -169,3 +170,90 @@ def test_one_scale_at_a_time_keeps_one_scale():
     single, alone = kept(single_scale_loss), kept(multi_scale_loss, one_scale_at_a_time=True)
     assert kept(multi_scale_loss) > 1.5 * single
     assert alone < 1.1 * single
+
+
+# ---- online hard example mining
+
+
+def naive_ohem(logits: np.ndarray, labels: np.ndarray, threshold: float, keep: int) -> float:
+    """By probabilities, all labelled pixels of the batch sorted, as the toolbox describes it."""
+    z = np.moveaxis(logits.astype(np.float64), 1, -1)[labels != 255]
+    classes = labels[labels != 255]
+    if not len(classes):
+        return 0.0
+    probability = np.exp(z - z.max(1, keepdims=True))
+    probability = (probability / probability.sum(1, keepdims=True))[np.arange(len(classes)), classes]
+    limit = max(threshold, np.sort(probability)[min(keep, len(probability)) - 1])
+    return float(-np.log(probability[probability <= limit]).mean())
+
+
+@pytest.mark.parametrize("keep", [1, 7, 400, 100_000])
+@pytest.mark.parametrize("threshold", [0.05, 0.7, 1.0])
+def test_ohem_against_sorted_probabilities(threshold, keep):
+    torch.manual_seed(0)
+    logits, labels = 3 * torch.randn(2, 4, 17, 23), torch.randint(0, 4, (2, 17, 23))
+    labels[0, :9] = 255
+    for mask in (labels, torch.full_like(labels, 255)):  # some pixels are void, or all
+        found = cross_entropy(logits, mask, ohem=Ohem(threshold, keep))
+        assert float(found) == pytest.approx(naive_ohem(logits.numpy(), mask.numpy(), threshold, keep), rel=1e-5)
+    everything = F.cross_entropy(logits, labels, ignore_index=255)
+    assert (float(cross_entropy(logits, labels, ohem=Ohem(1.0, 1))) - float(everything)) == pytest.approx(0, abs=1e-6)
+
+
+def test_ohem_hand_worked():
+    """Logits (0, log a) give the second class a / (1 + a): 1/2, 3/4, 9/10 at three pixels, and a void one."""
+    logits = torch.zeros(1, 2, 1, 4)
+    logits[0, 1, 0] = torch.tensor([1.0, 3.0, 9.0, 0.01]).log()
+    labels = torch.tensor([[[1, 1, 1, 255]]])
+    one = math.log(2)
+    two = (math.log(2) + math.log(4 / 3)) / 2
+    assert float(cross_entropy(logits, labels, ohem=Ohem(0.7, 1))) == pytest.approx(one, rel=1e-6)
+    assert float(cross_entropy(logits, labels, ohem=Ohem(0.7, 2))) == pytest.approx(two, rel=1e-6)
+    assert float(cross_entropy(logits, labels, ohem=Ohem(0.8, 1))) == pytest.approx(two, rel=1e-6)
+
+
+def test_ohem_gradient_is_that_of_the_chosen_pixels():
+    torch.manual_seed(1)
+    logits, labels = torch.randn(1, 3, 5, 5, requires_grad=True), torch.randint(0, 3, (1, 5, 5))
+    cross_entropy(logits, labels, ohem=Ohem(0.01, 6)).backward()
+    assert int(logits.grad.abs().sum(dim=1).gt(0).sum()) == 6
+    nothing = cross_entropy(logits, torch.full_like(labels, 255), ohem=Ohem())
+    nothing.backward()
+    assert float(nothing.detach()) == 0
+    assert bool(logits.grad.isfinite().all())
+    broken = logits.detach().clone()
+    broken[0, 0, 2, 2] = math.nan
+    assert math.isnan(float(cross_entropy(broken, labels, ohem=Ohem(0.01, 6))))  # never dropped in silence
+
+
+class TwoHeads(nn.Module):
+    """A net with an auxiliary head, of which only the first scale may be asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.main, self.dsn = EveryEighth(), nn.Identity()
+        self.asked = []
+
+    def forward(self, images, auxiliary=None):
+        self.asked.append(auxiliary)
+        logits = self.main(images)
+        return logits if auxiliary is False else (logits, logits.flip(1) / 2)
+
+
+def test_auxiliary_loss_and_ohem_at_three_scales():
+    torch.manual_seed(2)
+    images, labels = torch.randn(2, 3, 33, 41), torch.randint(0, 3, (2, 33, 41))
+    net, ohem = TwoHeads(), Ohem(0.3, 5)
+    losses = multi_scale_loss(net, images, labels, ohem=ohem, aux_weight=0.4)
+    assert net.asked == [None, False, False]
+    plain = multi_scale_loss(net.main, images, labels, ohem=ohem)
+    aux = cross_entropy(net(images)[1], labels)
+    assert float(losses["loss"]) == pytest.approx(float(plain["loss"] + 0.4 * aux), rel=1e-6)
+    assert {name: float(value) for name, value in losses.items() if name != "loss"} == {
+        name: float(value) for name, value in {**plain, "loss_aux": aux}.items() if name != "loss"
+    }
+    small = resize_labels(labels, (5, 6))
+    naive = naive_ohem(net.main(images).numpy(), small.numpy(), 0.3, 5)
+    assert float(losses["loss_1x"]) == pytest.approx(naive, rel=1e-5)
+    single = single_scale_loss(net, images, labels, ohem=ohem, aux_weight=0.4)
+    assert float(single["loss"]) == pytest.approx(naive + 0.4 * float(aux), rel=1e-5)

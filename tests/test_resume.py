@@ -82,6 +82,8 @@ CHANGES = {
     "backbone": ("resnet34", "--backbone resnet18 -> resnet34"),
     "atrous_rates": ("6,12", "--atrous-rates .* -> "),
     "batch_norm": ("stats", "--batch-norm full -> stats"),
+    "net": ("pspnet", "--net deeplabv2 -> pspnet"),
+    "ohem_keep": ("9", "--ohem-keep 100000 -> 9"),
     "loss_size": ("input", "--loss-size output -> input"),
     "amp": ("fp16", "--amp off -> fp16"),
     "ignore_label": ("3", "--ignore-label 255 -> 3"),

@@ -13,7 +13,7 @@ import torchvision
 from safetensors.torch import save_file
 
 from dataset import MEAN_BGR
-from deeplab import deeplabv2
+from deeplab import deeplabv2, make_net
 from deeplab.weights import WeightsError, apply_weights, export, load_weights, stem
 from deeplab.weights.names import trunk_shapes
 from tests.published import (
@@ -40,7 +40,7 @@ def save(path, content, **options):
 def load_into_new_net(path, batch_norm="frozen", **changes):
     """What evaluate.py does: build the net that the file describes, and load it."""
     weights = load_weights(path)
-    net = deeplabv2(**(weights.config | changes), batch_norm=batch_norm)
+    net = make_net(weights.config | changes, batch_norm)
     return net, weights, apply_weights(net, weights)
 
 
@@ -65,6 +65,8 @@ def test_published_names(tmp_path):
         "atrous_rates": [6, 12, 18, 24],
         "stride_in_3x3": False,
         "batch_norm_eps": 1e-5,
+        "net": "deeplabv2",
+        "stem": "7x7",
     }
     assert weights.seen_voc_val == ""
 
@@ -237,7 +239,7 @@ def test_snapshot_checkpoint_and_safetensors(tmp_path):
     content = {"model": source.state_dict(), "meta": meta}
     for path in (
         save(tmp_path / "VOC12_scenes_12.pth", content),
-        save(tmp_path / "last.ckpt", content | {"optimizer": {"state": {}}, "step": 12, "rng": torch.zeros(3)}),
+        save(tmp_path / "last.ckpt", content | {"optimizer": {"state": {}}, "step": 12}),
     ):
         weights = assert_same_logits(path, source)
         assert weights.meta == meta
@@ -299,7 +301,7 @@ def test_all_stages_of_torchvision_with_our_dilations(tmp_path):
         stage[0].conv2.dilation = stage[0].conv2.padding = (dilation, dilation)
     source.maxpool.ceil_mode = True
     weights = load_weights(save(tmp_path / "x.pth", source.state_dict()))
-    net = deeplabv2(**weights.config).eval()
+    net = make_net(weights.config).eval()
     apply_weights(net, weights)
     x = torch.rand(1, 64, 15, 17)
     y = x
@@ -381,7 +383,7 @@ def test_historic_two_branch_head(tmp_path):
     assert sorted(report.skipped) == sorted(HEAD[4:])
     picture = torch.rand(1, 3, 33, 33)
     with torch.no_grad():
-        features = source.features(picture)
+        features = source.features(picture, source.fold())[1]
         first, second = source.layer5.conv2d_list[:2]
         torch.testing.assert_close(net(picture), first(features) + second(features), rtol=1e-4, atol=1e-4)
 
@@ -488,7 +490,7 @@ def refuse_net(tmp_path, state, match):
 
 def test_nets_that_cannot_fit(tmp_path):
     deep_stem = narrow_state(head=0) | {"conv1.weight": torch.rand(64, 3, 3, 3), "conv2.weight": torch.rand(64, 64, 3, 3)}
-    refuse_net(tmp_path, deep_stem, "64x3x3x3: a ResNet with the deep stem of three 3x3")
+    refuse_net(tmp_path, deep_stem, "64x3x3x3; expected 64x3x7x7, or 64x3x3x3 and conv2 and conv3 after it")
     grey = narrow_state(head=0) | {"conv1.weight": torch.rand(64, 1, 7, 7)}
     refuse_net(tmp_path, grey, "its first convolution is 64x1x7x7; DeepLab-v2's is 64x3x7x7")
     with torch.device("meta"):

@@ -145,7 +145,7 @@ def test_the_option_does_not_override_what_a_file_is(tmp_path):
     meta = {"backbone": "resnet50", "stride_in_3x3": True}
     path = save(tmp_path / "x.pth", {"model": narrow_state("resnet50"), "meta": meta})
     assert load_weights(path, trunk="torchvision").config["stride_in_3x3"] is True
-    refused(path, "DeepLab-v2 snapshot, which is torchvision's in kind", trunk="caffe")
+    refused(path, "a snapshot, which is torchvision's in kind", trunk="caffe")
 
 
 def test_convert_weights_takes_the_option(tmp_path):

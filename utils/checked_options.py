@@ -11,7 +11,13 @@ from utils.command import UserError
 
 
 def settle_options(args: Namespace) -> None:
-    """Bring options that say the same thing in two ways to one."""
+    """Bring options that say the same thing in two ways to one.
+
+    Raises:
+        UserError: an option that says how another one works, without that one.
+    """
+    if not (args.ohem or args.resume) and (given := args.given & {"ohem_threshold", "ohem_keep"}):
+        raise UserError(f"--{min(given).replace('_', '-')} says how --ohem chooses its pixels; add --ohem, or leave it out")
     if args.is_training and args.batch_norm == "frozen":
         args.batch_norm = "stats"
         args.given = args.given | {"batch_norm"}
@@ -23,7 +29,7 @@ def settle_options(args: Namespace) -> None:
 
 
 def check_options(args: Namespace, device: torch.device) -> None:
-    """Refuse options that do not go together.
+    """Refuse options that do not go together, whatever the net.
 
     Raises:
         UserError: the sentence names both.
@@ -31,10 +37,29 @@ def check_options(args: Namespace, device: torch.device) -> None:
     processes = distributed.world_size()
     if args.batch_size % processes:
         raise UserError(f"--batch-size {args.batch_size} does not divide into {processes} processes; choose a multiple")
-    if args.sync_bn and args.batch_norm == "frozen":
-        raise UserError("--sync-bn has nothing to do with frozen batch norm; add --batch-norm full")
     if args.sync_bn and device.type != "cuda":
         raise UserError(f"--sync-bn works between CUDA devices only, and this run is on {device.type}; leave it out")
+    if args.compile:
+        distributed.check_compiler(device)
+
+
+def check_net_options(args: Namespace) -> None:
+    """Refuse options that do not go together with the net's, once these are settled (see :func:`utils.start.begin`).
+
+    Raises:
+        UserError: the sentence names both.
+    """
+    processes = distributed.world_size()
+    if args.sync_bn and args.batch_norm == "frozen":
+        raise UserError("--sync-bn has nothing to do with frozen batch norm; add --batch-norm full")
+    if args.net == "deeplabv2" and args.aux_weight is not None:
+        raise UserError("--aux-weight is of an auxiliary head, which deeplabv2 has none of; leave it out")
+    alone = args.batch_size == (1 if args.sync_bn else processes)
+    if args.net != "deeplabv2" and args.batch_norm != "frozen" and alone:
+        raise UserError(
+            f"--batch-size {args.batch_size} is one picture a process, whose mean features are one value a channel, of which "
+            f"--batch-norm {args.batch_norm} cannot take statistics; give {args.net} at least two pictures a process"
+        )
     # 6 pixels a side are a single position of the net's output, at the smallest scale that the loss takes.
     smallest = scaled_size(args.input_size, 0.5 if "one_scale_at_a_time" in args else 1.0)
     if args.batch_norm != "frozen" and args.batch_size == processes and max(smallest) <= 6:
@@ -49,8 +74,6 @@ def check_options(args: Namespace, device: torch.device) -> None:
             f"--compile and --grad-checkpoint cannot both be had with --batch-norm {args.batch_norm} on three scales at once; "
             "add --one-scale-at-a-time, or leave one of them out"
         )
-    if args.compile:
-        distributed.check_compiler(device)
 
 
 def choose_device(args: Namespace) -> torch.device:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dataset import MEAN_BGR
-from deeplab import DeepLabV2
+from deeplab import Net
 from deeplab.weights import LoadReport, Weights, WeightsError, build_net, check_sums, load_weights
 from utils.command import UserError
 from utils.files import write_atomically
@@ -17,7 +17,7 @@ VERSION = 1
 """Of the snapshot format; ``meta["version"]``."""
 
 
-def make_meta(net: DeepLabV2, classes: Sequence[str] | None, step: int, args: dict, **more: Any) -> dict:
+def make_meta(net: Net, classes: Sequence[str] | None, step: int, args: dict, **more: Any) -> dict:
     """What a snapshot says of itself; ``evaluate.py`` rebuilds the net from it without flags."""
     return {
         **net.config,
@@ -35,7 +35,7 @@ def save_snapshot(path: str | Path, net: nn.Module, meta: dict, **more: Any) -> 
     write_atomically(path, lambda file: torch.save({"model": net.state_dict(), "meta": meta, **more}, file))
 
 
-def load_init(path: str, trunk: str = "auto", **options: Any) -> tuple[DeepLabV2, Weights, LoadReport]:
+def load_init(path: str, trunk: str = "auto", **options: Any) -> tuple[Net, Weights, LoadReport]:
     """Load a weights file and build its net: :func:`load_weights`, then :func:`build_net` with ``options``."""
     weights = load_weights(path, trunk)
     net, report = build_net(weights, **options)
@@ -43,7 +43,7 @@ def load_init(path: str, trunk: str = "auto", **options: Any) -> tuple[DeepLabV2
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A ``last.ckpt``: model, meta, optimizer, step, scaler, rng.
+    """A ``last.ckpt``: model, meta, optimizer, step, scaler.
 
     Raises:
         UserError: the file is missing, broken, or a snapshot without the optimiser's state.
@@ -57,6 +57,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"--resume: {path}: {error}") from None
     except Exception as error:  # torch.load raises many kinds for broken files
         raise UserError(f"--resume: {path} is not a checkpoint that torch can read ({type(error).__name__})") from None
-    if not isinstance(content, dict) or not {"model", "meta", "optimizer", "scaler", "rng", "step"} <= content.keys():
+    if not isinstance(content, dict) or not {"model", "meta", "optimizer", "scaler", "step"} <= content.keys():
         raise UserError(f"--resume: {path} holds no optimiser state; give a last.ckpt, or use --restore-from to start from it")
     return content

@@ -98,6 +98,14 @@ def below_one(text: str) -> float:
     return value
 
 
+def probability(text: str) -> float:
+    """An argparse type: a number above 0, up to 1."""
+    value = number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; expected above 0 and at most 1")
+    return value
+
+
 def whole(low: int, high: int | None, text: str) -> int:
     """A whole number from ``low`` to ``high``, as an argparse type: ``partial(whole, 1, None)``."""
     try:

@@ -13,6 +13,7 @@ from utils.command import (
     number,
     numbers,
     positive,
+    probability,
     scale_range,
     size,
     whole,
@@ -23,6 +24,7 @@ INITIAL_WEIGHTS = "weights/MS_DeepLab_resnet_pretrained_COCO_init.pth"
 TRAINED_WEIGHTS = "snapshots/VOC12_scenes_20000.pth"
 # The choices that the net offers, written out so that --help and a mistyped flag answer without loading torch;
 # a test compares them with deeplab's own.
+NET_NAMES = ("deeplabv2", "deeplabv3", "pspnet")
 BACKBONE_NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 BATCH_NORM_MODES = ("frozen", "stats", "full")
 LOSS_SIZES = ("output", "input")
@@ -62,11 +64,12 @@ def add_data_options(parser: argparse.ArgumentParser, default_list: str, ignore_
 def add_net_options(parser: argparse.ArgumentParser) -> None:
     """The shape of the net; what a weights file says of itself is the default."""
     group = parser.add_argument_group("net")
+    group.add_argument("--net", choices=NET_NAMES, help="default: that of the weights file, else deeplabv2")
     group.add_argument("--backbone", choices=BACKBONE_NAMES, help="default: that of the weights file, else resnet101")
     group.add_argument(
         "--atrous-rates",
         type=partial(numbers, int),
-        help="dilations of the ASPP head (default: those of the weights file, else 6,12,18,24); "
+        help="dilations of DeepLab-v2's ASPP head (default: those of the weights file, else 6,12,18,24); "
         "6,12 for weights trained with the historic two-branch head",
     )
 
@@ -125,7 +128,8 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
         "--batch-norm",
         choices=BATCH_NORM_MODES,
         default="frozen",
-        help="frozen; stats: running statistics move; full: everything learns (default: frozen, from scratch full)",
+        help="frozen; stats: running statistics move; full: everything learns (default: frozen; full from scratch and for "
+        "deeplabv3 and pspnet)",
     )
     group.add_argument("--is-training", action="store_true", help="the published name of --batch-norm stats")
     group.add_argument("--sync-bn", action="store_true", help="with --batch-norm full: share batch statistics over the GPUs")
@@ -134,12 +138,42 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
     group.add_argument("--batch-size", type=positive, default=batch_size, help="pictures a batch (default: %(default)s)")
     group.add_argument("--iter-size", type=positive, default=iter_size, help="batches a step (default: %(default)s)")
     group.add_argument("--num-steps", type=positive, default=20000, help="optimiser steps (default: %(default)s)")
-    group.add_argument("--learning-rate", type=number, default=2.5e-4, help="base rate (default: %(default)s)")
+    group.add_argument(
+        "--learning-rate", type=number, default=2.5e-4, help="base rate (default: %(default)s; deeplabv3 and pspnet 0.01)"
+    )
     group.add_argument("--momentum", type=below_one, default=0.9, help="default: %(default)s")
     group.add_argument("--power", type=number, default=0.9, help="of the polynomial decay (default: %(default)s)")
     group.add_argument("--weight-decay", type=number, default=5e-4, help="default: %(default)s")
     group.add_argument(
-        "--loss-size", choices=LOSS_SIZES, default="output", help="shrink the labels to the logits, or enlarge the logits"
+        "--loss-size",
+        choices=LOSS_SIZES,
+        default="output",
+        help="shrink the labels to the logits, or enlarge the logits (default: output; deeplabv3 and pspnet input)",
+    )
+    group.add_argument(
+        "--aux-weight",
+        type=number,
+        help="what the loss of the auxiliary head of deeplabv3 and pspnet is multiplied by (default: 0.4)",
+    )
+    group.add_argument(
+        "--ohem",
+        action="store_true",
+        help="only hard pixels count, averaged over the batch of this process, as published: several processes, or batches a "
+        "step, are then not the same step as one; not in the auxiliary loss",
+    )
+    group.add_argument(
+        "--ohem-threshold",
+        type=probability,
+        default=0.7,
+        metavar="P",
+        help="hard: the true class's probability is at most P (default: %(default)s)",
+    )
+    group.add_argument(
+        "--ohem-keep",
+        type=positive,
+        default=100_000,
+        metavar="N",
+        help="but at least the N hardest pixels of the batch (default: %(default)s)",
     )
     group.add_argument("--random-seed", type=partial(whole, 0, 2**63 - 1), default=1234, help="default: %(default)s")
     group.add_argument("--grad-checkpoint", action="store_true", help="recompute activations: less memory, slower")

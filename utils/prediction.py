@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dataset import to_input
 from dataset.classes import Color
-from deeplab import DeepLabV2, fold_batch_norm
+from deeplab import Net, fold_batch_norm
 from deeplab.multiscale import NO_CLASS, enlarge_to_classes, predict_grid
 from deeplab.weights import Weights
 from utils import distributed
@@ -26,7 +26,7 @@ class NotFinite(UserError):
     exit_status = 1
 
 
-def open_trained_net(args: Namespace) -> tuple[DeepLabV2, Weights, list[str]]:
+def open_trained_net(args: Namespace) -> tuple[Net, Weights, list[str]]:
     """The net of ``--restore-from``, ready to predict, its weights file and lines that say what was loaded.
 
     Raises:
@@ -37,13 +37,16 @@ def open_trained_net(args: Namespace) -> tuple[DeepLabV2, Weights, list[str]]:
     if path == TRAINED_WEIGHTS and not Path(TRAINED_WEIGHTS).exists():
         advice = "train with `python train.py`, see `python scripts/download.py list`, or pass --restore-from"
         raise UserError(f"{TRAINED_WEIGHTS} does not exist: {advice}")
-    net, weights, report = load_init(path, backbone=args.backbone, atrous_rates=args.atrous_rates)
-    rates, asked = weights.config.get("atrous_rates"), net.config["atrous_rates"]
-    if report.missing and rates and list(rates) != list(asked):
+    net, weights, report = load_init(path, net=args.net, backbone=args.backbone, atrous_rates=args.atrous_rates)
+    rates, asked = weights.config.get("atrous_rates"), net.config.get("atrous_rates")
+    if report.missing and rates and asked and list(rates) != list(asked):
         of_file, of_option = (",".join(map(str, values)) for values in (rates, asked))
         raise UserError(
             f"the head of {path} has the rates {of_file}, but --atrous-rates says {of_option}; leave the option out"
         )
+    theirs = weights.config.get("net")
+    if theirs and theirs != net.config["net"]:
+        raise UserError(f"{path} holds the head of a {theirs}, which --net {args.net} cannot use; leave the option out")
     if report.missing:
         raise UserError(f"{path} ({weights.scheme}) holds no usable head; train it first with train.py")
     if args.num_classes not in (None, net.num_classes):

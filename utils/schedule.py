@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, optim
 
-from deeplab import DeepLabV2
+from deeplab import Net
 
 
 class GuardedSGD(optim.SGD):
@@ -21,7 +21,7 @@ class GuardedSGD(optim.SGD):
         bad: scalar float32 tensor on the device, 0 or 1.
     """
 
-    def __init__(self, net: DeepLabV2, lr: float, momentum: float = 0.9, weight_decay: float = 5e-4) -> None:
+    def __init__(self, net: Net, lr: float, momentum: float = 0.9, weight_decay: float = 5e-4) -> None:
         groups = [{**group, "weight_decay": weight_decay * group["decay_scale"]} for group in net.parameter_groups()]
         super().__init__(groups, lr=lr, momentum=momentum, fused=True)
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]

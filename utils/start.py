@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from dataset import count_classes, read_class_names
-from deeplab import DeepLabV2
-from deeplab.weights import build_net, load_weights
+from deeplab import NETS, Net, make_net
+from deeplab.weights import CONFIG, build_net, load_weights
 from utils import distributed
 from utils.checkpoint import load_checkpoint
 from utils.command import UserError
 from utils.options import INITIAL_WEIGHTS
 from utils.schedule import poly_lr
 
-NET_OPTIONS = ("backbone", "num_classes", "atrous_rates")
+NET_OPTIONS = ("net", "backbone", "num_classes", "atrous_rates")
+SETTLED = (*NET_OPTIONS, "batch_norm", "learning_rate", "loss_size", "aux_weight")  # by the net, where nobody gave them
 # What a resumed run may do differently without becoming another run. Everything else would change what is computed.
 MAY_CHANGE = {
     "num_workers", "device", "gpu", "no_tf32", "compile", "grad_checkpoint", "one_scale_at_a_time",
@@ -36,13 +37,13 @@ class Start:
 
     Attributes:
         options: the run's options, those of the checkpoint where one is resumed and they were not given.
-        config: keyword arguments of :class:`deeplab.DeepLabV2`.
+        config: what :func:`deeplab.make_net` takes, with ``batch_norm``.
         model: its state_dict.
         step: steps done.
         seen_voc_val: why the net's scores on VOC val mean nothing, "" if they mean something.
         lines: what to tell the user.
         classes: the names of the classes, None where nobody gave them.
-        checkpoint: optimizer, scaler, rng, ids (their check sum) and seconds of the checkpoint; {} for a new run.
+        checkpoint: optimizer, scaler, ids (their check sum) and seconds of the checkpoint; {} for a new run.
     """
 
     options: dict[str, Any]
@@ -54,10 +55,11 @@ class Start:
     classes: list[str] | None = None
     checkpoint: dict[str, Any] = field(default_factory=dict)
 
-    def build_net(self) -> DeepLabV2:
+    def build_net(self) -> Net:
         """The net with its weights, on the CPU and in training mode."""
+        config = dict(self.config)
         with torch.device("meta"):
-            net = DeepLabV2(**self.config)
+            net = make_net(config, config.pop("batch_norm"))
         net.load_state_dict(self.model, assign=True)
         return net
 
@@ -118,20 +120,25 @@ def _step_of(path: Path) -> int:
 
 def _begin(args: Namespace, loss: str) -> Start:
     refuse_other_run(Path(args.snapshot_dir))
-    weights, net_options = None, {"backbone": args.backbone, "atrous_rates": args.atrous_rates, "batch_norm": args.batch_norm}
+    weights = None
     if args.restore_from:
         if args.restore_from == INITIAL_WEIGHTS and not Path(INITIAL_WEIGHTS).exists():
             advice = "`python scripts/download.py list` shows how to get it"
             raise UserError(f"{INITIAL_WEIGHTS} does not exist: {advice}; --restore-from none trains from scratch")
         weights = load_weights(args.restore_from, args.trunk)
     num_classes, classes, line = _classes(args, weights.meta if weights else {})
+    args.net = args.net or (weights.config if weights else {}).get("net", "deeplabv2")
+    for name, value in NETS[args.net].defaults.items():
+        if name not in args.given:
+            setattr(args, name, value)
+    net_options = {name: getattr(args, name) for name in ("net", "backbone", "atrous_rates", "batch_norm")}
     net, report = build_net(weights, num_classes=num_classes, **net_options, restore_last=not args.not_restore_last)
     lines = [line, f"{args.restore_from}: {weights.scheme}", *report.lines()] if weights else [line, *report.notes]
     if not weights and "batch_norm" not in args.given:
         lines.append("--batch-norm full, as the net starts from scratch")
     elif not weights and args.batch_norm == "frozen":
         lines.append("warning: a net from scratch learns little with --batch-norm frozen; leave it out, which is full")
-    options = options_of(args) | {name: net.config[name] for name in NET_OPTIONS} | {"loss": loss}
+    options = options_of(args) | {name: net.config.get(name) for name in NET_OPTIONS} | {"loss": loss}
     config = {**net.config, "batch_norm": args.batch_norm}
     return Start(options, config, net.state_dict(), 0, weights.seen_voc_val if weights else "", lines, classes)
 
@@ -159,9 +166,9 @@ def _resume(args: Namespace, loss: str, path: Path) -> Start:
         options["snapshot_dir"] = str(path.parent)
     elif path.parent.resolve() != Path(args.snapshot_dir).resolve():
         refuse_other_run(Path(args.snapshot_dir))
-    config = {name: meta[name] for name in (*NET_OPTIONS, "stride_in_3x3", "batch_norm_eps")}
+    config = {name: meta[name] for name in CONFIG if name in meta}
     config["batch_norm"] = options["batch_norm"]
-    kept = {name: checkpoint.get(name) for name in ("optimizer", "scaler", "rng", "ids", "seconds")}
+    kept = {name: checkpoint.get(name) for name in ("optimizer", "scaler", "ids", "seconds")}
     lines.insert(0, f"resumed from {path} at step {step}")
     return Start(options, config, checkpoint["model"], step, meta["seen_voc_val"], lines, meta["classes"], kept)
 
@@ -181,7 +188,8 @@ def resumed_options(args: Namespace, meta: dict[str, Any], step: int, loss: str)
     Raises:
         UserError: a given option would make it another run.
     """
-    before = {**meta["args"], **{name: meta[name] for name in NET_OPTIONS}}
+    before = {**meta["args"], **{name: meta.get(name) for name in NET_OPTIONS}}
+    before["net"] = before["net"] or "deeplabv2"  # of older checkpoints
     scripts = {"single_scale_loss": "train.py", "multi_scale_loss": "train_msc.py"}
     begun, asked = scripts.get(str(before.get("loss"))), scripts.get(loss)
     if begun and asked and begun != asked:

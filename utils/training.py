@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,8 +26,9 @@ from dataset import (
     to_input,
 )
 from dataset.lists import IMAGE_DIR
+from deeplab.loss import Ohem
 from utils import distributed
-from utils.checked_options import choose_device, settle_options
+from utils.checked_options import check_net_options, choose_device, settle_options
 from utils.checkpoint import make_meta, save_snapshot
 from utils.class_watch import ClassWatch
 from utils.command import UserError
@@ -35,7 +37,7 @@ from utils.log import RunLog
 from utils.meter import DataWait, Meter
 from utils.meter import Diverged as Diverged  # part of what run() raises
 from utils.schedule import GuardedSGD, poly_lr, set_lr
-from utils.start import Start, begin, resume
+from utils.start import SETTLED, Start, begin, resume
 from utils.stop import StopRequest
 from utils.validation import Validation, save_panels
 from utils.visualize import Classes, class_names, make_palette
@@ -77,7 +79,9 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         device = distributed.everywhere(lambda: choose_device(args))
         torch.manual_seed(args.random_seed)
         start = start or begin(args, loss_function.__name__)
-        args.num_classes, args.batch_norm = start.options["num_classes"], start.options["batch_norm"]  # settled by now
+        for name in SETTLED:
+            setattr(args, name, start.options[name])
+        check_net_options(args)
         data, data_list = distributed.everywhere(lambda: open_training_data(args))
         ids = check_ids(data.ids, start)
 
@@ -91,11 +95,9 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         if start.checkpoint:
             optimizer.load_state_dict(start.checkpoint["optimizer"])
             scaler.load_state_dict(start.checkpoint["scaler"])
-            torch.set_rng_state(start.checkpoint["rng"])
         if args.compile:
             net.compile()
-        options = {"one_scale_at_a_time": True} if getattr(args, "one_scale_at_a_time", False) else {}
-        objective = distributed.wrap(Objective(net, loss_function, size=args.loss_size, **options), device)
+        objective = distributed.wrap(Objective(net, loss_function, **loss_options(args)), device)
 
         crop_bytes = 4 * args.input_size[0] * args.input_size[1]
         workers, note = fitting_workers(args.num_workers, args.batch_size // distributed.world_size() * crop_bytes)
@@ -128,7 +130,7 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         def write(numbered: bool) -> None:
             if log:
                 meta = meta_of_now()
-                state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": torch.get_rng_state()}
+                state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
                 save_snapshot(folder / "last.ckpt", net, meta, **state, step=done, ids=ids, seconds=log.seconds)
                 if numbered:
                     save_snapshot(folder / f"VOC12_scenes_{done}.pth", net, meta)
@@ -153,6 +155,7 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
             for number, (images, labels, present) in enumerate(crops, start=1):
                 images = to_input(images.to(device, non_blocking=True))  # N3HW float32, channels last
                 labels = labels.to(device, non_blocking=True).long()  # NHW
+                seed_dropout(args.random_seed, step, number)
                 objective.require_backward_grad_sync = number == args.iter_size  # shared after the last batch of the step
                 with distributed.autocast(device, args.amp):
                     losses = objective(images, labels)
@@ -191,6 +194,22 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
             raise error or UserError("another process could not read its pictures; it says why")
     distributed.stop()
     return 128 + signal if signal else 0
+
+
+def loss_options(args: Namespace) -> dict[str, object]:
+    """What a loss function takes beside net, images and labels."""
+    options: dict[str, object] = {"size": args.loss_size, "aux_weight": args.aux_weight or 0.0}
+    if args.ohem:
+        options["ohem"] = Ohem(args.ohem_threshold, args.ohem_keep)
+    if getattr(args, "one_scale_at_a_time", False):
+        options["one_scale_at_a_time"] = True
+    return options
+
+
+def seed_dropout(seed: int, step: int, batch: int) -> None:
+    """Let dropout draw what belongs to this batch of this process, so that a resumed run draws what the lost one would have."""
+    sequence = np.random.SeedSequence((seed, step, batch, distributed.rank()))
+    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
 
 def last_words(args: Namespace, data: VOCSegmentation, done: int, began: int) -> str:

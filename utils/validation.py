@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from dataset import VAL_LISTS, VOCSegmentation, to_input
-from deeplab import DeepLabV2
+from deeplab import Net
 from deeplab.multiscale import predict_classes
 from utils import distributed
 from utils.checkpoint import save_snapshot
@@ -47,7 +47,7 @@ class Validation:
         return done % self.args.val_every == 0 or done == self.args.num_steps
 
     def run(
-        self, net: DeepLabV2, done: int, stop: StopRequest, log: RunLog | None, make_meta: Callable[..., dict]
+        self, net: Net, done: int, stop: StopRequest, log: RunLog | None, make_meta: Callable[..., dict]
     ) -> tuple[bool, Exception | None]:
         """Score ``net`` on all processes together, log it, and save it as ``best.pth`` if no earlier one was better.
 
@@ -73,7 +73,7 @@ class Validation:
             distributed.from_main(lambda: save_snapshot(self.best_path, net, make_meta(val_mean_iou=scores.mean_iou)))
         return False, None
 
-    def _count(self, net: DeepLabV2, stop: StopRequest) -> tuple[ConfusionMatrix | None, Exception | None]:
+    def _count(self, net: Net, stop: StopRequest) -> tuple[ConfusionMatrix | None, Exception | None]:
         """The counts of this process's share of the pictures; None if it was stopped or failed."""
 
         def finish(sample: Sample, prediction: np.ndarray) -> None:
@@ -105,7 +105,7 @@ class _Stopped(Exception):
 
 
 def save_panels(
-    net: DeepLabV2, data: VOCSegmentation, classes: Classes, log: RunLog, step: int, count: int, device: torch.device
+    net: Net, data: VOCSegmentation, classes: Classes, log: RunLog, step: int, count: int, device: torch.device
 ) -> str:
     """Save panels of the first ``count`` pictures, without augmentation, large ones shrunk.
 

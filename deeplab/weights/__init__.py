@@ -1,12 +1,13 @@
 """Every published DeepLab-ResNet weights file: recognised, brought to the canonical names, put into a net, and written back."""
 
 from deeplab.weights.apply import LoadReport, apply_weights, build_net, load_net
-from deeplab.weights.contents import Weights, WeightsError
+from deeplab.weights.contents import CONFIG, Weights, WeightsError
 from deeplab.weights.files import check_sums
 from deeplab.weights.load import TRUNKS, load_weights
 from deeplab.weights.write import EXPORTS, export
 
 __all__ = [
+    "CONFIG",
     "EXPORTS",
     "TRUNKS",
     "LoadReport",

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deeplab.deeplabv2 import DeepLabV2
+from deeplab.nets import Net, make_net
 from deeplab.resnet import BACKBONES, Bottleneck
 from deeplab.weights.contents import NO_PLACE, Weights, WeightsError, group_by_reason, some
 from deeplab.weights.load import load_weights
-from deeplab.weights.names import HEAD_KEY
+from deeplab.weights.names import HEAD_KEY, in_head
+
+_STEMS = {"7x7": "one 7x7 convolution", "deep": "three 3x3 convolutions"}
 
 
 @dataclass
@@ -25,7 +27,7 @@ class LoadReport:
         loaded: names in the net that got the file's numbers.
         skipped: key in the file -> why it was left out.
         missing: names in the net that keep their initial values.
-        unexpected: keys in the file that fit nothing in a DeepLab-v2.
+        unexpected: keys in the file that fit nothing in the net.
         notes: sentences for the user.
     """
 
@@ -49,7 +51,7 @@ class LoadReport:
         return lines + self.notes
 
 
-def load_net(path: str | Path, batch_norm: str = "frozen") -> DeepLabV2:
+def load_net(path: str | Path, batch_norm: str = "frozen") -> Net:
     """The net that a weights file describes, with its weights, in evaluation mode on the CPU.
 
     Args:
@@ -68,12 +70,13 @@ def load_net(path: str | Path, batch_norm: str = "frozen") -> DeepLabV2:
 def build_net(
     weights: Weights | None,
     *,
+    net: str | None = None,
     backbone: str | None = None,
     num_classes: int | None = None,
     atrous_rates: Sequence[int] | None = None,
     batch_norm: str = "frozen",
     restore_last: bool = True,
-) -> tuple[DeepLabV2, LoadReport]:
+) -> tuple[Net, LoadReport]:
     """The net that a weights file describes, with that file's weights; arguments that are given take precedence.
 
     Args:
@@ -87,21 +90,25 @@ def build_net(
         WeightsError: the file does not fit the net that the arguments ask for.
     """
     config = dict(weights.config) if weights else {}
-    asked = {"backbone": backbone, "num_classes": num_classes, "atrous_rates": atrous_rates}
+    asked = {"net": net, "backbone": backbone, "num_classes": num_classes, "atrous_rates": atrous_rates}
     config |= {name: value for name, value in asked.items() if value is not None}
+    if config.get("net", "deeplabv2") != "deeplabv2":
+        if atrous_rates is not None:
+            raise WeightsError(f"--atrous-rates are those of DeepLab-v2's head; a {config['net']} has none to choose")
+        config.pop("atrous_rates", None)  # of a file whose head is left out
     if weights is None:
-        return DeepLabV2(**config, batch_norm=batch_norm), LoadReport(notes=["initial weights: random"])
+        return make_net(config, batch_norm), LoadReport(notes=["initial weights: random"])
     with torch.device("meta"):  # no time is spent on initial values that the file replaces
-        net = DeepLabV2(**config, batch_norm=batch_norm)
-    net.to_empty(device="cpu")
-    net.layer5.reset_parameters()
-    for name, buffer in net.named_buffers():
+        built = make_net(config, batch_norm)
+    built.to_empty(device="cpu")
+    built.reset_head()
+    for name, buffer in built.named_buffers():
         if name.endswith("num_batches_tracked"):
             buffer.zero_()
-    return net, apply_weights(net, weights, restore_last=restore_last)
+    return built, apply_weights(built, weights, restore_last=restore_last)
 
 
-def apply_weights(net: DeepLabV2, weights: Weights, restore_last: bool = True) -> LoadReport:
+def apply_weights(net: Net, weights: Weights, restore_last: bool = True) -> LoadReport:
     """Copy weights into a net, in place: all that the report names, or nothing.
 
     A head for another number of classes or other branches is left out with one line; the first branches of a longer head
@@ -117,7 +124,7 @@ def apply_weights(net: DeepLabV2, weights: Weights, restore_last: bool = True) -
             as it was.
     """
     _check_build(net, weights)
-    branches, head_line = _choose_branches(net, weights, restore_last)
+    head, head_line = _choose_head(net, weights, restore_last)
     target = net.state_dict()
     report = LoadReport(notes=list(weights.notes))
     for key, reason in weights.skipped.items():
@@ -126,10 +133,10 @@ def apply_weights(net: DeepLabV2, weights: Weights, restore_last: bool = True) -
         else:
             report.skipped[key] = reason
     for key in weights.state:
-        if key in target and not _is_unused_branch(key, branches):
+        if key in target and (key in head or not in_head(key)):
             report.loaded.append(key)
         elif not key.endswith(".num_batches_tracked"):
-            report.skipped.setdefault(key, "the head" if branches == 0 else "branches that this net does not have")
+            report.skipped.setdefault(key, "branches that this net does not have" if head else "the head")
     taken = set(report.loaded)
     report.missing = [key for key in target if key not in taken and not key.endswith(".num_batches_tracked")]
     _refuse_misfits(report, weights, target)
@@ -151,7 +158,7 @@ def _refuse_misfits(report: LoadReport, weights: Weights, target: Mapping[str, T
             f"{weights.path}: {key} is {tuple(weights.state[key].shape)} in the file and {tuple(target[key].shape)} in the "
             f"net{more}; nothing was loaded"
         )
-    lost = [key for key in report.missing if not HEAD_KEY.match(key)]
+    lost = [key for key in report.missing if not in_head(key)]
     if lost:
         raise WeightsError(
             f"{weights.path}: it lacks {len(lost)} of the trunk's tensors ({some(lost)}); "
@@ -159,12 +166,7 @@ def _refuse_misfits(report: LoadReport, weights: Weights, target: Mapping[str, T
         )
 
 
-def _is_unused_branch(key: str, branches: int) -> bool:
-    match = HEAD_KEY.match(key)
-    return match is not None and int(match[1]) >= branches
-
-
-def _check_build(net: DeepLabV2, weights: Weights) -> None:
+def _check_build(net: Net, weights: Weights) -> None:
     """Refuse a net whose layers mean something else than the file's although the names are the same."""
     ours: Mapping[str, Any] = net.config
     theirs, path = weights.config, weights.path
@@ -172,6 +174,12 @@ def _check_build(net: DeepLabV2, weights: Weights) -> None:
     if backbone != ours["backbone"]:
         raise WeightsError(
             f"{path}: it holds a {backbone}, but the net is a {ours['backbone']}; use --backbone {backbone} or another file"
+        )
+    stem = theirs.get("stem", ours["stem"])
+    if stem != ours["stem"]:
+        raise WeightsError(
+            f"{path}: its stem is {_STEMS[stem]}, that of the net is {_STEMS[ours['stem']]}, and neither can be turned into "
+            f"the other; build the net with stem={stem!r}"
         )
     stride = theirs.get("stride_in_3x3", ours["stride_in_3x3"])
     if stride != ours["stride_in_3x3"] and BACKBONES[backbone][0] is Bottleneck:
@@ -188,22 +196,28 @@ def _check_build(net: DeepLabV2, weights: Weights) -> None:
         )
 
 
-def _choose_branches(net: DeepLabV2, weights: Weights, restore_last: bool) -> tuple[int, str]:
-    """How many of the file's head convolutions are used, and the line that says why not all of them."""
-    classes, rates = weights.config.get("num_classes"), weights.config.get("atrous_rates")
-    if classes is None or rates is None:
-        return 0, ""
+def _choose_head(net: Net, weights: Weights, restore_last: bool) -> tuple[set[str], str]:
+    """Which tensors of the file's head are used, and the line that says why not all of them."""
+    classes, theirs = weights.config.get("num_classes"), weights.config.get("net")
+    if classes is None:
+        return set(), ""
     ours: Mapping[str, Any] = net.config
-    rates, net_rates = list(rates), ours["atrous_rates"]
+    head = {key for key in weights.state if in_head(key)}
     if not restore_last:
-        return 0, f"the file's head ({classes} classes) is left out, as asked"
+        return set(), f"the file's head ({classes} classes) is left out, as asked"
+    if theirs != ours["net"]:
+        return set(), f"the file's head is that of a {theirs} and the net is a {ours['net']}: the head is left out"
     if classes != net.num_classes:
-        return 0, f"the file's head has {classes} classes and the net {net.num_classes}: the head is left out"
+        return set(), f"the file's head has {classes} classes and the net {net.num_classes}: the head is left out"
+    if theirs != "deeplabv2":
+        return head, ""
+    rates, net_rates = list(weights.config["atrous_rates"]), ours["atrous_rates"]
     if rates[: len(net_rates)] == net_rates:
         unused = ", ".join(map(str, rates[len(net_rates) :]))
-        return len(net_rates), f"the branches of the file's head at rates {unused} are left out" if unused else ""
+        used = {key for key in head if (match := HEAD_KEY.match(key)) and int(match[1]) < len(net_rates)}
+        return used, f"the branches of the file's head at rates {unused} are left out" if unused else ""
     if len(rates) != len(net_rates):
-        return 0, f"the file's head has the rates {rates} and the net {net_rates}: the head is left out"
+        return set(), f"the file's head has the rates {rates} and the net {net_rates}: the head is left out"
     option = re.sub(r"[^\d,]", "", str(rates))
     raise WeightsError(
         f"{weights.path}: its head has the rates {rates}, but the net {net_rates}; "

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-CONFIG = ("backbone", "num_classes", "atrous_rates", "stride_in_3x3", "batch_norm_eps")
-"""What a file may tell about its net: the names of arguments of :class:`deeplab.DeepLabV2`."""
-SNAPSHOT = "DeepLab-v2 snapshot"
+CONFIG = ("net", "backbone", "num_classes", "atrous_rates", "stride_in_3x3", "batch_norm_eps", "stem")
+"""What a file may tell about its net: what :func:`deeplab.nets.make_net` takes."""
+SNAPSHOT = "snapshot"
 """The scheme of our own files."""
-NO_PLACE = "no place in DeepLab-v2"
+NO_PLACE = "no place in the net"
 """The reason for entries that no part of the net is waiting for."""
 SHOWN = 6  # names in a line
 
@@ -28,8 +28,8 @@ class Weights:
     Attributes:
         state: canonical name -> tensor on the CPU, float32 where it is floating point.
         scheme: whose file it is, in words.
-        config: what the file tells about the net, by the names in ``CONFIG``; no ``num_classes`` and ``atrous_rates`` where
-            it has no usable head.
+        config: what the file tells about the net, by the names in ``CONFIG``; no ``net``, ``num_classes`` and ``atrous_rates``
+            where it has no usable head.
         meta: the meta of one of our own snapshots, else {}.
         skipped: key in the file, without a wrapper's prefix -> why it is not in ``state``.
         notes: sentences for the user.

@@ -14,7 +14,19 @@ from deeplab.weights.contents import NO_PLACE, SNAPSHOT, Weights, WeightsError, 
 from deeplab.weights.files import check_sums, read_numpy, read_safetensors, read_torch
 from deeplab.weights.kinds import file_kind
 from deeplab.weights.legacy_tar import read_tar_torch
-from deeplab.weights.names import HEAD_KEY, find_backbone, head_shape, in_trunk, is_counter, refuse_extras, trunk_shapes
+from deeplab.weights.names import (
+    HEAD_KEY,
+    find_backbone,
+    find_net,
+    find_stem,
+    head_shape,
+    in_head,
+    in_trunk,
+    is_counter,
+    refuse_extras,
+    toolbox_head_shapes,
+    trunk_shapes,
+)
 from deeplab.weights.schemes import CONVERTED_TO_TENSORFLOW, from_caffe, from_tensorflow, from_torch
 
 TRUNKS = ("auto", "torchvision", "caffe")
@@ -57,11 +69,11 @@ def load_weights(path: str | Path, trunk: str = "auto") -> Weights:
         weights = _read(path, trunk)
         weights.path = str(path)
         style = "torchvision" if weights.config.get("stride_in_3x3") else "caffe"
-        if trunk not in ("auto", style):
+        if trunk not in ("auto", style) and not (weights.scheme.startswith("ResNet with a deep stem")):
             raise WeightsError(f"it is a {weights.scheme}, which is {style}'s in kind and not {trunk}'s; leave --trunk out")
-        backbone = _keep_the_net(weights)
+        found = _keep_the_net(weights)
         classes = _judge_head(weights, path.name)
-        _compare_with_meta(weights, {"backbone": backbone} | classes)
+        _compare_with_meta(weights, found | classes)
         _refuse_bad_numbers(weights)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
@@ -127,13 +139,16 @@ def _state_dicts(where: tuple[Any, ...], value: Any) -> Iterator[tuple[tuple[Any
         yield from _state_dicts((*where, key), entry)
 
 
-def _keep_the_net(weights: Weights) -> str:
-    """Leave in ``state`` what a DeepLab-v2 has a place for, as float32; the name of its backbone."""
+def _keep_the_net(weights: Weights) -> dict[str, str]:
+    """Leave in ``state`` what the net has a place for, as float32; its backbone and its stem."""
     state = weights.state
     if not state:
         raise WeightsError("none of its entries has a name that is known here; expected the layers of a DeepLab-ResNet")
     backbone = find_backbone(state)
-    shapes = trunk_shapes(backbone)
+    stem = find_stem(state)
+    shapes = trunk_shapes(backbone, stem)
+    if find_net(state) in ("deeplabv3", "pspnet"):
+        shapes |= toolbox_head_shapes(find_net(state), backbone, _classes(state))
     foreign = [key for key in state if not (key in shapes or HEAD_KEY.match(key) or is_counter(key, shapes))]
     refuse_extras(key for key in foreign if in_trunk(key))
     for key in foreign:
@@ -144,27 +159,41 @@ def _keep_the_net(weights: Weights) -> str:
             state[key] = tensor.float()
         elif not is_counter(key, shapes):
             raise WeightsError(f"its {key} is of type {tensor.dtype}; expected floating point")
-    return backbone
+    return {"backbone": backbone, "stem": stem}
 
 
-def _judge_head(weights: Weights, filename: str) -> dict[str, int]:
-    """Drop a head that was never trained or does not tell its rates; ``{"num_classes": n}`` of one that is kept, else {}."""
+def _classes(state: Mapping[str, torch.Tensor]) -> int:
+    """Of a DeepLabv3 or PSPNet."""
+    classifier = state.get("head.1.weight")
+    count = classifier.shape[0] if classifier is not None and classifier.ndim == 4 else 0
+    if not 1 <= count <= 255:
+        raise WeightsError("its head lacks a classifier (head.1.weight) of 1..255 classes; fetch or save the file again")
+    return count
+
+
+def _judge_head(weights: Weights, filename: str) -> dict[str, Any]:
+    """Drop a head that was never trained or does not tell its rates; ``{"net": ..., "num_classes": n}`` of one that is kept,
+    else {}."""
+    net = find_net(weights.state)
+    if net in ("deeplabv3", "pspnet"):
+        return {"net": net, "num_classes": _check_toolbox_head(weights, net)}
     count, classes = head_shape(weights.state)
     reason = ""
     if count and weights.scheme != SNAPSHOT:
         if any(fnmatch.fnmatchcase(filename, pattern) for pattern in _UNTRAINED_HEADS):
             reason = "the head of this initial file was never trained"
-        elif not any(tensor.any() for key, tensor in weights.state.items() if HEAD_KEY.match(key)):
+        elif not any(tensor.any() for key, tensor in weights.state.items() if in_head(key)):
             reason = "its head is all zeros (never trained)"
         elif count not in (4, 2):
             reason = f"its head has {count} convolutions and does not tell their rates"
     if reason:
-        head = [key for key in weights.state if HEAD_KEY.match(key)]
+        head = [key for key in weights.state if in_head(key)]
         weights.skipped.update((key, reason) for key in head)
         weights.notes.append(f"{reason}, so it is left out")
         for key in head:
             del weights.state[key]
     if reason or not count:
+        weights.config.pop("net", None)
         weights.config.pop("num_classes", None)
         weights.config.pop("atrous_rates", None)
         return {}
@@ -172,7 +201,19 @@ def _judge_head(weights: Weights, filename: str) -> dict[str, int]:
     rates = weights.config["atrous_rates"] = list(weights.config["atrous_rates"])
     if len(rates) != count:
         raise WeightsError(f"its meta tells of the rates {rates}, but its head has {count} convolutions")
-    return {"num_classes": classes}
+    return {"net": net, "num_classes": classes}
+
+
+def _check_toolbox_head(weights: Weights, net: str) -> int:
+    """Both heads are whole; the number of classes."""
+    count = _classes(weights.state)
+    shapes = toolbox_head_shapes(net, find_backbone(weights.state), count)
+    if lost := [key for key in shapes if key not in weights.state]:
+        raise WeightsError(f"its heads lack {len(lost)} tensors ({some(lost)}); fetch or save the file again")
+    for key, shape in shapes.items():
+        if tuple(weights.state[key].shape) != shape:
+            raise WeightsError(f"its {key} is {tuple(weights.state[key].shape)}; expected {shape}, as a {net} has")
+    return count
 
 
 def _compare_with_meta(weights: Weights, found: dict[str, Any]) -> None:

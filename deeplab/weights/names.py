@@ -11,15 +11,16 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from deeplab.deeplabv2 import DeepLabV2
-from deeplab.resnet import BACKBONES, Bottleneck
+from deeplab.nets import make_net
+from deeplab.resnet import BACKBONES, Bottleneck, DilatedResNet
 from deeplab.weights.contents import WeightsError, some
 
 HEAD_KEY = re.compile(r"layer5\.conv2d_list\.(\d+)\.(weight|bias)$")
 
 _WRAPPERS = ("module.", "_orig_mod.", "Scale.", "base.")  # DataParallel, torch.compile, isht7's and kazuto1011's MSC modules
 _FIRST_BLOCK = re.compile(r"(.*\.)(?:layer1\.0\.conv1|layer2\.block1\.reduce\.conv)\.weight$")
-_TRUNK_KEY = re.compile(r"(conv1|bn1|layer[1-4])\.")
+_TRUNK_KEY = re.compile(r"(conv[123]|bn[123]|layer[1-4])\.")
+_TOOLBOX_HEAD = re.compile(r"(head|dsn)\.")
 _BLOCK_KEY = re.compile(r"layer([1-4])\.(\d+)\.")
 _KAZUTO_BLOCK = re.compile(r"layer([2-5])\.block(\d+)\.(reduce|conv3x3|increase|shortcut)\.(conv|bn)\.(\w+)$")
 _KAZUTO_UNITS = {"reduce": 1, "conv3x3": 2, "increase": 3}
@@ -140,11 +141,38 @@ def find_backbone(keys: Iterable[str]) -> str:
     )
 
 
-def trunk_shapes(backbone: str) -> dict[str, tuple[int, ...]]:
+def find_net(keys: Iterable[str]) -> str:
+    """Whose head the canonical keys describe: ``"deeplabv2"``, ``"deeplabv3"`` or ``"pspnet"``; ``""`` where there is none."""
+    starts = {"layer5.conv2d_list.": "deeplabv2", "head.0.conv5.": "deeplabv3", "head.0.stages.": "pspnet"}
+    keys = list(keys)
+    return next((net for start, net in starts.items() if any(key.startswith(start) for key in keys)), "")
+
+
+def find_stem(keys: Iterable[str]) -> str:
+    """``"deep"`` where there are three convolutions before the pool, else ``"7x7"``."""
+    return "deep" if "conv3.weight" in keys else "7x7"
+
+
+def in_head(key: str) -> bool:
+    """Whether a canonical name lies in the head of one of the nets, or in an auxiliary head."""
+    return bool(HEAD_KEY.match(key) or _TOOLBOX_HEAD.match(key))
+
+
+def trunk_shapes(backbone: str, stem: str = "7x7") -> dict[str, tuple[int, ...]]:
     """Every parameter and running statistic of a trunk, without the batch counters: canonical name -> shape."""
     with torch.device("meta"):
-        state = DeepLabV2(backbone).state_dict()
-    return {key: tuple(value.shape) for key, value in state.items() if not key.startswith("layer5.")}
+        return _shapes(DilatedResNet(backbone, stem=stem).state_dict())
+
+
+def toolbox_head_shapes(net: str, backbone: str, num_classes: int) -> dict[str, tuple[int, ...]]:
+    """The same of the heads of a DeepLabv3 or PSPNet."""
+    with torch.device("meta"):
+        state = make_net({"net": net, "backbone": backbone, "num_classes": num_classes}).state_dict()
+    return {key: shape for key, shape in _shapes(state).items() if in_head(key)}
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in state.items() if not key.endswith(".num_batches_tracked")}
 
 
 def head_shape(state: Mapping[str, Tensor]) -> tuple[int, int]:

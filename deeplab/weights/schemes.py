@@ -15,6 +15,8 @@ from deeplab.weights.names import (
     HEAD_KEY,
     canonical_from_caffe,
     canonical_from_kazuto,
+    find_net,
+    find_stem,
     in_caffe_trunk,
     refuse_extras,
     strip_wrappers,
@@ -22,6 +24,7 @@ from deeplab.weights.names import (
 from deeplab.weights.stem import PICTURE_VARIANCE_LIMIT, STEM, picture_variance, to_bgr_input
 
 CAFFE_EPS = 1e-5  # Caffe's default, and that of all published nets but the next
+ABN_EPS = 1e-5  # of the toolbox's InPlace-ABN, on the variance and on the weight
 TENSORFLOW_EPS = 1e-3  # TF-Slim's default, which DrSleep's nets do not override
 CONVERTED_TO_TENSORFLOW = ("deeplab_resnet.ckpt", "deeplab_resnet.npy", "deeplab_resnet.npz", "deeplab_resnet_init.npz")
 """Caffe's arrays under TensorFlow's names, whatever program saved them last."""
@@ -34,6 +37,7 @@ _TENSORFLOW_LEAVES = {
     "moving_mean": "running_mean", "moving_variance": "running_var",
 }  # fmt: skip
 _DEEPLAB_PREFIX = re.compile(r"(^|\.)Scale[123]?\.")  # of isht7's multi-scale module, which only DeepLab nets were put into
+_INPUTS = {"torchvision": "torchvision's normalised RGB", "caffe": "mean-subtracted BGR of 0..255"}
 _KINDS = {
     "torchvision": "torchvision's (normalised RGB pictures, stride in the 3x3 convolutions)",
     "caffe": "Caffe's (mean-subtracted BGR pictures of 0..255, stride in the first 1x1 convolutions)",
@@ -58,6 +62,8 @@ def from_torch(content: Mapping[Any, Any], meta: Mapping[str, Any], trunk: str) 
     elif meta.keys() & {"backbone", "stride_in_3x3"}:
         config |= {name: meta[name] for name in CONFIG if meta.get(name) is not None}
         weights = Weights(state, SNAPSHOT, config, dict(meta), seen_voc_val=str(meta.get("seen_voc_val") or ""))
+    elif find_net(state) in ("deeplabv3", "pspnet"):
+        weights = _from_toolbox(state)
     elif any(HEAD_KEY.match(key) for key in state) or any(map(_DEEPLAB_PREFIX.search, bare)):
         scheme = f"DeepLab-ResNet with the prefix {prefix}" if prefix else "DeepLab-ResNet"
         weights = Weights(state, scheme, config)
@@ -129,13 +135,11 @@ def _refuse_other_nets(state: Mapping[str, Tensor]) -> None:
             "start from torchvision's ImageNet resnet50, resnet101 or resnet152 instead"
         )
     conv1 = state.get("conv1.weight")
-    if conv1 is not None and tuple(conv1.shape[2:]) == (3, 3):
+    deep = find_stem(state) == "deep"
+    if conv1 is not None and tuple(conv1.shape[1:]) != ((3, 3, 3) if deep else (3, 7, 7)):
         raise WeightsError(
-            f"its first convolution is {_shape(conv1)}: a ResNet with the deep stem of three 3x3 convolutions (MIT, "
-            "segmentation toolbox), which cannot be turned into the single 7x7 convolution of DeepLab-v2"
+            f"its first convolution is {_shape(conv1)}; expected 64x3x7x7, or 64x3x3x3 and conv2 and conv3 after it"
         )
-    if conv1 is not None and tuple(conv1.shape[1:]) != (3, 7, 7):
-        raise WeightsError(f"its first convolution is {_shape(conv1)}; DeepLab-v2's is 64x3x7x7")
     if (conv1 is None or "layer1.0.conv1.weight" not in state) and not any(".block1." in key for key in state):
         raise WeightsError(f"its keys ({some(state)}) are of no scheme known here; expected a DeepLab-v2 or ResNet state_dict")
 
@@ -164,6 +168,21 @@ def _from_kazuto(state: Mapping[str, Tensor]) -> Weights:
     return weights
 
 
+def _from_toolbox(state: dict[str, Tensor]) -> Weights:
+    """A DeepLabv3 or PSPNet of pytorch-segmentation-toolbox (``CS_scenes_<step>.pth``), or one under its names.
+
+    Its InPlace-ABN, which keeps no batch counters, multiplies by |weight| + eps (``libs/src/bn.cu``).
+    """
+    norms = [key.removesuffix(".running_var") for key in state if key.endswith(".running_var")]
+    names = {"deeplabv3": "DeepLabv3", "pspnet": "PSPNet"}
+    weights = Weights(state, names[find_net(state)], {"stride_in_3x3": True, "batch_norm_eps": ABN_EPS})
+    if not any(key.endswith(".num_batches_tracked") for key in state):
+        weights.scheme += " of pytorch-segmentation-toolbox"
+        state.update({f"{norm}.weight": state[f"{norm}.weight"].abs() + ABN_EPS for norm in norms if f"{norm}.weight" in state})
+        weights.notes.append("InPlace-ABN: the weights of its batch norms are |weight| + 1e-05")
+    return weights
+
+
 def _from_bare_trunk(state: dict[str, Tensor], trunk: str) -> Weights:
     """A ResNet under torchvision's names, made for torchvision's pictures or for Caffe's."""
     weights = Weights(state, "", {"batch_norm_eps": CAFFE_EPS})
@@ -185,8 +204,11 @@ def _from_bare_trunk(state: dict[str, Tensor], trunk: str) -> Weights:
         kind, other = ("caffe", "torchvision") if variance > PICTURE_VARIANCE_LIMIT else ("torchvision", "caffe")
         why = f"by its first layer, which saw pictures of variance {variance:.3g}; --trunk {other} takes it for the other kind"
     weights.scheme = "Caffe-like ResNet under torchvision's names" if kind == "caffe" else "torchvision ResNet"
-    weights.config["stride_in_3x3"] = kind == "torchvision"
+    weights.config["stride_in_3x3"] = kind == "torchvision" or find_stem(state) == "deep"
     weights.notes += [what, f"taken for {_KINDS[kind]}: {why}"]
+    if find_stem(state) == "deep":
+        weights.scheme = f"ResNet with a deep stem, over {'BGR 0..255' if kind == 'caffe' else 'RGB'}"
+        weights.notes[-1] = f"its input is taken for {_INPUTS[kind]}: {why}; the stride of its stages for that of the 3x3"
     if kind == "torchvision" and whole and all(state[key].isfinite().all() for key in STEM):
         weights.notes.append("its first layer is turned from RGB 0..1 to mean-subtracted BGR 0..255 input")
         state.update(zip(STEM, to_bgr_input(*(state[key] for key in STEM))))

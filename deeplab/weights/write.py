@@ -9,7 +9,15 @@ from typing import Any
 from deeplab.deeplabv2 import ATROUS_RATES
 from deeplab.resnet import BACKBONES, Bottleneck
 from deeplab.weights.contents import Weights, WeightsError
-from deeplab.weights.names import HEAD_KEY, is_counter, kazuto_from_canonical, trunk_shapes
+from deeplab.weights.names import (
+    HEAD_KEY,
+    in_head,
+    is_counter,
+    kazuto_from_canonical,
+    toolbox_head_shapes,
+    trunk_shapes,
+)
+from deeplab.weights.schemes import ABN_EPS
 from deeplab.weights.stem import STEM, to_rgb_input
 
 EXPORTS = ("snapshot", "published", "kazuto", "torchvision-trunk", "safetensors")
@@ -21,8 +29,8 @@ def export(weights: Weights, scheme: str) -> dict[str, Any]:
 
     Args:
         scheme: ``"snapshot"`` (ours: ``{"model", "meta"}``), ``"safetensors"`` (the tensors of a snapshot), ``"published"``
-            (a bare DeepLab-ResNet state_dict), ``"kazuto"`` (kazuto1011's names) or ``"torchvision-trunk"`` (RGB input, no
-            head; its ``fc`` must be removed or ``strict=False`` given).
+            (a bare DeepLab-ResNet state_dict, or the toolbox's of a DeepLabv3 or PSPNet), ``"kazuto"`` (kazuto1011's names)
+            or ``"torchvision-trunk"`` (RGB input, no head; its ``fc`` must be removed or ``strict=False`` given).
 
     Returns:
         What to give to ``torch.save`` (or, for ``"safetensors"``, to ``safetensors.torch.save_file``).
@@ -33,10 +41,13 @@ def export(weights: Weights, scheme: str) -> dict[str, Any]:
     if scheme not in EXPORTS:
         raise ValueError(f"scheme {scheme!r} is unknown; choose one of {', '.join(EXPORTS)}")
     config, state = weights.config, weights.state
-    shapes = trunk_shapes(config["backbone"])
+    shapes = trunk_shapes(config["backbone"], config.get("stem", "7x7"))
+    toolbox = config.get("net") in ("deeplabv3", "pspnet")
+    if toolbox:
+        shapes |= toolbox_head_shapes(config["net"], config["backbone"], config["num_classes"])
     wrong = [key for key, shape in shapes.items() if key not in state or tuple(state[key].shape) != shape]
     if wrong:
-        raise WeightsError(f"{weights.path}: {len(wrong)} tensors of the trunk are missing or misshapen, such as {wrong[0]}")
+        raise WeightsError(f"{weights.path}: {len(wrong)} tensors of the net are missing or misshapen, such as {wrong[0]}")
     features = 512 * BACKBONES[config["backbone"]][0].expansion
     heads = [(key, value.shape[1]) for key, value in state.items() if HEAD_KEY.match(key) and value.ndim == 4]
     if other := [(key, channels) for key, channels in heads if channels != features]:
@@ -52,11 +63,21 @@ def export(weights: Weights, scheme: str) -> dict[str, Any]:
     if reasons:
         raise WeightsError(f"{weights.path}: there is no way to {scheme}: {'; '.join(reasons)}")
     if scheme == "published":
-        return state
+        return _with_abn_weights(state) if toolbox else state
     if scheme == "kazuto":
         return {kazuto_from_canonical(key): value for key, value in state.items()}
-    trunk = {key: value for key, value in state.items() if not HEAD_KEY.match(key)}
+    trunk = {key: value for key, value in state.items() if not in_head(key)}
     return trunk | dict(zip(STEM, to_rgb_input(*(trunk[key] for key in STEM))))
+
+
+def _norm_weights(state: dict[str, Any]) -> list[str]:
+    return [key.replace(".running_var", ".weight") for key in state if key.endswith(".running_var")]
+
+
+def _with_abn_weights(state: dict[str, Any]) -> dict[str, Any]:
+    """A DeepLabv3's or PSPNet's tensors for InPlace-ABN, which multiplies by |weight| + eps and counts no batches."""
+    state = {key: value for key, value in state.items() if not key.endswith(".num_batches_tracked")}
+    return state | {key: state[key] - ABN_EPS for key in _norm_weights(state)}
 
 
 def _reasons_against(weights: Weights, scheme: str) -> list[str]:
@@ -65,7 +86,18 @@ def _reasons_against(weights: Weights, scheme: str) -> list[str]:
     at_3x3 = bool(config.get("stride_in_3x3"))
     to_trunk = scheme == "torchvision-trunk"
     rates = config.get("atrous_rates")
+    deep = config.get("stem") == "deep"
+    if config.get("net") in ("deeplabv3", "pspnet") and not to_trunk:
+        if scheme != "published":
+            return [f"that net is a DeepLab-v2, this one a {config['net']}"]
+        low = [key for key in _norm_weights(weights.state) if bool((weights.state[key] < ABN_EPS).any())]
+        toolbox = (
+            (not deep or not at_3x3, "the toolbox's nets have a deep stem and their stride in the 3x3 convolutions"),
+            (bool(low), f"its {low[0] if low else ''} holds weights below 1e-05, which InPlace-ABN cannot have"),
+        )
+        return [reason for failed, reason in toolbox if failed]
     checks = (
+        (deep, "its stem is three 3x3 convolutions, there one 7x7"),
         (
             abs(config["batch_norm_eps"] - 1e-5) > 1e-9,
             f"its batch-norm epsilon is {config['batch_norm_eps']:g}, there it is 1e-05",

@@ -107,7 +107,7 @@ class Check:
 
     def limits(self) -> None:
         """How long the host takes to launch a step, how long the step takes, and so what limits it."""
-        args = Namespace(restore_from=None, backbone=self.net, num_classes=21, batch_size=self.batch)
+        args = Namespace(restore_from=None, net="deeplabv2", backbone=self.net, num_classes=21, batch_size=self.batch)
         args.input_size = (self.crop, self.crop)
         amp = "bf16" if self.kind == "cuda" else "off"
         run = our_step(args, self.device, single_scale_loss, amp=amp).run

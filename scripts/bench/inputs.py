@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from dataset import VAL_LISTS, VOCSegmentation
-from deeplab import deeplabv2, fold_batch_norm
-from deeplab.deeplabv2 import DeepLabV2
+from deeplab import Net, fold_batch_norm, make_net
 from scripts.bench import reference
 from utils.checkpoint import load_init
 from utils.loader import open_dataset
@@ -52,32 +51,35 @@ def open_pictures(args: Namespace) -> VOCSegmentation:
     return data
 
 
-def make_net(args: Namespace) -> DeepLabV2:
+def random_net(args: Namespace) -> Net:
     """The net of ``--restore-from``, else one with random values that stay moderate through all its blocks."""
     if args.restore_from:
-        return load_init(args.restore_from, backbone=args.backbone, num_classes=args.num_classes)[0]
+        return load_init(args.restore_from, net=args.net, backbone=args.backbone, num_classes=args.num_classes)[0]
     torch.manual_seed(0)
-    net = deeplabv2(args.backbone, args.num_classes)
+    net = make_net({"net": args.net, "backbone": args.backbone, "num_classes": args.num_classes})
     last = "bn2.weight" if args.backbone in ("resnet18", "resnet34") else "bn3.weight"
     for name, buffer in net.named_buffers():
         if name.endswith(last):
             buffer.fill_(0.25)
-    for name, parameter in net.layer5.named_parameters():
-        if name.endswith("weight"):
+    for name, parameter in net.named_parameters():
+        if name.startswith("layer5.") and name.endswith("weight"):
             nn.init.normal_(parameter, std=0.001)
     return net
 
 
 def reference_net(args: Namespace, device: torch.device, norm: Callable[..., nn.Module] = reference.batch_norm) -> nn.Module:
-    """The same net with the same values, unfolded."""
-    net = make_net(args)
+    """The same net with the same values, unfolded; of a DeepLabv3 or PSPNet its own, without ``norm``."""
+    net = random_net(args)
+    if args.net != "deeplabv2":
+        net.fold = lambda: [[None] * len(part) for part in net.pairs()]  # type: ignore[method-assign]
+        return net.to(device)
     unfolded = reference.ReferenceNet(net.config, norm)
     unfolded.load_state_dict(net.state_dict(), strict=False)  # all but the counters of a batch norm on batch statistics
     return unfolded.to(device)
 
 
 def folded_net(args: Namespace, device: torch.device, compiled: bool) -> nn.Module:
-    net = fold_batch_norm(make_net(args).eval()).to(device).to(memory_format=torch.channels_last)
+    net = fold_batch_norm(random_net(args).eval()).to(device).to(memory_format=torch.channels_last)
     if compiled:
         compile_for_prediction(net, device)
     return net

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from deeplab import deeplabv2, multi_scale_loss, single_scale_loss
+from deeplab import make_net, multi_scale_loss, single_scale_loss
 
 CARDS = (8, 12, 16, 24, 40)  # GiB
 RESERVE = 1.5 * 2**30  # of a card, for the CUDA context, cuDNN's work space and fragments: an assumption, measured nowhere
@@ -88,6 +88,7 @@ def step_memory(
     crop: tuple[int, int],
     batch_size: int,
     *,
+    net_name: str = "deeplabv2",
     scales: int = 1,
     batch_norm: str = "frozen",
     amp: bool = False,
@@ -102,8 +103,9 @@ def step_memory(
     """
     three: Callable[..., dict[str, Tensor]] = partial(multi_scale_loss, one_scale_at_a_time=one_scale_at_a_time)
     loss_function = three if scales == 3 else single_scale_loss
+    size = "output" if net_name == "deeplabv2" else "input"
     with FakeTensorMode(), LiveBytes() as live:
-        net = deeplabv2(backbone, num_classes, batch_norm).train()
+        net = make_net({"net": net_name, "backbone": backbone, "num_classes": num_classes}, batch_norm).train()
         net.grad_checkpoint = grad_checkpoint
         weights = sum(tensor.nbytes for tensor in (*net.parameters(), *net.buffers()))
         momentum = [torch.zeros_like(parameter) for parameter in net.parameters() if parameter.requires_grad]
@@ -111,7 +113,7 @@ def step_memory(
         before = live.now
         for _ in range(2):
             with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-                loss = loss_function(net, images, labels)["loss"]
+                loss = loss_function(net, images, labels, size=size)["loss"]
             saved = live.now - before
             loss.backward()
             del loss
@@ -121,14 +123,16 @@ def step_memory(
 
 def memory_rows(args: Namespace) -> dict[str, StepMemory]:
     """{row: bytes} for the net, the crop and the batch of the benchmark's options."""
-    compute = partial(step_memory, args.backbone, args.num_classes, args.input_size, args.batch_size)
+    compute = partial(step_memory, args.backbone, args.num_classes, args.input_size, args.batch_size, net_name=args.net)
     return {name: compute(**options) for name, options in ROWS.items()}
 
 
 def print_memory(args: Namespace, rows: dict[str, StepMemory]) -> None:
     """The table and what its columns mean."""
     height, width = args.input_size
-    print(f"\nmemory of a training step, computed: batch {args.batch_size} of {height}x{width}, {args.backbone}, MB")
+    print(
+        f"\nmemory of a training step, computed: batch {args.batch_size} of {height}x{width}, {args.net}, {args.backbone}, MB"
+    )
     first = max(map(len, rows))
     print(f"{'':{first}}  {'weights':>8}  {'momentum':>8}  {'saved':>8}  {'peak':>8}  {'card':>6}")
     for name, row in rows.items():

@@ -36,7 +36,7 @@ def prediction_part(
     for name, amp, compiled in our_modes(args, compiled=args.compile is not False):
         flops_of = "ours" if compiled else ""
         variants.append(Variant(name, partial(ours, amp, compiled), items, amp, flops_of, memory=not compiled))
-    return Part(f"{title}, {args.backbone}, float32", variants, compiled_remarks)
+    return Part(f"{title}, {args.net}, {args.backbone}, float32", variants, compiled_remarks)
 
 
 def predict(args: Namespace, device: torch.device) -> Part:

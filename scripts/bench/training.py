@@ -16,7 +16,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from dataset import Crop, StepSampler, to_input
 from deeplab import multi_scale_loss, single_scale_loss
 from scripts.bench import reference
-from scripts.bench.inputs import REFERENCE, compiled_remarks, make_net, open_pictures, our_modes, reference_net
+from scripts.bench.inputs import REFERENCE, compiled_remarks, open_pictures, our_modes, random_net, reference_net
 from scripts.bench.measure import Part, Runner, Variant
 from utils.distributed import autocast
 from utils.loader import make_loader
@@ -25,6 +25,9 @@ from utils.schedule import GuardedSGD
 from utils.training import Objective, open_training_data
 
 RATE = 0.0  # of the optimisers: the same arithmetic, and the values stay as they are, however many steps are taken
+
+LOSS_OPTIONS = {"size": "input", "aux_weight": 0.4}  # of the nets with an auxiliary head, as published
+AS_PUBLISHED: dict[str, dict] = {"deeplabv2": {}, "deeplabv3": LOSS_OPTIONS, "pspnet": LOSS_OPTIONS}
 
 Loss = Callable[..., dict[str, Tensor]]
 ReferenceLoss = Callable[..., Tensor]
@@ -44,7 +47,7 @@ def reference_step(
     args: Namespace, device: torch.device, loss: Callable[..., Tensor], norm: Callable[..., nn.Module]
 ) -> Runner:
     net = reference_net(args, device, norm).train()
-    optimizer = reference.make_optimizer(net, RATE)
+    optimizer = reference.make_optimizer(net, RATE) if args.net == "deeplabv2" else torch.optim.SGD(net.parameters(), RATE)
     pictures, bytes_, _ = random_batch(args, device)
     images, labels = to_input(pictures).contiguous(), bytes_.long()
 
@@ -65,11 +68,12 @@ def our_step(
     read: bool = False,
 ) -> Runner:
     """A step of ``utils.training``, without its log; ``read`` takes each batch from the training loader."""
-    net = make_net(args).to(device).to(memory_format=torch.channels_last).train()
+    net = random_net(args).to(device).to(memory_format=torch.channels_last).train()
     net.grad_checkpoint = grad_checkpoint
     if compiled:
         net.compile()
-    objective = Objective(net, loss, **({"one_scale_at_a_time": True} if one_scale else {}))
+    options = {"one_scale_at_a_time": True} if one_scale else {}
+    objective = Objective(net, loss, **AS_PUBLISHED[args.net], **options)
     optimizer = GuardedSGD(net, RATE)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     loader = training_loader(args, args.num_workers, device) if read else itertools.repeat(random_batch(args, device))
@@ -95,10 +99,15 @@ def training_part(
     """Both training parts; ``last`` is (row: option of :func:`our_step`) of the row after ours."""
     torch.backends.cudnn.benchmark = True  # as both training loops do
     items = args.batch_size
-    variants = [Variant(REFERENCE, partial(reference_step, args, device, published, reference.batch_norm), items)]
-    if ours is single_scale_loss:
-        build = partial(reference_step, args, device, lambda *batch: ours(*batch)["loss"], FrozenBatchNorm2d)
-        variants.append(Variant("unfolded, frozen batch norm", build, items))
+    plain = partial(
+        reference_step, args, device, lambda *batch: ours(*batch, **AS_PUBLISHED[args.net])["loss"], FrozenBatchNorm2d
+    )
+    first = REFERENCE if args.net == "deeplabv2" else "unfolded, frozen batch norm, NCHW"
+    variants = [Variant(first, plain, items)]
+    if args.net == "deeplabv2":
+        variants = [Variant(first, partial(reference_step, args, device, published, reference.batch_norm), items)]
+        if ours is single_scale_loss:
+            variants.append(Variant("unfolded, frozen batch norm", plain, items))
     for name, amp, compiled in our_modes(args, compiled=args.compile is True):
         build = partial(our_step, args, device, ours, amp, compiled)
         memory = not compiled or device.type == "cuda"  # on a CPU the compiler itself would be most of the resident set
@@ -111,12 +120,12 @@ def training_part(
 
     def remarks(rows: dict[str, dict]) -> Iterator[str]:
         yield from compiled_remarks(rows)
-        if base := rows[REFERENCE].get("beyond_bytes"):
+        if base := rows[first].get("beyond_bytes"):
             shares = [f"{name} {row['beyond_bytes'] / base:.2f}x" for name, row in rows.items() if "beyond_bytes" in row]
             yield "memory beyond weights, gradients and momentum, of the reference's: " + ", ".join(shares[1:])
 
     height, width = args.input_size
-    batch = f"batch {args.batch_size} of {height}x{width}, {args.backbone}, {args.num_classes} classes, float32"
+    batch = f"batch {args.batch_size} of {height}x{width}, {args.net}, {args.backbone}, {args.num_classes} classes, float32"
     return Part(f"training step, {what}: {batch}", variants, remarks)
 
 

@@ -1,0 +1,21 @@
+"""The nets by their names."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from deeplab.deeplabv2 import DeepLabV2
+from deeplab.deeplabv3 import DeepLabV3
+from deeplab.pspnet import PSPNet
+
+Net = DeepLabV2 | DeepLabV3 | PSPNet
+NETS: dict[str, type[Net]] = {
+    "deeplabv2": DeepLabV2,
+    "deeplabv3": DeepLabV3,
+    "pspnet": PSPNet,
+}
+
+
+def make_net(config: Mapping[str, Any], batch_norm: str = "frozen") -> Net:
+    """The net of a ``net.config``; where that names none, as in older snapshots, a DeepLab-v2."""
+    options = dict(config)
+    return NETS[options.pop("net", "deeplabv2")](**options, batch_norm=batch_norm)

@@ -1,0 +1,252 @@
+"""DeepLabv3 and PSPNet against a plain derivation: torchvision's trunk, InPlace-ABN as published, heads as drawn."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models import get_model
+
+from deeplab import NETS, fold_batch_norm, load_net, make_net
+from deeplab.weights import WeightsError, apply_weights, build_net, export, load_weights
+
+CLASSES = 5
+
+
+class Abn(nn.Module):
+    """InPlace-ABN on running statistics: |weight| + eps, in the heads a leaky ReLU of slope 0.01."""
+
+    def __init__(self, channels, slope=1.0):
+        super().__init__()
+        self.slope = slope
+        self.weight, self.bias = nn.Parameter(torch.randn(channels) / 2), nn.Parameter(torch.randn(channels) / 10)
+        self.register_buffer("running_mean", torch.randn(channels) / 10)
+        self.register_buffer("running_var", torch.rand(channels) + 0.5)
+
+    def forward(self, x):
+        parts = (self.weight.abs() + 1e-5, self.bias, self.running_mean, self.running_var)
+        weight, bias, mean, var = (part[:, None, None].double() for part in parts)
+        y = (x - mean) / (var + 1e-5).sqrt() * weight + bias
+        return torch.where(y >= 0, y, y * self.slope)
+
+
+def leaky(channels):
+    return Abn(channels, 0.01)
+
+
+class Toolbox(nn.Module):
+    """The published net in float64, unfolded; ``state_dict()`` has the published names."""
+
+    def __init__(self, name, backbone):
+        super().__init__()
+        trunk = get_model(backbone, weights=None, norm_layer=Abn)
+        width = trunk.fc.in_features
+        self.conv1, self.bn1 = nn.Conv2d(3, 64, 3, 2, 1, bias=False), Abn(64)
+        self.conv2, self.bn2 = nn.Conv2d(64, 64, 3, 1, 1, bias=False), Abn(64)
+        self.conv3, self.bn3 = nn.Conv2d(64, 128, 3, 1, 1, bias=False), Abn(128)
+        self.layer1, self.layer2, self.layer3, self.layer4 = trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4
+        first = self.layer1[0]
+        first.conv1 = nn.Conv2d(128, 64, first.conv1.kernel_size, padding=first.conv1.padding, bias=False)
+        out = 256 if width == 2048 else 64
+        first.downsample = nn.Sequential(nn.Conv2d(128, out, 1, bias=False), Abn(out))
+        for layer, dilation in ((self.layer3, 2), (self.layer4, 4)):
+            for conv in layer.modules():
+                if isinstance(conv, nn.Conv2d):
+                    conv.stride = (1, 1)
+                    if conv.kernel_size == (3, 3):
+                        conv.dilation = conv.padding = (dilation, dilation)
+        module = nn.Module()
+        if name == "deeplabv3":
+            module.conv1 = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(width, 256, 1, bias=False), leaky(256))
+            module.conv2 = nn.Sequential(nn.Conv2d(width, 256, 1, bias=False), leaky(256))
+            for number, rate in ((3, 12), (4, 24), (5, 36)):
+                conv = nn.Conv2d(width, 256, 3, padding=rate, dilation=rate, bias=False)
+                setattr(module, f"conv{number}", nn.Sequential(conv, leaky(256)))
+            module.bottleneck = nn.Sequential(nn.Conv2d(1280, 512, 1, bias=False), leaky(512), nn.Dropout2d(0.1))
+        else:
+            module.stages = nn.ModuleList(
+                nn.Sequential(nn.AdaptiveAvgPool2d(bins), nn.Conv2d(width, 512, 1, bias=False), leaky(512))
+                for bins in (1, 2, 3, 6)
+            )
+            conv = nn.Conv2d(width + 2048, 512, 3, padding=1, bias=False)
+            module.bottleneck = nn.Sequential(conv, leaky(512), nn.Dropout2d(0.1))
+        self.head = nn.Sequential(module, nn.Conv2d(512, CLASSES, 1))
+        auxiliary = nn.Conv2d(width // 2, 512, 3, padding=1)
+        self.dsn = nn.Sequential(auxiliary, leaky(512), nn.Dropout2d(0.1), nn.Conv2d(512, CLASSES, 1))
+        self.double().eval()
+
+    def forward(self, x):
+        x = self.bn1(self.conv1(x.double())).relu()
+        x = self.bn2(self.conv2(x)).relu()
+        x = self.bn3(self.conv3(x)).relu()
+        third = self.layer3(self.layer2(self.layer1(F.max_pool2d(x, 3, 2, 1, ceil_mode=True))))
+        x, module = self.layer4(third), self.head[0]
+        enlarge = lambda y: F.interpolate(y, x.shape[2:], mode="bilinear", align_corners=True)  # noqa: E731
+        if hasattr(module, "stages"):
+            parts = [*(enlarge(stage(x)) for stage in module.stages), x]
+        else:
+            parts = [enlarge(module.conv1(x)), module.conv2(x), module.conv3(x), module.conv4(x), module.conv5(x)]
+        return self.head[1](module.bottleneck(torch.cat(parts, 1))), self.dsn(third)
+
+
+@pytest.fixture(scope="module", params=["deeplabv3", "pspnet"])
+def toolbox(request):
+    torch.manual_seed(3)
+    return request.param, Toolbox(request.param, "resnet18"), Toolbox(request.param, "resnet50")
+
+
+def save(path, net):
+    torch.save({key: value.float() for key, value in net.state_dict().items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("size", [(65, 65), (97, 129)])
+def test_logits_of_both_heads_are_the_published_nets(toolbox, size, tmp_path):
+    name, basic, bottleneck = toolbox
+    images = torch.randn(1, 3, *size)
+    for reference in [basic] if size == (97, 129) else [basic, bottleneck]:
+        path = save(tmp_path / "CS_scenes_40000.pth", reference)
+        weights = load_weights(path)
+        assert (weights.config["net"], weights.config["stem"]) == (name, "deep")
+        assert not weights.skipped
+        with torch.no_grad():
+            expected = reference(images)
+            scale = max(float(logits.abs().max()) for logits in expected)
+            for mode in ("frozen", "full") if reference is basic else ("frozen",):
+                net = load_net(path, mode)
+                for ours, theirs in zip(net(images, auxiliary=True), expected):
+                    assert float((ours - theirs).abs().max()) < 1e-5 * scale
+                assert torch.equal(net(images), net(images, auxiliary=True)[0])
+            assert float((fold_batch_norm(net)(images) - expected[0]).abs().max()) < 1e-5 * scale
+
+
+def test_gradients_through_folded_heads_are_those_without_folding(toolbox, tmp_path):
+    _, reference, _ = toolbox
+    net, _ = build_net(load_weights(save(tmp_path / "net.pth", reference)), batch_norm="frozen")
+    net.eval()  # no dropout
+    images, labels = torch.randn(2, 3, 65, 65), torch.randint(0, CLASSES, (2, 9, 9))
+    for module, give in ((net, lambda: net(images, auxiliary=True)), (reference, lambda: reference(images))):
+        module.zero_grad()
+        main, aux = give()
+        (F.cross_entropy(main.double(), labels) + 0.4 * F.cross_entropy(aux.double(), labels)).backward()
+    theirs = dict(reference.named_parameters())
+    compared = 0
+    for key, parameter in net.named_parameters():  # of a frozen net: the convolutions
+        expected = theirs[key].grad
+        assert float((parameter.grad - expected).abs().max()) <= 1e-4 * float(expected.abs().max()) + 1e-9, key
+        compared += key.startswith(("head", "dsn"))
+    assert compared > 6
+    assert {"dsn.0.bias", "head.1.weight"} <= theirs.keys()
+
+
+def test_auxiliary_logits_come_in_training_alone_and_dropout_with_them():
+    torch.manual_seed(0)
+    net = make_net({"net": "pspnet", "backbone": "resnet18", "num_classes": 3}, "frozen")
+    images = torch.randn(1, 3, 33, 33)
+    main, aux = net.train()(images)
+    assert main.shape == aux.shape == (1, 3, 5, 5)
+    assert not torch.equal(main, net(images)[0])  # other channels are dropped
+    assert torch.equal(net.eval()(images), net(images))
+
+
+def test_published_counts():
+    """Facts of the toolbox's own nets with 19 classes: tensors without counters, and parameters."""
+    for name, tensors, parameters in (("deeplabv3", 570, 63_226_854), ("pspnet", 565, 70_437_350)):
+        with torch.device("meta"):
+            net = NETS[name]()
+        assert sum(not key.endswith("num_batches_tracked") for key in net.state_dict()) == tensors
+        assert sum(parameter.numel() for parameter in net.parameters()) == parameters
+
+
+def test_one_group_and_every_parameter_in_it():
+    net = NETS["deeplabv3"]("resnet18", batch_norm="full")
+    (group,) = net.parameter_groups()
+    assert len(group["params"]) == len(list(net.parameters()))
+    assert group["lr_scale"] == group["decay_scale"] == 1
+
+
+# files
+
+
+def test_published_way_back(toolbox, tmp_path):
+    _, _, deep = toolbox
+    weights = load_weights(save(tmp_path / "net.pth", deep))
+    back = export(weights, "published")
+    assert back.keys() == deep.state_dict().keys()
+    for key, value in deep.state_dict().items():
+        assert torch.allclose(back[key].double().abs(), value.abs(), atol=2e-7), key  # ABN takes the absolute value
+    with pytest.raises(WeightsError, match="that net is a DeepLab-v2"):
+        export(weights, "kazuto")
+
+
+def test_a_file_with_batch_counters_has_plain_batch_norms(tmp_path):
+    net = make_net({"net": "pspnet", "backbone": "resnet18", "num_classes": 3}, "full")
+    with torch.no_grad():
+        net.bn1.weight[0] = -0.5
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    assert load_weights(tmp_path / "net.pth").state["bn1.weight"][0] == -0.5
+
+
+def test_trunk_of_mit_and_of_another_head(toolbox, tmp_path):
+    name, reference, _ = toolbox
+    state = {key: value.float() for key, value in reference.state_dict().items() if not key.startswith(("head", "dsn"))}
+    state |= {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
+    torch.save(state, tmp_path / "resnet18-imagenet.pth")
+    for trunk, words in (("caffe", "BGR"), ("torchvision", "RGB")):
+        weights = load_weights(tmp_path / "resnet18-imagenet.pth", trunk)
+        assert weights.config["stem"] == "deep"
+        assert words in "".join(weights.notes)
+    for kind in NETS:
+        net, report = build_net(load_weights(tmp_path / "resnet18-imagenet.pth", "caffe"), net=kind, num_classes=7)
+        assert all(key.startswith(("layer5", "head", "dsn")) for key in report.missing)
+        assert report.missing
+        assert all(bool(value.isfinite().all()) for value in net.state_dict().values())
+    other = "pspnet" if name == "deeplabv3" else "deeplabv3"
+    net, report = build_net(load_weights(save(tmp_path / "net.pth", reference)), net=other)
+    assert f"the head of a {name}" in report.notes[-1].replace("that of", "the head of")
+    assert report.missing
+
+
+def test_reset_head_is_what_construction_gives():
+    net = make_net({"net": "deeplabv3", "backbone": "resnet18", "num_classes": 3}, "frozen")
+    with torch.no_grad():
+        for value in net.state_dict().values():
+            value.fill_(float("nan"))
+    torch.manual_seed(1)
+    net.reset_head()
+    torch.manual_seed(1)
+    fresh = copy.deepcopy(net)
+    fresh.reset_head()
+    for key, value in net.state_dict().items():
+        if key.startswith(("head", "dsn")):
+            assert bool(value.isfinite().all())
+            assert torch.equal(value, fresh.state_dict()[key])
+    assert bool((net.head[0].conv2[1].running_var == 1).all())
+    assert float(net.head[1].weight.detach().std()) > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s.pop("head.1.weight"), "lacks a classifier"),
+        (lambda s: s.pop("dsn.0.bias"), "its heads lack 1 tensors .dsn.0.bias"),
+        (lambda s: s.update({"head.0.bottleneck.0.weight": torch.zeros(512, 3, 1, 1)}), "its head.0.bottleneck.0.weight is"),
+        (lambda s: s.pop("conv2.weight"), "lacks 1 of the trunk's tensors"),
+        (lambda s: s.pop("conv3.weight"), "its first convolution is 64x3x3x3"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_the_reason(toolbox, change, words, tmp_path):
+    state = {key: value.float() for key, value in toolbox[1].state_dict().items()}
+    change(state)
+    torch.save(state, tmp_path / "net.pth")
+    with pytest.raises(WeightsError, match=words):
+        load_net(tmp_path / "net.pth")
+
+
+def test_stems_and_rates_that_do_not_fit(toolbox, tmp_path):
+    weights = load_weights(save(tmp_path / "net.pth", toolbox[1]))
+    with pytest.raises(WeightsError, match="its stem is three 3x3 convolutions, that of the net is one 7x7"):
+        apply_weights(make_net({"net": toolbox[0], "backbone": "resnet18", "num_classes": CLASSES, "stem": "7x7"}), weights)
+    with pytest.raises(WeightsError, match="--atrous-rates are those of DeepLab-v2's head"):
+        build_net(weights, atrous_rates=[6, 12])
