@@ -1,4 +1,4 @@
-"""Score DeepLab-v2 on labelled pictures. The options, with their defaults: ``python evaluate.py --help``."""
+"""Score a net on labelled pictures. The options, with their defaults: ``python evaluate.py --help``."""
 
 from utils.command import run_command
 from utils.options import evaluation_parser

@@ -1,4 +1,4 @@
-"""Train DeepLab-v2 on three scales and their maximum. The options, with their defaults: ``python train_msc.py --help``."""
+"""Train on three scales and their maximum. The options, with their defaults: ``python train_msc.py --help``."""
 
 from utils.command import run_command
 from utils.options import training_parser

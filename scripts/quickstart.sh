@@ -22,7 +22,7 @@ touch "$out/.quickstart"
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     net=(--backbone resnet101 --batch-size 16 --num-steps 1500 --learning-rate 2e-3)
 else
-    net=(--backbone resnet18 --batch-size 8 --num-steps 200 --learning-rate 5e-3)
+    net=(--backbone resnet18 --batch-size 8 --num-steps 160 --learning-rate 5e-3)
 fi
 
 python scripts/make_shapes.py --out "$out/shapes"

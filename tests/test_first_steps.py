@@ -191,5 +191,5 @@ def test_help_tells_which_pictures_are_found(capsys):
         train_script.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert ".jpg, .jpeg, .png, .bmp, .tif or .webp" in text
-    assert "from scratch full" in text
+    assert "full from scratch" in text
     assert "as many as classes.txt in --data-dir has lines" in text

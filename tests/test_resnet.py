@@ -7,7 +7,7 @@ import torchvision
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from deeplab import BACKBONES, BATCH_NORM_MODES, conv_bn, deeplabv2, fold_batch_norm
+from deeplab import BACKBONES, BATCH_NORM_MODES, NETS, conv_bn, deeplabv2, fold_batch_norm
 from utils import options
 
 
@@ -176,3 +176,4 @@ def test_wrong_arguments_are_refused_in_words():
 def test_the_command_line_offers_what_the_net_has():
     assert tuple(BACKBONES) == options.BACKBONE_NAMES
     assert options.BATCH_NORM_MODES == BATCH_NORM_MODES
+    assert tuple(NETS) == options.NET_NAMES
