@@ -1,0 +1,115 @@
+"""The README's commands, done one after another on made-up data and with few steps, in an empty folder."""
+
+import dataclasses
+import functools
+import runpy
+import shlex
+import shutil
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deeplab import deeplabv2
+from tests.conftest import ROOT, make_toy_voc
+from tests.test_readme import commands, script_and_options
+from tests.test_resnet import randomise_batch_norm
+from utils.checkpoint import make_meta, save_snapshot
+
+HERE = ["--device", "cpu", "--num-workers", "0"]
+STEPS = [*HERE, "--num-steps", "1", "--batch-size", "2", "--iter-size", "1", "--input-size", "33,33", "--save-num-images", "0"]
+SHORTER = {  # what is added, so that a command ends soon
+    "train.py": STEPS,
+    "train_msc.py": STEPS,
+    "evaluate.py": [*HERE, "--crf-workers", "1"],
+    "scripts/predict.py": [*HERE, "--crf-workers", "1"],
+    "scripts/masks_to_indices.py": ["--workers", "0"],
+    "scripts/check_dataset.py": ["--workers", "0"],
+}
+NOT_RUN = {
+    "scripts/benchmark.py": "takes minutes; tests/test_benchmark.py and test_memory.py run its parts",
+    "scripts/prepare_voc.py": "wants both archives; tests/test_prepare_voc.py makes small ones",
+}
+FILES = {
+    "WEIGHTS": "weights/resnet101COCO-41f33a49.pth",
+    "IN": "bottlenecks.pth",
+    "OUT": "out.pth",
+    "FILE": "fetched.pth",
+    "OTHER": "weights/resnet101COCO-41f33a49.pth",
+}
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch):
+    """An empty folder with what the README's reader brings: pictures, exports of labelling tools, a server for downloads."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    make_toy_voc(tmp_path / "data/VOCdevkit/VOC2012")
+    make_toy_voc(tmp_path / "camvid")
+    for export in ("EXPORT", "MASKS"):
+        folder = tmp_path / export
+        toy = make_toy_voc(folder)
+        shutil.rmtree(toy / "ImageSets")
+        (toy / "SegmentationClassAug").rename(toy / "SegmentationClass")
+        (toy / "labelmap.txt").write_text("background:0,0,0::\na:128,0,0::\nb:0,128,0::\nc:128,128,0::\n")
+    shutil.copytree(tmp_path / "EXPORT/JPEGImages", tmp_path / "folder")
+    shutil.copy(tmp_path / "folder/toy_0.jpg", tmp_path / "photo.jpg")
+    film = cv2.VideoWriter("film.mp4", cv2.VideoWriter_fourcc(*"mp4v"), 5, (48, 40))
+    for _ in range(2):
+        film.write(np.full((40, 48, 3), 90, np.uint8))
+    film.release()
+    torch.manual_seed(0)
+    for name, backbone in (("fetched.pth", "resnet18"), ("bottlenecks.pth", "resnet50")):
+        net = randomise_batch_norm(deeplabv2(backbone, 21))
+        save_snapshot(name, net, make_meta(net, None, 0, {}, seen_voc_val=""))
+    handler = functools.partial(Quiet, directory=str(tmp_path))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield tmp_path, f"http://127.0.0.1:{server.server_address[1]}/fetched.pth"
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_readme_from_top_to_bottom(empty_folder, monkeypatch, capsys):
+    folder, address = empty_folder
+    from scripts import download
+
+    unknown = dict.fromkeys(("about", "md5", "sha1", "sha256", "sha256_prefix", "unpack", "manual"), "")
+    local = tuple(dataclasses.replace(item, urls=(address,), size=None, **unknown) for item in download.CATALOGUE)
+    done = set()
+    for command in commands():
+        if not command.startswith("python "):
+            continue
+        script, options = script_and_options(command)
+        if script in NOT_RUN:
+            continue
+        words = [FILES.get(word, word) for word in options]
+        if script in ("train.py", "train_msc.py") and "--snapshot-dir" not in words:
+            shutil.rmtree("snapshots" if script == "train.py" else "snapshots_msc", ignore_errors=True)
+        main = download.main if script == "scripts/download.py" else runpy.run_path(str(ROOT / script), run_name="read")["main"]
+        with monkeypatch.context() as patch:
+            patch.setattr(download, "CATALOGUE", local)
+            status = main([*words, *SHORTER.get(script, [])])
+        assert status in (0, None), f"{shlex.join([script, *words])}\n{capsys.readouterr()}"
+        done.add(script)
+        if script == "train.py":
+            (folder / "snapshots/VOC12_scenes_1.pth").rename(folder / "snapshots/VOC12_scenes_20000.pth")
+    assert done >= {"train.py", "train_msc.py", "evaluate.py", "scripts/predict.py", "scripts/download.py"}
+    left = ["report/index.html", "predictions/photo.png", "predictions/film.mp4", "curves.png", "net.onnx", "out.pth"]
+    assert [name for name in left if not (folder / name).is_file()] == []
+    assert (folder / "data/mine/classes.txt").read_text().split()[:5] == ["background", "0", "0", "0", "a"]
+    assert Image.open(folder / "NEW_FOLDER/SegmentationClass/toy_0.png").mode == "P"
+
+
+def test_what_is_not_run_is_still_in_the_readme():
+    named = {script_and_options(command)[0] for command in commands() if command.startswith("python ")}
+    assert NOT_RUN.keys() <= named
