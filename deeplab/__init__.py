@@ -5,6 +5,7 @@ from deeplab.deeplabv2 import ASPP, ATROUS_RATES, DeepLabV2, deeplabv2
 from deeplab.loss import LOSS_SIZES, multi_scale_loss, resize_labels, single_scale_loss
 from deeplab.multiscale import fuse_max, multiscale_logits, predict, predict_classes
 from deeplab.resnet import BACKBONES, BATCH_NORM_MODES, conv_bn, fold_batch_norm, kept_statistics
+from deeplab.window import predict_windows
 
 __all__ = [
     "ASPP",
@@ -24,6 +25,7 @@ __all__ = [
     "multiscale_logits",
     "predict",
     "predict_classes",
+    "predict_windows",
     "resize_labels",
     "single_scale_loss",
 ]

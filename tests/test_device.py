@@ -398,9 +398,9 @@ def test_the_device_is_a_batch_ahead(toy_voc, monkeypatch):
     order: list[str] = []
     net, data, predict = fold_batch_norm(deeplabv2("resnet18", 4).eval()), data_of(toy_voc), prediction.predict_batch
 
-    def launched(net, images, *args):
+    def launched(net, images, *args, **options):
         order.extend("launch" for _ in images)
-        return predict(net, images, *args)
+        return predict(net, images, *args, **options)
 
     monkeypatch.setattr(prediction, "predict_batch", launched)
     options = {"canvas": (65, 65), "batch_size": 2}

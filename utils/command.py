@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -94,6 +95,17 @@ def below_one(text: str) -> float:
     """An argparse type: a number from 0 up to, but without, 1."""
     value = number(text)
     if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; expected at least 0 and below 1")
+    return value
+
+
+def share(text: str) -> Fraction:
+    """An argparse type: a share from 0 up to, but without, 1, as in ``"1/3"`` or ``"0.25"``."""
+    try:
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share; write one such as 1/3 or 0.25") from None
+    if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is out of range; expected at least 0 and below 1")
     return value
 
