@@ -382,7 +382,15 @@ def data_of(toy_voc) -> VOCSegmentation:
     return VOCSegmentation(toy_voc, read_ids(toy_voc / "ImageSets/Segmentation/val.txt"), num_classes=4)
 
 
-@pytest.mark.parametrize("options", [{}, {"scales": (1.0, 0.5), "mirror": True, "batch_size": 2}, {"canvas": (65, 65)}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scales": (1.0, 0.5), "mirror": True, "batch_size": 2},
+        {"canvas": (65, 65)},
+        {"window": (33, 33), "scales": (1.0, 0.5), "fuse": "mean"},
+    ],
+)
 def test_prediction_and_counting_wait_for_nothing(options, toy_voc, fake_cuda):
     """Each picture travels as bytes at its own size, with its label."""
     net, strict = fake_cuda

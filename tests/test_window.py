@@ -112,7 +112,7 @@ def test_the_mean_of_scales_on_the_grid():
         parts = [predict_grid(net, image, (scale,)) for scale in (1.0, 0.5, 0.75)]
         torch.testing.assert_close(predict_grid(net, image, (1.0, 0.5, 0.75), fuse="mean"), torch.stack(parts).mean(dim=0))
         torch.testing.assert_close(predict_grid(net, image, (1.0, 0.5, 0.75)), torch.stack(parts).amax(dim=0))
-    assert options.FUSIONS == tuple(FUSIONS)
+    assert tuple(FUSIONS) == options.FUSIONS
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 9), (40, 55)])
