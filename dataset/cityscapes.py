@@ -34,7 +34,10 @@ class CityscapesSegmentation(VOCSegmentation):
 
     TITLE = "Cityscapes"
     SHORT = "CS"
-    SOURCE = "for --dataset cityscapes unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip of www.cityscapes-dataset.com there"
+    SOURCE = (
+        "for --dataset cityscapes unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip of "
+        "www.cityscapes-dataset.com there"
+    )
     NAMES = tuple(row.name for row in CITYSCAPES_CLASSES)
     IMAGE_DIR = "leftImg8bit"
     LABEL_DIRS = ("gtFine",)

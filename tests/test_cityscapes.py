@@ -222,11 +222,8 @@ def test_defaults_hang_on_the_data_set():
         return vars(args)
 
     names = ("data_dir", "image_dir", "num_classes", "input_size", "scale_range")
-    kind = DATASETS["cityscapes"]
-    assert (options.CITYSCAPES_TRAINING["image_dir"], options.CITYSCAPES_TRAINING["num_classes"]) == (
-        kind.IMAGE_DIR,
-        len(kind.NAMES),
-    )
+    kind, defaults = CityscapesSegmentation, options.CITYSCAPES_TRAINING
+    assert (defaults["image_dir"], defaults["num_classes"]) == (kind.IMAGE_DIR, len(kind.NAMES))
     voc, cityscapes = settled(), settled("--dataset", "cityscapes")
     assert [voc[name] for name in names] == ["data/VOCdevkit/VOC2012", "JPEGImages", 21, (321, 321), (0.5, 1.5)]
     assert [cityscapes[name] for name in names] == ["data/cityscapes", "leftImg8bit", 19, (769, 769), (0.7, 2.1)]
