@@ -78,7 +78,7 @@ class CityscapesSegmentation(VOCSegmentation):
 
     def find_label(self, listing: Listing, entry: Entry, label_dirs: Sequence[str]) -> str:
         """Where the label of an entry that names none is, or should be: label ids come before train ids."""
-        folder, id = _split(str(entry.image), self.pictures)
+        folder, id = _split(str(entry.image), self.image_folder)
         place = f"{label_dirs[0]}/{folder}{id}_{PurePosixPath(label_dirs[0]).name}"
         found = (listing.find(f"{place}_{kind}", LABEL_SUFFIXES) for kind in ("labelIds", "labelTrainIds"))
         return next(filter(None, found), f"{place}_labelIds.png")

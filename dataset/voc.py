@@ -45,8 +45,7 @@ def find_list(data_dir: str | Path, data_list: str | Path | None, candidates: It
     """
     root = Path(data_dir)
     if not root.is_dir():
-        voc = "get PASCAL VOC with `python scripts/download.py voc2012 sbd` and `python scripts/prepare_voc.py`"
-        advice = source or voc
+        advice = source or "get PASCAL VOC with `python scripts/download.py voc2012 sbd` and `python scripts/prepare_voc.py`"
         raise DatasetError(f"the data set folder {root} does not exist; {advice}, or pass --data-dir")
     paths = [Path(data_list), root / data_list] if data_list else [root / name for name in candidates]
     if found := next((path for path in paths if os.path.exists(path)), None):
@@ -74,7 +73,7 @@ class VOCSegmentation(Dataset):
         root: the folder that holds the two folders, for VOC ``VOCdevkit/VOC2012``.
         ids: image ids, or entries of :func:`dataset.lists.read_list`: the files that they name are read, unless another
             ``image_dir`` or ``label_dir`` is given here.
-        image_dir: folder of the pictures.
+        image_dir: folder of the pictures; None means ``JPEGImages``.
         label_dir: folder of the masks; None means ``SegmentationClassAug`` and, for ids that it lacks, ``SegmentationClass``.
         num_classes: classes 0..num_classes-1 are allowed in the masks.
         ignore_label: a value that means void, beside 255.
@@ -82,6 +81,7 @@ class VOCSegmentation(Dataset):
         advice: what to do where a file is wrong, for the end of the message.
 
     Attributes:
+        image_folder: ``image_dir`` as it was given, below ``root``.
         names: of the classes, where somebody gave them; None leaves them to the net.
         colors: by which re-ordered palettes are told, and in which the classes are drawn.
         ids: one an entry of the list, in its order.
@@ -111,7 +111,7 @@ class VOCSegmentation(Dataset):
         advice: str = "",
     ) -> None:
         self.root = Path(root)
-        self.pictures = image_dir = image_dir or self.IMAGE_DIR
+        self.image_folder = image_dir = image_dir or self.IMAGE_DIR
         self.image_dir = self.root / image_dir
         self.num_classes = num_classes
         self.ignore_label = ignore_label

@@ -180,7 +180,7 @@ def print_table(report: dict, names: Sequence[str] | None) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = GivenParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_dataset_option(parser, "voc")
+    add_dataset_option(parser)
     parser.add_argument("--data-dir", default=DATA_DIR, help="its folder (%(default)s, Cityscapes data/cityscapes)")
     parser.add_argument(
         "--data-list",

@@ -3,6 +3,7 @@
 import io
 import json
 import zipfile
+from fractions import Fraction
 from pathlib import Path
 
 import cv2
@@ -283,9 +284,9 @@ def test_scores_masks_and_report_in_tiles(city, run, tmp_path):
 
 
 def test_the_crf_takes_the_sums_of_the_tiles(city, run, tmp_path):
-    evaluate(city, run, "--window", "33,41", "--crf", "--crf-workers", "1", "--save-dir", tmp_path)
+    evaluate(city, run, "--window", "33,41", "--overlap", "1/2", "--crf", "--crf-workers", "1", "--save-dir", tmp_path)
     path = city / place(PICTURE, "val", CITIES["val"][0])
-    probabilities = windowed(run, path).softmax(dim=0).numpy()
+    probabilities = windowed(run, path, overlap=Fraction(1, 2)).softmax(dim=0).numpy()
     expected = dense_crf(cv2.imread(str(path))[:, :, ::-1], probabilities, CRFParams()).argmax(0)
     assert (np.array(Image.open(tmp_path / f"{CITIES['val'][0]}.png")) == expected).mean() > 0.99
 

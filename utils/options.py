@@ -7,6 +7,7 @@ from typing import Any
 
 from utils.command import (
     GivenParser,
+    UserError,
     below_one,
     class_count,
     default_processes,
@@ -36,15 +37,14 @@ CITYSCAPES: dict[str, Any] = {"data_dir": "data/cityscapes", "image_dir": "leftI
 CITYSCAPES_TRAINING = CITYSCAPES | {"num_classes": 19, "input_size": (769, 769), "scale_range": (0.7, 2.1)}
 
 
-def add_dataset_option(parser: Any, default: str | None) -> None:
+def add_dataset_option(parser: Any, default: str | None = "voc", more: str = "") -> None:
     """Whose layout and labels are read; :func:`settle_dataset` brings the defaults that hang on it."""
     parser.add_argument(
         "--dataset",
         choices=DATASETS,
         default=default,
         help="voc: PASCAL VOC, or data of your own in its layout; cityscapes: the official folders, labelIds read as the 19 "
-        f"train ids{', by default in crops of 769,769 at scales 0.7 to 2.1' if default else ''} "
-        f"(default: {default or 'the one that the net was trained on'})",
+        f"train ids{more} (default: {default or 'the one that the net was trained on'})",
     )
 
 
@@ -53,9 +53,14 @@ def settle_dataset(args: argparse.Namespace, defaults: dict[str, Any], trained_o
 
     Args:
         trained_on: the data set where the command line names none.
+
+    Raises:
+        UserError: another number of classes was given.
     """
     args.dataset = args.dataset or trained_on
     if args.dataset == "cityscapes":
+        if "num_classes" in args.given and args.num_classes != 19:
+            raise UserError(f"--dataset cityscapes has 19 classes; leave --num-classes {args.num_classes} out")
         vars(args).update({name: value for name, value in defaults.items() if name not in args.given})
 
 
@@ -82,7 +87,10 @@ def add_window_options(parser: Any) -> None:
 def add_data_options(parser: argparse.ArgumentParser, split: str, ignore_label: int | None) -> None:
     """Where the pictures, the labels and the weights are; shared by training and evaluation."""
     group = parser.add_argument_group("data")
-    add_dataset_option(group, "voc" if split == "train" else None)
+    if split == "train":
+        add_dataset_option(group, more=", by default in crops of 769,769 at scales 0.7 to 2.1")
+    else:
+        add_dataset_option(group, default=None)
     group.add_argument("--data-dir", default=DATA_DIR, help="its folder (default: %(default)s, Cityscapes data/cityscapes)")
     group.add_argument(
         "--data-list",

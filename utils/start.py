@@ -144,8 +144,6 @@ def _classes(args: Namespace, meta: dict[str, Any]) -> tuple[int, list[str] | No
         meta: of the snapshot that is started from, {} where it is none.
     """
     if names := DATASETS[args.dataset].NAMES:
-        if args.num_classes != len(names):
-            raise UserError(f"--dataset {args.dataset} has {len(names)} classes; leave --num-classes {args.num_classes} out")
         return len(names), list(names), f"{len(names)} classes, those of {DATASETS[args.dataset].TITLE}"
     if "num_classes" in args.given:
         return args.num_classes, read_class_names(args.data_dir, args.num_classes), f"{args.num_classes} classes"

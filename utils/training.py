@@ -198,7 +198,7 @@ def last_words(args: Namespace, data: VOCSegmentation, done: int, began: int) ->
     if done == began:
         return f"nothing is left to do: all {done} steps are done; to train on, add a larger --num-steps"
     words = ["python", "evaluate.py", "--data-dir", args.data_dir, "--restore-from", folder / f"{data.SHORT}_scenes_{done}.pth"]
-    if not any((data.root / name).exists() for name in data.lists("val", data.pictures)):
+    if not any((data.root / name).exists() for name in data.lists("val", data.image_folder)):
         words += ["--data-list", "LIST"]
     return f"saved {words[5]}; next: {shlex.join(map(str, words + layout_words(args)))}"
 
@@ -261,8 +261,8 @@ def describe(batch: int, args: Namespace, data: VOCSegmentation) -> str:
 
 def seen_val(data: VOCSegmentation) -> str:
     """Why scores on the validation list of ``data`` mean nothing after training on it; "" where they mean something."""
-    for path in (data.root / name for name in data.lists("val", data.pictures)):
+    for path in (data.root / name for name in data.lists("val", data.image_folder)):
         with suppress(DatasetError):  # no such list, or none that can be read
-            if common := {entry.id for entry in data.read_list(path, data.pictures)} & set(data.ids):
+            if common := {entry.id for entry in data.read_list(path, data.image_folder)} & set(data.ids):
                 return f"{len(common)} of the pictures that it was trained on are on {path.name}"
     return ""
