@@ -139,6 +139,7 @@ def test_labels_that_are_refused(city, label, message):
 
 
 def test_lists(city):
+    (city / "leftImg8bit/train/aachen/._aachen_000000_000019_leftImg8bit.png").touch()  # macOS leaves such files
     data = data_of(city, "leftImg8bit/train")
     assert data.ids == [*CITIES["train"]]
     assert data.image_path(data.ids[2]) == city / "leftImg8bit/train/bochum/bochum_000000_000313_leftImg8bit.png"
@@ -199,20 +200,45 @@ def test_a_run_says_what_it_was_trained_on(run, capsys):
 
 
 def test_the_last_words_are_the_next_command(city, tmp_path, capsys, monkeypatch):
-    """Training pictures that are on val are told; the command that is printed runs, and finds the data set by itself."""
+    """Training pictures that are on val, and classes that never occur, are told; the command that is printed runs."""
+    for id in CITIES["val"]:
+        path = city / place(LABEL, "val", id)
+        labels = np.array(Image.open(path))
+        save(path, np.where(labels == 33, 0, labels))
     words = ["--dataset", "cityscapes", "--data-dir", city, "--data-list", "leftImg8bit/val", "--snapshot-dir", tmp_path,
              "--backbone", "resnet18", "--input-size", "9,9", "--restore-from", "none", "--batch-size", "2", "--num-steps", "1",
              "--device", "cpu", "--num-workers", "0", "--save-num-images", "0"]  # fmt: skip
     assert train_script.main([*map(str, words)]) == 0
     out = capsys.readouterr().out
     assert "19 classes, those of Cityscapes" in out
-    assert "train with --num-classes" not in out
+    assert "none of the 2 labels read so far has the classes 18 bicycle\n" in out
     next_words = out.split("next: python evaluate.py ")[1].split("\n")[0].split()
     assert next_words[-2:] == ["--dataset", "cityscapes"]
     assert evaluate_script.main([*next_words, "--device", "cpu", "--num-workers", "0"]) == 0
     out = capsys.readouterr().out
     assert "scores on Cityscapes val mean nothing here: 2 of the pictures that it was trained on are on val" in out
     assert "traffic light" in out
+
+
+def test_runs_on_two_data_sets(city, run, tmp_path, capsys):
+    """What a net saw of VOC val says nothing of Cityscapes' val; a checkpoint from before --dataset is one of VOC."""
+    content = torch.load(run / "CS_scenes_2.pth", weights_only=True)
+    words = ["--data-dir", str(city), "--dataset", "cityscapes", "--device", "cpu", "--num-workers", "0"]
+    for dataset, told in (("voc", False), ("cityscapes", True)):
+        content["meta"]["args"]["dataset"] = dataset
+        torch.save({**content, "meta": {**content["meta"], "seen_voc_val": "it saw val"}}, tmp_path / "seen.pth")
+        assert evaluate_script.main([*words, "--restore-from", str(tmp_path / "seen.pth")]) == 0
+        assert ("val mean nothing here: it saw val" in capsys.readouterr().out) == told
+        more = ["--restore-from", str(tmp_path / "seen.pth"), "--snapshot-dir", str(tmp_path / dataset), "--num-steps", "1",
+                "--batch-size", "1", "--input-size", "9,9", "--save-num-images", "0"]  # fmt: skip
+        assert train_script.main([*words, *more]) == 0
+        meta = torch.load(tmp_path / dataset / "CS_scenes_1.pth", weights_only=True)["meta"]
+        assert meta["seen_voc_val"] == ("it saw val" if told else "")
+    content = torch.load(tmp_path / "voc/last.ckpt", weights_only=True)
+    del content["meta"]["args"]["dataset"]
+    torch.save(content, tmp_path / "voc/last.ckpt")
+    with pytest.raises(UserError, match="--dataset voc -> cityscapes"):
+        train_script.main([*words, "--resume", "--snapshot-dir", str(tmp_path / "voc")])
 
 
 def test_defaults_hang_on_the_data_set():
@@ -311,6 +337,16 @@ def test_a_net_of_other_classes_is_refused(city, tmp_path):
         evaluate_script.main([*words, "--data-dir", str(city)])
     with pytest.raises(UserError, match="has 4 classes, not Cityscapes' 19"):
         predict.main([str(city / "leftImg8bit/val/lindau"), *words, "--save-dir", str(tmp_path / "out")])
+
+
+def test_a_bare_file_is_drawn_in_the_colours_that_are_asked_for(city, run, tmp_path):
+    torch.save(torch.load(run / "CS_scenes_2.pth", weights_only=True)["model"], tmp_path / "bare.pth")
+    words = [city / "leftImg8bit/val/lindau", "--restore-from", tmp_path / "bare.pth", "--device", "cpu", "--num-workers", "0",
+             "--save-dir", tmp_path, "--probabilities", "--dataset", "cityscapes"]  # fmt: skip
+    assert predict.main([*map(str, words)]) == 0
+    mask = tmp_path / "lindau_000000_000019_leftImg8bit.png"
+    assert Image.open(mask).getpalette()[3 * 13 : 3 * 14] == [0, 0, 142]
+    assert np.load(mask.with_suffix(".npz"))["classes"][18] == "bicycle"
 
 
 # ---- submission
