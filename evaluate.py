@@ -11,6 +11,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--compare needs --report, where the comparison is written")
     if args.submission and (args.save_dir or args.save_panels or args.save_json or args.report):
         parser.error("--submission packs the masks of pictures without labels, and takes no --save-... and no --report")
+    if args.window and args.input_size:
+        parser.error("--window cuts pictures into tiles of one size; leave --input-size out")
     from utils import evaluation, submission
 
     return submission.run(args) if args.submission else evaluation.run(args)

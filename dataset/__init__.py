@@ -1,5 +1,6 @@
-"""From an image id to a batch: the VOC data set and its classes, the transforms and the sampler."""
+"""From an image id to a batch: the data sets and their classes, the transforms and the sampler."""
 
+from dataset.cityscapes import CityscapesSegmentation
 from dataset.classes import (
     IGNORE_LABEL,
     MEAN_BGR,
@@ -16,14 +17,16 @@ from dataset.labels import read_label
 from dataset.lists import read_ids, read_list
 from dataset.sampler import StepSampler
 from dataset.transforms import Crop, PadCrop, RandomMirror, RandomScale, TrainTransform, to_input
-from dataset.voc import TRAIN_LISTS, VAL_LISTS, VOCSegmentation, find_list
+from dataset.voc import VOCSegmentation, find_list
+
+DATASETS: dict[str, type[VOCSegmentation]] = {"voc": VOCSegmentation, "cityscapes": CityscapesSegmentation}
 
 __all__ = [
+    "DATASETS",
     "IGNORE_LABEL",
     "MEAN_BGR",
-    "TRAIN_LISTS",
-    "VAL_LISTS",
     "VOC_CLASSES",
+    "CityscapesSegmentation",
     "Crop",
     "DatasetError",
     "PadCrop",

@@ -1,4 +1,4 @@
-"""Names and colours of the classes, PASCAL VOC's and those of a data set's own, the void label and the mean colour."""
+"""Names and colours of the classes, PASCAL VOC's, Cityscapes' and a data set's own, the void label and the mean colour."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,9 @@ MEAN_BGR = (104.00698793, 116.66876762, 122.67891434)
 """Mean colour of the ImageNet training pictures, blue-green-red, 0..255, as the published nets subtract it."""
 
 
-class VOCClass(NamedTuple):
+class NamedClass(NamedTuple):
+    """A class; ``id`` is its value in the label files of its data set."""
+
     id: int
     name: str
     color: Color
@@ -46,8 +48,35 @@ VOC_NAMES = (
 )  # fmt: skip
 VOID_COLOR: Color = (224, 224, 192)  # row 255 of the VOC colour map
 VOC_CLASSES = tuple(
-    VOCClass(i, name, (red, green, blue)) for i, (name, (red, green, blue)) in enumerate(zip(VOC_NAMES, voc_palette().tolist()))
+    NamedClass(index, name, (red, green, blue))
+    for index, (name, (red, green, blue)) in enumerate(zip(VOC_NAMES, voc_palette().tolist()))
 )
+
+CITYSCAPES_CLASSES = (  # in the order of the train ids, which are the classes here (cityscapesScripts, helpers/labels.py)
+    NamedClass(7, "road", (128, 64, 128)),
+    NamedClass(8, "sidewalk", (244, 35, 232)),
+    NamedClass(11, "building", (70, 70, 70)),
+    NamedClass(12, "wall", (102, 102, 156)),
+    NamedClass(13, "fence", (190, 153, 153)),
+    NamedClass(17, "pole", (153, 153, 153)),
+    NamedClass(19, "traffic light", (250, 170, 30)),
+    NamedClass(20, "traffic sign", (220, 220, 0)),
+    NamedClass(21, "vegetation", (107, 142, 35)),
+    NamedClass(22, "terrain", (152, 251, 152)),
+    NamedClass(23, "sky", (70, 130, 180)),
+    NamedClass(24, "person", (220, 20, 60)),
+    NamedClass(25, "rider", (255, 0, 0)),
+    NamedClass(26, "car", (0, 0, 142)),
+    NamedClass(27, "truck", (0, 0, 70)),
+    NamedClass(28, "bus", (0, 60, 100)),
+    NamedClass(31, "train", (0, 80, 100)),
+    NamedClass(32, "motorcycle", (0, 0, 230)),
+    NamedClass(33, "bicycle", (119, 11, 32)),
+)
+CITYSCAPES_COLORS: dict[int, Color] = {
+    **{index: row.color for index, row in enumerate(CITYSCAPES_CLASSES)},
+    IGNORE_LABEL: (0, 0, 0),
+}
 
 
 def voc_colors(num_classes: int) -> dict[int, Color]:

@@ -20,7 +20,11 @@ class BadLabel(ValueError):
 
 
 def read_label(
-    path: str | Path, num_classes: int, ignore_label: int = IGNORE_LABEL, colors: Mapping[int, Color] | None = None
+    path: str | Path,
+    num_classes: int,
+    ignore_label: int = IGNORE_LABEL,
+    colors: Mapping[int, Color] | None = None,
+    classes_of: np.ndarray | None = None,
 ) -> np.ndarray:
     """A label mask as (H, W) uint8 class indices, with every void pixel as 255.
 
@@ -29,6 +33,8 @@ def read_label(
         num_classes: values 0..num_classes-1 are classes.
         ignore_label: a further value that means void, beside 255.
         colors: the colours of the classes, by which a re-ordered palette is told; None means VOC's for 21 classes, else none.
+        classes_of: (n,) uint8, the classes of the values 0..n-1 where they are not the classes themselves, 255 for void; no
+            palette is looked at then.
 
     Raises:
         DatasetError: a missing, damaged or lossy file, a colour or 16-bit image, a palette in another order than the classes, a
@@ -37,8 +43,12 @@ def read_label(
     try:
         label, palette = decode_label(Path(path).read_bytes())
         present = np.flatnonzero(cv2.calcHist([label], [0], None, [256], [0, 256])).tolist()  # faster than np.unique
-        check_values(present, num_classes, ignore_label)
-        check_palette(present, palette, voc_colors(num_classes) if colors is None else colors, ignore_label)
+        if classes_of is None:
+            check_values(present, num_classes, ignore_label)
+            check_palette(present, palette, voc_colors(num_classes) if colors is None else colors, ignore_label)
+        else:
+            check_values(present, len(classes_of), what="label ids")
+            label = cv2.LUT(label, whole_table(classes_of))
     except FileNotFoundError:
         raise DatasetError(f"the label {path} does not exist") from None
     except OSError as error:
@@ -48,6 +58,11 @@ def read_label(
     if ignore_label != IGNORE_LABEL:
         label[label == ignore_label] = IGNORE_LABEL
     return label
+
+
+def whole_table(classes_of: np.ndarray) -> np.ndarray:
+    """The classes of all 256 values, (256,) uint8, from those of the first: 255 for the others."""
+    return np.pad(classes_of, (0, 256 - len(classes_of)), constant_values=IGNORE_LABEL)
 
 
 def decode_label(data: bytes) -> tuple[np.ndarray, np.ndarray]:
@@ -117,13 +132,14 @@ def _other_format(data: bytes) -> str:
     return f"is a {name} file whatever its name says; expected a PNG of class indices"
 
 
-def check_values(present: Sequence[int], num_classes: int, ignore_label: int = IGNORE_LABEL) -> None:
+def check_values(
+    present: Sequence[int], num_classes: int, ignore_label: int = IGNORE_LABEL, what: str = "class indices"
+) -> None:
     """BadLabel where values are ``present`` in a label that are neither a class nor void."""
     if wrong := [value for value in present if value >= num_classes and value not in (ignore_label, IGNORE_LABEL)]:
         shown = ", ".join(map(str, wrong[:8])) + (", ..." if len(wrong) > 8 else "")
         raise BadLabel(
-            f"holds the value{'s' * (len(wrong) > 1)} {shown}; "
-            f"expected class indices 0..{num_classes - 1} and {IGNORE_LABEL} for void"
+            f"holds the value{'s' * (len(wrong) > 1)} {shown}; expected {what} 0..{num_classes - 1} and {IGNORE_LABEL} for void"
         )
 
 

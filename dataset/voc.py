@@ -1,14 +1,14 @@
 """A data set in the PASCAL VOC layout: pairs of picture and label mask, and where the lists of ids lie."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from dataset.classes import IGNORE_LABEL, read_class_colors, read_class_names
+from dataset.classes import IGNORE_LABEL, Color, read_class_colors, read_class_names
 from dataset.files import DatasetError, read_image, read_picture
 from dataset.labels import read_label
 from dataset.listing import LABEL_SUFFIXES, PICTURE_SUFFIXES, Listing
@@ -31,17 +31,21 @@ __all__ = [
 LABEL_DIRS = ("SegmentationClassAug", "SegmentationClass")
 TRAIN_LISTS = ("ImageSets/SegmentationAug/train_aug.txt", "ImageSets/Segmentation/train.txt")
 VAL_LISTS = ("ImageSets/SegmentationAug/val.txt", "ImageSets/Segmentation/val.txt")
+TEST_LISTS = ("ImageSets/Segmentation/test.txt",)
 
 
-def find_list(data_dir: str | Path, data_list: str | Path | None, candidates: Iterable[str]) -> Path:
+def find_list(data_dir: str | Path, data_list: str | Path | None, candidates: Iterable[str], source: str = "") -> Path:
     """The file of image ids: ``data_list`` as given or below ``data_dir``, else the first of ``candidates`` that is there.
+
+    Args:
+        source: where the data set is to be had, for messages; "" means PASCAL VOC.
 
     Raises:
         DatasetError: no such folder, or none of the files.
     """
     root = Path(data_dir)
     if not root.is_dir():
-        advice = "get PASCAL VOC with `python scripts/download.py voc2012 sbd` and `python scripts/prepare_voc.py`"
+        advice = source or "get PASCAL VOC with `python scripts/download.py voc2012 sbd` and `python scripts/prepare_voc.py`"
         raise DatasetError(f"the data set folder {root} does not exist; {advice}, or pass --data-dir")
     paths = [Path(data_list), root / data_list] if data_list else [root / name for name in candidates]
     if found := next((path for path in paths if os.path.exists(path)), None):
@@ -50,6 +54,8 @@ def find_list(data_dir: str | Path, data_list: str | Path | None, candidates: It
     text = f"{' and '.join(names)} {'do' if len(names) > 1 else 'does'} not exist"
     if data_list:
         raise DatasetError(f"no list of image ids: {text}; pass a file with one id a line")
+    if source:
+        raise DatasetError(f"{text}; {source}, or pass --data-list")
     raise DatasetError(
         f"no list of image ids: {text}; run `python scripts/prepare_voc.py` for PASCAL VOC; for data of your own write one, "
         "have scripts/masks_to_indices.py write it (CVAT, labelme, pairs), or pass --data-list"
@@ -67,7 +73,7 @@ class VOCSegmentation(Dataset):
         root: the folder that holds the two folders, for VOC ``VOCdevkit/VOC2012``.
         ids: image ids, or entries of :func:`dataset.lists.read_list`: the files that they name are read, unless another
             ``image_dir`` or ``label_dir`` is given here.
-        image_dir: folder of the pictures.
+        image_dir: folder of the pictures; None means ``JPEGImages``.
         label_dir: folder of the masks; None means ``SegmentationClassAug`` and, for ids that it lacks, ``SegmentationClass``.
         num_classes: classes 0..num_classes-1 are allowed in the masks.
         ignore_label: a value that means void, beside 255.
@@ -75,6 +81,9 @@ class VOCSegmentation(Dataset):
         advice: what to do where a file is wrong, for the end of the message.
 
     Attributes:
+        image_folder: ``image_dir`` as it was given, below ``root``.
+        names: of the classes, where somebody gave them; None leaves them to the net.
+        colors: by which re-ordered palettes are told, and in which the classes are drawn.
         ids: one an entry of the list, in its order.
         entries: id -> Entry with its two files below ``root``, where they are or should be.
 
@@ -83,11 +92,18 @@ class VOCSegmentation(Dataset):
             once); a file is missing (:meth:`check_files`) or wrong (when it is read).
     """
 
+    TITLE: ClassVar[str] = "PASCAL VOC"
+    SHORT: ClassVar[str] = "VOC12"  # in the names of snapshots
+    SOURCE: ClassVar[str] = ""  # see find_list
+    NAMES: ClassVar[tuple[str, ...]] = ()  # of the classes, where the data set has no others
+    IMAGE_DIR: ClassVar[str] = IMAGE_DIR
+    LABEL_DIRS: ClassVar[tuple[str, ...]] = LABEL_DIRS
+
     def __init__(
         self,
         root: str | Path,
         ids: Sequence[str | Entry],
-        image_dir: str = IMAGE_DIR,
+        image_dir: str | None = None,
         label_dir: str | None = None,
         num_classes: int = 21,
         ignore_label: int = IGNORE_LABEL,
@@ -95,6 +111,7 @@ class VOCSegmentation(Dataset):
         advice: str = "",
     ) -> None:
         self.root = Path(root)
+        self.image_folder = image_dir = image_dir or self.IMAGE_DIR
         self.image_dir = self.root / image_dir
         self.num_classes = num_classes
         self.ignore_label = ignore_label
@@ -102,10 +119,10 @@ class VOCSegmentation(Dataset):
         self.advice = advice
         if not self.root.is_dir():
             raise DatasetError(f"the data set folder {self.root} does not exist; pass --data-dir")
-        self.colors = read_class_colors(self.root, num_classes)
+        self.names, self.colors = self.read_classes()
 
         entries = [Entry(entry) if isinstance(entry, str) else entry for entry in ids]
-        if image_dir != IMAGE_DIR:
+        if image_dir != self.IMAGE_DIR:
             entries = [entry._replace(image=below(entry.image, image_dir)) for entry in entries]
         if label_dir:
             entries = [entry._replace(label=below(entry.label, label_dir)) for entry in entries]
@@ -120,7 +137,7 @@ class VOCSegmentation(Dataset):
             raise DatasetError(
                 f"the data set folder {self.root} holds no {image_dir}/; expected <id>.jpg pictures there{self._holds()}"
             )
-        wanted = [label_dir] if label_dir else LABEL_DIRS
+        wanted = [label_dir] if label_dir else self.LABEL_DIRS
         label_dirs = [name for name in wanted if (self.root / name).is_dir()] or list(wanted[:1])
         self.label_dirs = [self.root / name for name in label_dirs]
         if not self.label_dirs[0].is_dir() and any(entry.label is None for entry in entries):
@@ -130,8 +147,31 @@ class VOCSegmentation(Dataset):
             )
         listing = Listing(self.root)
         for id, entry in self.entries.items():
-            label = entry.label or _label(listing, id, label_dirs)
+            label = entry.label or self.find_label(listing, entry, label_dirs)
             self.entries[id] = Entry(id, _picture(listing, entry, image_dir, label), label)
+
+    @classmethod
+    def lists(cls, split: str, image_dir: str) -> tuple[str, ...]:
+        """Where the list of ``"train"``, ``"val"`` or ``"test"`` lies below the root: the first that is there."""
+        return {"train": TRAIN_LISTS, "val": VAL_LISTS, "test": TEST_LISTS}[split]
+
+    @classmethod
+    def read_list(cls, path: str | Path, image_dir: str) -> list[Entry]:
+        """The entries of such a list, see :func:`dataset.lists.read_list`."""
+        return read_list(path, image_dir)
+
+    def read_classes(self) -> tuple[Sequence[str] | None, Mapping[int, Color]]:
+        """The names and the colours of the classes."""
+        return read_class_names(self.root, self.num_classes), read_class_colors(self.root, self.num_classes)
+
+    def find_label(self, listing: Listing, entry: Entry, label_dirs: Sequence[str]) -> str:
+        """Where the label of an entry that names none is, or should be."""
+        found = (listing.find(f"{folder}/{entry.id}", LABEL_SUFFIXES) for folder in label_dirs)
+        return next(filter(None, found), None) or f"{label_dirs[0]}/{entry.id}.png"
+
+    def classes_of(self, label_path: Path) -> np.ndarray | None:
+        """What the values of a label file mean, see :func:`dataset.labels.read_label`; None where they are the classes."""
+        return None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -162,7 +202,8 @@ class VOCSegmentation(Dataset):
         image_path, label_path = self.image_path(self.ids[index]), self.label_path(self.ids[index])
         try:
             image, orientation = read_picture(image_path)
-            label = read_label(label_path, self.num_classes, self.ignore_label, self.colors)
+            classes_of = self.classes_of(label_path)
+            label = read_label(label_path, self.num_classes, self.ignore_label, self.colors, classes_of)
             check_pair(image_path, image.shape[:2], orientation, label_path, label.shape)
         except DatasetError as error:
             raise DatasetError(f"{error}; {self.advice}") if self.advice else error from None
@@ -181,12 +222,6 @@ def _picture(listing: Listing, entry: Entry, image_dir: str, label: str) -> str:
     place = str(PurePosixPath(entry.image).with_suffix("")) if entry.image else f"{image_dir}/{entry.id}"
     found = listing.find(place, PICTURE_SUFFIXES)
     return found if found and found != label else entry.image or f"{place}.jpg"
-
-
-def _label(listing: Listing, id: str, label_dirs: Sequence[str]) -> str:
-    """Where an id's label is, or should be."""
-    found = (listing.find(f"{folder}/{id}", LABEL_SUFFIXES) for folder in label_dirs)
-    return next(filter(None, found), None) or f"{label_dirs[0]}/{id}.png"
 
 
 def check_pair(

@@ -8,6 +8,7 @@ from deeplab.multiscale import fuse_max, multiscale_logits, predict, predict_cla
 from deeplab.nets import NETS, Net, make_net
 from deeplab.pspnet import PSPNet
 from deeplab.resnet import BACKBONES, BATCH_NORM_MODES, conv_bn, fold_batch_norm, kept_statistics
+from deeplab.window import predict_windows
 
 __all__ = [
     "ASPP",
@@ -32,6 +33,7 @@ __all__ = [
     "multiscale_logits",
     "predict",
     "predict_classes",
+    "predict_windows",
     "resize_labels",
     "single_scale_loss",
 ]

@@ -10,6 +10,7 @@ Ends with status 0 where all is well, 1 where something is wrong, 2 where the ch
 import argparse
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -18,23 +19,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset import (
-    TRAIN_LISTS,
-    VOC_CLASSES,
-    VOCSegmentation,
-    count_classes,
-    default_names,
-    find_list,
-    read_class_names,
-    read_list,
-)
+from dataset import DATASETS, VOC_CLASSES, VOCSegmentation, count_classes, default_names, find_list
 from dataset.classes import IGNORE_LABEL, Color
-from scripts.data.causes import few, likely_causes
+from scripts.data.causes import cityscapes_causes, few, likely_causes
 from scripts.data.inspection import MOST, Inspection, inspect
 from scripts.data.parallel import parallel_map
-from utils.command import class_count, default_processes, label_value, not_negative, run_command
+from utils.command import GivenParser, class_count, default_processes, label_value, not_negative, run_command
 from utils.files import save_json
-from utils.options import DATA_DIR
+from utils.options import CITYSCAPES, DATA_DIR, add_dataset_option, settle_dataset
 
 KINDS = (
     "missing picture",
@@ -111,7 +103,10 @@ def summarize(entries: list[Inspection], data: VOCSegmentation, lists: dict[str,
     for entry in entries:
         drawn.update(entry.drawn)
         drawn_in.update(entry.drawn.keys())
-    causes = likely_causes(counts, sum(with_wrong, start=none), colours, data.num_classes, data.ignore_label)
+    if data.NAMES:
+        causes = cityscapes_causes(counts, bool(examples["colour label"]), bool(examples["wrong values"]))
+    else:
+        causes = likely_causes(counts, sum(with_wrong, start=none), colours, data.num_classes, data.ignore_label)
     if examples["palettes differ"]:
         causes.append(
             "palettes that differ were re-ordered by a tool, and their indices are wrong, or come from several programs: with "
@@ -122,9 +117,10 @@ def summarize(entries: list[Inspection], data: VOCSegmentation, lists: dict[str,
             f"{len(dark)} pictures have no value above {DARK - 1} of 255 ({few(dark)}): 10, 12 or 14-bit data in 16-bit files "
             "come out nearly black; stretch them to the whole range"
         )
-    for kind, folder in (("missing picture", data.image_dir), ("missing label", data.label_dirs[0])):
-        if len(examples[kind]) == len(entries) and (other := next(folder.glob("*"), None) if folder.is_dir() else None):
-            causes.append(f"no id of the list has its {kind[8:]}: expected {examples[kind][0]}, the folder has {other.name}")
+    for kind in ("missing picture", "missing label"):
+        lost = examples[kind]
+        if len(lost) == len(entries) and (other := next(Path(lost[0]).parent.glob("*"), None)):
+            causes.append(f"no id of the list has its {kind[8:]}: expected {lost[0]}, the folder has {other.name}")
     sizes = [entry.size for entry in entries if entry.size]
     absent = [c for c in is_class if not counts[c]]
     few_classes = len(labels) > 0 and len(is_class) - len(absent) < 2
@@ -148,7 +144,7 @@ def summarize(entries: list[Inspection], data: VOCSegmentation, lists: dict[str,
     }
 
 
-def print_table(report: dict, names: list[str] | None) -> None:
+def print_table(report: dict, names: Sequence[str] | None) -> None:
     """The report for people: problems, sizes, classes, likely causes."""
     for kind, found in report["problems"].items():
         print(f"{kind:<20}{found['count']:>8}")
@@ -183,20 +179,25 @@ def print_table(report: dict, names: list[str] | None) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", default=DATA_DIR, help="folder in the VOC layout (%(default)s)")
+    parser = GivenParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_dataset_option(parser)
+    parser.add_argument("--data-dir", default=DATA_DIR, help="its folder (%(default)s, Cityscapes data/cityscapes)")
     parser.add_argument(
         "--data-list",
         nargs="+",
         help="files of ids, also looked for in --data-dir (ImageSets/SegmentationAug/train_aug.txt there, else "
-        "ImageSets/Segmentation/train.txt)",
+        "ImageSets/Segmentation/train.txt; Cityscapes: leftImg8bit/train)",
     )
     parser.add_argument(
-        "--num-classes", type=class_count, help="classes with the background (as many as classes.txt has lines, else 21)"
+        "--num-classes",
+        type=class_count,
+        help="classes with the background (as many as classes.txt has lines, else 21 or 19)",
     )
     parser.add_argument("--ignore-label", type=label_value, default=IGNORE_LABEL, help="a label that means void, beside 255")
-    parser.add_argument("--image-dir", default="JPEGImages", help="folder of the pictures in --data-dir (%(default)s)")
-    parser.add_argument("--label-dir", help="folder of the masks (SegmentationClassAug, else SegmentationClass)")
+    parser.add_argument(
+        "--image-dir", default="JPEGImages", help="folder of the pictures in --data-dir (%(default)s, leftImg8bit)"
+    )
+    parser.add_argument("--label-dir", help="folder of the masks (SegmentationClassAug, else SegmentationClass; gtFine)")
     parser.add_argument(
         "--workers", type=not_negative, default=default_processes(64), help="processes; 0 reads in this one (%(default)s)"
     )
@@ -206,16 +207,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    lists = [find_list(args.data_dir, name, TRAIN_LISTS) for name in args.data_list or [None]]
-    num_classes = args.num_classes or count_classes(args.data_dir, args.ignore_label) or len(VOC_CLASSES)
-    entries = {str(path): read_list(path, args.image_dir) for path in lists}
+    settle_dataset(args, CITYSCAPES)
+    kind = DATASETS[args.dataset]
+    candidates = kind.lists("train", args.image_dir)
+    lists = [find_list(args.data_dir, name, candidates, kind.SOURCE) for name in args.data_list or [None]]
+    num_classes = len(kind.NAMES) or args.num_classes or count_classes(args.data_dir, args.ignore_label) or len(VOC_CLASSES)
+    entries = {str(path): kind.read_list(path, args.image_dir) for path in lists}
     union = [entry for found in entries.values() for entry in found]
-    data = VOCSegmentation(args.data_dir, union, args.image_dir, args.label_dir, num_classes, args.ignore_label)
-    names = read_class_names(args.data_dir, num_classes) or (default_names(num_classes) if num_classes == 21 else None)
+    data = kind(args.data_dir, union, args.image_dir, args.label_dir, num_classes, args.ignore_label)
+    names = data.names or (default_names(num_classes) if num_classes == 21 else None)
     print(f"{', '.join(entries)}: {len(data)} ids, {num_classes} classes")
 
     options = (num_classes, args.ignore_label, data.colors)
-    tasks = [(i, data.image_path(i), data.label_path(i), *options) for i in data.entries]
+    tasks = [(i, data.image_path(i), path := data.label_path(i), *options, data.classes_of(path)) for i in data.entries]
     found = list(tqdm(parallel_map(inspect, tasks, args.workers), "read", len(tasks), unit="pair", disable=None))
     report = summarize(found, data, {path: [entry.id for entry in ids] for path, ids in entries.items()})
     print_table(report, names)

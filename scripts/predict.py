@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.command import UserError, below_one, default_processes, not_negative, numbers, positive, run_command
 from utils.files import Output, check_outputs, write_atomically
-from utils.options import TRAINED_WEIGHTS, add_device_options, add_net_options
+from utils.options import DATASETS, TRAINED_WEIGHTS, add_device_options, add_net_options, add_window_options
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--save-dir", type=Path, default=Path("predictions"), help="default: %(default)s")
     parser.add_argument("--num-classes", type=positive, help="default: that of the weights file")
-    parser.add_argument("--scales", type=partial(numbers, float), default=(1.0,), help="fused by maximum (default: 1)")
+    parser.add_argument(
+        "--dataset", choices=DATASETS, help="whose names and colours the classes have (default: those in the weights file)"
+    )
+    parser.add_argument("--scales", type=partial(numbers, float), default=(1.0,), help="fused as --fuse says (default: 1)")
+    add_window_options(parser)
     parser.add_argument("--mirror", action="store_true", help="average with the prediction of the mirrored picture")
     parser.add_argument("--batch-size", type=positive, default=1, help="pictures of one padded size at once (default: 1)")
     parser.add_argument("--crf", action="store_true", help="refine with the dense CRF")
@@ -143,10 +147,10 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--probabilities of a video ({videos[0]}) would fill the disk; leave it out, or take single frames")
 
     from utils import distributed
-    from utils.crf_pool import CRFPool
+    from utils.crf_pool import open_pool
 
     # The pool comes first: where its processes are forked, they are copies of this still small one.
-    with CRFPool(args.crf_workers, args.crf_prune) if args.crf else nullcontext() as pool:
+    with open_pool(args) if args.crf else nullcontext() as pool:
         device = distributed.select_device(args.device, args.gpu, not args.no_tf32)
         outputs = {source: planned_outputs(source, args) for source in sources}
         read = [*(source.path for source in sources), args.restore_from]
@@ -181,26 +185,39 @@ def segment(
     import torch
     from tqdm import tqdm
 
+    from dataset.classes import CITYSCAPES_CLASSES
     from utils import distributed
     from utils.loader import make_loader, running
-    from utils.prediction import checked, open_trained_net, predict, snapshot_colors, to_device
+    from utils.prediction import (
+        checked,
+        logits_stride,
+        open_trained_net,
+        predict,
+        prediction_options,
+        snapshot_colors,
+        to_device,
+    )
     from utils.samples import Broken, Picture, ReadablePictures, only_one
     from utils.video import VideoFile, open_video, read_frames
     from utils.visualize import Classes, blend, class_names, make_palette, save_panel, save_picture, save_prediction
 
     net, weights, loaded = open_trained_net(args)
     check()
-    classes = Classes(class_names(net.num_classes, weights.meta.get("classes")), make_palette(snapshot_colors(weights)))
+    table = CITYSCAPES_CLASSES if args.dataset == "cityscapes" else ()
+    if table and net.num_classes != len(table):
+        raise UserError(f"{args.restore_from} has {net.num_classes} classes, not Cityscapes' {len(table)}; leave --dataset out")
+    names = class_names(net.num_classes, weights.meta.get("classes"), [row.name for row in table])
+    colors = snapshot_colors(weights) or {index: row.color for index, row in enumerate(table)}
+    classes = Classes(names, make_palette(colors))
     to_device(net, device, args.compile)
     if distributed.is_main():
         print(*loaded, *lines, sep="\n")
-    options = {name: getattr(args, name) for name in ("scales", "mirror", "batch_size", "amp")}
 
     def predictions(pictures: Iterable[Picture], keep: Callable) -> Iterator[tuple[Picture, np.ndarray]]:
         """Each picture with its (H, W) uint8 classes; ``keep`` is called with the picture and its logits."""
 
         def of_net() -> Iterator[tuple[Picture, torch.Tensor, np.ndarray]]:
-            for picture, logits, labels in predict(net, pictures, device, **options):
+            for picture, logits, labels in predict(net, pictures, device, **prediction_options(args)):
                 mask = checked(picture.id, labels)
                 keep(picture, logits)
                 yield picture, logits, mask
@@ -223,7 +240,8 @@ def segment(
 
     def save_probabilities(picture: Picture, logits: torch.Tensor) -> None:
         if args.probabilities:
-            write_probabilities(files[picture.id].with_name(f"{files[picture.id].name}.npz"), picture, logits, classes.names)
+            path = files[picture.id].with_name(f"{files[picture.id].name}.npz")
+            write_probabilities(path, picture, logits, classes.names, logits_stride(args.window))
 
     pictures = ReadablePictures([(str(source.path), source.path) for source in sources if not source.is_video])
     workers = min(args.num_workers, len(pictures))
@@ -256,13 +274,13 @@ def segment(
     return broken
 
 
-def write_probabilities(path: Path, picture: "Picture", logits: "torch.Tensor", names: Sequence[str]) -> None:
-    """Save the softmax of a picture's (C, h, w) logits at its own size, in blocks of rows."""
+def write_probabilities(path: Path, picture: "Picture", logits: "torch.Tensor", names: Sequence[str], stride: int) -> None:
+    """Save the softmax of a picture's (C, h, w) logits, ``stride`` pixels apart, at its own size, in blocks of rows."""
     from deeplab.multiscale import enlarge_rows
 
     size = picture.image.shape[:2]
     probabilities = np.empty((len(logits), *size), dtype=np.float16)
-    for rows, block in enlarge_rows(logits[None], size):
+    for rows, block in enlarge_rows(logits[None], size, stride=stride):
         probabilities[:, rows] = block[0].softmax(dim=0).half().cpu().numpy()
     write_atomically(path, lambda file: np.savez_compressed(file, probabilities=probabilities, classes=np.array(names)))
 

@@ -198,7 +198,7 @@ def test_command_line(tmp_path):
     done = run(path, "out.safetensors")  # the suffix says which scheme
     assert done.returncode == 0, done.stderr
     assert "snapshot: 128 tensors; net deeplabv2, backbone resnet18, num_classes 3" in done.stdout
-    assert "do not score it on VOC val: it saw val" in done.stdout
+    assert "do not score it on val: it saw val" in done.stdout
     assert "wrote out.safetensors (safetensors, " in done.stdout
     failed = run(path, "x.pth", "--to", "kazuto")
     assert failed.returncode == 2

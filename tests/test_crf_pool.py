@@ -62,10 +62,10 @@ def test_a_pool_that_cannot_start_leaves_no_process(monkeypatch):
     started = []
     start = CRFPool._start_process
 
-    def fail_at_the_second(pool: CRFPool, prune: float) -> None:
+    def fail_at_the_second(pool: CRFPool, *options: float) -> None:
         if pool.processes:
             raise KeyboardInterrupt
-        start(pool, prune)
+        start(pool, *options)
         started.extend(pool.processes)
 
     monkeypatch.setattr(CRFPool, "_start_process", fail_at_the_second)

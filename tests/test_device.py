@@ -384,7 +384,15 @@ def data_of(toy_voc) -> VOCSegmentation:
     return VOCSegmentation(toy_voc, read_ids(toy_voc / "ImageSets/Segmentation/val.txt"), num_classes=4)
 
 
-@pytest.mark.parametrize("options", [{}, {"scales": (1.0, 0.5), "mirror": True, "batch_size": 2}, {"canvas": (65, 65)}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scales": (1.0, 0.5), "mirror": True, "batch_size": 2},
+        {"canvas": (65, 65)},
+        {"window": (33, 33), "scales": (1.0, 0.5), "fuse": "mean"},
+    ],
+)
 def test_prediction_and_counting_wait_for_nothing(options, toy_voc, fake_cuda):
     """Each picture travels as bytes at its own size, with its label."""
     net, strict = fake_cuda
@@ -400,9 +408,9 @@ def test_the_device_is_a_batch_ahead(toy_voc, monkeypatch):
     order: list[str] = []
     net, data, predict = fold_batch_norm(deeplabv2("resnet18", 4).eval()), data_of(toy_voc), prediction.predict_batch
 
-    def launched(net, images, *args):
+    def launched(net, images, *args, **options):
         order.extend("launch" for _ in images)
-        return predict(net, images, *args)
+        return predict(net, images, *args, **options)
 
     monkeypatch.setattr(prediction, "predict_batch", launched)
     options = {"canvas": (65, 65), "batch_size": 2}

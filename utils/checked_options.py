@@ -4,20 +4,22 @@ from argparse import Namespace
 
 import torch
 
-from dataset import TRAIN_LISTS, find_list
 from deeplab.multiscale import scaled_size
 from utils import distributed
 from utils.command import UserError
+from utils.loader import list_of
+from utils.options import CITYSCAPES_TRAINING, settle_dataset
 
 
 def settle_options(args: Namespace) -> None:
-    """Bring options that say the same thing in two ways to one.
+    """Bring options that say the same thing in two ways to one, and defaults to those of the data set.
 
     Raises:
         UserError: an option that says how another one works, without that one.
     """
     if not (args.ohem or args.resume) and (given := args.given & {"ohem_threshold", "ohem_keep"}):
         raise UserError(f"--{min(given).replace('_', '-')} says how --ohem chooses its pixels; add --ohem, or leave it out")
+    settle_dataset(args, CITYSCAPES_TRAINING)
     if args.is_training and args.batch_norm == "frozen":
         args.batch_norm = "stats"
         args.given = args.given | {"batch_norm"}
@@ -80,5 +82,5 @@ def choose_device(args: Namespace) -> torch.device:
     """The device of this process, once options and data set are known to be there: before any weights are read."""
     device = distributed.select_device(args.device, args.gpu, not args.no_tf32)
     check_options(args, device)
-    find_list(args.data_dir, args.data_list, TRAIN_LISTS)
+    list_of(args, "train")
     return device

@@ -30,6 +30,11 @@ def make_meta(net: Net, classes: Sequence[str] | None, step: int, args: dict, **
     }
 
 
+def dataset_of(meta: dict) -> str:
+    """The data set that a snapshot's net was trained on; ``"voc"`` where its meta does not tell."""
+    return (meta.get("args") or {}).get("dataset", "voc")
+
+
 def save_snapshot(path: str | Path, net: nn.Module, meta: dict, **more: Any) -> None:
     """Save ``{"model": state_dict, "meta": meta, **more}`` atomically."""
     write_atomically(path, lambda file: torch.save({"model": net.state_dict(), "meta": meta, **more}, file))

@@ -16,12 +16,13 @@ class ClassWatch:
         pictures: how many to look at, over all processes.
         names: of all classes, in the order of their indices.
         ignore_label: a label that means void, beside 255.
+        fixed: the data set has these classes and no fewer.
     """
 
-    def __init__(self, pictures: int, names: Sequence[str], ignore_label: int = IGNORE_LABEL) -> None:
+    def __init__(self, pictures: int, names: Sequence[str], ignore_label: int = IGNORE_LABEL, fixed: bool = False) -> None:
         self.pictures = self.left = pictures
         self.over = False
-        self.names, self.ignore_label = names, ignore_label
+        self.names, self.ignore_label, self.fixed = names, ignore_label, fixed
         self.present = torch.zeros(256, dtype=torch.bool)
 
     def add(self, present: Tensor) -> None:
@@ -41,5 +42,6 @@ class ClassWatch:
         if not (absent := absent_classes(present, self.names, self.ignore_label)):
             return ""
         used = max(value for value in present if value < len(self.names)) + 1
-        more = f"; if there are no more than {used} classes, train with --num-classes {used}" if used < len(self.names) else ""
+        fewer = used < len(self.names) and not self.fixed
+        more = f"; if there are no more than {used} classes, train with --num-classes {used}" if fewer else ""
         return f"warning: none of the {self.pictures} labels read so far has the classes {absent}{more}"

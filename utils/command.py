@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -103,6 +104,17 @@ def probability(text: str) -> float:
     value = number(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is out of range; expected above 0 and at most 1")
+    return value
+
+
+def share(text: str) -> Fraction:
+    """An argparse type: a share from 0 up to, but without, 1, as in ``"1/3"`` or ``"0.25"``."""
+    try:
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share; write one such as 1/3 or 0.25") from None
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; expected at least 0 and below 1")
     return value
 
 

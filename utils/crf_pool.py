@@ -3,6 +3,7 @@
 import ctypes
 import multiprocessing
 import sys
+from argparse import Namespace
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,26 +15,27 @@ import torch
 from torch import Tensor
 
 from deeplab.crf import dense_crf, find_densecrf
-from deeplab.multiscale import enlarge_rows
+from deeplab.multiscale import OUTPUT_STRIDE, enlarge_rows
 from utils.command import UserError
 from utils.processes import start_helper
 from utils.samples import AnyPicture, Picture
 
 
-def refine(image: np.ndarray, logits: Tensor, prune: float = 0.0) -> np.ndarray:
+def refine(image: np.ndarray, logits: Tensor, prune: float = 0.0, stride: int = OUTPUT_STRIDE) -> np.ndarray:
     """The class of each pixel after the dense CRF with its published settings.
 
     Args:
         image: (H, W, 3) uint8 BGR.
         logits: (C, k_h + 1, k_w + 1) float32 on the CPU, on the stride-8 grid.
         prune: see :func:`deeplab.dense_crf`.
+        stride: of the logits, see :func:`deeplab.multiscale.enlarge`.
 
     Returns:
         (H, W) uint8.
     """
     size = image.shape[:2]
     probabilities = np.empty((len(logits), *size), dtype=np.float32)
-    for rows, block in enlarge_rows(logits[None], size):
+    for rows, block in enlarge_rows(logits[None], size, stride=stride):
         probabilities[:, rows] = block[0].softmax(dim=0).numpy()
     refined = dense_crf(np.ascontiguousarray(image[:, :, ::-1]), probabilities, prune=prune)
     return refined.argmax(axis=0).astype(np.uint8)
@@ -48,13 +50,13 @@ class CRFPool:
 
     Args:
         workers: the number of processes, of about 0.5 GB each for PASCAL VOC.
-        prune: see :func:`deeplab.dense_crf`.
+        prune, stride: see :func:`refine`.
 
     Raises:
         CRFUnavailable: pydensecrf is not installed.
     """
 
-    def __init__(self, workers: int, prune: float = 0.0) -> None:
+    def __init__(self, workers: int, prune: float = 0.0, stride: int = OUTPUT_STRIDE) -> None:
         find_densecrf()
         self.capacity = workers + 2  # pictures that are on their way at a time
         self.idle: SimpleQueue[Connection] = SimpleQueue()
@@ -62,14 +64,14 @@ class CRFPool:
         self.processes: list[multiprocessing.Process] = []
         try:
             for _ in range(workers):
-                self._start_process(prune)
+                self._start_process(prune, stride)
         except BaseException:  # a stop request among them: Python's end would wait for those that are there
             self.close()
             raise
 
-    def _start_process(self, prune: float) -> None:
+    def _start_process(self, prune: float, stride: int) -> None:
         ours, theirs = multiprocessing.Pipe()
-        process = multiprocessing.Process(target=_serve, args=(theirs, prune), daemon=True)
+        process = multiprocessing.Process(target=_serve, args=(theirs, prune, stride), daemon=True)
         process.start()
         theirs.close()  # so that reading from ours ends with the process
         self.processes.append(process)
@@ -116,7 +118,12 @@ class CRFPool:
             self.idle.put(connection)
 
 
-def _serve(connection: Connection, prune: float) -> None:
+def open_pool(args: Namespace) -> CRFPool:
+    """The pool that the command line asks for; with ``--window`` its pictures come with logits at full size."""
+    return CRFPool(args.crf_workers, args.crf_prune, 1 if args.window else OUTPUT_STRIDE)
+
+
+def _serve(connection: Connection, prune: float, stride: int) -> None:
     """What a process of the pool does. The package of the CRF brings torch, which also enlarges the logits."""
     start_helper()
     torch.set_num_threads(1)
@@ -124,7 +131,7 @@ def _serve(connection: Connection, prune: float) -> None:
     while True:
         try:
             image, logits = connection.recv()
-            connection.send(refine(image, torch.from_numpy(logits), prune))
+            connection.send(refine(image, torch.from_numpy(logits), prune, stride))
         except (EOFError, OSError, MemoryError):  # the main process is gone, or will be told by the end of this one
             return
 

@@ -4,7 +4,7 @@ import os
 import sys
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -15,25 +15,27 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset import (
-    IGNORE_LABEL,
-    VAL_LISTS,
-    VOCSegmentation,
-    absent_classes,
-    one_class_warning,
-    read_class_names,
-)
+from dataset import DATASETS, IGNORE_LABEL, VOCSegmentation, absent_classes, one_class_warning
 from dataset.classes import read_classes
-from dataset.voc import LABEL_DIRS
 from deeplab.weights import Weights
 from utils import distributed
+from utils.checkpoint import dataset_of
 from utils.command import UserError
 from utils.comparison import open_other
-from utils.crf_pool import CRFPool
+from utils.crf_pool import CRFPool, open_pool
 from utils.files import Output, check_outputs, save_json
 from utils.loader import make_loader, open_dataset, running
 from utils.metrics import ConfusionMatrix
-from utils.prediction import checked, open_trained_net, predict, snapshot_colors, to_device, to_host
+from utils.options import CITYSCAPES, settle_dataset
+from utils.prediction import (
+    checked,
+    open_trained_net,
+    predict,
+    prediction_options,
+    snapshot_colors,
+    to_device,
+    to_host,
+)
 from utils.report import Report, head_of, prepare_folder
 from utils.report import planned as report_outputs
 from utils.samples import Sample, Samples, only_one
@@ -44,20 +46,21 @@ def run(args: Namespace) -> int:
     """Evaluate as ``args`` say (see :func:`utils.options.evaluation_parser`), print the scores and save what was asked for."""
     # The pool comes first: where its processes are forked, they are copies of this still small one.
     with ExitStack() as stack:
-        pool = stack.enter_context(CRFPool(args.crf_workers, args.crf_prune)) if args.crf else None
+        pool = stack.enter_context(open_pool(args)) if args.crf else None
         device = distributed.select_device(args.device, args.gpu, not args.no_tf32)
         distributed.start()
         net, weights, lines = open_trained_net(args)
+        settle_dataset(args, CITYSCAPES, dataset_of(weights.meta))
         check_classes(args, net.num_classes)
         lines += settle_void(args, weights)
-        data, data_list = open_dataset(args, VAL_LISTS, net.num_classes)
+        data, data_list = open_dataset(args, "val", net.num_classes)
         classes = classes_of(args.ignore_label, data, weights)
         check_outputs(planned_outputs(args, data), *what_is_read(args, data, data_list))
         page = open_report(args, data, classes)
         to_device(net, device, args.compile)
         notes = []
-        if weights.seen_voc_val and "val" in data_list.stem:
-            notes.append(f"warning: scores on VOC val mean nothing here: {weights.seen_voc_val}")
+        if weights.seen_voc_val and "val" in data_list.stem and dataset_of(weights.meta) == args.dataset:
+            notes.append(f"warning: scores on {data.TITLE} val mean nothing here: {weights.seen_voc_val}")
         told = len(notes)
         if distributed.is_main():
             print(*lines, f"{len(data)} pictures of {data_list}", *notes, sep="\n")
@@ -75,8 +78,8 @@ def run(args: Namespace) -> int:
                 page.add(sample, prediction)
             bar.update()
 
-        options = {name: getattr(args, name) for name in ("scales", "mirror", "batch_size", "amp", "num_workers")}
-        matrices = score(net, data, device, **options, canvas=args.input_size, pool=pool, finish=finish)
+        options = {**prediction_options(args), "canvas": args.input_size, "num_workers": args.num_workers}
+        matrices = score(net, data, device, **options, pool=pool, finish=finish)
     matrix = next(iter(matrices.values()))
     if warning := one_class_warning(matrix.present()):
         notes.append(f"warning: these scores mean little: {warning}")
@@ -86,6 +89,7 @@ def run(args: Namespace) -> int:
     if distributed.is_main():
         result = {"restore_from": args.restore_from, "weights": weights.scheme, "step": weights.meta.get("step")}
         result.update(data_list=str(data_list), scales=args.scales, mirror=args.mirror, input_size=args.input_size)
+        result.update(fuse=args.fuse, window=args.window, overlap=str(args.overlap))
         result.update(print_scores(classes, matrices))
         for note in notes[told:]:
             print(f"\n{note}")
@@ -103,29 +107,24 @@ def score(
     data: VOCSegmentation,
     device: torch.device,
     *,
-    scales: Sequence[float] = (1.0,),
-    mirror: bool = False,
-    canvas: tuple[int, int] | None = None,
     batch_size: int = 1,
-    amp: str = "off",
     num_workers: int = 0,
     pool: CRFPool | None = None,
     finish: Callable[[Sample, np.ndarray], None] = lambda sample, prediction: None,
     add_up: bool = True,
+    **options: Any,
 ) -> dict[str, ConfusionMatrix]:
     """Predict a data set and count; under torchrun each process takes its share of the pictures.
 
     Args:
         net: on ``device``, in eval mode.
-        scales, mirror: see :func:`deeplab.multiscale.predict_grid`.
-        canvas: (H, W) to which every picture is padded; None takes each picture's own size.
         batch_size: pictures of one padded size at once.
-        amp: ``"off"``, ``"bf16"`` or ``"fp16"``.
         num_workers: processes that read pictures.
         pool: refines the predictions; they are counted before and after.
         finish: called with each picture and its (H, W) uint8 classes, refined where there is a pool.
         add_up: return the counts of all processes, and hear of what goes wrong in one of them; else those of this one's
             share, for a caller that brings the processes together itself.
+        options: the others of :func:`utils.prediction.predict`.
 
     Returns:
         ``{"": matrix}``, or with a pool ``{"before CRF": matrix, "after CRF": matrix}``.
@@ -135,17 +134,16 @@ def score(
     """
     before, after = (ConfusionMatrix(data.num_classes, where, data.ignore_label) for where in (device, "cpu"))
     loader = make_loader(Samples(data), [[index] for index in share(data)], num_workers, device, collate_fn=only_one)
-    options: dict[str, Any] = {"scales": scales, "mirror": mirror, "canvas": canvas, "batch_size": batch_size, "amp": amp}
 
     def predictions() -> Iterator[tuple[Sample, Tensor]]:
-        """Each picture, predicted and counted, with its (C, h, w) logits on the stride-8 grid; on the host for a pool.
+        """Each picture, predicted and counted, with its (C, h, w) logits on the host for a pool, else none.
 
         The device is a batch ahead: it computes the next one while this one is copied, saved or refined.
         """
         under_way: deque[tuple[Sample, Callable[[], Tensor], Callable[[], Tensor]]] = deque()
-        for sample, logits, classes in predict(net, samples, device, **options):
+        for sample, logits, classes in predict(net, samples, device, batch_size=batch_size, **options):
             before.update(torch.from_numpy(sample.label).to(device, non_blocking=True), classes)
-            under_way.append((sample, to_host(logits) if pool else logits.detach, to_host(classes)))
+            under_way.append((sample, to_host(logits) if pool else Tensor, to_host(classes)))
             if len(under_way) > batch_size:
                 yield arrived(*under_way.popleft())
         yield from (arrived(*entry) for entry in under_way)
@@ -180,11 +178,13 @@ def share(data: VOCSegmentation) -> range:
 
 def check_classes(args: Namespace, num_classes: int) -> None:
     """Raise :class:`UserError` if the classes of the data set are not those of a net for ``num_classes``."""
-    path = Path(args.data_dir) / "classes.txt"
-    if path.is_file() and (count := len(read_classes(path))) != num_classes:
+    kind, path = DATASETS[args.dataset], Path(args.data_dir) / "classes.txt"
+    count = len(kind.NAMES) or (len(read_classes(path)) if path.is_file() else num_classes)
+    if count != num_classes:
         raise UserError(
-            f"{args.restore_from} is a net for {num_classes} classes, but {path} names {count}; it can be scored only on "
-            "data of the classes that it was trained on, and train.py makes a net for these, from this file as well"
+            f"{args.restore_from} is a net for {num_classes} classes, but {kind.TITLE if kind.NAMES else path} names {count}; "
+            "it can be scored only on data of the classes that it was trained on, and train.py makes a net for these, from "
+            "this file as well"
         )
 
 
@@ -198,7 +198,7 @@ def settle_void(args: Namespace, weights: Weights) -> list[str]:
 
 def classes_of(ignore_label: int, data: VOCSegmentation, weights: Weights) -> Classes:
     """How the classes are called and drawn: colours of the data set come before those of the snapshot."""
-    names = class_names(data.num_classes, weights.meta.get("classes"), read_class_names(data.root, data.num_classes))
+    names = class_names(data.num_classes, weights.meta.get("classes"), data.names)
     if 0 <= ignore_label < data.num_classes:
         names[ignore_label] += " (void)"
     return Classes(names, make_palette(data.colors or snapshot_colors(weights)))
@@ -224,7 +224,7 @@ def what_is_read(args: Namespace, data: VOCSegmentation, data_list: Path) -> tup
     """The files that the evaluation reads, and the folders of the data, for :func:`utils.files.check_outputs`."""
     files = [args.restore_from, data_list, data.root / "classes.txt"]
     files += [path(id) for id in data.ids for path in (data.image_path, data.label_path)]
-    return files, [data.image_dir, *(data.root / name for name in (*LABEL_DIRS, args.label_dir) if name)]
+    return files, [data.image_dir, *(data.root / name for name in (*data.LABEL_DIRS, args.label_dir) if name)]
 
 
 def print_scores(classes: Classes, matrices: dict[str, ConfusionMatrix]) -> dict[str, dict]:

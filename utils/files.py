@@ -133,6 +133,8 @@ def _is_output(path: Path) -> bool:
                 return OUTPUT_MARK.encode() in file.read(4096)
         if path.suffix.lower() in (".npz", ".mp4", ".html", ".jpg", ".jpeg", ".tgz"):
             return True
+        if path.suffix.lower() == ".zip":
+            return OUTPUT_MARK.encode() in path.read_bytes()[-100:]
         return "restore_from" in json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return False

@@ -15,8 +15,7 @@ import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dataset import IGNORE_LABEL, VOCSegmentation, find_list, read_list
-from dataset.lists import IMAGE_DIR
+from dataset import DATASETS, IGNORE_LABEL, VOCSegmentation, find_list
 from utils.command import UserError
 from utils.processes import start_helper
 
@@ -25,19 +24,29 @@ SHARED_MEMORY = Path("/dev/shm")
 MORE_SHARED_MEMORY = "give it more with `docker run --shm-size=1g` or `--ipc=host`"
 
 
+def list_of(args: Namespace, split: str) -> Path:
+    """The list of ``--data-list``, else the one of ``"train"``, ``"val"`` or ``"test"``; see :func:`dataset.find_list`."""
+    kind = DATASETS[args.dataset]
+    return find_list(args.data_dir, args.data_list, kind.lists(split, args.image_dir), kind.SOURCE)
+
+
 def open_dataset(
-    args: Namespace, candidates: Iterable[str], num_classes: int, transform: Callable | None = None
+    args: Namespace, split: str, num_classes: int, transform: Callable | None = None
 ) -> tuple[VOCSegmentation, Path]:
     """The data set of ``--data-dir`` and ``--data-list``, all of whose files are there, and the list that was used.
+
+    Args:
+        split: ``"train"`` or ``"val"``, whose list is used where ``--data-list`` names none.
 
     Raises:
         DatasetError: no such folder or list, files are missing, ``classes.txt`` does not fit.
     """
-    data_list = find_list(args.data_dir, args.data_list, candidates)
-    entries = read_list(data_list, args.image_dir)
+    data_list = list_of(args, split)
+    entries = DATASETS[args.dataset].read_list(data_list, args.image_dir)
     ignore_label = IGNORE_LABEL if args.ignore_label is None else args.ignore_label
     options = (args.image_dir, args.label_dir, num_classes, ignore_label, transform)
-    data = VOCSegmentation(args.data_dir, entries, *options, _check_command(args, data_list, num_classes, ignore_label))
+    advice = _check_command(args, data_list, num_classes, ignore_label)
+    data = DATASETS[args.dataset](args.data_dir, entries, *options, advice)
     data.check_files()
     return data, data_list
 
@@ -47,9 +56,14 @@ def _check_command(args: Namespace, data_list: Path, num_classes: int, ignore_la
     words = ["python", "scripts/check_dataset.py", "--data-dir", args.data_dir, "--data-list", data_list]
     words += ["--num-classes", num_classes]
     words += ["--ignore-label", ignore_label] if ignore_label != IGNORE_LABEL else []
-    words += ["--image-dir", args.image_dir] if args.image_dir != IMAGE_DIR else []
-    words += ["--label-dir", args.label_dir] if args.label_dir else []
-    return f"to find all such files, run {shlex.join(map(str, words))}"
+    return f"to find all such files, run {shlex.join(map(str, words + layout_words(args)))}"
+
+
+def layout_words(args: Namespace) -> list[str]:
+    """The options by which another command reads the same data in ``--data-dir``."""
+    words = ["--dataset", args.dataset] if args.dataset != "voc" else []
+    words += ["--image-dir", args.image_dir] if args.image_dir != DATASETS[args.dataset].IMAGE_DIR else []
+    return words + (["--label-dir", args.label_dir] if args.label_dir else [])
 
 
 def make_loader(

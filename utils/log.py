@@ -160,6 +160,6 @@ def put_aside(*paths: Path) -> None:
 
 def remove_torn_files(folder: Path) -> None:
     """Delete the temporary files of snapshots that a killed run did not finish."""
-    for pattern in (".last.ckpt.*.tmp", ".VOC12_scenes_*.pth.*.tmp", ".best.pth.*.tmp", ".args.json.*.tmp", ".log.jsonl.*.tmp"):
+    for pattern in (".last.ckpt.*.tmp", ".*_scenes_*.pth.*.tmp", ".best.pth.*.tmp", ".args.json.*.tmp", ".log.jsonl.*.tmp"):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)

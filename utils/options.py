@@ -1,10 +1,13 @@
 """The command lines of train.py, train_msc.py and evaluate.py: the options that they share, and their defaults."""
 
 import argparse
+from fractions import Fraction
 from functools import partial
+from typing import Any
 
 from utils.command import (
     GivenParser,
+    UserError,
     below_one,
     class_count,
     default_processes,
@@ -15,6 +18,7 @@ from utils.command import (
     positive,
     probability,
     scale_range,
+    share,
     size,
     whole,
 )
@@ -29,22 +33,82 @@ BACKBONE_NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 BATCH_NORM_MODES = ("frozen", "stats", "full")
 LOSS_SIZES = ("output", "input")
 TRUNKS = ("auto", "torchvision", "caffe")
+FUSIONS = ("max", "mean")
+DATASETS = ("voc", "cityscapes")
+CITYSCAPES: dict[str, Any] = {"data_dir": "data/cityscapes", "image_dir": "leftImg8bit"}
+CITYSCAPES_TRAINING = CITYSCAPES | {"num_classes": 19, "input_size": (769, 769), "scale_range": (0.7, 2.1)}
 
 
-def add_data_options(parser: argparse.ArgumentParser, default_list: str, ignore_label: int | None) -> None:
+def add_dataset_option(parser: Any, default: str | None = "voc", more: str = "") -> None:
+    """Whose layout and labels are read; :func:`settle_dataset` brings the defaults that hang on it."""
+    parser.add_argument(
+        "--dataset",
+        choices=DATASETS,
+        default=default,
+        help="voc: PASCAL VOC, or data of your own in its layout; cityscapes: the official folders, labelIds read as the 19 "
+        f"train ids{more} (default: {default or 'the one that the net was trained on'})",
+    )
+
+
+def settle_dataset(args: argparse.Namespace, defaults: dict[str, Any], trained_on: str = "voc") -> None:
+    """Settle which data set it is, and take the ``defaults`` of Cityscapes for options that were not given.
+
+    Args:
+        trained_on: the data set where the command line names none.
+
+    Raises:
+        UserError: another number of classes was given.
+    """
+    args.dataset = args.dataset or trained_on
+    if args.dataset == "cityscapes":
+        if "num_classes" in args.given and args.num_classes != 19:
+            raise UserError(f"--dataset cityscapes has 19 classes; leave --num-classes {args.num_classes} out")
+        vars(args).update({name: value for name, value in defaults.items() if name not in args.given})
+
+
+def add_window_options(parser: Any) -> None:
+    """How several scales become one prediction, and large pictures several tiles."""
+    parser.add_argument(
+        "--fuse",
+        choices=FUSIONS,
+        default="max",
+        help="logits of several --scales: DeepLab-v2 takes the maximum (%(default)s)",
+    )
+    parser.add_argument(
+        "--window",
+        type=size,
+        metavar="H,W",
+        help="predict in overlapping tiles, whose logits are averaged at full size, as published for Cityscapes: 769,769; at "
+        "each of --scales tiles of this size (default: pictures as a whole)",
+    )
+    parser.add_argument(
+        "--overlap", type=share, default=Fraction(1, 3), help="share of a tile that the next one covers (default: %(default)s)"
+    )
+
+
+def add_data_options(parser: argparse.ArgumentParser, split: str, ignore_label: int | None) -> None:
     """Where the pictures, the labels and the weights are; shared by training and evaluation."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data-dir", default=DATA_DIR, help="folder in the VOC layout (default: %(default)s)")
+    if split == "train":
+        add_dataset_option(group, more=", by default in crops of 769,769 at scales 0.7 to 2.1")
+    else:
+        add_dataset_option(group, default=None)
+    group.add_argument("--data-dir", default=DATA_DIR, help="its folder (default: %(default)s, Cityscapes data/cityscapes)")
     group.add_argument(
-        "--data-list", help=f"file of image ids, one a line; also looked for in --data-dir (default: {default_list})"
+        "--data-list",
+        help="file of image ids, one a line, or of pictures and labels; also looked for in --data-dir (default: "
+        f"ImageSets/SegmentationAug/{'train_aug' if split == 'train' else split}.txt there, else "
+        f"ImageSets/Segmentation/{split}.txt; Cityscapes: all of leftImg8bit/{split})",
     )
     group.add_argument(
         "--image-dir",
         default="JPEGImages",
-        help="folder of the pictures in --data-dir: .jpg, .jpeg, .png, .bmp, .tif or .webp (default: %(default)s)",
+        help="folder of the pictures in --data-dir: .jpg, .jpeg, .png, .bmp, .tif or .webp (default: %(default)s, Cityscapes "
+        "leftImg8bit)",
     )
     group.add_argument(
-        "--label-dir", help="folder of the masks in --data-dir (default: SegmentationClassAug, else SegmentationClass)"
+        "--label-dir",
+        help="folder of the masks in --data-dir (default: SegmentationClassAug, else SegmentationClass; Cityscapes gtFine)",
     )
     group.add_argument(
         "--ignore-label",
@@ -96,9 +160,7 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 def training_parser(description: str, *, batch_size: int, iter_size: int, snapshot_dir: str) -> GivenParser:
     """The command line of train.py and train_msc.py, with the published flags and defaults."""
     parser = GivenParser(description=description)
-    add_data_options(
-        parser, "ImageSets/SegmentationAug/train_aug.txt in --data-dir, else ImageSets/Segmentation/train.txt", 255
-    )
+    add_data_options(parser, "train", 255)
     group = parser.add_argument_group("augmentation")
     group.add_argument("--input-size", type=size, default=(321, 321), metavar="H,W", help="crop in pixels (default: 321,321)")
     group.add_argument("--random-mirror", action="store_true", help="mirror every other picture")
@@ -203,17 +265,18 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
     return parser
 
 
-def evaluation_parser(description: str) -> argparse.ArgumentParser:
+def evaluation_parser(description: str) -> GivenParser:
     """The command line of evaluate.py, with the published flags and defaults."""
-    parser = argparse.ArgumentParser(description=description)
-    add_data_options(parser, "ImageSets/SegmentationAug/val.txt in --data-dir, else ImageSets/Segmentation/val.txt", None)
+    parser = GivenParser(description=description)
+    add_data_options(parser, "val", None)
     add_net_options(parser)
     group = parser.add_argument_group("weights")
     group.add_argument("--restore-from", default=TRAINED_WEIGHTS, help="a snapshot or published weights (default: %(default)s)")
     group.add_argument("--num-classes", type=class_count, help="default: that of the weights file")
 
     group = parser.add_argument_group("prediction")
-    group.add_argument("--scales", type=partial(numbers, float), default=(1.0,), help="fused by maximum (default: 1)")
+    group.add_argument("--scales", type=partial(numbers, float), default=(1.0,), help="fused as --fuse says (default: 1)")
+    add_window_options(group)
     group.add_argument("--mirror", action="store_true", help="average with the prediction of the mirrored picture")
     group.add_argument(
         "--input-size",
@@ -227,8 +290,8 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
         "--crf-workers",
         type=positive,
         default=default_processes(32),
-        help="processes for the CRF, of about 0.5 GB each (default: this process's share of the cores, at most 32; "
-        "here %(default)s)",
+        help="processes for the CRF, of about 0.5 GB each, for 19 classes on 2048x1024 pixels 3 GB (default: this process's "
+        "share of the cores, at most 32; here %(default)s)",
     )
     group.add_argument(
         "--crf-prune",
@@ -239,11 +302,13 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
     )
 
     group = parser.add_argument_group("output")
-    group.add_argument("--save-dir", help="write the predictions here as <id>.png, with a palette")
+    text = "write the predictions here as <id>.png: class indices with a palette, for Cityscapes train ids"
+    group.add_argument("--save-dir", help=text)
     group.add_argument("--save-panels", metavar="DIR", help="write picture | label | prediction | errors here as <id>.png")
     group.add_argument("--save-json", metavar="FILE", help="write the scores here")
     group.add_argument("--report", metavar="DIR", help="write a page with scores, confusions and pictures here: DIR/index.html")
-    text = "predict test.txt, without labels, and pack the masks for the VOC server: FILE.tgz"
+    text = "predict the test list, without labels, and pack the masks for the server: FILE.tgz for VOC, FILE.zip with regular "
+    text += "label ids for Cityscapes"
     group.add_argument("--submission", metavar="FILE", help=text)
     group.add_argument("--compare", metavar="DIR", help="an earlier report, beside which the new one puts its scores")
     add_device_options(parser)

@@ -2,7 +2,9 @@
 
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +13,9 @@ from torch import Tensor, nn
 from dataset import to_input
 from dataset.classes import Color
 from deeplab import Net, fold_batch_norm
-from deeplab.multiscale import NO_CLASS, enlarge_to_classes, predict_grid
+from deeplab.multiscale import NO_CLASS, OUTPUT_STRIDE, enlarge_to_classes, predict_grid
 from deeplab.weights import Weights
+from deeplab.window import OVERLAP, predict_windows
 from utils import distributed
 from utils.checkpoint import load_init
 from utils.command import UserError
@@ -85,31 +88,42 @@ def predict(
     pictures: Iterable[AnyPicture],
     device: torch.device,
     *,
-    scales: Sequence[float] = (1.0,),
-    mirror: bool = False,
     canvas: tuple[int, int] | None = None,
     batch_size: int = 1,
-    amp: str = "off",
+    window: tuple[int, int] | None = None,
+    **options: Any,
 ) -> Iterator[tuple[AnyPicture, Tensor, Tensor]]:
     """Predict a stream of pictures, in batches of one padded size; the host waits for no device.
 
     Args:
         net: on ``device``, in eval mode; (N, 3, H, W) -> (N, C, h, w).
-        scales, mirror: see :func:`deeplab.multiscale.predict_grid`.
         canvas: (H, W) to which every picture is padded; None takes each picture's own size.
-        batch_size: pictures of one padded size at once.
-        amp: ``"off"``, ``"bf16"`` or ``"fp16"``.
+        batch_size: pictures of one padded size at once; with a window, of one size.
+        window: (H, W) of the tiles that pictures are cut into; None predicts them whole.
+        options: the others of :func:`predict_batch`.
 
     Yields:
-        A picture, its (C, h, w) float32 logits on the stride-8 grid, and its (H, W) uint8 classes, to be :func:`checked`.
+        A picture, its (C, h, w) float32 logits, :func:`logits_stride` apart, and its (H, W) uint8 classes, to be
+        :func:`checked`.
 
     Raises:
         UserError: a picture does not fit ``canvas``.
     """
-    for group, size in group_by_canvas(pictures, canvas, batch_size):
+    stride = logits_stride(window)
+    for group, size in group_by_canvas(pictures, canvas, batch_size, stride):
         images = [picture.image for picture in group]
-        for picture, logits in zip(group, predict_batch(net, images, size, device, scales, mirror, amp)):
-            yield picture, logits, enlarge_to_classes(logits, picture.image.shape[:2])
+        for picture, logits in zip(group, predict_batch(net, images, size, device, window=window, **options)):
+            yield picture, logits, enlarge_to_classes(logits, picture.image.shape[:2], stride)
+
+
+def prediction_options(args: Namespace) -> dict[str, Any]:
+    """What the command line says of :func:`predict`, but for a canvas."""
+    return {name: getattr(args, name) for name in ("scales", "fuse", "mirror", "window", "overlap", "batch_size", "amp")}
+
+
+def logits_stride(window: tuple[int, int] | None) -> int:
+    """How many pixels the logits of :func:`predict` are apart: 8, or 1 with a window, whose tiles are summed at full size."""
+    return 1 if window else OUTPUT_STRIDE
 
 
 def predict_batch(
@@ -117,17 +131,31 @@ def predict_batch(
     images: Sequence[np.ndarray],
     canvas: tuple[int, int],
     device: torch.device,
+    *,
     scales: Sequence[float] = (1.0,),
+    fuse: str = "max",
     mirror: bool = False,
+    window: tuple[int, int] | None = None,
+    overlap: Fraction = OVERLAP,
     amp: str = "off",
 ) -> Tensor:
-    """The logits of pictures, (H, W, 3) uint8 BGR each, on the stride-8 grid of one canvas: (N, C, h, w) float32."""
+    """The logits of pictures on the stride-8 grid of one canvas, with a window at each of its pixels: (N, C, h, w) float32.
+
+    Args:
+        images: (H, W, 3) uint8 BGR each.
+        canvas: (H, W) to which they are padded; with a window their size.
+        scales, fuse, mirror: see :func:`deeplab.multiscale.predict_grid`.
+        window, overlap: see :func:`deeplab.predict_windows`.
+        amp: ``"off"``, ``"bf16"`` or ``"fp16"``.
+    """
     batch = torch.zeros(len(images), 3, *canvas, device=device).contiguous(memory_format=torch.channels_last)
     for padded, image in zip(batch, images):
         height, width = image.shape[:2]
         padded[:, :height, :width] = to_input(torch.from_numpy(image).to(device, non_blocking=True))
     with distributed.autocast(device, amp):
-        return predict_grid(net, batch, scales, mirror).float()
+        if window:
+            return predict_windows(net, batch, window, overlap, scales, mirror, fuse)
+        return predict_grid(net, batch, scales, mirror, fuse).float()
 
 
 def to_host(tensor: Tensor) -> Callable[[], Tensor]:

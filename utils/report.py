@@ -26,6 +26,7 @@ from utils.samples import Sample
 from utils.visualize import PALETTE, WRONG, Classes, blend, scale, wrong_pixels
 
 MARK = ".made_by_evaluate"  # a hidden file in a folder that a report may be written over
+PREDICTED = ("scales", "fuse", "mirror", "window", "overlap", "crf", "amp", "input_size")  # the options on the page
 BYTES = 150e6  # of all pictures together
 MOST_PICTURES = 5000  # of larger sets every second, third, ... is shown
 SIDES = (1000, 700, 500, 400, 300, 220, 160, 110)  # pixels; the first that keeps within a picture's share of the bytes is taken
@@ -204,7 +205,7 @@ def head_of(args: Namespace, weights: Weights, data_list: Path, count: int, note
         ("net", ", ".join(f"{name} {value}" for name, value in {**weights.config, **meta}.items() if value not in (None, ""))),
         ("trained with", ", ".join(f"{name} {value}" for name, value in weights.meta.get("args", {}).items())),
         ("pictures", f"{count:,} of {data_list}"),
-        ("predicted", f"scales {args.scales}, mirror {args.mirror}, CRF {args.crf}, amp {args.amp}, canvas {args.input_size}"),
+        ("predicted", ", ".join(f"{name} {getattr(args, name)}" for name in PREDICTED)),
         ("versions", ", ".join(versions)),
     ]
     return {

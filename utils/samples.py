@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from dataset import DatasetError, VOCSegmentation, read_image
-from deeplab.multiscale import canvas_size
+from deeplab.multiscale import OUTPUT_STRIDE, canvas_size
 from utils.command import UserError
 
 MAX_WAITING = 64  # pictures that may wait for others of their padded size
@@ -108,9 +108,9 @@ def only_one(items: list[Item]) -> Item:
 
 
 def group_by_canvas(
-    pictures: Iterable[AnyPicture], fixed: tuple[int, int] | None, batch_size: int
+    pictures: Iterable[AnyPicture], fixed: tuple[int, int] | None, batch_size: int, stride: int = OUTPUT_STRIDE
 ) -> Iterator[tuple[list[AnyPicture], tuple[int, int]]]:
-    """Gather pictures of one padded size, so that pictures of mixed sizes run in batches.
+    """Gather pictures of one padded size, with ``stride`` 1 of one size, so that pictures of mixed sizes run in batches.
 
     Yields:
         Up to ``batch_size`` pictures and their canvas (H, W).
@@ -127,7 +127,7 @@ def group_by_canvas(
             raise UserError(
                 f"picture {picture.id} of {size[0]}x{size[1]} does not fit --input-size {fixed[0]}x{fixed[1]}; {advice}"
             )
-        canvas = canvas_size(fixed or size)
+        canvas = canvas_size(fixed or size, stride)
         waiting.setdefault(canvas, []).append(picture)
         count_waiting += 1
         if len(waiting[canvas]) == batch_size or count_waiting == MAX_WAITING:

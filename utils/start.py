@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dataset import count_classes, read_class_names
+from dataset import DATASETS, count_classes, read_class_names
 from deeplab import NETS, Net, make_net
 from deeplab.weights import CONFIG, build_net, load_weights
 from utils import distributed
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import dataset_of, load_checkpoint
 from utils.command import UserError
 from utils.options import INITIAL_WEIGHTS
 from utils.schedule import poly_lr
@@ -40,7 +40,7 @@ class Start:
         config: what :func:`deeplab.make_net` takes, with ``batch_norm``.
         model: its state_dict.
         step: steps done.
-        seen_voc_val: why the net's scores on VOC val mean nothing, "" if they mean something.
+        seen_voc_val: why the net's scores on the data set's val mean nothing, "" if they mean something.
         lines: what to tell the user.
         classes: the names of the classes, None where nobody gave them.
         checkpoint: optimizer, scaler, ids (their check sum) and seconds of the checkpoint; {} for a new run.
@@ -140,7 +140,8 @@ def _begin(args: Namespace, loss: str) -> Start:
         lines.append("warning: a net from scratch learns little with --batch-norm frozen; leave it out, which is full")
     options = options_of(args) | {name: net.config.get(name) for name in NET_OPTIONS} | {"loss": loss}
     config = {**net.config, "batch_norm": args.batch_norm}
-    return Start(options, config, net.state_dict(), 0, weights.seen_voc_val if weights else "", lines, classes)
+    seen = weights.seen_voc_val if weights and dataset_of(weights.meta) == args.dataset else ""
+    return Start(options, config, net.state_dict(), 0, seen, lines, classes)
 
 
 def _classes(args: Namespace, meta: dict[str, Any]) -> tuple[int, list[str] | None, str]:
@@ -149,6 +150,8 @@ def _classes(args: Namespace, meta: dict[str, Any]) -> tuple[int, list[str] | No
     Args:
         meta: of the snapshot that is started from, {} where it is none.
     """
+    if names := DATASETS[args.dataset].NAMES:
+        return len(names), list(names), f"{len(names)} classes, those of {DATASETS[args.dataset].TITLE}"
     if "num_classes" in args.given:
         return args.num_classes, read_class_names(args.data_dir, args.num_classes), f"{args.num_classes} classes"
     if count := count_classes(args.data_dir, args.ignore_label):
@@ -188,7 +191,7 @@ def resumed_options(args: Namespace, meta: dict[str, Any], step: int, loss: str)
     Raises:
         UserError: a given option would make it another run.
     """
-    before = {**meta["args"], **{name: meta.get(name) for name in NET_OPTIONS}}
+    before = {"dataset": "voc", **meta["args"], **{name: meta.get(name) for name in NET_OPTIONS}}
     before["net"] = before["net"] or "deeplabv2"  # of older checkpoints
     scripts = {"single_scale_loss": "train.py", "multi_scale_loss": "train_msc.py"}
     begun, asked = scripts.get(str(before.get("loss"))), scripts.get(loss)
@@ -230,7 +233,7 @@ def refuse_other_run(folder: Path) -> None:
     if (folder / "last.ckpt").exists():
         advice = "add --resume to go on with it, choose another --snapshot-dir, or delete it"
         raise UserError(f"--snapshot-dir {folder} holds a run already (last.ckpt); {advice}")
-    if numbered := sorted([*folder.glob("VOC12_scenes_*.pth"), *folder.glob("best.pth")]):
+    if numbered := sorted([*folder.glob("*_scenes_*.pth"), *folder.glob("best.pth")]):
         raise UserError(
             f"--snapshot-dir {folder} holds snapshots already ({numbered[0].name}), which this run would overwrite; "
             "choose another --snapshot-dir, or move them"

@@ -4,7 +4,7 @@ import hashlib
 import shlex
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,27 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from dataset import (
-    TRAIN_LISTS,
-    VAL_LISTS,
     Crop,
+    DatasetError,
     PadCrop,
     RandomMirror,
     RandomScale,
     StepSampler,
     TrainTransform,
     VOCSegmentation,
-    read_class_names,
-    read_ids,
     to_input,
 )
-from dataset.lists import IMAGE_DIR
 from deeplab.loss import Ohem
 from utils import distributed
 from utils.checked_options import check_net_options, choose_device, settle_options
 from utils.checkpoint import make_meta, save_snapshot
 from utils.class_watch import ClassWatch
 from utils.command import UserError
-from utils.loader import fitting_workers, make_loader, open_dataset, running
+from utils.loader import fitting_workers, layout_words, make_loader, open_dataset, running
 from utils.log import RunLog
 from utils.meter import DataWait, Meter
 from utils.meter import Diverged as Diverged  # part of what run() raises
@@ -108,9 +104,9 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         wait = DataWait(device, workers)
         meter = Meter(device, lambda batch: describe(batch, args, data))
         folder = Path(args.snapshot_dir)
-        names = read_class_names(args.data_dir, args.num_classes) or start.classes
+        names = data.names or start.classes
         classes = Classes(class_names(args.num_classes, names), make_palette(data.colors))
-        watch = ClassWatch(min(PICTURES_TO_JUDGE, len(data)), classes.names, args.ignore_label)
+        watch = ClassWatch(min(PICTURES_TO_JUDGE, len(data)), classes.names, args.ignore_label, fixed=bool(data.NAMES))
         validation = Validation(args, classes, device) if args.val_every else None
         log = None
         if distributed.is_main():
@@ -133,7 +129,7 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
                 state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
                 save_snapshot(folder / "last.ckpt", net, meta, **state, step=done, ids=ids, seconds=log.seconds)
                 if numbered:
-                    save_snapshot(folder / f"VOC12_scenes_{done}.pth", net, meta)
+                    save_snapshot(folder / f"{data.SHORT}_scenes_{done}.pth", net, meta)
                     log.say(save_panels(net, data, classes, log, done, args.save_num_images, device))
 
         def save(numbered: bool) -> None:
@@ -220,12 +216,10 @@ def last_words(args: Namespace, data: VOCSegmentation, done: int, began: int) ->
         return f"{saved}; add --resume to go on" if done else f"{saved}, nothing was saved"
     if done == began:
         return f"nothing is left to do: all {done} steps are done; to train on, add a larger --num-steps"
-    words = ["python", "evaluate.py", "--data-dir", args.data_dir, "--restore-from", folder / f"VOC12_scenes_{done}.pth"]
-    if not any((data.root / name).exists() for name in VAL_LISTS):
+    words = ["python", "evaluate.py", "--data-dir", args.data_dir, "--restore-from", folder / f"{data.SHORT}_scenes_{done}.pth"]
+    if not any((data.root / name).exists() for name in data.lists("val", data.image_folder)):
         words += ["--data-list", "LIST"]
-    words += ["--image-dir", args.image_dir] if args.image_dir != IMAGE_DIR else []
-    words += ["--label-dir", args.label_dir] if args.label_dir else []
-    return f"saved {words[5]}; next: {shlex.join(map(str, words))}"
+    return f"saved {words[5]}; next: {shlex.join(map(str, words + layout_words(args)))}"
 
 
 def read(batches: Iterator[Crop], count: int) -> tuple[list[Crop], Exception | None]:
@@ -249,7 +243,7 @@ def open_training_data(args: Namespace) -> tuple[VOCSegmentation, Path]:
     transforms: list[Callable] = [RandomScale(*args.scale_range)] if args.random_scale else []
     transforms += [RandomMirror()] if args.random_mirror else []
     transforms += [PadCrop(args.input_size)]
-    return open_dataset(args, TRAIN_LISTS, args.num_classes, TrainTransform(args.random_seed, transforms))
+    return open_dataset(args, "train", args.num_classes, TrainTransform(args.random_seed, transforms))
 
 
 def check_ids(ids: list[str], resumed: Start | None) -> str:
@@ -286,7 +280,8 @@ def describe(batch: int, args: Namespace, data: VOCSegmentation) -> str:
 
 def seen_val(data: VOCSegmentation) -> str:
     """Why scores on the validation list of ``data`` mean nothing after training on it; "" where they mean something."""
-    for path in (data.root / name for name in VAL_LISTS):
-        if path.is_file() and (common := set(read_ids(path)) & set(data.ids)):
-            return f"{len(common)} of the pictures that it was trained on are on {path.name}"
+    for path in (data.root / name for name in data.lists("val", data.image_folder)):
+        with suppress(DatasetError):  # no such list, or none that can be read
+            if common := {entry.id for entry in data.read_list(path, data.image_folder)} & set(data.ids):
+                return f"{len(common)} of the pictures that it was trained on are on {path.name}"
     return ""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dataset import VAL_LISTS, VOCSegmentation, to_input
+from dataset import VOCSegmentation, to_input
 from deeplab import Net
 from deeplab.multiscale import predict_classes
 from utils import distributed
@@ -37,7 +37,7 @@ class Validation:
 
     def __init__(self, args: Namespace, classes: Classes, device: torch.device) -> None:
         options = Namespace(**{**vars(args), "data_list": args.val_list})
-        self.data, self.data_list = open_dataset(options, VAL_LISTS, args.num_classes)
+        self.data, self.data_list = open_dataset(options, "val", args.num_classes)
         self.args, self.classes, self.device = args, classes, device
         self.best_path = Path(args.snapshot_dir) / "best.pth"
         self.best = _score_of(self.best_path)

@@ -53,7 +53,7 @@ class Weights:
         lines += [f"skipped {text}" for text in group_by_reason(self.skipped)]
         lines += self.notes
         if self.seen_voc_val:
-            lines.append(f"do not score it on VOC val: {self.seen_voc_val}")
+            lines.append(f"do not score it on val: {self.seen_voc_val}")
         return lines
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dataset import VAL_LISTS, VOCSegmentation
+from dataset import VOCSegmentation
 from deeplab import Net, fold_batch_norm, make_net
 from scripts.bench import reference
 from utils.checkpoint import load_init
@@ -45,8 +45,8 @@ def make_pictures(root: Path, count: int, num_classes: int) -> None:
 
 def open_pictures(args: Namespace) -> VOCSegmentation:
     """The first ``--pictures`` of the data set."""
-    options = ["--data-dir", args.data_dir, *(["--data-list", args.data_list] if args.data_list else [])]
-    data, _ = open_dataset(evaluation_parser("").parse_args(options), VAL_LISTS, args.num_classes)
+    options = ["--dataset", "voc", "--data-dir", args.data_dir, *(["--data-list", args.data_list] if args.data_list else [])]
+    data, _ = open_dataset(evaluation_parser("").parse_args(options), "val", args.num_classes)
     data.ids = data.ids[: args.pictures]
     return data
 

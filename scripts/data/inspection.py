@@ -11,7 +11,7 @@ import numpy as np
 
 from dataset.classes import IGNORE_LABEL, Color, voc_palette
 from dataset.files import DatasetError, read_picture
-from dataset.labels import BadLabel, check_palette, check_values, read_png, single_channel
+from dataset.labels import BadLabel, check_palette, check_values, read_png, single_channel, whole_table
 from dataset.voc import check_pair
 from scripts.data.causes import few
 
@@ -54,12 +54,18 @@ def complaints() -> Iterator[list[str]]:
 
 
 def inspect(
-    image_id: str, image_path: Path, label_path: Path, num_classes: int, ignore_label: int, colors: Mapping[int, Color]
+    image_id: str,
+    image_path: Path,
+    label_path: Path,
+    num_classes: int,
+    ignore_label: int,
+    colors: Mapping[int, Color],
+    classes_of: np.ndarray | None = None,
 ) -> Inspection:
     """Read the two files of one id as training does; runs in the worker processes."""
     found = Inspection(image_id)
     picture = inspect_picture(found, image_path)
-    label = inspect_label(found, label_path, num_classes, ignore_label, colors)
+    label = inspect_label(found, label_path, num_classes, ignore_label, colors, classes_of)
     if picture and label:
         size, orientation = picture
         try:
@@ -87,7 +93,12 @@ def inspect_picture(found: Inspection, path: Path) -> tuple[tuple[int, int], int
 
 
 def inspect_label(
-    found: Inspection, path: Path, num_classes: int, ignore_label: int, colors: Mapping[int, Color]
+    found: Inspection,
+    path: Path,
+    num_classes: int,
+    ignore_label: int,
+    colors: Mapping[int, Color],
+    classes_of: np.ndarray | None,
 ) -> tuple[int, int] | None:
     """Note what is wrong with a label; returns its (H, W), None where it cannot be read."""
     if not path.exists():
@@ -106,9 +117,14 @@ def inspect_label(
             found.problems.append(("colour label", f"{found.image_id}: mode {mode}, {len(drawn)} colours {few(drawn)}"))
             return size
         single_channel(pixels, mode)
-        found.counts = np.bincount(pixels.ravel(), minlength=256)
-        present = np.flatnonzero(found.counts).tolist()
+        counts = np.bincount(pixels.ravel(), minlength=256)
+        present = np.flatnonzero(counts).tolist()
         kind = "wrong values"
+        if classes_of is not None:
+            check_values(present, len(classes_of), what="label ids")
+            found.counts = np.bincount(whole_table(classes_of), counts, minlength=256).astype(np.int64)
+            return size
+        found.counts = counts
         check_values(present, num_classes, ignore_label)
         kind = "re-ordered palette"
         check_palette(present, palette, colors, ignore_label)
