@@ -52,7 +52,8 @@ def run(args: Namespace) -> int:
         lines += settle_void(args, weights)
         data, data_list = open_dataset(args, VAL_LISTS, net.num_classes)
         classes = classes_of(args.ignore_label, data, weights)
-        check_outputs(planned_outputs(args, data), *what_is_read(args, data, data_list))
+        outputs, reads = planned_outputs(args, data), what_is_read(args, data, data_list)
+        distributed.everywhere(lambda: check_outputs(outputs, *reads))  # nobody writes before all have looked
         page = open_report(args, data, classes)
         to_device(net, device, args.compile)
         notes = []

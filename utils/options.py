@@ -147,6 +147,8 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
     group = parser.add_argument_group("output")
     group.add_argument("--snapshot-dir", default=snapshot_dir, help="default: %(default)s")
     group.add_argument("--save-pred-every", type=positive, default=1000, help="steps between snapshots (default: %(default)s)")
+    text = "numbered snapshots that stay, the newest; older ones of this run are deleted (default: 0, all)"
+    group.add_argument("--keep", type=not_negative, default=0, metavar="N", help=text)
     group.add_argument("--save-num-images", type=not_negative, default=2, help="panels a snapshot (default: %(default)s)")
     group.add_argument(
         "--val-every",

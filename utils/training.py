@@ -27,15 +27,17 @@ from dataset import (
 from dataset.lists import IMAGE_DIR
 from utils import distributed
 from utils.checked_options import choose_device, settle_options
-from utils.checkpoint import make_meta, save_snapshot
+from utils.checkpoint import Snapshots, make_meta
 from utils.class_watch import ClassWatch
 from utils.command import UserError
+from utils.files import DiskError
 from utils.loader import fitting_workers, make_loader, open_dataset, running
+from utils.lock import one_run
 from utils.log import RunLog
 from utils.meter import DataWait, Meter
 from utils.meter import Diverged as Diverged  # part of what run() raises
 from utils.schedule import GuardedSGD, poly_lr, set_lr
-from utils.start import Start, begin, resume
+from utils.start import Start, begin, resume, run_folder
 from utils.stop import StopRequest
 from utils.validation import Validation, save_panels
 from utils.visualize import Classes, class_names, make_palette
@@ -72,6 +74,7 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
     with ExitStack() as stack:
         settle_options(args)
         distributed.start()
+        locked = distributed.from_main(lambda: stack.enter_context(one_run(run_folder(args))))
         start = resume(args, loss_function.__name__)
         args = Namespace(**start.options) if start else args
         device = distributed.everywhere(lambda: choose_device(args))
@@ -92,6 +95,9 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
             optimizer.load_state_dict(start.checkpoint["optimizer"])
             scaler.load_state_dict(start.checkpoint["scaler"])
             torch.set_rng_state(start.checkpoint["rng"])
+        snapshots = Snapshots(Path(args.snapshot_dir), args.keep, start.checkpoint.get("numbers") or [])
+        planned = -(-args.num_steps // args.save_pred_every) - start.step // args.save_pred_every
+        space = distributed.from_main(lambda: snapshots.check_space(net, optimizer, planned))
         if args.compile:
             net.compile()
         options = {"one_scale_at_a_time": True} if getattr(args, "one_scale_at_a_time", False) else {}
@@ -105,15 +111,14 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         batches = stack.enter_context(running(make_loader(data, sampler, workers, device)))
         wait = DataWait(device, workers)
         meter = Meter(device, lambda batch: describe(batch, args, data))
-        folder = Path(args.snapshot_dir)
         names = read_class_names(args.data_dir, args.num_classes) or start.classes
         classes = Classes(class_names(args.num_classes, names), make_palette(data.colors))
         watch = ClassWatch(min(PICTURES_TO_JUDGE, len(data)), classes.names, args.ignore_label)
         validation = Validation(args, classes, device) if args.val_every else None
         log = None
         if distributed.is_main():
-            log = stack.enter_context(RunLog(folder, start.options, start.step, start.checkpoint.get("seconds") or 0.0))
-            log.say(*head_lines(args, data, data_list), *start.lines, note)
+            log = stack.enter_context(RunLog(snapshots.folder, start.options, start.step))
+            log.say(*head_lines(args, data, data_list), locked, *start.lines, note, space)
 
         def report() -> None:
             steps, means, waited = meter.steps, meter.means(), wait.share()
@@ -125,23 +130,26 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
             seen, colors = start.seen_voc_val or seen_val(data), classes.palette[: args.num_classes].tolist()
             return make_meta(net, names, done, start.options, seen_voc_val=seen, colors=colors, **more)
 
-        def write(numbered: bool) -> None:
+        def write(numbered: bool) -> str:
+            state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": torch.get_rng_state()}
+            problem = snapshots.save(net, meta_of_now(), numbered, **state, ids=ids)
             if log:
-                meta = meta_of_now()
-                state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": torch.get_rng_state()}
-                save_snapshot(folder / "last.ckpt", net, meta, **state, step=done, ids=ids, seconds=log.seconds)
-                if numbered:
-                    save_snapshot(folder / f"VOC12_scenes_{done}.pth", net, meta)
-                    log.say(save_panels(net, data, classes, log, done, args.save_num_images, device))
+                later = "; training goes on, and tries again at the next snapshot" if done < args.num_steps else ""
+                log.say(f"WARNING: step {done} is not saved: {problem}{later}" if problem else "")
+                log.say(save_panels(net, data, classes, log, done, args.save_num_images, device) if numbered else "")
+            return problem
 
-        def save(numbered: bool) -> None:
+        def save(numbered: bool) -> str:
             meter.check()  # on all processes: none of them saves after a bad step
             check_weights(net, done)
-            distributed.from_main(lambda: write(numbered))  # what process 0 cannot write the others hear of
+            return distributed.from_main(lambda: write(numbered))  # what process 0 cannot write the others hear of
 
-        done = saved = start.step
+        # A run that was all done when the disk was full still lacks its last snapshot.
+        lacking = distributed.from_main(lambda: start.step == args.num_steps and not snapshots.path(start.step).exists())
+        done, saved = start.step, start.step - lacking
         lr = args.learning_rate
         error: Exception | None = None
+        unsaved = ""
         signal = failed = 0
         for step in range(start.step, args.num_steps):
             with wait.reading():
@@ -173,7 +181,7 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
                 log.bar.update()
                 log.say(warning)
             if numbered:
-                save(numbered=True)
+                unsaved = save(numbered=True)  # where the disk is full the run goes on, and tries again at the next snapshot
                 saved = done
             if validation and validation.due(done):
                 meter.check()
@@ -184,11 +192,13 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         if done > saved:  # something ended the run before its last step
             if meter.steps:
                 report()
-            save(numbered=False)
-        if log:
-            log.say(last_words(args, data, done, start.step))
+            unsaved = save(numbered=done == args.num_steps)
+        if log and not unsaved:
+            log.say(last_words(args, data, done, start.step - lacking))
         if failed:
             raise error or UserError("another process could not read its pictures; it says why")
+        if unsaved:
+            raise DiskError(f"the run ended at step {done}, which is not saved: {unsaved}; then add --resume")
     distributed.stop()
     return 128 + signal if signal else 0
 
