@@ -55,7 +55,7 @@ def check_options(args: Namespace, device: torch.device) -> None:
 
 def choose_device(args: Namespace) -> torch.device:
     """The device of this process, once options and data set are known to be there: before any weights are read."""
-    device = distributed.select_device(args.device, args.gpu, not args.no_tf32)
+    device = distributed.select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
     check_options(args, device)
     find_list(args.data_dir, args.data_list, TRAIN_LISTS)
     return device

@@ -45,7 +45,7 @@ def run(args: Namespace) -> int:
     # The pool comes first: where its processes are forked, they are copies of this still small one.
     with ExitStack() as stack:
         pool = stack.enter_context(CRFPool(args.crf_workers, args.crf_prune)) if args.crf else None
-        device = distributed.select_device(args.device, args.gpu, not args.no_tf32)
+        device = distributed.select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
         distributed.start()
         net, weights, lines = open_trained_net(args)
         check_classes(args, net.num_classes)

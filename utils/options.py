@@ -87,6 +87,11 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
         help="on CUDA, float32 convolutions take factors of 10 bits (TF32), and sums in any order, so that two runs differ by "
         "rounding; this gives all 24 bits, several times slower",
     )
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same bits from the same command on the same machine, on CUDA as well, where it is slower",
+    )
     group.add_argument("--compile", action="store_true", help="compile the net with torch.compile")
 
 

@@ -23,8 +23,8 @@ from utils.schedule import poly_lr
 NET_OPTIONS = ("backbone", "num_classes", "atrous_rates")
 # What a resumed run may do differently without becoming another run. Everything else would change what is computed.
 MAY_CHANGE = {
-    "num_workers", "device", "gpu", "no_tf32", "compile", "grad_checkpoint", "one_scale_at_a_time",
-    "data_dir", "data_list", "image_dir", "label_dir",  # other paths of the same pictures
+    "num_workers", "device", "gpu", "no_tf32", "deterministic", "compile", "grad_checkpoint",
+    "one_scale_at_a_time", "data_dir", "data_list", "image_dir", "label_dir",  # other paths of the same pictures
     "snapshot_dir", "save_pred_every", "keep", "save_num_images", "log_every", "tensorboard", "num_steps", "resume",
     "val_every", "val_list",
 }  # fmt: skip

@@ -36,7 +36,7 @@ def run(args: Namespace) -> int:
     if not path.name.endswith((".tgz", ".tar.gz")):
         raise UserError(f"--submission {path}: the server takes gzipped tar files; end the name in .tgz")
     with CRFPool(args.crf_workers, args.crf_prune) if args.crf else nullcontext() as pool:
-        device = distributed.select_device(args.device, args.gpu, not args.no_tf32)
+        device = distributed.select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
         distributed.start()
         net, _, lines = open_trained_net(args)
         if net.num_classes != len(VOC_CLASSES):

@@ -84,7 +84,7 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         data, data_list = distributed.everywhere(lambda: open_training_data(args))
         ids = check_ids(data.ids, start)
 
-        torch.backends.cudnn.benchmark = True  # the crops are all of one size
+        torch.backends.cudnn.benchmark = not args.deterministic  # the crops are all of one size
         net = start.build_net().to(device).to(memory_format=torch.channels_last).train()
         net.grad_checkpoint = args.grad_checkpoint
         if args.sync_bn:
