@@ -45,12 +45,12 @@ class Snapshots:
     """The snapshots of a run: ``last.ckpt``, to go on from, and numbered ones, of which the newest ``keep`` stay (0: all).
 
     Args:
-        numbers: steps of the numbered ones that this run wrote before; no other file is ever deleted.
+        numbers: steps of the numbered ones that this run wrote before; nothing else is ever deleted.
     """
 
     def __init__(self, folder: Path, keep: int, numbers: Sequence[int]) -> None:
         self.folder, self.keep = folder, keep
-        self.numbers = [step for step in numbers if self.path(step).exists()]
+        self.numbers = [step for step in numbers if _is_snapshot(self.path(step), step)]
 
     def path(self, step: int) -> Path:
         """The numbered snapshot of a step, by its published name."""
@@ -64,16 +64,15 @@ class Snapshots:
         """
         step, problems = meta["step"], []
         numbers = [number for number in self.numbers if number != step] + [step] * numbered
-        old, kept = (numbers[: -self.keep], numbers[-self.keep :]) if self.keep else ([], numbers)
         try:
-            save_snapshot(self.folder / "last.ckpt", net, meta, **state, step=step, numbers=kept)
+            save_snapshot(self.folder / "last.ckpt", net, meta, **state, step=step, numbers=numbers)
         except DiskError as error:
             problems.append(str(error))
         if numbered:
             try:
                 save_snapshot(self.path(step), net, meta)
-                self.numbers = kept
-                for number in old:
+                self.numbers = numbers[-self.keep :] if self.keep else numbers
+                for number in numbers[: -self.keep] if self.keep else ():
                     self.path(number).unlink(missing_ok=True)
             except (DiskError, OSError) as error:
                 problems.append(str(error))
@@ -108,6 +107,14 @@ class Snapshots:
                 "space, or keep the newest N alone with --keep N"
             )
         return ""
+
+
+def _is_snapshot(path: Path, step: int) -> bool:
+    """Whether a file is the snapshot of that step, not another that was put there under its name."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["meta"]["step"] == step
+    except Exception:  # torch.load raises many kinds
+        return False
 
 
 def load_init(path: str, trunk: str = "auto", **options: Any) -> tuple[DeepLabV2, Weights, LoadReport]:

@@ -54,6 +54,15 @@ def remove_torn(folder: Path, ours: Callable[[str], bool]) -> None:
             path.unlink(missing_ok=True)
 
 
+def remove_torn_files(paths: Iterable[Path]) -> None:
+    """:func:`remove_torn` for files that are going to be written."""
+    names: dict[Path, set[str]] = {}
+    for path in paths:
+        names.setdefault(path.parent, set()).add(path.name)
+    for folder, ours in names.items():
+        remove_torn(folder, ours.__contains__)
+
+
 def save_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as JSON, atomically."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
@@ -118,12 +127,9 @@ def check_outputs(outputs: Iterable[Output], inputs: Iterable[str | Path], data_
         if path.exists() and output.option != "--report" and not _is_output(path):  # a report's folder is told by its own mark
             raise UserError(f"{refused}, over a file that is no earlier output; choose another place, or move that file")
     _refuse_shared(outputs, real, {folder: _ignores_case(folder) for folder in parents})
-    planned: dict[Path, set[str]] = {folder: set() for folder in parents}
-    for output in outputs:
-        planned[output.path.parent].add(output.path.name)
-    for folder, names in planned.items():
+    for folder in parents:
         check_writable(folder)
-        remove_torn(folder, names.__contains__)
+    remove_torn_files(output.path for output in outputs)
 
 
 def check_writable(folder: Path) -> None:

@@ -38,6 +38,9 @@ class RunLog:
         folder: the snapshot folder.
         options: the run's options, saved as ``args.json``.
         first_step: steps that are done already.
+
+    Attributes:
+        scored: whether the scores of the first step are in the log of before.
     """
 
     def __init__(self, folder: Path, options: dict[str, Any], first_step: int = 0) -> None:
@@ -47,7 +50,9 @@ class RunLog:
         if first_step == 0:
             put_aside(self.path, folder / "args.json")
         save_json(folder / "args.json", options)
-        self.start = time.perf_counter() - cut_log(self.path, first_step)
+        lines = cut_log(self.path, first_step)
+        self.scored = any("val_mean_iou" in line and line["step"] == first_step for line in lines)
+        self.start = time.perf_counter() - max((line.get("seconds", 0.0) for line in lines), default=0.0)
         self.waiting = ""  # lines that could not be written yet
         self.num_steps = options["num_steps"]
         bar = {"total": self.num_steps, "initial": first_step, "unit": "step", "dynamic_ncols": True, "smoothing": 0.1}
@@ -165,23 +170,19 @@ def peak_memory() -> int:
     return peak // (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def cut_log(path: Path, step: int) -> float:
-    """Keep the lines of ``path`` up to ``step``; a line that a killed run left half written goes, too.
-
-    Returns:
-        The seconds of running that the last of them tells.
-    """
-    kept, seconds = [], 0.0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+def cut_log(path: Path, step: int) -> list[dict[str, Any]]:
+    """Keep the lines of ``path`` up to ``step``, and return them; a line that a killed run left half written goes, too."""
+    kept, texts = [], []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
-            entry = json.loads(line)
-            if entry["step"] <= step:
-                kept.append(line + "\n")
-                seconds = entry.get("seconds", seconds)
+            line = json.loads(text)
+            if line["step"] <= step:
+                kept.append(line)
+                texts.append(text + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    write_atomically(path, lambda file: file.write("".join(kept).encode()))
-    return seconds
+    write_atomically(path, lambda file: file.write("".join(texts).encode()))
+    return kept
 
 
 def is_ours(name: str) -> bool:

@@ -43,6 +43,7 @@ from utils.validation import Validation, save_panels
 from utils.visualize import Classes, class_names, make_palette
 
 LossFunction = Callable[..., dict[str, Tensor]]
+ELSEWHERE = "another process could not read its pictures; it says why"
 PICTURES_TO_JUDGE = 200  # labels that are looked at before it is said which classes they lack
 
 
@@ -94,7 +95,6 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         if start.checkpoint:
             optimizer.load_state_dict(start.checkpoint["optimizer"])
             scaler.load_state_dict(start.checkpoint["scaler"])
-            torch.set_rng_state(start.checkpoint["rng"])
         snapshots = Snapshots(Path(args.snapshot_dir), args.keep, start.checkpoint.get("numbers") or [])
         planned = -(-args.num_steps // args.save_pred_every) - start.step // args.save_pred_every
         space = distributed.from_main(lambda: snapshots.check_space(net, optimizer, planned))
@@ -109,6 +109,8 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         sampler = StepSampler(len(data), args.batch_size, args.random_seed, start.step * args.iter_size, **shards)
         stop = stack.enter_context(StopRequest())  # from here on there is something to save, and workers have its handlers
         batches = stack.enter_context(running(make_loader(data, sampler, workers, device)))
+        if start.checkpoint:
+            torch.set_rng_state(start.checkpoint["rng"])  # from which the loader took its seed, as it did in the beginning
         wait = DataWait(device, workers)
         meter = Meter(device, lambda batch: describe(batch, args, data))
         names = read_class_names(args.data_dir, args.num_classes) or start.classes
@@ -144,13 +146,21 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
             check_weights(net, done)
             return distributed.from_main(lambda: write(numbered))  # what process 0 cannot write the others hear of
 
-        # A run that was all done when the disk was full still lacks its last snapshot.
-        lacking = distributed.from_main(lambda: start.step == args.num_steps and not snapshots.path(start.step).exists())
-        done, saved = start.step, start.step - lacking
+        def snapshot_due(step: int) -> bool:
+            return step % args.save_pred_every == 0 or step == args.num_steps
+
+        done = saved = start.step
         lr = args.learning_rate
         error: Exception | None = None
         unsaved = ""
         signal = failed = 0
+        # What a run that was killed, or whose disk was full, still lacks of its last step.
+        if done and snapshot_due(done) and distributed.from_main(lambda: not snapshots.path(done).exists()):
+            unsaved = save(numbered=True)
+        if done and validation and validation.due(done) and distributed.from_main(lambda: bool(log and not log.scored)):
+            broken, error = validation.run(net, done, stop, log, meta_of_now)
+            if broken:
+                raise error or UserError(ELSEWHERE)
         for step in range(start.step, args.num_steps):
             with wait.reading():
                 crops, error = read(batches, args.iter_size)
@@ -173,14 +183,13 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
             optimizer.zero_grad()
 
             done = step + 1
-            numbered = done % args.save_pred_every == 0 or done == args.num_steps
-            if numbered or done % args.log_every == 0 or done == start.step + 1:
+            if snapshot_due(done) or done % args.log_every == 0 or done == start.step + 1:
                 report()
             warning = watch.warning()
             if log:
                 log.bar.update()
                 log.say(warning)
-            if numbered:
+            if snapshot_due(done):
                 unsaved = save(numbered=True)  # where the disk is full the run goes on, and tries again at the next snapshot
                 saved = done
             if validation and validation.due(done):
@@ -194,9 +203,9 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
                 report()
             unsaved = save(numbered=done == args.num_steps)
         if log and not unsaved:
-            log.say(last_words(args, data, done, start.step - lacking))
+            log.say(last_words(args, data, done, start.step))
         if failed:
-            raise error or UserError("another process could not read its pictures; it says why")
+            raise error or UserError(ELSEWHERE)
         if unsaved:
             raise DiskError(f"the run ended at step {done}, which is not saved: {unsaved}; then add --resume")
     distributed.stop()

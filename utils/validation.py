@@ -66,14 +66,14 @@ class Validation:
             return bool(failed), error
         distributed.sum_(matrix.counts)
         scores = matrix.scores()
-        if log:
-            log.scores(done, scores, self.classes.names)
-            log.say(f"step {done}: mean IoU {100 * scores.mean_iou:.2f} on the {len(self.data)} pictures of {self.data_list}")
         if scores.mean_iou > self.best:  # the same on all processes
             unsaved = distributed.from_main(lambda: self._save(net, make_meta(val_mean_iou=scores.mean_iou)))
             if log and unsaved:
                 log.say(f"WARNING: the best net so far, of step {done}, is not saved: {unsaved}")
             self.best = self.best if unsaved else scores.mean_iou
+        if log:  # a line in the log says that all of this is done
+            log.scores(done, scores, self.classes.names)
+            log.say(f"step {done}: mean IoU {100 * scores.mean_iou:.2f} on the {len(self.data)} pictures of {self.data_list}")
         return False, None
 
     def _save(self, net: DeepLabV2, meta: dict) -> str:
