@@ -1,15 +1,13 @@
-"""Kills programs at random moments, and looks whether anything is lost; by hand, as test_faults.py does it in small.
+"""Kills programs at random moments, and looks whether anything is lost; by hand, and in small by test_faults.py.
 
     python tests/faults.py [--kills 200] [--minutes 60] [--seed N]   kills, inside writes too; a table, status 1 for a loss
-    python tests/faults.py --long                                   memory and open files of long runs
+    python tests/faults.py --long                                    memory and open files of long runs; status 1 if they grow
 
-Each program is forked from this process, which has imported torch already. A kill is SIGKILL to the whole process group. A
-training run goes on with --resume after each kill, and must end as one that nobody disturbed; the other programs are started
-again and must leave the same files.
+A kill is SIGKILL to a whole process group. A training run goes on with --resume after each, and must end as one that nobody
+disturbed; the other programs are started again, and must leave the same files.
 """
 
 import argparse
-import hashlib
 import itertools
 import os
 import random
@@ -17,15 +15,14 @@ import shutil
 import signal
 import socket
 import sys
-import tarfile
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import HTTPServer
 from pathlib import Path
+from statistics import median
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -36,73 +33,30 @@ import deeplab  # noqa: F401  (what is imported here costs no child any time)
 import evaluate
 import train
 from deeplab.weights import check_sums
-from scripts import download, prepare_voc
-from scripts.data.catalogue import Item
 from tests.conftest import make_toy_voc
-from tests.test_prepare_voc import jpeg_bytes, mat_bytes, png_bytes, sbd_mask, voc_mask, write
+from tests.fault_programs import Lost, Slow, bytes_of, fork, kill, make_archive, multiply, tools, undisturbed, unfinished
 from tests.test_training import SCRATCH, SMALL, log_lines
 from utils import evaluation, training  # noqa: F401
 from utils.checkpoint import load_checkpoint
-from utils.command import run_command
 
-STEPS, EVERY, KEEP = 8, 2, 2
-RUN = [*SCRATCH, "--num-steps", str(STEPS), "--save-pred-every", str(EVERY), "--keep", str(KEEP), "--val-every", "4",
+STEPS = 8
+RUN = [*SCRATCH, "--num-steps", str(STEPS), "--save-pred-every", "2", "--keep", "2", "--val-every", "4",
        "--save-num-images", "1"]  # fmt: skip
 TIMES = {"images_per_s", "data_wait", "seconds", "memory_mb"}
-
-
-class Lost(Exception):
-    """Something that a killed program should have kept."""
-
-
-# ---- processes
-
-
-def fork(name: str, main: Callable, words: list, log: Path, **environment: str) -> int:
-    """Start ``main(words)`` as a command of its own, in a process group of its own; returns its number."""
-    sys.stdout.flush()
-    if pid := os.fork():
-        return pid
-    status = 1
-    try:
-        os.setsid()
-        os.environ.update(environment)
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        sys.argv = [name]
-        run_command(lambda: main([str(word) for word in words]))
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    with suppress(Exception):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(status)
-
-
-def kill(*pids: int) -> None:
-    """SIGKILL to the process groups, and an end to the processes themselves."""
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
-    for pid in pids:
-        with suppress(ChildProcessError):
-            os.waitpid(pid, 0)
-
-
-def unfinished(folder: Path) -> list[Path]:
-    """Files that a writer has begun, or has left behind."""
-    found = itertools.chain(folder.rglob(".*.tmp"), folder.rglob("*.part*"), folder.rglob(".*.unpacking"))
-    return [path for path in found if path.exists()]
+MOST_GROWTH = 1.02
 
 
 class Killer:
     """Lets programs run, and kills them: half of them at any moment, half of them as soon as they are seen writing."""
 
     def __init__(self, seed: int) -> None:
-        self.random, self.counts = random.Random(seed), Counter()
+        self.random = random.Random(seed)
+        self.kills: Counter[str] = Counter()
+        self.inside: Counter[str] = Counter()  # of them inside a write
+
+    @property
+    def total(self) -> int:
+        return self.kills.total()
 
     def disturb(self, kind: str, pids: list[int], folder: Path, seconds: float) -> bool:
         """Kill what was just started, or find that it was faster; whether it was killed."""
@@ -128,8 +82,8 @@ class Killer:
         if len(pids) > 1:
             time.sleep(self.random.uniform(0, 0.2))  # the launcher needs a moment to end the others
         kill(*pids)
-        self.counts[kind] += 1
-        self.counts[f"{kind}, inside a write"] += bool(unfinished(folder))
+        self.kills[kind] += 1
+        self.inside[kind] += bool(unfinished(folder))
         return True
 
 
@@ -147,12 +101,6 @@ def start_training(toy: Path, folder: Path, ranks: int, *more: str) -> list[int]
         port = str(place.getsockname()[1])
     shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [fork("train.py", train.main, words, log, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(ranks)]
-
-
-def undisturbed(pids: list[int], log: Path) -> None:
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    if any(statuses):
-        raise Lost(f"status {statuses}:\n{log.read_text()[-2000:]}")
 
 
 def check_whole(folder: Path) -> None:
@@ -212,96 +160,6 @@ def chain(killer: Killer, toy: Path, folder: Path, expected: Path, ranks: int, s
 # ---- the other programs
 
 
-def bytes_of(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
-
-
-class Slow(BaseHTTPRequestHandler):
-    """Serves one file in small pieces, from where it is asked to."""
-
-    content = b""
-
-    def do_GET(self) -> None:
-        start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
-        size = len(self.content)
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Type", "application/octet-stream")
-        self.send_header("Content-Length", str(size - start))
-        self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
-        self.end_headers()
-        with suppress(ConnectionError):
-            for place in range(start, size, 1 << 16):
-                self.wfile.write(self.content[place : place + (1 << 16)])
-                time.sleep(0.01)
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-def make_archive(path: Path) -> None:
-    noise = random.Random(5)
-    with tarfile.open(path, "w") as tar:
-        for number in range(40):
-            (piece := path.with_name("piece")).write_bytes(noise.randbytes(100_000))
-            tar.add(piece, f"set/{number}.bin")
-
-
-def make_voc(root: Path, count: int = 60) -> tuple[Path, Path]:
-    """VOC and SBD in miniature: (the VOC folder, SBD's)."""
-    ids = [f"2008_{number:06d}" for number in range(count)]
-    voc, sbd = root / "voc", root / "sbd"
-    kinds = {"train": ids[: count // 3], "val": ids[count // 3 : count // 2]}
-    for name, own in kinds.items():
-        write(voc / f"ImageSets/Segmentation/{name}.txt", "\n".join(own) + "\n")
-        for image_id in own:
-            write(voc / f"SegmentationClass/{image_id}.png", png_bytes(voc_mask("2007_000032")))
-            write(voc / f"JPEGImages/{image_id}.jpg", jpeg_bytes("2007_000032"))
-    for name, extra in {"train": ids[count // 2 :], "val": ids[:3]}.items():
-        write(sbd / f"dataset/{name}.txt", "\n".join(extra) + "\n")
-        for image_id in extra:
-            write(sbd / f"dataset/cls/{image_id}.mat", mat_bytes(sbd_mask("2007_000032")))
-            write(sbd / f"dataset/img/{image_id}.jpg", jpeg_bytes("2007_000032"))
-    return voc, sbd
-
-
-def tools(root: Path, toy: Path, snapshot: Path, port: int) -> dict[str, tuple[Callable[[Path], None], Callable[[Path], int]]]:
-    """Each program's name -> how its folder is made, and how it is started there."""
-    voc, sbd = make_voc(root)
-    ids = (toy / "ImageSets/Segmentation/val.txt").read_text().split()
-    many = [f"{image_id}_{number}" for number in range(20) for image_id in ids]
-    for name in many:
-        for part, suffix in (("JPEGImages", "jpg"), ("SegmentationClassAug", "png")):
-            os.link(toy / part / f"{name.rsplit('_', 1)[0]}.{suffix}", toy / part / f"{name}.{suffix}")
-    (toy / "many.txt").write_text("\n".join(many) + "\n")
-    tar = root / "set.tar"
-    digest = hashlib.sha256(tar.read_bytes()).hexdigest()
-    url = (f"http://127.0.0.1:{port}/set.tar",)
-    thing = Item("set", "set.tar", "data", "MIT", url, sha256=digest, unpack="out", holds="out/set", after="echo {path}")
-
-    def run_evaluate(folder: Path) -> int:
-        words = ["--data-dir", toy, "--data-list", toy / "many.txt", "--restore-from", snapshot, "--device", "cpu"]
-        words += ["--save-dir", folder / "m", "--save-panels", folder / "p", "--save-json", folder / "scores.json"]
-        words += ["--report", folder / "report"]
-        return fork("evaluate.py", evaluate.main, [*words, "--num-workers", "0"], root / "log.txt")
-
-    def run_prepare(folder: Path) -> int:
-        words = ["--data-dir", folder / "voc", "--sbd", sbd, "--workers", "2"]
-        return fork("prepare_voc.py", prepare_voc.main, words, root / "log.txt")
-
-    def run_download(folder: Path) -> int:
-        download.CATALOGUE = (thing,)
-        return fork("download.py", download.main, ["set", "--data-dir", folder], root / "log.txt", no_proxy="127.0.0.1")
-
-    def copy_voc(folder: Path) -> None:
-        shutil.copytree(voc, folder / "voc")
-
-    return {
-        "evaluate.py": (lambda folder: None, run_evaluate),
-        "prepare_voc.py": (copy_voc, run_prepare),
-        "download.py": (lambda folder: None, run_download),
-    }
-
-
 def disturb_tool(killer: Killer, name: str, make: Callable, run: Callable, root: Path, expected: dict, seconds: float) -> None:
     """One program, killed up to three times, and then to its end: the files are those of an undisturbed run."""
     folder = root / "tool"
@@ -325,39 +183,83 @@ def kills(args: argparse.Namespace, root: Path) -> None:
     """Kill until there were ``args.kills`` kills or ``args.minutes`` are over; print what happened."""
     begun, killer = time.monotonic(), Killer(args.seed)
     toy = make_toy_voc(root / "toy")
+    expected: dict[int, Path] = {}
+    seconds: dict[object, float] = {}
+    for ranks in [1] if args.quick else [1, 2]:
+        since, expected[ranks] = time.monotonic(), root / f"undisturbed {ranks}"
+        undisturbed(start_training(toy, expected[ranks], ranks), root / f"undisturbed {ranks}.txt")
+        seconds[ranks] = time.monotonic() - since
     make_archive(root / "set.tar")
     Slow.content = (root / "set.tar").read_bytes()
     server = HTTPServer(("127.0.0.1", 0), Slow)
-    port = server.server_address[1]
     serving = fork("server", lambda words: server.serve_forever(), [], root / "server.txt")
     try:
-        expected, seconds = {}, {}
-        for ranks in (1, 2):
-            since, expected[ranks] = time.monotonic(), root / f"undisturbed {ranks}"
-            undisturbed(start_training(toy, expected[ranks], ranks), root / f"undisturbed {ranks}.txt")
-            seconds[ranks] = time.monotonic() - since
-        programs, whole = tools(root, toy, expected[1] / f"VOC12_scenes_{STEPS}.pth", port), {}
+        programs = tools(root, toy, expected[1] / f"VOC12_scenes_{STEPS}.pth", server.server_address[1])
+        programs = {"prepare_voc.py": programs["prepare_voc.py"]} if args.quick else programs
+        whole = {}
         for name, (make, run) in programs.items():
             since, folder = time.monotonic(), root / "tool"
             folder.mkdir()
             make(folder)
             undisturbed([run(folder)], root / "log.txt")
-            whole[name] = (bytes_of(folder), time.monotonic() - since)
+            whole[name], seconds[name] = bytes_of(folder), time.monotonic() - since
             shutil.rmtree(folder)
-        done = lambda: sum(n for kind, n in killer.counts.items() if "inside" not in kind)  # noqa: E731
-        for number in itertools.count():
-            if done() >= args.kills or time.monotonic() - begun > 60 * args.minutes:
-                break
-            name = [*programs][number % len(programs)]
-            for ranks in (1, 2):
+        names = itertools.cycle(programs)
+        while killer.total < args.kills and time.monotonic() - begun < 60 * args.minutes:
+            for ranks in expected:
                 chain(killer, toy, root / "runs/run", expected[ranks], ranks, seconds[ranks], min(6, args.kills))
-            disturb_tool(killer, name, *programs[name], root, *whole[name])
-            print(f"{done()} kills, {time.monotonic() - begun:.0f} s", flush=True)
+            disturb_tool(killer, name := next(names), *programs[name], root, whole[name], seconds[name])
+            print(f"{killer.total} kills, {time.monotonic() - begun:.0f} s", flush=True)
     finally:
         kill(serving)
-    for kind in sorted(kind for kind in killer.counts if "inside" not in kind):
-        print(f"{kind}: {killer.counts[kind]} kills, {killer.counts[f'{kind}, inside a write']} of them inside a write")
-    print(f"nothing was lost in {done()} kills, {time.monotonic() - begun:.0f} s")
+    for kind, number in sorted(killer.kills.items()):
+        print(f"{kind}: {number} kills, {killer.inside[kind]} of them inside a write")
+    print(
+        f"nothing was lost in {killer.total} kills ({killer.inside.total()} inside a write), {time.monotonic() - begun:.0f} s"
+    )
+
+
+def long_runs(root: Path) -> None:
+    """2,000 training steps with all that a run writes, and 5,000 predictions."""
+    toy = make_toy_voc(root / "toy")
+    words = ["--data-dir", toy, "--snapshot-dir", root / "run", *SMALL, *SCRATCH, "--num-steps", 2000, "--keep", 2]
+    words += ["--save-pred-every", 200, "--val-every", 200, "--save-num-images", 1, "--num-workers", 1, "--tensorboard"]
+    words += ["--input-size", "17,17", "--log-every", 10]
+    log = root / "run/log.jsonl"
+    pid = fork("train.py", train.main, words, root / "run.txt")
+    watch(
+        "2,000 training steps", pid, lambda: log_lines(root / "run")[-1]["step"] / 2000 if log.exists() else 0, root / "run.txt"
+    )
+    many = multiply(toy, 834)[:5000]
+    (toy / "many.txt").write_text("\n".join(many) + "\n")
+    words = ["--data-dir", toy, "--data-list", toy / "many.txt", "--restore-from", root / "run/VOC12_scenes_2000.pth"]
+    words += ["--device", "cpu", "--num-workers", 1, "--batch-size", 2, "--save-dir", root / "masks"]
+    pid = fork("evaluate.py", evaluate.main, words, root / "evaluate.txt")
+    watch("5,000 predictions", pid, lambda: sum(1 for _ in (root / "masks").glob("*.png")) / 5000, root / "evaluate.txt")
+
+
+def watch(what: str, pid: int, progress: Callable[[], float], log: Path) -> None:
+    """Follow a process to its end: its memory and its open files, after a fifth of the work against the last tenth.
+
+    Raises:
+        Lost: they have grown by more than 2 %, or it failed.
+    """
+    found: list[tuple[float, float, int]] = []
+    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+        with suppress(OSError, IndexError, ValueError):
+            resident = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+            found.append((progress(), resident, len(os.listdir(f"/proc/{pid}/fd"))))
+        time.sleep(0.5)
+    if status := os.waitstatus_to_exitcode(ended[1]):
+        raise Lost(f"{what}: status {status}:\n{log.read_text()[-2000:]}")
+    early, late = ([row for row in found if low <= row[0] < high] for low, high in ((0.2, 0.3), (0.9, 1.01)))
+    memory, files = ([median(row[k] for row in rows) for rows in (early, late)] for k in (1, 2))
+    print(
+        f"{what}: {memory[0]:.1f} MB and {files[0]:g} open files after a fifth, {memory[1]:.1f} MB and {files[1]:g} at the end"
+    )
+    print(f"    {memory[1] / memory[0] - 1:+.2%}; at most {max(row[1] for row in found if row[0] >= 0.2):.1f} MB", flush=True)
+    if memory[1] > MOST_GROWTH * memory[0] or files[1] > MOST_GROWTH * files[0]:
+        raise Lost(f"{what}: they grow")
 
 
 def main() -> int:
@@ -365,11 +267,13 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200, help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=60, help="at most; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="training in one process and prepare_voc.py alone")
+    parser.add_argument("--long", action="store_true", help="no kills: long runs instead")
     args = parser.parse_args()
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp(prefix="faults-"))
     try:
-        kills(args, root)
+        long_runs(root) if args.long else kills(args, root)
     except Lost as lost:
         print(f"LOST: {lost}\nthe files are in {root}", file=sys.stderr)
         return 1
