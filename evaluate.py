@@ -1,7 +1,7 @@
 """Score a net on labelled pictures. The options, with their defaults: ``python evaluate.py --help``."""
 
 from utils.command import run_command
-from utils.options import evaluation_parser
+from utils.evaluation_options import evaluation_parser
 
 
 def main(argv: list[str] | None = None) -> int:

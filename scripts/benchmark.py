@@ -126,12 +126,12 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
 
     if args.child:
         part, row = args.child
-        device = distributed.select_device(args.device, args.gpu, not args.no_tf32)
+        device = distributed.select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
         variants = {variant.name: variant for variant in PARTS[part](args, device).variants}
         print(json.dumps(measure_peak(variants[row], device)))
         return 0
 
-    device = distributed.select_device(args.device, args.gpu, not args.no_tf32)
+    device = distributed.select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
     if args.restore_from:
         config = load_init(args.restore_from, net=args.net, backbone=args.backbone, num_classes=args.num_classes)[0].config
         args.net, args.backbone, args.num_classes = config["net"], config["backbone"], config["num_classes"]

@@ -93,8 +93,9 @@ def snapshot_meta(meta: dict) -> dict:
 
 def write(target: Path, content: dict, meta: dict | None) -> None:
     """Write ``content`` as a torch file, or as a safetensors file with ``meta`` in its header: whole, or not at all."""
-    from utils.checkpoint import write_atomically
+    from utils.files import remove_torn_files, write_atomically
 
+    remove_torn_files([target])
     if meta is None:
         import torch
 

@@ -39,7 +39,7 @@ from scripts.data.colours import VOC, Table, find_table, read_labels
 from scripts.data.layouts import LISTS, Labelled, choose_lists, find_labelled, write_lines
 from scripts.data.parallel import parallel_map
 from utils.command import UserError, below_one, default_processes, not_negative, run_command
-from utils.files import write_atomically
+from utils.files import remove_torn_files, write_atomically
 from utils.visualize import save_indexed_png
 
 SHOWN = 50  # files in a message
@@ -127,6 +127,7 @@ def write_set(
     home: Path, ids: list[str], labelled: Labelled, rows: list[tuple[str, Color | None]], args: argparse.Namespace
 ) -> None:
     """Write the lists and classes.txt of the data set ``home`` where it has none, and say what was done."""
+    remove_torn_files([home / "classes.txt", home / LISTS / "train.txt", home / LISTS / "val.txt"])
     if rows and not (home / "classes.txt").exists():
         write_lines(home / "classes.txt", (" ".join(map(str, (name, *(own or ())))) for name, own in rows))
         print(f"{home / 'classes.txt'}: {len(rows)} classes")
@@ -193,6 +194,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{labelled.others} files that are no .png are left out")
     options = (colors, num_classes, args.zero_is_void, palette)
     tasks = ((path, folder / f"{i}.png", copies.get(i), *options) for i, path in masks.items())
+    remove_torn_files([*(folder / f"{i}.png" for i in masks), *(copy for _, copy in copies.values())])
     done = dict(tqdm(parallel_map(convert, tasks, args.workers), "masks", len(masks), unit="mask", disable=None))
     bad = [f"{path} {outcome}" for path, outcome in sorted(done.items()) if outcome not in ("new", "there")]
     new = sum(outcome == "new" for outcome in done.values())

@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # The pool comes first: where its processes are forked, they are copies of this still small one.
     with open_pool(args) if args.crf else nullcontext() as pool:
-        device = distributed.select_device(args.device, args.gpu, not args.no_tf32)
+        device = distributed.select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
         outputs = {source: planned_outputs(source, args) for source in sources}
         read = [*(source.path for source in sources), args.restore_from]
         # Shared out before anything is skipped: the processes do not all find the same files to be there.

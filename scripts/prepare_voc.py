@@ -27,7 +27,7 @@ from dataset import DatasetError, read_ids, read_list
 from scripts.data.masks import AUG_DIR, VOC_DIR, agrees, convert, read_ready, read_sbd, ready_masks, sbd_ids, set_aside
 from scripts.data.parallel import parallel_map
 from utils.command import default_processes, not_negative, run_command
-from utils.files import write_atomically
+from utils.files import remove_torn_files, write_atomically
 from utils.options import DATA_DIR
 
 SBD_FOLDER, SBD_ARCHIVE = Path("data/SBD/benchmark_RELEASE"), Path("data/SBD/benchmark.tgz")
@@ -159,6 +159,7 @@ def prepare(args: argparse.Namespace) -> int:
         raise DatasetError(f"{len(unsafe)} ids cannot be file names: {examples(unsafe)}; expected ids such as 2007_000032")
 
     own = {image_id for image_id in train | val if (data_dir / VOC_DIR / f"{image_id}.png").exists()}
+    remove_torn_files(data_dir / "JPEGImages" / f"{image_id}.jpg" for image_id in ids)
     missing = fetch_missing_pictures(ids, sbd, data_dir)
     bad = [f"{image_id}: JPEGImages has no picture of it" for image_id in sorted(missing)]
     bad += [f"{image_id}: {VOC_DIR} has no mask of it" for image_id in sorted((train | val) - own - extra)]
@@ -169,10 +170,8 @@ def prepare(args: argparse.Namespace) -> int:
 
     # Masks are read here, one file after the other, and compared and written in the worker processes.
     aside = next(path for n in count(1) if not (path := data_dir / f"{AUG_DIR}_replaced{'' if n == 1 else n}").exists())
-    target = data_dir / AUG_DIR
-    target.mkdir(exist_ok=True)
-    for path in target.glob(".*.png.*.tmp"):  # left by a run that was killed
-        path.unlink()
+    (data_dir / AUG_DIR).mkdir(exist_ok=True)
+    remove_torn_files(data_dir / AUG_DIR / f"{image_id}.png" for image_id in ids)  # left by a run that was killed
     from_voc, from_extra = own - missing, extra - own - missing
     masks = chain(voc_masks(from_voc, data_dir), extra_masks(source, ready, from_extra))
     tasks = ((image_id, kind, data, data_dir, aside, args.overwrite) for image_id, kind, data in masks)
@@ -234,6 +233,7 @@ def write_lists(lists: dict[str, set[str]], own: set[str], data_dir: Path, aside
     """Write the lists, one bare id a line; a file that lists the same ids and masks already, in any form, stays as it is."""
     folder = data_dir / "ImageSets/SegmentationAug"
     folder.mkdir(exist_ok=True)
+    remove_torn_files(folder / f"{name}.txt" for name in lists)
     for name, listed in lists.items():
         path = folder / f"{name}.txt"
         if not says(path, listed, own):

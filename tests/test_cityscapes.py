@@ -21,7 +21,8 @@ from scripts import check_dataset, predict
 from tests.test_training import log_lines
 from utils import options
 from utils.command import UserError
-from utils.options import evaluation_parser, training_parser
+from utils.evaluation_options import evaluation_parser
+from utils.options import training_parser
 from utils.submission import CITYSCAPES_SERVER, pack
 
 # id -> train id, typed in by hand

@@ -21,7 +21,7 @@ from deeplab.weights.apply import apply_weights
 from deeplab.weights.contents import Weights
 from tests.test_resnet import naive_forward, randomise_batch_norm
 from tests.test_training import train, train_msc
-from utils import distributed, evaluation, prediction, training
+from utils import checkpoint, distributed, evaluation, prediction, training
 
 LOSSES = {"one scale": single_scale_loss, "three scales": multi_scale_loss}
 
@@ -306,7 +306,7 @@ def on_meta(monkeypatch):
 
     monkeypatch.setattr(training, "Meter", Unread)
     monkeypatch.setattr(training, "check_weights", lambda *args: None)  # reads, once a snapshot
-    monkeypatch.setattr(training, "save_snapshot", lambda *args, **kwargs: None)
+    monkeypatch.setattr(checkpoint, "save_snapshot", lambda *args, **kwargs: None)
     monkeypatch.setattr(distributed, "select_device", lambda *args: torch.device("meta"))
     monkeypatch.setattr(distributed, "autocast", lambda device, amp: nullcontext())
     sgd = sys.modules["torch.optim.sgd"]

@@ -109,6 +109,18 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_both(two_ranks):
 
 
 @pytest.mark.xdist_group("two_ranks")
+def test_a_full_disk_and_a_folder_in_use_are_both_processes_errors(two_ranks):
+    """Of process 0, which writes and locks; both trained on to the last step."""
+    _, folder, results = two_ranks
+    for (kind, full), (_, held) in ((result["full"], result["held"]) for result in results):
+        assert kind == "DiskError"
+        assert re.search(r"ended at step 5, which is not saved: .*last\.ckpt cannot be written .*; then add --resume", full)
+        assert re.search(r"held is in use by process \d+ on ", held)
+    assert [line["step"] for line in log_lines(folder / "full")] == [1, 2, 3, 4, 5]
+    assert not list((folder / "full").glob("*.pth"))
+
+
+@pytest.mark.xdist_group("two_ranks")
 def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(two_ranks, tmp_path):
     """At the same step, and from one checkpoint, although process 1 then sees none: as if nothing had been."""
     toy, folder, results = two_ranks

@@ -21,7 +21,7 @@ from utils.checkpoint import make_meta, save_snapshot
 from utils.command import UserError
 from utils.crf_pool import CRFPool
 from utils.evaluation import score
-from utils.options import evaluation_parser
+from utils.evaluation_options import evaluation_parser
 from utils.prediction import NotFinite, predict_batch
 from utils.visualize import GAP
 

@@ -17,7 +17,8 @@ from tests.test_evaluation import evaluate, snapshot  # noqa: F401
 from tests.test_resume import stopping
 from tests.test_training import log_lines, train
 from utils import evaluation, training
-from utils.options import evaluation_parser, training_parser
+from utils.evaluation_options import evaluation_parser
+from utils.options import training_parser
 
 BARE = ["--backbone", "resnet18", "--input-size", "33,41", "--batch-size", "2", "--device", "cpu", "--num-workers", "0",
         "--save-num-images", "0", "--num-steps", "1", "--learning-rate", "1e-3"]  # fmt: skip

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -20,8 +21,10 @@ from PIL import Image
 import evaluate
 from deeplab import single_scale_loss
 from tests.conftest import save_palette_png
+from tests.test_disk import limit
 from tests.test_training import SCRATCH, STEPS, train, train_msc
 from utils import distributed
+from utils.lock import one_run
 
 STOPPED = [*SCRATCH, "--batch-norm", "frozen", "--num-steps", "5", "--save-pred-every", "2", "--learning-rate", "1e-5"]
 FROZEN = ["--batch-norm", "frozen", "--learning-rate", "1e-4", "--num-steps", "3", "--batch-size", "2"]
@@ -55,6 +58,11 @@ def send(number: int):
     return act
 
 
+def full(losses):
+    limit(2**20)
+    return losses
+
+
 def outcome(run) -> list:
     """The exit status of ``run()`` or the kind and the sentence of its error, by now on all processes."""
     try:
@@ -78,6 +86,12 @@ def main(toy: Path, folder: Path) -> None:
 
     results["nan"] = outcome(partial(train, toy, folder / "nan", *STOPPED, "--log-every", "9", loss=Once(1, 3, nan)))
     results["stop"] = outcome(partial(train, toy, folder / "stop", *STOPPED, loss=Once(1, 3, send(signal.SIGUSR1))))
+    # The disk of process 0 is full from its second step on, and for the first process the folder is in use.
+    results["full"] = outcome(partial(train, toy, folder / "full", *STOPPED, loss=Once(0, 2, full)))
+    limit(None)
+    with one_run(folder / "held") if rank == 0 else nullcontext():
+        distributed.from_main(lambda: None)
+        results["held"] = outcome(partial(train, toy, folder / "held", *STOPPED))
     # "Another machine": process 1 sees no checkpoint, process 0 hands it over.
     own = folder / "stop" if rank == 0 else folder / "elsewhere"
     results["handed over"] = outcome(partial(train, toy, own, "--resume"))
@@ -87,15 +101,15 @@ def main(toy: Path, folder: Path) -> None:
     other = ["--data-list", str(folder / "other.txt")] if rank else []
     results["lists"] = outcome(partial(train, toy, folder / "lists", *STOPPED, *other))
 
-    full = [*SCRATCH, "--num-steps", "2", "--save-pred-every", "2"]
+    two = [*SCRATCH, "--num-steps", "2", "--save-pred-every", "2"]
     for name, options in {"not validated": [], "validated": ["--val-every", "1"]}.items():
-        results[name] = outcome(partial(train, toy, folder / name, *full, *options))
+        results[name] = outcome(partial(train, toy, folder / name, *two, *options))
     (folder / "half.txt").write_text("toy_4\ntoy_5\n")  # process 1 cannot read what it is to score
     picture = toy / "JPEGImages/toy_5.jpg"
     whole = picture.read_bytes()
     distributed.from_main(lambda: picture.write_bytes(b"broken"))
     options = ["--val-every", "1", "--val-list", str(folder / "half.txt")]
-    results["half"] = outcome(partial(train, toy, folder / "half", *full, *options))
+    results["half"] = outcome(partial(train, toy, folder / "half", *two, *options))
     distributed.from_main(lambda: picture.write_bytes(whole))
 
     # A picture that only process 1 reads breaks; process 0 saves what was reached.

@@ -80,7 +80,7 @@ def check_net_options(args: Namespace) -> None:
 
 def choose_device(args: Namespace) -> torch.device:
     """The device of this process, once options and data set are known to be there: before any weights are read."""
-    device = distributed.select_device(args.device, args.gpu, not args.no_tf32)
+    device = distributed.select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
     check_options(args, device)
     list_of(args, "train")
     return device

@@ -1,17 +1,19 @@
 """Snapshots on disk: written whole or not at all, and self-describing."""
 
+import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn, optim
 
 from dataset import MEAN_BGR
 from deeplab import Net
 from deeplab.weights import LoadReport, Weights, WeightsError, build_net, check_sums, load_weights
 from utils.command import UserError
-from utils.files import write_atomically
+from utils.files import DiskError, check_writable, write_atomically
 
 VERSION = 1
 """Of the snapshot format; ``meta["version"]``."""
@@ -36,8 +38,90 @@ def dataset_of(meta: dict) -> str:
 
 
 def save_snapshot(path: str | Path, net: nn.Module, meta: dict, **more: Any) -> None:
-    """Save ``{"model": state_dict, "meta": meta, **more}`` atomically."""
+    """Save ``{"model": state_dict, "meta": meta, **more}`` atomically.
+
+    Raises:
+        DiskError: it cannot be written.
+    """
     write_atomically(path, lambda file: torch.save({"model": net.state_dict(), "meta": meta, **more}, file))
+
+
+class Snapshots:
+    """The snapshots of a run: ``last.ckpt``, to go on from, and numbered ones, of which the newest ``keep`` stay (0: all).
+
+    Args:
+        numbers: steps of the numbered ones that this run wrote before; nothing else is ever deleted.
+        prefix: of their published names, the data set's.
+    """
+
+    def __init__(self, folder: Path, keep: int, numbers: Sequence[int], prefix: str = "VOC12") -> None:
+        self.folder, self.keep, self.prefix = folder, keep, prefix
+        self.numbers = [step for step in numbers if _is_snapshot(self.path(step), step)]
+
+    def path(self, step: int) -> Path:
+        """The numbered snapshot of a step, by its published name."""
+        return self.folder / f"{self.prefix}_scenes_{step}.pth"
+
+    def save(self, net: nn.Module, meta: dict, numbered: bool, **state: Any) -> str:
+        """Save ``last.ckpt`` with ``state`` and, if ``numbered``, the step's own snapshot without it.
+
+        Returns:
+            What could not be written, in sentences, else ""; the files of before are then as they were.
+        """
+        step, problems = meta["step"], []
+        numbers = [number for number in self.numbers if number != step] + [step] * numbered
+        try:
+            save_snapshot(self.folder / "last.ckpt", net, meta, **state, step=step, numbers=numbers)
+        except DiskError as error:
+            problems.append(str(error))
+        if numbered:
+            try:
+                save_snapshot(self.path(step), net, meta)
+                self.numbers = numbers[-self.keep :] if self.keep else numbers
+                for number in numbers[: -self.keep] if self.keep else ():
+                    self.path(number).unlink(missing_ok=True)
+            except (DiskError, OSError) as error:
+                problems.append(str(error))
+        return "; ".join(problems)
+
+    def check_space(self, net: nn.Module, optimizer: optim.Optimizer, count: int) -> str:
+        """Make sure, before any work is done, that what is saved first can be written.
+
+        Args:
+            count: the numbered snapshots that are going to be made.
+
+        Returns:
+            A sentence where they do not all fit, else "".
+
+        Raises:
+            DiskError: not even the first fits, or nothing can be written.
+        """
+        check_writable(self.folder)
+        state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
+        model, momentum = (sum(tensor.nbytes for tensor in part) / 1e6 for part in (net.state_dict().values(), state))
+        disk = shutil.disk_usage(self.folder)
+        free = disk.free / 1e6 if disk.total else math.inf  # some network disks do not tell
+        if free < 2 * model + momentum:
+            raise DiskError(
+                f"{self.folder} has {free:.0f} MB free, and the first snapshots need {2 * model + momentum:.0f} MB (last.ckpt "
+                f"{model + momentum:.0f}, {self.prefix}_scenes_<step>.pth {model:.0f}); free space, or choose another "
+                "--snapshot-dir"
+            )
+        count = min(count, self.keep + 1) if self.keep else count  # the oldest goes when the newest is there
+        if free < (whole := (count + 1) * model + momentum):
+            return (
+                f"note: {self.folder} has {free:.0f} MB free, and this run's {count} snapshots take {whole:.0f} MB; free "
+                "space, or keep the newest N alone with --keep N"
+            )
+        return ""
+
+
+def _is_snapshot(path: Path, step: int) -> bool:
+    """Whether a file is the snapshot of that step, not another that was put there under its name."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["meta"]["step"] == step
+    except Exception:  # torch.load raises many kinds
+        return False
 
 
 def load_init(path: str, trunk: str = "auto", **options: Any) -> tuple[Net, Weights, LoadReport]:
@@ -48,7 +132,7 @@ def load_init(path: str, trunk: str = "auto", **options: Any) -> tuple[Net, Weig
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A ``last.ckpt``: model, meta, optimizer, step, scaler.
+    """A ``last.ckpt``: model, meta, optimizer, step, scaler, ids, numbers.
 
     Raises:
         UserError: the file is missing, broken, or a snapshot without the optimiser's state.

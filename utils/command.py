@@ -40,6 +40,8 @@ def run_command(main: Callable[[], int | None]) -> None:
         status = 141
     except Exception as error:
         status = getattr(error, "exit_status", None)
+        if "does not have a deterministic implementation" in str(error):  # torch's own words
+            status, error = 2, UserError(f"--deterministic: {str(error).split(',')[0]}; leave the option out")
         if status is None:
             raise
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)

@@ -35,8 +35,8 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def select_device(name: str, gpu: int, tf32: bool = True) -> torch.device:
-    """The device to run on.
+def select_device(name: str, gpu: int, tf32: bool = True, deterministic: bool = False) -> torch.device:
+    """The device to run on, and how exactly it computes; to be called before anything is computed.
 
     Args:
         name: ``"auto"`` (CUDA where there is any, else the CPU) or a torch device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``,
@@ -44,11 +44,17 @@ def select_device(name: str, gpu: int, tf32: bool = True) -> torch.device:
         gpu: index of the CUDA device where ``name`` does not give one. Several processes take one each, by their number on
             the machine, whatever ``gpu`` is.
         tf32: whether CUDA may round the factors of float32 convolutions to 10 bits; decided here, whatever torch's default.
+        deterministic: whether only algorithms are taken that give the same bits each time, as torch's documentation tells
+            (https://docs.pytorch.org/docs/stable/notes/randomness.html).
 
     Raises:
         UserError: the device does not exist here, or several processes are to share one.
     """
     torch.backends.cudnn.allow_tf32 = tf32
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # looked at when CUDA starts
+    if deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(deterministic)
     if name == "auto":
         if not torch.cuda.is_available():
             if is_main():

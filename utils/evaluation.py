@@ -47,7 +47,7 @@ def run(args: Namespace) -> int:
     # The pool comes first: where its processes are forked, they are copies of this still small one.
     with ExitStack() as stack:
         pool = stack.enter_context(open_pool(args)) if args.crf else None
-        device = distributed.select_device(args.device, args.gpu, not args.no_tf32)
+        device = distributed.select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
         distributed.start()
         net, weights, lines = open_trained_net(args)
         settle_dataset(args, CITYSCAPES, dataset_of(weights.meta))
@@ -55,7 +55,8 @@ def run(args: Namespace) -> int:
         lines += settle_void(args, weights)
         data, data_list = open_dataset(args, "val", net.num_classes)
         classes = classes_of(args.ignore_label, data, weights)
-        check_outputs(planned_outputs(args, data), *what_is_read(args, data, data_list))
+        outputs, reads = planned_outputs(args, data), what_is_read(args, data, data_list)
+        distributed.everywhere(lambda: check_outputs(outputs, *reads))  # nobody writes before all have looked
         page = open_report(args, data, classes)
         to_device(net, device, args.compile)
         notes = []

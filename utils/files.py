@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -13,13 +15,17 @@ from utils.command import UserError
 OUTPUT_MARK = "DeepLab-ResNet prediction"  # in the text of every PNG that evaluate.py and predict.py write
 
 
+class DiskError(UserError):
+    """A file cannot be written: no space, no permission, no folder. What was there before is there still."""
+
+
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Call ``write(file)`` on a temporary file beside ``path`` and rename it: ``path`` is the old file or the whole new one.
 
     Missing folders are made.
 
     Raises:
-        UserError: the file cannot be written (no space, no permission).
+        DiskError: the file cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -34,10 +40,27 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], Any]) -> Non
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save wraps a full disk in a RuntimeError
         if not isinstance(cause, OSError):
             raise
-        raise UserError(f"{path} cannot be written ({cause.strerror or cause}); free space or choose another folder") from None
+        raise DiskError(f"{path} cannot be written ({cause.strerror or cause}); free space or choose another folder") from None
     finally:
-        if temporary.exists():
+        with suppress(OSError):
             temporary.unlink()
+
+
+def remove_torn(folder: Path, ours: Callable[[str], bool]) -> None:
+    """Delete what writers that were killed have left of files in ``folder`` of whose names ``ours(name)`` is true."""
+    for path in folder.glob(".*.tmp"):
+        torn = re.fullmatch(r"\.(.+)\.\d+\.tmp", path.name)
+        if torn and ours(torn[1]):
+            path.unlink(missing_ok=True)
+
+
+def remove_torn_files(paths: Iterable[Path]) -> None:
+    """:func:`remove_torn` for files that are going to be written."""
+    names: dict[Path, set[str]] = {}
+    for path in paths:
+        names.setdefault(path.parent, set()).add(path.name)
+    for folder, ours in names.items():
+        remove_torn(folder, ours.__contains__)
 
 
 def save_json(path: str | Path, value: Any) -> None:
@@ -70,7 +93,8 @@ class Output:
 def check_outputs(outputs: Iterable[Output], inputs: Iterable[str | Path], data_folders: Iterable[str | Path] = ()) -> None:
     """Make sure, before any work is done, that every output can be written and destroys nothing; makes missing folders.
 
-    What an earlier run left under the same names may be written over, and nothing else.
+    What an earlier run left under the same names may be written over, and nothing else; what one that was killed left half
+    written is removed.
 
     Args:
         inputs: files that the command reads.
@@ -104,11 +128,17 @@ def check_outputs(outputs: Iterable[Output], inputs: Iterable[str | Path], data_
             raise UserError(f"{refused}, over a file that is no earlier output; choose another place, or move that file")
     _refuse_shared(outputs, real, {folder: _ignores_case(folder) for folder in parents})
     for folder in parents:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise UserError(f"nothing can be written to {folder} ({error.strerror}); choose another folder") from None
+        check_writable(folder)
+    remove_torn_files(output.path for output in outputs)
+
+
+def check_writable(folder: Path) -> None:
+    """Make ``folder`` if it is missing; raise :class:`DiskError` if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise DiskError(f"nothing can be written to {folder} ({error.strerror}); choose another folder") from None
 
 
 def _refuse_shared(outputs: Iterable[Output], real: dict[Path, Path], ignores_case: dict[Path, bool]) -> None:

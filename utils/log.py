@@ -1,10 +1,13 @@
 """What a training run tells: a progress bar or lines, ``log.jsonl``, ``args.json`` and, if asked for, TensorBoard scalars."""
 
+import errno
 import json
 import math
+import os
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils.files import save_json, write_atomically
+from utils.files import remove_torn, save_json, write_atomically
+from utils.lock import HOLDER
 from utils.metrics import Scores
 from utils.visualize import save_picture
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk, of its share
 
 
 class RunLog:
@@ -25,22 +31,29 @@ class RunLog:
     those before a restart included, and memory_mb at its peak; and one a validation, see :meth:`scores`. A resumed run goes on
     behind the last line that its checkpoint knew; later ones, which tell of steps that are done again, are cut off.
 
+    A disk that is full, or gone, does not end a run: lines of ``log.jsonl`` then wait for the next one that can be written, and
+    TensorBoard ends.
+
     Args:
         folder: the snapshot folder.
         options: the run's options, saved as ``args.json``.
         first_step: steps that are done already.
-        seconds: the time that they took.
+
+    Attributes:
+        scored: whether the scores of the first step are in the log of before.
     """
 
-    def __init__(self, folder: Path, options: dict[str, Any], first_step: int = 0, seconds: float = 0.0) -> None:
-        self.folder = folder
-        path = folder / "log.jsonl"
-        remove_torn_files(folder)
+    def __init__(self, folder: Path, options: dict[str, Any], first_step: int = 0) -> None:
+        self.folder, self.path = folder, folder / "log.jsonl"
+        remove_torn(folder, is_ours)
+        remove_torn(folder / "images", lambda name: name.endswith(".png"))
         if first_step == 0:
-            put_aside(path, folder / "args.json")
+            put_aside(self.path, folder / "args.json")
         save_json(folder / "args.json", options)
-        cut_log(path, first_step)
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115
+        lines = cut_log(self.path, first_step)
+        self.scored = any("val_mean_iou" in line and line["step"] == first_step for line in lines)
+        self.start = time.perf_counter() - max((line.get("seconds", 0.0) for line in lines), default=0.0)
+        self.waiting = ""  # lines that could not be written yet
         self.num_steps = options["num_steps"]
         bar = {"total": self.num_steps, "initial": first_step, "unit": "step", "dynamic_ncols": True, "smoothing": 0.1}
         self.bar = tqdm(**bar, disable=None)  # a bar in a terminal, else a line an entry
@@ -50,7 +63,6 @@ class RunLog:
 
             self.writer = SummaryWriter(str(folder), purge_step=first_step + 1)
         self.images_a_step = options["batch_size"] * options["iter_size"]
-        self.start = time.perf_counter() - seconds
         self.last_time = time.perf_counter()
 
     def __enter__(self) -> "RunLog":
@@ -58,15 +70,43 @@ class RunLog:
 
     def __exit__(self, *error: object) -> None:
         self.bar.close()
-        self.file.close()
-        if self.writer:
-            self.writer.close()
+        if self.waiting:
+            self._write("")
+        self._board(lambda writer: writer.close())
 
     def say(self, *lines: str) -> None:
         """Print lines, above the bar if there is one; empty ones are left out."""
-        for line in filter(None, lines):
-            self.bar.write(line)
-        sys.stdout.flush()  # a pipe or a file is read while the run goes on
+        try:
+            for line in filter(None, lines):
+                self.bar.write(line)
+            sys.stdout.flush()  # a pipe or a file is read while the run goes on
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+
+    def _write(self, line: str) -> None:
+        """Add a line to ``log.jsonl``, after those that wait."""
+        told, self.waiting = bool(self.waiting), self.waiting + line
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab", buffering=0) as file:
+                size = file.seek(0, os.SEEK_END)
+                if file.write(data := self.waiting.encode()) < len(data):
+                    file.truncate(size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.waiting = ""
+        except OSError as error:
+            if not told:
+                self.say(f"WARNING: {self.path} cannot be written ({error.strerror}); its lines wait until it can")
+
+    def _board(self, write: Callable[[Any], object]) -> None:
+        """Write to TensorBoard, if that was asked for, and for as long as it can be done."""
+        try:
+            if self.writer:
+                write(self.writer)
+        except OSError as error:
+            self.writer = None
+            self.say(f"WARNING: TensorBoard's file cannot be written ({error.strerror}) and ends here; log.jsonl goes on")
 
     @property
     def seconds(self) -> float:
@@ -92,34 +132,30 @@ class RunLog:
         entry = {"step": step, **{name: round(value, 6) for name, value in losses.items()}, "lr": lr}
         entry.update(images_per_s=round(speed, 3), data_wait=round(data_wait, 3))
         entry.update(seconds=round(self.seconds, 2), memory_mb=peak_memory())
-        self.file.write(json.dumps(entry) + "\n")
+        self._write(json.dumps(entry) + "\n")
         text = f"loss {entry['loss']:.4f}, lr {lr:.2e}, {speed:.2f} images/s, waiting {data_wait:.0%}"
         self.bar.set_postfix_str(text)
         if self.bar.disable:
             self.say(f"step {step} of {self.num_steps}: {text}")
-        if self.writer:
-            for name in entry.keys() - {"step", "seconds"}:
-                self.writer.add_scalar(name, entry[name], step)
-            for number, rate in enumerate(rates):
-                self.writer.add_scalar(f"rate/group_{number}", rate, step)
+        scalars = {name: entry[name] for name in entry.keys() - {"step", "seconds"}}
+        self._add_scalars(step, scalars | {f"rate/group_{number}": rate for number, rate in enumerate(rates)})
 
     def scores(self, step: int, scores: Scores, names: Sequence[str]) -> None:
         """Write a line of validation: step, val_mean_iou, and val_iou, a number a class (null where it does not occur)."""
         ious = [None if math.isnan(iou) else round(iou, 6) for iou in scores.class_iou.tolist()]
         entry = {"step": step, "val_mean_iou": round(scores.mean_iou, 6), "val_iou": dict(zip(names, ious))}
-        self.file.write(json.dumps(entry) + "\n")
+        self._write(json.dumps(entry) + "\n")
         self.last_time = time.perf_counter()  # no part of the speed of training
-        if self.writer:
-            self.writer.add_scalar("val_mean_iou", scores.mean_iou, step)
-            for name, iou in zip(names, ious):
-                if iou is not None:
-                    self.writer.add_scalar(f"val_iou/{name}", iou, step)
+        known = {f"val_iou/{name}": iou for name, iou in zip(names, ious) if iou is not None}
+        self._add_scalars(step, {"val_mean_iou": scores.mean_iou} | known)
 
     def picture(self, name: str, step: int, image_rgb: np.ndarray) -> None:
         """Keep a picture of step ``step``, (H, W, 3) uint8 RGB, in ``images/`` and on TensorBoard."""
         save_picture(self.folder / "images" / f"{step:06d}_{name.replace('/', '_')}.png", image_rgb)
-        if self.writer:
-            self.writer.add_image(name, image_rgb, step, dataformats="HWC")
+        self._board(lambda writer: writer.add_image(name, image_rgb, step, dataformats="HWC"))
+
+    def _add_scalars(self, step: int, scalars: dict[str, float]) -> None:
+        self._board(lambda writer: [writer.add_scalar(name, value, step) for name, value in scalars.items()])
 
 
 def peak_memory() -> int:
@@ -134,18 +170,25 @@ def peak_memory() -> int:
     return peak // (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def cut_log(path: Path, step: int) -> None:
-    """Keep the lines of ``path`` up to ``step``; a line that a killed run left half written goes, too."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+def cut_log(path: Path, step: int) -> list[dict[str, Any]]:
+    """Keep the lines of ``path`` up to ``step``, and return them; a line that a killed run left half written goes, too."""
+    kept, texts = [], []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            line = json.loads(text)
+            if line["step"] <= step:
+                kept.append(line)
+                texts.append(text + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    write_atomically(path, lambda file: file.write("".join(kept).encode()))
+    write_atomically(path, lambda file: file.write("".join(texts).encode()))
+    return kept
+
+
+def is_ours(name: str) -> bool:
+    """Whether a run writes a file of this name into its snapshot folder."""
+    kept = ("last.ckpt", "best.pth", "args.json", "log.jsonl", HOLDER)
+    return name in kept or re.fullmatch(r"\w+_scenes_\d+\.pth", name) is not None
 
 
 def put_aside(*paths: Path) -> None:
@@ -156,10 +199,3 @@ def put_aside(*paths: Path) -> None:
     for path in paths:
         if path.exists():
             path.rename(path.with_suffix(f".{number}{path.suffix}"))
-
-
-def remove_torn_files(folder: Path) -> None:
-    """Delete the temporary files of snapshots that a killed run did not finish."""
-    for pattern in (".last.ckpt.*.tmp", ".*_scenes_*.pth.*.tmp", ".best.pth.*.tmp", ".args.json.*.tmp", ".log.jsonl.*.tmp"):
-        for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)

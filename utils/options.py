@@ -154,6 +154,11 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
         help="on CUDA, float32 convolutions take factors of 10 bits (TF32), and sums in any order, so that two runs differ by "
         "rounding; this gives all 24 bits, several times slower",
     )
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same bits from the same command on the same machine, on CUDA as well, where it is slower",
+    )
     group.add_argument("--compile", action="store_true", help="compile the net with torch.compile")
 
 
@@ -243,6 +248,8 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
     group = parser.add_argument_group("output")
     group.add_argument("--snapshot-dir", default=snapshot_dir, help="default: %(default)s")
     group.add_argument("--save-pred-every", type=positive, default=1000, help="steps between snapshots (default: %(default)s)")
+    text = "numbered snapshots that stay, the newest; older ones of this run are deleted (default: 0, all)"
+    group.add_argument("--keep", type=not_negative, default=0, metavar="N", help=text)
     group.add_argument("--save-num-images", type=not_negative, default=2, help="panels a snapshot (default: %(default)s)")
     group.add_argument(
         "--val-every",
@@ -261,55 +268,5 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
         metavar="CKPT",
         help="go on from CKPT, or from last.ckpt in --snapshot-dir, with that run's options",
     )
-    add_device_options(parser)
-    return parser
-
-
-def evaluation_parser(description: str) -> GivenParser:
-    """The command line of evaluate.py, with the published flags and defaults."""
-    parser = GivenParser(description=description)
-    add_data_options(parser, "val", None)
-    add_net_options(parser)
-    group = parser.add_argument_group("weights")
-    group.add_argument("--restore-from", default=TRAINED_WEIGHTS, help="a snapshot or published weights (default: %(default)s)")
-    group.add_argument("--num-classes", type=class_count, help="default: that of the weights file")
-
-    group = parser.add_argument_group("prediction")
-    group.add_argument("--scales", type=partial(numbers, float), default=(1.0,), help="fused as --fuse says (default: 1)")
-    add_window_options(group)
-    group.add_argument("--mirror", action="store_true", help="average with the prediction of the mirrored picture")
-    group.add_argument(
-        "--input-size",
-        type=size,
-        metavar="H,W",
-        help="a fixed canvas, as published: 505,505 (default: each picture's own size)",
-    )
-    group.add_argument("--batch-size", type=positive, default=1, help="pictures of one padded size at once (default: 1)")
-    group.add_argument("--crf", action="store_true", help="refine with the dense CRF; reports the scores before and after")
-    group.add_argument(
-        "--crf-workers",
-        type=positive,
-        default=default_processes(32),
-        help="processes for the CRF, of about 0.5 GB each, for 19 classes on 2048x1024 pixels 3 GB (default: this process's "
-        "share of the cores, at most 32; here %(default)s)",
-    )
-    group.add_argument(
-        "--crf-prune",
-        type=below_one,
-        default=0.0,
-        metavar="P",
-        help="leave classes out of a picture's CRF whose probability is nowhere above P (default: 0, keep all)",
-    )
-
-    group = parser.add_argument_group("output")
-    text = "write the predictions here as <id>.png: class indices with a palette, for Cityscapes train ids"
-    group.add_argument("--save-dir", help=text)
-    group.add_argument("--save-panels", metavar="DIR", help="write picture | label | prediction | errors here as <id>.png")
-    group.add_argument("--save-json", metavar="FILE", help="write the scores here")
-    group.add_argument("--report", metavar="DIR", help="write a page with scores, confusions and pictures here: DIR/index.html")
-    text = "predict the test list, without labels, and pack the masks for the server: FILE.tgz for VOC, FILE.zip with regular "
-    text += "label ids for Cityscapes"
-    group.add_argument("--submission", metavar="FILE", help=text)
-    group.add_argument("--compare", metavar="DIR", help="an earlier report, beside which the new one puts its scores")
     add_device_options(parser)
     return parser

@@ -24,10 +24,10 @@ NET_OPTIONS = ("net", "backbone", "num_classes", "atrous_rates")
 SETTLED = (*NET_OPTIONS, "batch_norm", "learning_rate", "loss_size", "aux_weight")  # by the net, where nobody gave them
 # What a resumed run may do differently without becoming another run. Everything else would change what is computed.
 MAY_CHANGE = {
-    "num_workers", "device", "gpu", "no_tf32", "compile", "grad_checkpoint", "one_scale_at_a_time",
-    "data_dir", "data_list", "image_dir", "label_dir",  # other paths of the same pictures
-    "snapshot_dir", "save_pred_every", "save_num_images", "log_every", "tensorboard", "num_steps", "resume", "val_every",
-    "val_list",
+    "num_workers", "device", "gpu", "no_tf32", "deterministic", "compile", "grad_checkpoint",
+    "one_scale_at_a_time", "data_dir", "data_list", "image_dir", "label_dir",  # other paths of the same pictures
+    "snapshot_dir", "save_pred_every", "keep", "save_num_images", "log_every", "tensorboard", "num_steps", "resume",
+    "val_every", "val_list",
 }  # fmt: skip
 
 
@@ -43,7 +43,8 @@ class Start:
         seen_voc_val: why the net's scores on the data set's val mean nothing, "" if they mean something.
         lines: what to tell the user.
         classes: the names of the classes, None where nobody gave them.
-        checkpoint: optimizer, scaler, ids (their check sum) and seconds of the checkpoint; {} for a new run.
+        checkpoint: optimizer, scaler, ids (their check sum) and numbers (the steps of the snapshots that the run has
+            written) of the checkpoint; {} for a new run.
     """
 
     options: dict[str, Any]
@@ -99,6 +100,11 @@ def begin(args: Namespace, loss: str) -> Start:
         UserError, WeightsError: nothing to restore from, weights that do not fit, or a folder that holds another run.
     """
     return distributed.from_main(lambda: _begin(args, loss))
+
+
+def run_folder(args: Namespace) -> Path:
+    """The folder that the run writes into: a checkpoint's own, unless another is given."""
+    return Path(args.snapshot_dir) if "snapshot_dir" in args.given else _checkpoint_path(args).parent
 
 
 def _checkpoint_path(args: Namespace) -> Path:
@@ -165,13 +171,12 @@ def _resume(args: Namespace, loss: str, path: Path) -> Start:
     checkpoint = load_checkpoint(path)
     meta, step = checkpoint["meta"], checkpoint["step"]
     options, lines = resumed_options(args, meta, step, loss)
-    if "snapshot_dir" not in args.given:
-        options["snapshot_dir"] = str(path.parent)
-    elif path.parent.resolve() != Path(args.snapshot_dir).resolve():
-        refuse_other_run(Path(args.snapshot_dir))
+    options["snapshot_dir"] = str(folder := run_folder(args))
+    if path.parent.resolve() != folder.resolve():
+        refuse_other_run(folder)
     config = {name: meta[name] for name in CONFIG if name in meta}
     config["batch_norm"] = options["batch_norm"]
-    kept = {name: checkpoint.get(name) for name in ("optimizer", "scaler", "ids", "seconds")}
+    kept = {name: checkpoint.get(name) for name in ("optimizer", "scaler", "ids", "numbers")}
     lines.insert(0, f"resumed from {path} at step {step}")
     return Start(options, config, checkpoint["model"], step, meta["seen_voc_val"], lines, meta["classes"], kept)
 

@@ -75,7 +75,7 @@ def run(args: Namespace) -> int:
     """
     path = Path(args.submission)
     with open_pool(args) if args.crf else nullcontext() as pool:
-        device = distributed.select_device(args.device, args.gpu, not args.no_tf32)
+        device = distributed.select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
         distributed.start()
         net, weights, lines = open_trained_net(args)
         settle_dataset(args, CITYSCAPES, dataset_of(weights.meta))

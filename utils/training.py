@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dataset import (
     Crop,
@@ -22,36 +22,26 @@ from dataset import (
     VOCSegmentation,
     to_input,
 )
-from deeplab.loss import Ohem
 from utils import distributed
 from utils.checked_options import check_net_options, choose_device, settle_options
-from utils.checkpoint import make_meta, save_snapshot
+from utils.checkpoint import Snapshots, make_meta
 from utils.class_watch import ClassWatch
 from utils.command import UserError
+from utils.files import DiskError
 from utils.loader import fitting_workers, layout_words, make_loader, open_dataset, running
+from utils.lock import one_run
 from utils.log import RunLog
 from utils.meter import DataWait, Meter
 from utils.meter import Diverged as Diverged  # part of what run() raises
+from utils.objective import LossFunction, Objective, loss_options
 from utils.schedule import GuardedSGD, poly_lr, set_lr
-from utils.start import SETTLED, Start, begin, resume
+from utils.start import SETTLED, Start, begin, resume, run_folder
 from utils.stop import StopRequest
 from utils.validation import Validation, save_panels
 from utils.visualize import Classes, class_names, make_palette
 
-LossFunction = Callable[..., dict[str, Tensor]]
+ELSEWHERE = "another process could not read its pictures; it says why"
 PICTURES_TO_JUDGE = 200  # labels that are looked at before it is said which classes they lack
-
-
-class Objective(nn.Module):
-    """The net and its loss as one module, so that DistributedDataParallel sees one forward pass whatever the scales."""
-
-    def __init__(self, net: nn.Module, loss_function: LossFunction, **options: object) -> None:
-        super().__init__()
-        self.net, self.loss_function, self.options = net, loss_function, options
-
-    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """(N, 3, H, W) mean-subtracted BGR and (N, H, W) int64 -> the losses, scalars, ``"loss"`` among them."""
-        return self.loss_function(self.net, images, labels, **self.options)
 
 
 def run(args: Namespace, loss_function: LossFunction) -> int:
@@ -70,6 +60,7 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
     with ExitStack() as stack:
         settle_options(args)
         distributed.start()
+        locked = distributed.from_main(lambda: stack.enter_context(one_run(run_folder(args))))
         start = resume(args, loss_function.__name__)
         args = Namespace(**start.options) if start else args
         device = distributed.everywhere(lambda: choose_device(args))
@@ -81,7 +72,7 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         data, data_list = distributed.everywhere(lambda: open_training_data(args))
         ids = check_ids(data.ids, start)
 
-        torch.backends.cudnn.benchmark = True  # the crops are all of one size
+        torch.backends.cudnn.benchmark = not args.deterministic  # the crops are all of one size
         net = start.build_net().to(device).to(memory_format=torch.channels_last).train()
         net.grad_checkpoint = args.grad_checkpoint
         if args.sync_bn:
@@ -91,6 +82,9 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         if start.checkpoint:
             optimizer.load_state_dict(start.checkpoint["optimizer"])
             scaler.load_state_dict(start.checkpoint["scaler"])
+        snapshots = Snapshots(Path(args.snapshot_dir), args.keep, start.checkpoint.get("numbers") or [], data.SHORT)
+        planned = -(-args.num_steps // args.save_pred_every) - start.step // args.save_pred_every
+        space = distributed.from_main(lambda: snapshots.check_space(net, optimizer, planned))
         if args.compile:
             net.compile()
         objective = distributed.wrap(Objective(net, loss_function, **loss_options(args)), device)
@@ -103,15 +97,14 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         batches = stack.enter_context(running(make_loader(data, sampler, workers, device)))
         wait = DataWait(device, workers)
         meter = Meter(device, lambda batch: describe(batch, args, data))
-        folder = Path(args.snapshot_dir)
         names = data.names or start.classes
         classes = Classes(class_names(args.num_classes, names), make_palette(data.colors))
         watch = ClassWatch(min(PICTURES_TO_JUDGE, len(data)), classes.names, args.ignore_label, fixed=bool(data.NAMES))
         validation = Validation(args, classes, device) if args.val_every else None
         log = None
         if distributed.is_main():
-            log = stack.enter_context(RunLog(folder, start.options, start.step, start.checkpoint.get("seconds") or 0.0))
-            log.say(*head_lines(args, data, data_list), *start.lines, note)
+            log = stack.enter_context(RunLog(snapshots.folder, start.options, start.step))
+            log.say(*head_lines(args, data, data_list), locked, *start.lines, note, space)
 
         def report() -> None:
             steps, means, waited = meter.steps, meter.means(), wait.share()
@@ -123,24 +116,35 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
             seen, colors = start.seen_voc_val or seen_val(data), classes.palette[: args.num_classes].tolist()
             return make_meta(net, names, done, start.options, seen_voc_val=seen, colors=colors, **more)
 
-        def write(numbered: bool) -> None:
+        def write(numbered: bool) -> str:
+            state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            problem = snapshots.save(net, meta_of_now(), numbered, **state, ids=ids)
             if log:
-                meta = meta_of_now()
-                state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-                save_snapshot(folder / "last.ckpt", net, meta, **state, step=done, ids=ids, seconds=log.seconds)
-                if numbered:
-                    save_snapshot(folder / f"{data.SHORT}_scenes_{done}.pth", net, meta)
-                    log.say(save_panels(net, data, classes, log, done, args.save_num_images, device))
+                later = "; training goes on, and tries again at the next snapshot" if done < args.num_steps else ""
+                log.say(f"WARNING: step {done} is not saved: {problem}{later}" if problem else "")
+                log.say(save_panels(net, data, classes, log, done, args.save_num_images, device) if numbered else "")
+            return problem
 
-        def save(numbered: bool) -> None:
+        def save(numbered: bool) -> str:
             meter.check()  # on all processes: none of them saves after a bad step
             check_weights(net, done)
-            distributed.from_main(lambda: write(numbered))  # what process 0 cannot write the others hear of
+            return distributed.from_main(lambda: write(numbered))  # what process 0 cannot write the others hear of
+
+        def snapshot_due(step: int) -> bool:
+            return step % args.save_pred_every == 0 or step == args.num_steps
 
         done = saved = start.step
         lr = args.learning_rate
         error: Exception | None = None
+        unsaved = ""
         signal = failed = 0
+        # What a run that was killed, or whose disk was full, still lacks of its last step.
+        if done and snapshot_due(done) and distributed.from_main(lambda: not snapshots.path(done).exists()):
+            unsaved = save(numbered=True)
+        if done and validation and validation.due(done) and distributed.from_main(lambda: bool(log and not log.scored)):
+            broken, error = validation.run(net, done, stop, log, meta_of_now)
+            if broken:
+                raise error or UserError(ELSEWHERE)
         for step in range(start.step, args.num_steps):
             with wait.reading():
                 crops, error = read(batches, args.iter_size)
@@ -164,15 +168,14 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
             optimizer.zero_grad()
 
             done = step + 1
-            numbered = done % args.save_pred_every == 0 or done == args.num_steps
-            if numbered or done % args.log_every == 0 or done == start.step + 1:
+            if snapshot_due(done) or done % args.log_every == 0 or done == start.step + 1:
                 report()
             warning = watch.warning()
             if log:
                 log.bar.update()
                 log.say(warning)
-            if numbered:
-                save(numbered=True)
+            if snapshot_due(done):
+                unsaved = save(numbered=True)  # where the disk is full the run goes on, and tries again at the next snapshot
                 saved = done
             if validation and validation.due(done):
                 meter.check()
@@ -183,23 +186,15 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         if done > saved:  # something ended the run before its last step
             if meter.steps:
                 report()
-            save(numbered=False)
-        if log:
+            unsaved = save(numbered=done == args.num_steps)
+        if log and not unsaved:
             log.say(last_words(args, data, done, start.step))
         if failed:
-            raise error or UserError("another process could not read its pictures; it says why")
+            raise error or UserError(ELSEWHERE)
+        if unsaved:
+            raise DiskError(f"the run ended at step {done}, which is not saved: {unsaved}; then add --resume")
     distributed.stop()
     return 128 + signal if signal else 0
-
-
-def loss_options(args: Namespace) -> dict[str, object]:
-    """What a loss function takes beside net, images and labels."""
-    options: dict[str, object] = {"size": args.loss_size, "aux_weight": args.aux_weight or 0.0}
-    if args.ohem:
-        options["ohem"] = Ohem(args.ohem_threshold, args.ohem_keep)
-    if getattr(args, "one_scale_at_a_time", False):
-        options["one_scale_at_a_time"] = True
-    return options
 
 
 def seed_dropout(seed: int, step: int, batch: int) -> None:

@@ -14,6 +14,7 @@ from deeplab.multiscale import predict_classes
 from utils import distributed
 from utils.checkpoint import save_snapshot
 from utils.evaluation import score
+from utils.files import DiskError
 from utils.loader import open_dataset
 from utils.log import RunLog
 from utils.metrics import ConfusionMatrix
@@ -65,13 +66,23 @@ class Validation:
             return bool(failed), error
         distributed.sum_(matrix.counts)
         scores = matrix.scores()
-        if log:
+        if scores.mean_iou > self.best:  # the same on all processes
+            unsaved = distributed.from_main(lambda: self._save(net, make_meta(val_mean_iou=scores.mean_iou)))
+            if log and unsaved:
+                log.say(f"WARNING: the best net so far, of step {done}, is not saved: {unsaved}")
+            self.best = self.best if unsaved else scores.mean_iou
+        if log:  # a line in the log says that all of this is done
             log.scores(done, scores, self.classes.names)
             log.say(f"step {done}: mean IoU {100 * scores.mean_iou:.2f} on the {len(self.data)} pictures of {self.data_list}")
-        if scores.mean_iou > self.best:  # the same on all processes
-            self.best = scores.mean_iou
-            distributed.from_main(lambda: save_snapshot(self.best_path, net, make_meta(val_mean_iou=scores.mean_iou)))
         return False, None
+
+    def _save(self, net: Net, meta: dict) -> str:
+        """Write ``best.pth``; what went wrong, else ""."""
+        try:
+            save_snapshot(self.best_path, net, meta)
+        except DiskError as error:
+            return str(error)
+        return ""
 
     def _count(self, net: Net, stop: StopRequest) -> tuple[ConfusionMatrix | None, Exception | None]:
         """The counts of this process's share of the pictures; None if it was stopped or failed."""

@@ -14,8 +14,8 @@ from dataset import VOCSegmentation
 from deeplab import Net, fold_batch_norm, make_net
 from scripts.bench import reference
 from utils.checkpoint import load_init
+from utils.evaluation_options import evaluation_parser
 from utils.loader import open_dataset
-from utils.options import evaluation_parser
 from utils.prediction import compile_for_prediction
 from utils.visualize import save_indexed_png
 

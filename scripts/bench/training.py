@@ -20,9 +20,10 @@ from scripts.bench.inputs import REFERENCE, compiled_remarks, open_pictures, our
 from scripts.bench.measure import Part, Runner, Variant
 from utils.distributed import autocast
 from utils.loader import make_loader
+from utils.objective import Objective
 from utils.options import training_parser
 from utils.schedule import GuardedSGD
-from utils.training import Objective, open_training_data
+from utils.training import open_training_data
 
 RATE = 0.0  # of the optimisers: the same arithmetic, and the values stay as they are, however many steps are taken
 

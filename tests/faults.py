@@ -1,0 +1,285 @@
+"""Kills programs at random moments, and looks whether anything is lost; by hand, and in small by test_faults.py.
+
+    python tests/faults.py [--kills 200] [--minutes 60] [--seed N]   kills, inside writes too; a table, status 1 for a loss
+    python tests/faults.py --long                                    memory and open files of long runs; status 1 if they grow
+
+A kill is SIGKILL to a whole process group. A training run goes on with --resume after each, and must end as one that nobody
+disturbed; the other programs are started again, and must leave the same files.
+"""
+
+import argparse
+import itertools
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from http.server import HTTPServer
+from pathlib import Path
+from statistics import median
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import deeplab  # noqa: F401  (what is imported here costs no child any time)
+import evaluate
+import train
+from deeplab.weights import check_sums
+from tests.conftest import make_toy_voc
+from tests.fault_programs import Lost, Slow, bytes_of, fork, kill, make_archive, multiply, tools, undisturbed, unfinished
+from tests.test_training import SCRATCH, SMALL, log_lines
+from utils import evaluation, training  # noqa: F401
+from utils.checkpoint import load_checkpoint
+
+STEPS = 8
+RUN = [*SCRATCH, "--num-steps", str(STEPS), "--save-pred-every", "2", "--keep", "2", "--val-every", "4",
+       "--save-num-images", "1"]  # fmt: skip
+TIMES = {"images_per_s", "data_wait", "seconds", "memory_mb"}
+MOST_GROWTH = 1.02
+
+
+class Killer:
+    """Lets programs run, and kills them: half of them at any moment, half of them as soon as they are seen writing."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.kills: Counter[str] = Counter()
+        self.inside: Counter[str] = Counter()  # of them inside a write
+
+    @property
+    def total(self) -> int:
+        return self.kills.total()
+
+    def disturb(self, kind: str, pids: list[int], folder: Path, seconds: float) -> bool:
+        """Kill what was just started, or find that it was faster; whether it was killed."""
+        begun, seen = time.monotonic(), 0.0
+        writes = self.random.random() < 0.5
+        wait = self.random.uniform(0, 0.15 if writes else seconds)
+        skip = self.random.uniform(0, 0.8 * seconds) if writes else 0.0  # not always the first write
+        victim = self.random.choice(pids)
+        while True:
+            if any(os.waitpid(pid, os.WNOHANG)[0] for pid in pids[:1]):
+                kill(*pids[1:])
+                return False
+            now = time.monotonic()
+            if writes and not seen and now - begun > skip and unfinished(folder):
+                seen = now
+            if (seen and now - seen > wait) if writes else now - begun > wait:
+                break
+            if now - begun > 20 * seconds + 60:
+                raise Lost(f"{kind}: a run hangs")
+            time.sleep(0.001)
+        with suppress(ProcessLookupError):
+            os.killpg(victim, signal.SIGKILL)
+        if len(pids) > 1:
+            time.sleep(self.random.uniform(0, 0.2))  # the launcher needs a moment to end the others
+        kill(*pids)
+        self.kills[kind] += 1
+        self.inside[kind] += bool(unfinished(folder))
+        return True
+
+
+# ---- training
+
+
+def start_training(toy: Path, folder: Path, ranks: int, *more: str) -> list[int]:
+    words = ["--data-dir", toy, "--snapshot-dir", folder, *SMALL, *RUN, *more]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log = folder.with_suffix(".txt")
+    if ranks == 1:
+        return [fork("train.py", train.main, words, log)]
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = str(place.getsockname()[1])
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [fork("train.py", train.main, words, log, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(ranks)]
+
+
+def check_whole(folder: Path) -> None:
+    """Every snapshot that has its name is whole, whatever the moment of the kill."""
+    if (folder / "last.ckpt").exists():
+        load_checkpoint(folder / "last.ckpt")
+    for path in folder.glob("*.pth"):
+        check_sums(path)
+        torch.load(path, weights_only=True, mmap=True)
+
+
+def same(one: object, other: object) -> bool:
+    """Bit for bit, through dicts and lists."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return isinstance(other, list) and len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def check_end(folder: Path, expected: Path) -> None:
+    """A run that was killed and resumed is the run that nobody disturbed; nothing is left of the kills."""
+    for path in [*sorted(expected.glob("*.pth")), expected / "last.ckpt"]:
+        one, other = (torch.load(place, weights_only=True) for place in (path, folder / path.name))
+        for content in (one, other):
+            content["meta"].pop("args")  # --resume
+        if not same(one, other):
+            raise Lost(f"{folder / path.name} is not that of the undisturbed run")
+    lines = [[{k: v for k, v in line.items() if k not in TIMES} for line in log_lines(place)] for place in (expected, folder)]
+    if lines[0] != lines[1]:
+        raise Lost(f"{folder}/log.jsonl is not that of the undisturbed run")
+    numbered = [{path.name for path in place.glob("VOC12*")} for place in (expected, folder)]
+    if numbered[0] != numbered[1]:
+        raise Lost(f"{folder} holds {numbered[1]}")
+    if left := [*unfinished(folder), *folder.glob(".*")]:
+        raise Lost(f"{folder} still holds {left[0].name}")
+
+
+def chain(killer: Killer, toy: Path, folder: Path, expected: Path, ranks: int, seconds: float, most: int) -> None:
+    """One run, killed up to ``most`` times, to its end."""
+    kind, log = f"training, {ranks} process{'es' if ranks > 1 else ''}", folder.with_suffix(".txt")
+    for _ in range(most):
+        workers = str(killer.random.randrange(2))
+        pids = start_training(toy, folder, ranks, "--resume", "--num-workers", workers)
+        if not killer.disturb(kind, pids, folder, seconds):
+            break
+        check_whole(folder)
+    undisturbed(start_training(toy, folder, ranks, "--resume"), log)
+    check_end(folder, expected)
+    if "Traceback" in (text := log.read_text()) and ranks == 1:  # the other one of two says that its neighbour is gone
+        raise Lost(text[-3000:])
+    shutil.rmtree(folder.parent)
+
+
+# ---- the other programs
+
+
+def disturb_tool(killer: Killer, name: str, make: Callable, run: Callable, root: Path, expected: dict, seconds: float) -> None:
+    """One program, killed up to three times, and then to its end: the files are those of an undisturbed run."""
+    folder = root / "tool"
+    folder.mkdir()
+    make(folder)
+    for _ in range(3):
+        if not killer.disturb(name, [run(folder)], folder, seconds):
+            break
+    undisturbed([run(folder)], root / "log.txt")
+    if (found := bytes_of(folder)) != expected:
+        raise Lost(
+            f"{name}: {sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))[:5]}"
+        )
+    shutil.rmtree(folder)
+
+
+# ---- the two modes
+
+
+def kills(args: argparse.Namespace, root: Path) -> None:
+    """Kill until there were ``args.kills`` kills or ``args.minutes`` are over; print what happened."""
+    begun, killer = time.monotonic(), Killer(args.seed)
+    toy = make_toy_voc(root / "toy")
+    expected: dict[int, Path] = {}
+    seconds: dict[object, float] = {}
+    for ranks in [1] if args.quick else [1, 2]:
+        since, expected[ranks] = time.monotonic(), root / f"undisturbed {ranks}"
+        undisturbed(start_training(toy, expected[ranks], ranks), root / f"undisturbed {ranks}.txt")
+        seconds[ranks] = time.monotonic() - since
+    make_archive(root / "set.tar")
+    Slow.content = (root / "set.tar").read_bytes()
+    server = HTTPServer(("127.0.0.1", 0), Slow)
+    serving = fork("server", lambda words: server.serve_forever(), [], root / "server.txt")
+    try:
+        programs = tools(root, toy, expected[1] / f"VOC12_scenes_{STEPS}.pth", server.server_address[1])
+        programs = {"prepare_voc.py": programs["prepare_voc.py"]} if args.quick else programs
+        whole = {}
+        for name, (make, run) in programs.items():
+            since, folder = time.monotonic(), root / "tool"
+            folder.mkdir()
+            make(folder)
+            undisturbed([run(folder)], root / "log.txt")
+            whole[name], seconds[name] = bytes_of(folder), time.monotonic() - since
+            shutil.rmtree(folder)
+        names = itertools.cycle(programs)
+        while killer.total < args.kills and time.monotonic() - begun < 60 * args.minutes:
+            for ranks in expected:
+                chain(killer, toy, root / "runs/run", expected[ranks], ranks, seconds[ranks], min(6, args.kills))
+            disturb_tool(killer, name := next(names), *programs[name], root, whole[name], seconds[name])
+            print(f"{killer.total} kills, {time.monotonic() - begun:.0f} s", flush=True)
+    finally:
+        kill(serving)
+    for kind, number in sorted(killer.kills.items()):
+        print(f"{kind}: {number} kills, {killer.inside[kind]} of them inside a write")
+    print(
+        f"nothing was lost in {killer.total} kills ({killer.inside.total()} inside a write), {time.monotonic() - begun:.0f} s"
+    )
+
+
+def long_runs(root: Path) -> None:
+    """2,000 training steps with all that a run writes, and 5,000 predictions."""
+    toy = make_toy_voc(root / "toy")
+    words = ["--data-dir", toy, "--snapshot-dir", root / "run", *SMALL, *SCRATCH, "--num-steps", 2000, "--keep", 2]
+    words += ["--save-pred-every", 200, "--val-every", 200, "--save-num-images", 1, "--num-workers", 1, "--tensorboard"]
+    words += ["--input-size", "17,17", "--log-every", 10]
+    log = root / "run/log.jsonl"
+    pid = fork("train.py", train.main, words, root / "run.txt")
+    watch(
+        "2,000 training steps", pid, lambda: log_lines(root / "run")[-1]["step"] / 2000 if log.exists() else 0, root / "run.txt"
+    )
+    many = multiply(toy, 834)[:5000]
+    (toy / "many.txt").write_text("\n".join(many) + "\n")
+    words = ["--data-dir", toy, "--data-list", toy / "many.txt", "--restore-from", root / "run/VOC12_scenes_2000.pth"]
+    words += ["--device", "cpu", "--num-workers", 1, "--batch-size", 2, "--save-dir", root / "masks"]
+    pid = fork("evaluate.py", evaluate.main, words, root / "evaluate.txt")
+    watch("5,000 predictions", pid, lambda: sum(1 for _ in (root / "masks").glob("*.png")) / 5000, root / "evaluate.txt")
+
+
+def watch(what: str, pid: int, progress: Callable[[], float], log: Path) -> None:
+    """Follow a process to its end: its memory and its open files, after a fifth of the work against the last tenth.
+
+    Raises:
+        Lost: they have grown by more than 2 %, or it failed.
+    """
+    found: list[tuple[float, float, int]] = []
+    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+        with suppress(OSError, IndexError, ValueError):
+            resident = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+            found.append((progress(), resident, len(os.listdir(f"/proc/{pid}/fd"))))
+        time.sleep(0.5)
+    if status := os.waitstatus_to_exitcode(ended[1]):
+        raise Lost(f"{what}: status {status}:\n{log.read_text()[-2000:]}")
+    early, late = ([row for row in found if low <= row[0] < high] for low, high in ((0.2, 0.3), (0.9, 1.01)))
+    memory, files = ([median(row[k] for row in rows) for rows in (early, late)] for k in (1, 2))
+    print(
+        f"{what}: {memory[0]:.1f} MB and {files[0]:g} open files after a fifth, {memory[1]:.1f} MB and {files[1]:g} at the end"
+    )
+    print(f"    {memory[1] / memory[0] - 1:+.2%}; at most {max(row[1] for row in found if row[0] >= 0.2):.1f} MB", flush=True)
+    if memory[1] > MOST_GROWTH * memory[0] or files[1] > MOST_GROWTH * files[0]:
+        raise Lost(f"{what}: they grow")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200, help="default: %(default)s")
+    parser.add_argument("--minutes", type=float, default=60, help="at most; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="training in one process and prepare_voc.py alone")
+    parser.add_argument("--long", action="store_true", help="no kills: long runs instead")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    root = Path(tempfile.mkdtemp(prefix="faults-"))
+    try:
+        long_runs(root) if args.long else kills(args, root)
+    except Lost as lost:
+        print(f"LOST: {lost}\nthe files are in {root}", file=sys.stderr)
+        return 1
+    shutil.rmtree(root)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""A disk that is full, read-only or gone: a run goes on, says it, and loses nothing that it could save.
+
+The disk is made full by a limit on the size of files (RLIMIT_FSIZE), past which the system itself refuses to write.
+"""
+
+import shutil
+from functools import partial
+
+import pytest
+import torch
+
+from deeplab import deeplabv2, single_scale_loss
+from tests.test_resume import equal
+from tests.test_training import SCRATCH, log_lines, model, train
+from utils import checkpoint, files, validation
+from utils.checkpoint import Snapshots
+from utils.files import DiskError
+from utils.log import RunLog
+from utils.schedule import GuardedSGD
+
+resource = pytest.importorskip("resource")  # POSIX
+RUN = [*SCRATCH, "--num-steps", "4", "--save-pred-every", "1"]
+
+
+def limit(size: int | None) -> None:
+    """How long a file may become in this process from now on, in bytes; None lifts it."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size is None else size, hard))
+
+
+@pytest.fixture(autouse=True)
+def _unlimited():
+    yield
+    limit(None)
+
+
+def at(acts: dict):
+    """The loss, before whose n-th call ``acts[n]()`` is done."""
+
+    def loss(*args, **options):
+        loss.calls += 1
+        acts.get(loss.calls, lambda: None)()
+        return single_scale_loss(*args, **options)
+
+    loss.calls, loss.__name__ = 0, "single_scale_loss"
+    return loss
+
+
+def snapshots(folder) -> set[str]:
+    return {path.name for path in folder.glob("*.pth")}
+
+
+def test_a_run_goes_on_over_a_full_disk(toy_voc, tmp_path, capsys):
+    acts = {2: lambda: limit(2**20), 4: lambda: limit(None)}
+    assert train(toy_voc, tmp_path, *RUN, loss=at(acts)) == 0
+    said = capsys.readouterr().out
+    assert all(
+        f"WARNING: step {step} is not saved: {tmp_path / 'last.ckpt'} cannot be written (File" in said for step in (2, 3)
+    )
+    assert said.count("; training goes on, and tries again at the next snapshot") == 2
+    assert snapshots(tmp_path) == {"VOC12_scenes_1.pth", "VOC12_scenes_4.pth"}
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["step"] == 4
+    assert [line["step"] for line in log_lines(tmp_path)] == [1, 2, 3, 4]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_disk_that_stays_full_is_an_error_at_the_end_and_the_run_can_go_on(toy_voc, tmp_path):
+    train(toy_voc, tmp_path / "whole", *RUN)
+    with pytest.raises(
+        DiskError, match=r"ended at step 4, which is not saved: .*last\.ckpt cannot be.*_4\.pth.*add --resume"
+    ) as e:
+        train(toy_voc, tmp_path / "full", *RUN, loss=at({3: lambda: limit(2**20)}))
+    assert e.value.exit_status == 2
+    limit(None)
+    assert torch.load(tmp_path / "full/last.ckpt", weights_only=True)["step"] == 2
+    assert train(toy_voc, tmp_path / "full", "--resume") == 0
+    assert equal(*(model(tmp_path / name / "VOC12_scenes_4.pth") for name in ("whole", "full")))
+    (tmp_path / "full/VOC12_scenes_4.pth").unlink()  # the one that did not fit any more
+    assert train(toy_voc, tmp_path / "full", "--resume") == 0
+    assert equal(*(model(tmp_path / name / "VOC12_scenes_4.pth") for name in ("whole", "full")))
+
+
+def test_a_folder_that_is_removed_comes_back(toy_voc, tmp_path):
+    assert train(toy_voc, tmp_path / "s", *RUN, "--tensorboard", loss=at({3: lambda: shutil.rmtree(tmp_path / "s")})) == 0
+    assert snapshots(tmp_path / "s") == {"VOC12_scenes_3.pth", "VOC12_scenes_4.pth"}
+    assert [line["step"] for line in log_lines(tmp_path / "s")] == [3, 4]
+
+
+def test_the_best_net_that_cannot_be_saved_is_not_the_best(toy_voc, tmp_path, monkeypatch, capsys):
+    refused = []
+
+    def save_snapshot(*args, **more):
+        if not refused:
+            refused.append(True)
+            raise DiskError("no space for it")
+        checkpoint.save_snapshot(*args, **more)
+
+    monkeypatch.setattr(validation, "save_snapshot", save_snapshot)
+    assert train(toy_voc, tmp_path, *RUN, "--num-steps", "2", "--learning-rate", "0", "--val-every", "1") == 0
+    assert "WARNING: the best net so far, of step 1, is not saved: no space for it" in capsys.readouterr().out
+    assert torch.load(tmp_path / "best.pth", weights_only=True)["meta"]["step"] == 2
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own
+def test_lines_of_the_log_wait_for_space(tmp_path, capsys):
+    """Half a line that was written is taken back; TensorBoard gives up."""
+    options = {"num_steps": 9, "batch_size": 1, "iter_size": 1, "tensorboard": True}
+    with RunLog(tmp_path, options) as run:
+        for step in range(1, 6):
+            limit(
+                {2: (tmp_path / "log.jsonl").stat().st_size + 20, 4: None}.get(
+                    step, resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+                )
+            )
+            run.line(step, {"loss": 1.0}, 0.1, 1)
+            if step == 3:
+                assert [line["step"] for line in log_lines(tmp_path)] == [1]
+        limit((tmp_path / "log.jsonl").stat().st_size)
+        run.line(6, {"loss": 1.0}, 0.1, 1)
+        limit(None)
+    assert [line["step"] for line in log_lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    said = capsys.readouterr().out
+    assert said.count("log.jsonl cannot be written (") == said.count("; its lines wait until it can") == 2
+    assert said.count("TensorBoard's file cannot be written (File too large) and ends here") == 1
+
+
+def test_space_is_looked_at_before_the_first_step(toy_voc, tmp_path, monkeypatch):
+    """By the sizes of the files that a run really leaves."""
+    train(toy_voc, tmp_path / "a", *RUN, "--num-steps", "1")
+    last, numbered = ((tmp_path / "a" / name).stat().st_size for name in ("last.ckpt", "VOC12_scenes_1.pth"))
+    usage = type(shutil.disk_usage(tmp_path))
+
+    def free(size: float) -> None:
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: usage(10**12, 10**12, int(size)))
+
+    needs = rf"has {0.99 * (last + numbered) / 1e6:.0f} MB free, and the first snapshots need {(last + numbered) / 1e6:.0f} MB"
+    free(0.99 * (last + numbered))
+    with pytest.raises(DiskError, match=needs) as error:
+        train(toy_voc, tmp_path / "b", *RUN)
+    assert error.value.exit_status == 2
+    assert not (tmp_path / "b").exists()
+    net = deeplabv2("resnet18", 4, "full")
+    room = {keep: partial(Snapshots(tmp_path, keep, []).check_space, net, GuardedSGD(net, 1.0), 4) for keep in (0, 2)}
+    free(0.99 * (last + 4 * numbered))
+    assert f"this run's 4 snapshots take {(last + 4 * numbered) / 1e6:.0f} MB; free space" in room[0]()
+    assert room[2]() == ""
+    free(0.99 * (last + 3 * numbered))  # the third, before the first of them goes
+    assert f"this run's 3 snapshots take {(last + 3 * numbered) / 1e6:.0f} MB; free space" in room[2]()
+    free(1.01 * (last + 4 * numbered))
+    assert room[0]() == ""
+
+
+def test_where_nothing_can_be_written_no_run_begins(toy_voc, tmp_path, monkeypatch):
+    """A read-only disk, as root would see it, too."""
+
+    def refuse(dir):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(DiskError, match=r"nothing can be written to .*s \(Read-only file system\); choose another folder"):
+        train(toy_voc, tmp_path / "s", *RUN)
+
+
+def test_the_newest_snapshots_stay(toy_voc, tmp_path):
+    """Over a restart, too; what the run did not write is never deleted, whatever its name."""
+
+    def put() -> None:
+        (tmp_path / "VOC12_scenes_1000.pth").write_bytes(b"somebody's")
+
+    options = [*RUN, "--keep", "2", "--num-steps", "3", "--val-every", "3"]
+    assert train(toy_voc, tmp_path, *options, loss=at({2: put})) == 0
+    others = {"best.pth", "VOC12_scenes_1000.pth"}
+    assert snapshots(tmp_path) == {"VOC12_scenes_2.pth", "VOC12_scenes_3.pth"} | others
+    (tmp_path / "VOC12_scenes_1.pth").write_bytes(b"put back")
+    assert train(toy_voc, tmp_path, "--resume", "--num-steps", "5") == 0
+    assert snapshots(tmp_path) == {"VOC12_scenes_1.pth", "VOC12_scenes_4.pth", "VOC12_scenes_5.pth"} | others
+    assert train(toy_voc, tmp_path, "--resume", "--num-steps", "6", "--keep", "1") == 0
+    assert snapshots(tmp_path) == {"VOC12_scenes_1.pth", "VOC12_scenes_6.pth"} | others

@@ -1,0 +1,96 @@
+"""Two runs, one folder: the second is refused by name, and what a killed run left of its lock is recognised."""
+
+import errno
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.test_training import SCRATCH, train
+from utils import lock
+from utils.command import UserError
+from utils.lock import HOLDER, LOCK, one_run
+
+RUN = [*SCRATCH, "--num-steps", "1"]
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from utils.lock import one_run
+
+with one_run(Path(sys.argv[1])):
+    if sys.argv[2:] and not os.fork():
+        time.sleep(0.5)
+        os._exit(0)
+    print(flush=True)
+    input()
+"""
+
+
+def held(folder, *helper: str) -> subprocess.Popen:
+    """Another process, which holds ``folder``, with a forked helper if asked for."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, folder, *helper], cwd=ROOT, stdin=-1, stdout=-1, text=True)
+    process.stdout.readline()
+    return process
+
+
+def test_a_second_run_is_refused_and_a_killed_ones_lock_is_taken_over(toy_voc, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lock, "PATIENCE", 0.1)
+    folder = tmp_path / "s"
+    first = held(folder)
+    name = f"process {first.pid} on {socket.gethostname()}"
+    for options in (RUN, ["--resume"], ["--resume", str(folder / "last.ckpt")]):
+        with pytest.raises(UserError, match=f"s is in use by {name}; let it end, or choose another folder") as error:
+            train(toy_voc, folder, *options)
+        assert error.value.exit_status == 2
+    assert {path.name for path in folder.iterdir()} == {LOCK, HOLDER}
+    first.kill()
+    first.communicate()
+    assert train(toy_voc, folder, *RUN) == 0
+    assert f"s was in use by {name} when that was killed: its lock is taken over" in capsys.readouterr().out
+    assert not list(folder.glob(".*"))
+
+
+def test_a_lock_ends_with_its_run(tmp_path):
+    """And leaves nothing: neither files of its own nor folders that stayed empty."""
+    (tmp_path / "a").mkdir()
+
+    def fail() -> None:
+        with one_run(tmp_path / "a/b/c") as line:
+            assert line == ""
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert list((tmp_path / "a").iterdir()) == []
+    first = held(tmp_path / "a")
+    first.communicate("\n")
+    assert first.returncode == 0
+    with one_run(tmp_path / "a") as line:
+        assert line == ""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forked helpers")
+def test_forked_helpers_do_not_keep_the_lock_of_a_killed_run(tmp_path):
+    """Whether or not the library lets go of it in the child: a helper ends soon after its main process."""
+    first = held(tmp_path, "helper")
+    first.kill()
+    first.wait()
+    first.stdin.close()
+    first.stdout.close()
+    with one_run(tmp_path) as line:
+        assert f"process {first.pid} on" in line
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock here")])
+def test_where_nothing_can_be_locked_the_run_goes_on(error, toy_voc, tmp_path, monkeypatch, capsys):
+    def acquire(*args, **options):
+        raise error
+
+    monkeypatch.setattr(lock.FileLock, "acquire", acquire)
+    assert train(toy_voc, tmp_path / "s", *RUN) == 0
+    reason = "No locks available" if isinstance(error, OSError) else "no flock here"
+    assert f"s cannot be locked ({reason}): see to it that no other run writes there" in capsys.readouterr().out
+    assert (tmp_path / "s/VOC12_scenes_1.pth").exists()
