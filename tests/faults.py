@@ -62,7 +62,7 @@ class Killer:
         """Kill what was just started, or find that it was faster; whether it was killed."""
         begun, seen = time.monotonic(), 0.0
         writes = self.random.random() < 0.5
-        wait = self.random.uniform(0, 0.15 if writes else seconds)
+        wait = self.random.uniform(0, 0.06 if writes else seconds)
         skip = self.random.uniform(0, 0.8 * seconds) if writes else 0.0  # not always the first write
         victim = self.random.choice(pids)
         while True:
@@ -105,11 +105,13 @@ def start_training(toy: Path, folder: Path, ranks: int, *more: str) -> list[int]
 
 def check_whole(folder: Path) -> None:
     """Every snapshot that has its name is whole, whatever the moment of the kill."""
-    if (folder / "last.ckpt").exists():
-        load_checkpoint(folder / "last.ckpt")
-    for path in folder.glob("*.pth"):
-        check_sums(path)
-        torch.load(path, weights_only=True, mmap=True)
+    try:
+        if (folder / "last.ckpt").exists():
+            load_checkpoint(folder / "last.ckpt")
+        for path in folder.glob("*.pth"):
+            check_sums(path)
+    except Exception as error:  # of the reader of whatever is broken
+        raise Lost(f"{type(error).__name__}: {error}") from error
 
 
 def same(one: object, other: object) -> bool:

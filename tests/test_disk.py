@@ -141,12 +141,13 @@ def test_space_is_looked_at_before_the_first_step(toy_voc, tmp_path, monkeypatch
     assert not (tmp_path / "b").exists()
     net = deeplabv2("resnet18", 4, "full")
     room = {keep: partial(Snapshots(tmp_path, keep, []).check_space, net, GuardedSGD(net, 1.0), 4) for keep in (0, 2)}
-    free(0.99 * (last + 4 * numbered))
-    assert f"this run's 4 snapshots take {(last + 4 * numbered) / 1e6:.0f} MB; free space" in room[0]()
+    four, three = (2 * last + n * numbered for n in (3, 2))  # the new last.ckpt beside the old one, before the last snapshot
+    free(0.99 * four)
+    assert f"this run's 4 snapshots need {four / 1e6:.0f} MB; free space" in room[0]()
     assert room[2]() == ""
-    free(0.99 * (last + 3 * numbered))  # the third, before the first of them goes
-    assert f"this run's 3 snapshots take {(last + 3 * numbered) / 1e6:.0f} MB; free space" in room[2]()
-    free(1.01 * (last + 4 * numbered))
+    free(0.99 * three)  # the third, before the first of them goes
+    assert f"this run's 3 snapshots need {three / 1e6:.0f} MB; free space" in room[2]()
+    free(1.01 * four)
     assert room[0]() == ""
 
 

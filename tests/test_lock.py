@@ -49,7 +49,7 @@ def test_a_second_run_is_refused_and_a_killed_ones_lock_is_taken_over(toy_voc, t
     first.kill()
     first.communicate()
     assert train(toy_voc, folder, *RUN) == 0
-    assert f"s was in use by {name} when that was killed: its lock is taken over" in capsys.readouterr().out
+    assert f"s was in use by {name} when that was killed: its lock is taken over\n" in capsys.readouterr().out
     assert not list(folder.glob(".*"))
 
 
@@ -70,6 +70,15 @@ def test_a_lock_ends_with_its_run(tmp_path):
     assert first.returncode == 0
     with one_run(tmp_path / "a") as line:
         assert line == ""
+
+
+def test_of_another_machine_nobody_can_be_sure(tmp_path):
+    """Some network disks lock for each machine alone."""
+    (tmp_path / HOLDER).write_text('{"host": "elsewhere", "pid": 7}')
+    with one_run(tmp_path) as line:
+        assert line.endswith(
+            "7 on elsewhere when that was killed: its lock is taken over; if it still runs there, stop this run"
+        )
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forked helpers")

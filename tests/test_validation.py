@@ -1,6 +1,7 @@
 """Validation during training: the numbers of evaluate.py, the best snapshot, and a training that does not notice."""
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -57,6 +58,21 @@ def test_a_worse_net_never_replaces_the_best(toy_voc, tmp_path):
         path.unlink()
     with pytest.raises(UserError, match=r"holds snapshots already \(best\.pth\)"):
         train(toy_voc, tmp_path, *options)
+
+
+def test_what_a_killed_run_has_not_scored_is_scored_when_it_goes_on(toy_voc, tmp_path):
+    """Killed between the snapshot of step 2 and its score, or between the score's best.pth and the log."""
+    whole = tmp_path / "whole"
+    train(toy_voc, whole, *OPTIONS, "--num-steps", "2", "--val-every", "2")
+    for name, best in (("a", False), ("b", True)):
+        shutil.copytree(whole, tmp_path / name)
+        lines = (whole / "log.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / name / "log.jsonl").write_text("".join(lines[:2]))
+        if not best:
+            (tmp_path / name / "best.pth").unlink()
+        train(toy_voc, tmp_path / name, "--resume")
+        assert log_lines(tmp_path / name) == log_lines(whole)
+        assert torch.equal(*(model(folder / "best.pth")["conv1.weight"] for folder in (whole, tmp_path / name)))
 
 
 def test_a_stop_request_leaves_a_validation(toy_voc, tmp_path, monkeypatch):

@@ -108,9 +108,10 @@ class Snapshots:
                 "--snapshot-dir"
             )
         count = min(count, self.keep + 1) if self.keep else count  # the oldest goes when the newest is there
-        if free < (whole := (count + 1) * model + momentum):
+        whole = (count - 1) * model + 2 * (model + momentum)  # a new last.ckpt is written beside the old one
+        if count > 1 and free < whole:
             return (
-                f"note: {self.folder} has {free:.0f} MB free, and this run's {count} snapshots take {whole:.0f} MB; free "
+                f"note: {self.folder} has {free:.0f} MB free, and this run's {count} snapshots need {whole:.0f} MB; free "
                 "space, or keep the newest N alone with --keep N"
             )
         return ""

@@ -35,6 +35,7 @@ def one_run(folder: Path) -> Iterator[str]:
         save_json(folder / HOLDER, {"host": socket.gethostname(), "pid": os.getpid()})
         if before:
             line = f"{folder} was in use by {_named(before)} when that was killed: its lock is taken over"
+            line += "" if before.get("host") == socket.gethostname() else "; if it still runs there, stop this run"
     except Timeout:
         holder = _named(_holder(folder))
         raise UserError(f"--snapshot-dir {folder} is in use by {holder}; let it end, or choose another folder") from None
