@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.command import UserError, run_command
-from utils.files import Output, check_outputs, write_atomically
+from utils.files import OUTPUT_MARK, Output, check_outputs, write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +77,8 @@ def contract(num_classes: int, meta: dict[str, Any], with_preprocessing: bool) -
     given = "(N, H, W, 3) uint8 RGB" if with_preprocessing else "(N, 3, H, W) float32 BGR 0..255 minus the mean colour"
     result = "(N, H, W) uint8 class indices" if with_preprocessing else f"(N, {num_classes}, h, w) float32 logits, stride 8"
     names = class_names(num_classes, meta.get("classes"))
-    return {"input": given, "output": result, "mean_bgr": list(MEAN_BGR), "classes": names, "opset": OPSET}
+    facts = {"input": given, "output": result, "mean_bgr": list(MEAN_BGR), "classes": names, "opset": OPSET}
+    return facts | {"made_by": OUTPUT_MARK}  # by which a later export knows that it may replace the file
 
 
 def with_preprocessing(net: "torch.nn.Module") -> "torch.nn.Module":

@@ -15,7 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.command import UserError, run_command
-from utils.files import Output, check_outputs, write_atomically
+from utils.files import OUTPUT_MARK, Output, check_outputs, write_atomically
 
 CURVES = {"loss": "loss", "lr": "base rate", "val_mean_iou": "mean IoU"}
 
@@ -91,7 +91,8 @@ def draw(runs: dict[str, list[dict[str, Any]]], output: Path) -> None:
         axes.grid(alpha=0.3)
     axes.set_xlabel("step")
     figure.axes[0].legend()
-    write_atomically(output, lambda file: figure.savefig(file, format=output.suffix[1:], dpi=120))
+    mark = {"Software" if output.suffix == ".png" else "Creator": OUTPUT_MARK}
+    write_atomically(output, lambda file: figure.savefig(file, format=output.suffix[1:], dpi=120, metadata=mark))
 
 
 if __name__ == "__main__":

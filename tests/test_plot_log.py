@@ -39,6 +39,11 @@ def test_curves_are_drawn(run, tmp_path, capsys):
     assert "to step 4" in capsys.readouterr().out
     assert plot_log.main([str(run), "-o", str(tmp_path / "curves.svg")]) == 0
     assert "<svg" in (tmp_path / "curves.svg").read_text()
+    for suffix in ("png", "svg", "pdf", "pdf"):  # what it drew it draws anew
+        assert plot_log.main([str(run), "-o", str(tmp_path / f"curves.{suffix}")]) == 0
+    Image.new("RGB", (2, 2)).save(tmp_path / "mine.png")
+    with pytest.raises(UserError, match="over a file that is no earlier output"):
+        plot_log.main([str(run), "-o", str(tmp_path / "mine.png")])
 
 
 def test_what_is_no_log_is_a_sentence(run, tmp_path, monkeypatch):

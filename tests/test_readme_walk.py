@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from deeplab import deeplabv2
+from deeplab import deeplabv2, make_net
 from tests.conftest import ROOT, make_toy_voc
+from tests.test_cityscapes import make_toy_cityscapes
 from tests.test_readme import commands, script_and_options
 from tests.test_resnet import randomise_batch_norm
 from utils.checkpoint import make_meta, save_snapshot
@@ -39,6 +40,7 @@ FILES = {
     "IN": "bottlenecks.pth",
     "OUT": "out.pth",
     "FILE": "fetched.pth",
+    "quickstart/snapshots": "snapshots",
     "OTHER": "weights/resnet101COCO-41f33a49.pth",
 }
 
@@ -55,6 +57,7 @@ def empty_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     make_toy_voc(tmp_path / "data/VOCdevkit/VOC2012")
     make_toy_voc(tmp_path / "camvid")
+    make_toy_cityscapes(tmp_path / "data/cityscapes")
     for export in ("EXPORT", "MASKS"):
         folder = tmp_path / export
         toy = make_toy_voc(folder)
@@ -71,6 +74,8 @@ def empty_folder(tmp_path, monkeypatch):
     for name, backbone in (("fetched.pth", "resnet18"), ("bottlenecks.pth", "resnet50")):
         net = randomise_batch_norm(deeplabv2(backbone, 21))
         save_snapshot(name, net, make_meta(net, None, 0, {}, seen_voc_val=""))
+    deep = make_net({"net": "pspnet", "backbone": "resnet18", "num_classes": 2}).state_dict()
+    torch.save({key: value for key, value in deep.items() if not key.startswith(("head", "dsn"))}, "resnet101-imagenet.pth")
     handler = functools.partial(Quiet, directory=str(tmp_path))
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -102,9 +107,18 @@ def test_the_readme_from_top_to_bottom(empty_folder, monkeypatch, capsys):
         assert status in (0, None), f"{shlex.join([script, *words])}\n{capsys.readouterr()}"
         done.add(script)
         if script == "train.py":
-            (folder / "snapshots/VOC12_scenes_1.pth").rename(folder / "snapshots/VOC12_scenes_20000.pth")
+            (made,) = (folder / "snapshots").glob("*_scenes_1.pth")
+            made.rename("CS_scenes_40000.pth" if made.name.startswith("CS") else made.with_name("VOC12_scenes_20000.pth"))
     assert done >= {"train.py", "train_msc.py", "evaluate.py", "scripts/predict.py", "scripts/download.py"}
-    left = ["report/index.html", "predictions/photo.png", "predictions/film.mp4", "curves.png", "net.onnx", "out.pth"]
+    left = [
+        "report/index.html",
+        "predictions/photo.png",
+        "predictions/film.mp4",
+        "curves.png",
+        "net.onnx",
+        "out.pth",
+        "cityscapes.zip",
+    ]
     assert [name for name in left if not (folder / name).is_file()] == []
     assert (folder / "data/mine/classes.txt").read_text().split()[:5] == ["background", "0", "0", "0", "a"]
     assert Image.open(folder / "NEW_FOLDER/SegmentationClass/toy_0.png").mode == "P"

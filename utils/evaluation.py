@@ -43,7 +43,7 @@ from utils.visualize import Classes, class_names, make_palette, save_panel, save
 
 
 def run(args: Namespace) -> int:
-    """Evaluate as ``args`` say (see :func:`utils.evaluation_options.evaluation_parser`), print the scores and save what was asked for."""
+    """Evaluate as ``args`` say (see :mod:`utils.evaluation_options`), print the scores and save what was asked for."""
     # The pool comes first: where its processes are forked, they are copies of this still small one.
     with ExitStack() as stack:
         pool = stack.enter_context(open_pool(args)) if args.crf else None

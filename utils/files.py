@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and never over what the user brought."""
 
 import json
+import mmap
 import os
 import re
 import tempfile
@@ -12,7 +13,7 @@ from typing import IO, Any
 
 from utils.command import UserError
 
-OUTPUT_MARK = "DeepLab-ResNet prediction"  # in the text of every PNG that evaluate.py and predict.py write
+OUTPUT_MARK = "DeepLab-ResNet prediction"  # in every picture, net and archive that a command here writes
 
 
 class DiskError(UserError):
@@ -156,15 +157,13 @@ def _refuse_shared(outputs: Iterable[Output], real: dict[Path, Path], ignores_ca
 
 
 def _is_output(path: Path) -> bool:
-    """Whether a file can be an earlier output: PNGs carry a mark, JSON the name of the weights; of some kinds only we write."""
+    """Whether a file can be an earlier output: most carry a mark, JSON the name of the weights; of some kinds only we write."""
     try:
-        if path.suffix.lower() == ".png":
-            with open(path, "rb") as file:
-                return OUTPUT_MARK.encode() in file.read(4096)
+        if path.suffix.lower() in (".png", ".svg", ".pdf", ".onnx", ".pt2", ".zip"):
+            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                return content.find(OUTPUT_MARK.encode()) >= 0
         if path.suffix.lower() in (".npz", ".mp4", ".html", ".jpg", ".jpeg", ".tgz"):
             return True
-        if path.suffix.lower() == ".zip":
-            return OUTPUT_MARK.encode() in path.read_bytes()[-100:]
         return "restore_from" in json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return False
