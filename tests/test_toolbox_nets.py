@@ -10,6 +10,7 @@ from torchvision.models import get_model
 
 from deeplab import NETS, fold_batch_norm, load_net, make_net
 from deeplab.weights import WeightsError, apply_weights, build_net, export, load_weights
+from tests.published import random_net
 
 CLASSES = 5
 
@@ -206,6 +207,21 @@ def test_trunk_of_mit_and_of_another_head(toolbox, tmp_path):
     net, report = build_net(load_weights(save(tmp_path / "net.pth", reference)), net=other)
     assert f"the head of a {name}" in report.notes[-1].replace("that of", "the head of")
     assert report.missing
+
+
+def test_trunks_with_the_7x7_stem(tmp_path):
+    """torchvision's, Caffe's inside a published DeepLab-v2: the stem and the stride are the file's, the heads are new."""
+    trunk = get_model("resnet50", weights=None)
+    torch.save(trunk.state_dict(), tmp_path / "resnet50.pth")
+    torch.save(random_net("resnet18", 3).state_dict(), tmp_path / "published.pth")
+    for name, stride, note in (("resnet50.pth", True, "only its trunk"), ("published.pth", False, "is that of a deeplabv2")):
+        weights = load_weights(tmp_path / name, "torchvision" if stride else "auto")
+        net, report = build_net(weights, net="deeplabv3", num_classes=3)
+        assert net.config["stem"] == "7x7"
+        assert net.config["stride_in_3x3"] or not stride
+        assert note in "".join(report.notes)
+        assert all(key.startswith(("head", "dsn")) for key in report.missing)
+        assert "layer4.1.conv2.weight" in report.loaded
 
 
 def test_reset_head_is_what_construction_gives():
