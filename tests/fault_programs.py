@@ -66,10 +66,13 @@ def undisturbed(pids: list[int], log: Path) -> None:
         raise Lost(f"status {statuses}:\n{log.read_text()[-2000:]}")
 
 
-def unfinished(folder: Path) -> list[Path]:
-    """Files that a writer has begun, or has left behind."""
-    found = itertools.chain(folder.rglob(".*.tmp"), folder.rglob("*.part*"), folder.rglob(".*.unpacking"))
-    return [path for path in found if path.exists()]
+def unfinished(folder: Path) -> set[tuple[str, int]]:
+    """Files that a writer has begun, or has left behind, with their sizes."""
+    found = set()
+    for pattern in (".*.tmp", "*.part*", ".*.unpacking"):
+        with suppress(OSError):  # what was there is done
+            found |= {(str(path), path.stat().st_size) for path in folder.rglob(pattern)}
+    return found
 
 
 def bytes_of(folder: Path) -> dict[str, str]:

@@ -64,13 +64,13 @@ class Killer:
         writes = self.random.random() < 0.5
         wait = self.random.uniform(0, 0.06 if writes else seconds)
         skip = self.random.uniform(0, 0.8 * seconds) if writes else 0.0  # not always the first write
-        victim = self.random.choice(pids)
+        victim, before = self.random.choice(pids), unfinished(folder)
         while True:
             if any(os.waitpid(pid, os.WNOHANG)[0] for pid in pids[:1]):
                 kill(*pids[1:])
                 return False
             now = time.monotonic()
-            if writes and not seen and now - begun > skip and unfinished(folder):
+            if writes and not seen and now - begun > skip and unfinished(folder) - before:
                 seen = now
             if (seen and now - seen > wait) if writes else now - begun > wait:
                 break
@@ -83,7 +83,7 @@ class Killer:
             time.sleep(self.random.uniform(0, 0.2))  # the launcher needs a moment to end the others
         kill(*pids)
         self.kills[kind] += 1
-        self.inside[kind] += bool(unfinished(folder))
+        self.inside[kind] += bool(unfinished(folder) - before)
         return True
 
 
@@ -140,7 +140,7 @@ def check_end(folder: Path, expected: Path) -> None:
     if numbered[0] != numbered[1]:
         raise Lost(f"{folder} holds {numbered[1]}")
     if left := [*unfinished(folder), *folder.glob(".*")]:
-        raise Lost(f"{folder} still holds {left[0].name}")
+        raise Lost(f"{folder} still holds {left[0]}")
 
 
 def chain(killer: Killer, toy: Path, folder: Path, expected: Path, ranks: int, seconds: float, most: int) -> None:
@@ -196,8 +196,8 @@ def kills(args: argparse.Namespace, root: Path) -> None:
     server = HTTPServer(("127.0.0.1", 0), Slow)
     serving = fork("server", lambda words: server.serve_forever(), [], root / "server.txt")
     try:
-        programs = tools(root, toy, expected[1] / f"VOC12_scenes_{STEPS}.pth", server.server_address[1])
-        programs = {"prepare_voc.py": programs["prepare_voc.py"]} if args.quick else programs
+        snapshot, port = expected[1] / f"VOC12_scenes_{STEPS}.pth", server.server_address[1]
+        programs = {} if args.quick else tools(root, toy, snapshot, port)
         whole = {}
         for name, (make, run) in programs.items():
             since, folder = time.monotonic(), root / "tool"
@@ -210,7 +210,8 @@ def kills(args: argparse.Namespace, root: Path) -> None:
         while killer.total < args.kills and time.monotonic() - begun < 60 * args.minutes:
             for ranks in expected:
                 chain(killer, toy, root / "runs/run", expected[ranks], ranks, seconds[ranks], min(6, args.kills))
-            disturb_tool(killer, name := next(names), *programs[name], root, whole[name], seconds[name])
+            if programs:
+                disturb_tool(killer, name := next(names), *programs[name], root, whole[name], seconds[name])
             print(f"{killer.total} kills, {time.monotonic() - begun:.0f} s", flush=True)
     finally:
         kill(serving)
@@ -269,10 +270,11 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200, help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=60, help="at most; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--quick", action="store_true", help="training in one process and prepare_voc.py alone")
+    parser.add_argument("--quick", action="store_true", help="training in one process alone")
     parser.add_argument("--long", action="store_true", help="no kills: long runs instead")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing which was started stays
     root = Path(tempfile.mkdtemp(prefix="faults-"))
     try:
         long_runs(root) if args.long else kills(args, root)
