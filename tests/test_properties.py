@@ -84,6 +84,7 @@ def test_a_sample_is_a_function_of_seed_and_draw(height, width, crop_height, cro
     transforms = [RandomScale(), RandomMirror(), PadCrop((crop_height, crop_width))]
     first, second = (TrainTransform(seed, transforms)(image, label, draw) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
+    assert first.present.shape == (256,)
     assert first.present.nonzero().flatten().tolist() == sorted(set(label.flatten().tolist()))
     assert set(first.label.unique().tolist()) <= {*label.flatten().tolist(), 255}
 

@@ -135,7 +135,13 @@ def test_class_names(tmp_path):
 def test_how_many_classes(tmp_path):
     assert count_classes(tmp_path) is None
     path = tmp_path / "classes.txt"
-    for text, count in (("sky\nroad\n", 2), ("sky\nroad\nvoid\n", 3), ("void\na\nb", 3), ("a 1 2 3\nb 4 5 6\n", 2)):
+    for text, count in (
+        ("sky\nroad\n", 2),
+        ("sky\nroad\nvoid\n", 3),
+        ("void\na\nb", 3),
+        ("a 1 2 3\nb 4 5 6\n", 2),
+        ("x\n" * 255, 255),
+    ):
         path.write_text(text)
         assert count_classes(tmp_path) == count
     for text in ("only\n", "\n", "\n".join(f"c{i}" for i in range(256))):
