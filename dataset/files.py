@@ -1,6 +1,7 @@
 """Pictures, and the text files beside them, read so that what is damaged is an error."""
 
 import re
+import zlib
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
@@ -69,6 +70,8 @@ def read_picture(path: str | Path) -> tuple[np.ndarray, int]:
     # OpenCV fills the missing part of a cut JPEG with grey and says nothing.
     if data.startswith(b"\xff\xd8") and not any(marker == 0xD9 for marker, _ in _jpeg_segments(data)):
         raise DatasetError(f"the picture {path} is cut off: its {len(data)} bytes lack the JPEG end marker; fetch it again")
+    if data.startswith(PNG_SIGNATURE) and (damage := png_damage(data)):
+        raise DatasetError(f"the picture {path} is damaged: {damage}; fetch or make it again")
     try:
         image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR) if data else None
     except cv2.error as error:
@@ -78,6 +81,22 @@ def read_picture(path: str | Path) -> tuple[np.ndarray, int]:
     if image is None:
         raise DatasetError(f"the picture {path} is not a picture that OpenCV can decode ({len(data)} bytes)")
     return image, _orientation(data)
+
+
+def png_damage(data: bytes) -> str:
+    """What is wrong with the chunks of a PNG, which Pillow and OpenCV do not all look at; "" where each fits its check sum.
+
+    A chunk is its length, its name, its contents and a CRC-32 of the latter two (PNG specification, section 5.3).
+    """
+    view, position = memoryview(data), len(PNG_SIGNATURE)
+    while (end := position + 12 + int.from_bytes(view[position : position + 4], "big")) <= len(data):
+        name = data[position + 4 : position + 8]
+        if zlib.crc32(view[position + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
+            return f"its part {repr(name)[2:-1]} does not fit its check sum"
+        if name == b"IEND":
+            return ""
+        position = end
+    return f"its {len(data)} bytes end before the picture does"
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from dataset.classes import IGNORE_LABEL, Color, voc_colors
-from dataset.files import LARGEST, PNG_SIGNATURE, DatasetError
+from dataset.files import LARGEST, PNG_SIGNATURE, DatasetError, png_damage
 
 TO_INDICES = "scripts/masks_to_indices.py"
 _LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
@@ -89,8 +89,8 @@ def single_channel(pixels: np.ndarray, mode: str) -> None:
 def read_png(data: bytes) -> tuple[np.ndarray, np.ndarray, str]:
     """The pixels of a PNG as they are stored, its palette and Pillow's name of its mode.
 
-    Every check sum is compared first: Pillow's decoder does not look at those of the pixels. OpenCV would turn a palette into
-    grey levels, and Pillow stretches grey of 1, 2 and 4 bits to 0..255, which is undone here.
+    Every check sum is compared first. OpenCV would turn a palette into grey levels, and Pillow stretches grey of 1, 2 and 4
+    bits to 0..255, which is undone here.
 
     Returns:
         (H, W) uint8 for palette and grey files of at most 8 bits, (H, W) of a wider type for grey of 16 bits, else (H, W, 2..4)
@@ -101,13 +101,13 @@ def read_png(data: bytes) -> tuple[np.ndarray, np.ndarray, str]:
     """
     if not data.startswith(PNG_SIGNATURE):
         raise BadLabel(_other_format(data))
+    if damage := png_damage(data):
+        raise BadLabel(f"is damaged: {damage}; fetch or make it again")
     try:
         # The class itself, not Image.open, which refuses large pictures: the label of a picture that OpenCV reads is read.
-        image = PngImagePlugin.PngImageFile(io.BytesIO(data))
-        if image.width * image.height > LARGEST:
-            raise BadLabel(f"is {image.width}x{image.height} pixels; expected at most {LARGEST} of them")
-        image.verify()  # spoils its object
         with PngImagePlugin.PngImageFile(io.BytesIO(data)) as image:
+            if image.width * image.height > LARGEST:
+                raise BadLabel(f"is {image.width}x{image.height} pixels; expected at most {LARGEST} of them")
             palette = np.array((image.getpalette() or []) if image.mode == "P" else [], dtype=np.uint8).reshape(-1, 3)
             pixels = np.array(image)
     except BadLabel:

@@ -99,9 +99,7 @@ class TrainTransform:
         for transform in self.transforms:
             image, label = transform(image, label, rng)
         arrays = (image, label, present)
-        return Crop(
-            *(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
-        )  # a mirrored view has no bytes of its own
+        return Crop(*(torch.from_numpy(array.copy()) for array in arrays))  # a mirrored view has no bytes of its own
 
 
 def to_input(images: Tensor | np.ndarray) -> Tensor:

@@ -249,5 +249,10 @@ def test_pruning_leaves_out_what_is_nowhere_likely():
     assert not pruned[1].any()
     np.testing.assert_allclose(pruned[[0, 2, 3]], expected, atol=1e-5)
     np.testing.assert_array_equal(dense_crf(image, with_unlikely, prune=0.001), dense_crf(image, with_unlikely))
+    border = np.concatenate(
+        [np.full((1, 12, 9), 0.25, np.float32), probabilities * 0.75]
+    )  # nowhere above 0.25, exact in binary
+    assert not dense_crf(image, border, prune=0.25)[0].any()
+    assert dense_crf(image, border, prune=0.2499)[0].any()
     flat = np.full((4, 3, 3), 0.25, np.float32)
     assert dense_crf(image[:3, :3], flat, prune=0.5).argmax(0).max() == 0  # the likeliest class is always kept

@@ -8,6 +8,7 @@ from PIL import Image
 
 from dataset import DatasetError, read_class_names, read_label, voc_palette
 from dataset.classes import VOC_NAMES, read_class_colors
+from dataset.labels import BadLabel, check_values
 from tests.pngs import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, png
 
 BLACK, RED, PERSON, VOID = (0, 0, 0), (128, 0, 0), (192, 128, 128), (224, 224, 192)  # of VOC's 0, 1, 15, 255
@@ -117,6 +118,7 @@ CITYSCAPES = [(128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (19
         ([0, 15, 255], VOC),
         ([0, 1, 15], VOC[:16]),  # cut after the last index in use, as optipng and pngcrush do
         ([0, 1, 3], VOC[:2]),  # cut before it
+        ([0, 1, 2], [RED, BLACK]),  # right before it
         ([0, 15, 20], [(i, i, i) for i in range(256)]),
         ([0, 1, 2], [(i * 85, i * 85, i * 85) for i in range(4)]),
         ([0, 1, 3, 6], CAMVID),
@@ -183,3 +185,9 @@ def test_files_of_classes_that_cannot_be_read(tmp_path, data, message):
     (tmp_path / "classes.txt").write_bytes(data)
     with pytest.raises(DatasetError, match=rf"classes\.txt .*{message}"):
         read_class_names(tmp_path, 2)
+
+
+def test_eight_wrong_values_are_all_named():
+    for count, end in ((8, "27; expected"), (9, r"27, \.\.\.; expected")):
+        with pytest.raises(BadLabel, match=f"holds the values 20, .* {end}"):
+            check_values(range(20, 20 + count), 20)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from deeplab.weights import WeightsError, load_weights
+from deeplab.weights.legacy_tar import read_tar_torch
 from tests.legacy_tar import tar_torch
 from tests.published import narrow_state, seeded_and_tidy  # noqa: F401
 
@@ -61,3 +62,19 @@ def test_broken_torch_files_of_early_2017(tmp_path):
     refused(path, "cut off or damaged")
     path.write_bytes(tar_torch(state, storages=b""))
     refused(path, "cut off or damaged")
+
+
+def test_tensors_without_numbers(tmp_path):
+    """They are empty, also those without dimensions; no tensor has more numbers than its storage."""
+    path = tmp_path / "x.pth"
+    whole = tar_torch({"a": torch.empty(0), "b": torch.empty(2, 0, 3)})
+    path.write_bytes(whole)
+    assert {key: value.tolist() for key, value in read_tar_torch(path).items()} == {"a": [], "b": []}
+    layout = struct.pack("<ixxxx3q", 1, 0, 1, 0)
+    assert whole.count(layout) == 1
+    path.write_bytes(whole.replace(layout, struct.pack("<ixxxx3q", 1, 1, 1, 0)))
+    with pytest.raises(WeightsError, match="cut off or damaged"):
+        read_tar_torch(path)
+    tensors = tar_torch({"a": torch.rand(1)}).replace(struct.pack("<ixxxx3q", 1, 1, 1, 0), struct.pack("<ixxxxq16x", 0, 0))
+    path.write_bytes(tensors)
+    assert read_tar_torch(path)["a"].tolist() == []

@@ -250,6 +250,14 @@ def test_all_that_is_missing_is_named_with_the_folders_that_exist(toy_voc):
     assert "id99 and 30 more in" in many
 
 
+def test_the_longest_name(tmp_path):
+    (tmp_path / "list.txt").write_text("é" * 127 + "x\n")  # 255 bytes
+    assert read_ids(tmp_path / "list.txt") == ["é" * 127 + "x"]
+    (tmp_path / "list.txt").write_text("é" * 128)
+    with pytest.raises(DatasetError, match="too long for a file name"):
+        read_ids(tmp_path / "list.txt")
+
+
 def test_a_line_that_is_no_name_is_a_sentence(tmp_path):
     """Annotations in JSON, for instance: no file system has names of over 255 bytes."""
     (tmp_path / "list.json").write_text("{" + '"id": 1, ' * 100 + "}")

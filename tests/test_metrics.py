@@ -170,6 +170,7 @@ def test_a_class_that_is_declared_void_is_no_class(void):
         ([0, 3, 1], [0, 0, 1], "1 pixels have a label and 0 a prediction outside 0..2"),
         ([-1, 254, 1], [0, 0, 1], "2 pixels have a label and 0"),
         ([0, 2, 1], [0, 255, -1], "0 pixels have a label and 2 a prediction"),
+        ([0, 1, 3], [3, 1, 0], "1 pixels have a label and 1 a prediction"),  # the first number that is no class
         # these two would land inside the matrix if only label * C + prediction were looked at
         ([1, 1], [-1, -2], "0 pixels have a label and 2"),
         ([-1, 3], [5, -4], "2 pixels have a label and 0"),

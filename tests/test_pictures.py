@@ -5,10 +5,15 @@ import io
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import evaluate as evaluate_script
+import train as train_script
 from dataset import DatasetError, VOCSegmentation, read_image
+from scripts import predict as predict_script
 from tests.pngs import png
+from utils.command import run_command
 
 GRID = np.add.outer(np.arange(40) * 3, np.arange(56) * 2).astype(np.uint8)  # no two corners alike
 PICTURE = np.stack([GRID, 255 - GRID, GRID // 2], axis=-1)
@@ -123,3 +128,76 @@ def test_a_picture_beyond_opencvs_limit_is_a_sentence(tmp_path):
     path = write(tmp_path, png([[0, 0]], size=(40000, 30000)), "a.png")
     with pytest.raises(DatasetError, match=r"a\.png has more than 1073741824 pixels, which OpenCV refuses"):
         read_image(path)
+
+
+# Every kind of picture through training, evaluation and prediction
+
+
+def odd_pictures(root):
+    """A data set of one picture of each unusual kind, with labels of two classes; its ids."""
+    grey = Image.fromarray(GRID)
+    rgb = Image.fromarray(PICTURE)
+    kinds = {
+        "cmyk.jpg": rgb.convert("CMYK"),
+        "grey.jpg": grey,
+        "grey16.png": Image.fromarray(GRID.astype(np.uint16) * 257),
+        "alpha.png": rgb.convert("RGBA"),
+        "grey_alpha.png": grey.convert("LA"),
+        "palette.png": rgb.quantize(64),
+        "bits.png": grey.convert("1"),
+        "pixel.png": rgb.crop((0, 0, 1, 1)),
+        "line.png": rgb.resize((10_000, 1)),
+    }
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True)
+    for name, image in kinds.items():
+        image.save(root / "JPEGImages" / name)
+        label = np.arange(image.height * image.width).reshape(image.height, image.width) % 2
+        write(root / "SegmentationClass", png(label), f"{name.partition('.')[0]}.png")
+    ids = [name.partition(".")[0] for name in kinds]
+    for name in ("train", "val"):
+        (root / f"ImageSets/Segmentation/{name}.txt").write_text("\n".join(ids))
+    return ids
+
+
+def test_odd_pictures_hold_what_was_drawn(tmp_path):
+    data = VOCSegmentation(tmp_path, odd_pictures(tmp_path), num_classes=2)
+    found = {id: data[index][0] for index, id in enumerate(data.ids)}
+    grey = np.stack([GRID] * 3, axis=-1)
+    bgr = PICTURE[..., ::-1]
+    for id, expected, most in (
+        ("alpha", bgr, 0),
+        ("grey16", grey, 0),
+        ("grey_alpha", grey, 0),
+        ("grey", grey, 3),
+        ("cmyk", bgr, 20),
+        ("palette", bgr, 20),
+        ("pixel", bgr[:1, :1], 0),
+    ):
+        assert found[id].shape == expected.shape
+        assert np.abs(found[id].astype(int) - expected).mean() <= most, id
+    assert set(np.unique(found["bits"])) == {0, 255}
+    assert found["line"].shape == (1, 10_000, 3)
+
+
+def test_odd_pictures_are_trained_on_scored_and_predicted(tmp_path, monkeypatch):
+    ids = odd_pictures(tmp_path / "data")
+    folder = tmp_path / "run"
+    common = ["--data-dir", str(tmp_path / "data"), "--num-workers", "0", "--device", "cpu"]
+    small = ["--backbone", "resnet18", "--num-classes", "2", "--input-size", "33,41", "--batch-size", "9", "--num-steps", "2"]
+    train = [*common, *small, "--restore-from", "none", "--snapshot-dir", str(folder), "--random-scale", "--random-mirror"]
+    assert train_script.main([*train, "--save-num-images", "9", "--learning-rate", "1e-4"]) == 0
+    weights = ["--restore-from", str(folder / "VOC12_scenes_2.pth")]
+    assert not evaluate_script.main([*common, *weights, "--save-dir", str(tmp_path / "masks")])
+    pictures = [str(path) for path in sorted((tmp_path / "data/JPEGImages").iterdir())]
+    assert not predict_script.main([*weights, *pictures, "--device", "cpu", "--save-dir", str(tmp_path / "drawn")])
+    for place in ("masks", "drawn"):
+        assert {path.stem for path in (tmp_path / place).glob("**/*.png")} >= set(ids)
+
+
+def test_where_memory_runs_out_there_is_a_sentence(capsys):
+    for fill in (lambda: torch.empty(1 << 52), lambda: bytearray(1 << 52), lambda: np.empty(1 << 52)):
+        with pytest.raises(SystemExit) as status:
+            run_command(fill)
+        assert status.value.code == 1
+        assert capsys.readouterr().err.count("\n") == 1

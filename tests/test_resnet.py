@@ -105,6 +105,17 @@ def test_resnet101_has_the_published_keys_and_size():
     assert sum(p.numel() for p in full.parameters()) == 44_048_532
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_trunks_have_torchvisions_names_and_shapes(backbone):
+    with torch.device("meta"):
+        ours = deeplabv2(backbone, batch_norm="full").state_dict()
+        theirs = getattr(torchvision.models, backbone)().state_dict()
+    ours, theirs = ({key: tuple(value.shape) for key, value in state.items()} for state in (ours, theirs))
+    assert {key: shape for key, shape in ours.items() if not key.startswith("layer5.")} == {
+        key: shape for key, shape in theirs.items() if not key.startswith("fc.")
+    }
+
+
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
 def test_geometry(backbone):
     """Strides and dilations: stage 2 has stride 2, stages 3 and 4 dilation 2 and 4 in every block, the first among them."""

@@ -10,6 +10,7 @@ def test_poly_rate_by_hand():
     assert poly_lr(2.5e-4, 10000, 20000, 1.0) == 1.25e-4
     assert poly_lr(1.0, 9, 10, 0.9) == pytest.approx(10**-0.9)
     assert poly_lr(1.0, 3, 4, 2.0) == 0.0625
+    assert poly_lr(1.0, 1, 2) == 0.5**0.9
 
 
 @pytest.mark.parametrize("mode", ["frozen", "stats", "full"])
@@ -23,6 +24,11 @@ def test_groups_are_the_published_ones(mode):
     assert trunk | weights | biases == {id(p) for p in net.parameters() if p.requires_grad}
     convolutions = 20  # of ResNet-18: 17 of 3x3 and 7x7, 3 projections
     assert len(trunk) == convolutions * (3 if mode == "full" else 1)
+
+
+def test_published_momentum_and_decay():
+    group = GuardedSGD(deeplabv2("resnet18", 2), lr=1.0).param_groups[0]
+    assert (group["momentum"], group["weight_decay"]) == (0.9, 5e-4)
 
 
 def test_three_steps_of_sgd_by_hand():

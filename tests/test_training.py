@@ -12,11 +12,12 @@ from PIL import Image
 
 import train as train_script
 import train_msc as train_msc_script
-from dataset import DatasetError
+from dataset import DatasetError, VOCSegmentation
 from deeplab import multi_scale_loss, single_scale_loss
 from tests.conftest import ROOT, TOY_CLASSES, save_palette_png
 from utils import training, validation, visualize
 from utils.command import UserError, run_command
+from utils.loader import crop_warning
 from utils.meter import Diverged
 from utils.options import training_parser
 
@@ -103,7 +104,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(toy_voc, tmp_path):
 
     loss.calls = 0
     options = [*SCRATCH, "--num-steps", "5", "--iter-size", "2", "--save-pred-every", "2"]
-    with pytest.raises(Diverged, match=r"step 3, pictures toy_\d, toy_\d") as error:
+    with pytest.raises(
+        Diverged, match=r"step 3, pictures toy_\d, toy_\d \(--learning-rate 0.001, --batch-norm full, w.* none\)"
+    ) as error:
         train(toy_voc, tmp_path, *options, loss=loss)
     assert error.value.exit_status == 1
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)
@@ -411,14 +414,25 @@ def test_a_broken_picture_loses_nothing(toy_voc, tmp_path):
     assert all(torch.equal(whole[key], mended[key]) for key in whole)
 
 
-def test_training_on_validation_pictures_is_marked(toy_voc, tmp_path):
+def test_training_on_validation_pictures_is_told_and_marked(toy_voc, tmp_path, capsys):
     (toy_voc / "ImageSets/Segmentation/val.txt").write_text("toy_4\ntoy_5\n")
     (toy_voc / "trainval.txt").write_text("toy_0\ntoy_1\ntoy_4\n")
     train(toy_voc, tmp_path / "honest", *SCRATCH, "--num-steps", "1")
+    assert "mean nothing" not in capsys.readouterr().out
     train(toy_voc, tmp_path / "seen", *SCRATCH, "--num-steps", "1", "--data-list", str(toy_voc / "trainval.txt"))
+    told = "warning: 1 of the pictures that it was trained on are on val.txt, so scores on that list will mean nothing"
+    assert capsys.readouterr().out.count(told) == 1
     metas = [torch.load(tmp_path / name / "VOC12_scenes_1.pth", weights_only=True)["meta"] for name in ("honest", "seen")]
     assert metas[0]["seen_voc_val"] == ""
     assert "1 of the pictures" in metas[1]["seen_voc_val"]
+
+
+def test_crops_larger_than_the_pictures_are_told(toy_voc):
+    data = VOCSegmentation(toy_voc, ["toy_0", "toy_1"], num_classes=TOY_CLASSES)  # 40 x 55 and 33 x 47
+    (toy_voc / "JPEGImages/toy_1.jpg").write_bytes(b"broken")  # no sizes, no error
+    assert crop_warning(data, (40, 55)) == crop_warning(data, (33, 41)) == crop_warning(data, (50, 80)) == ""
+    assert "75% of the crops of 80x110 will be padding" in crop_warning(data, (80, 110))
+    assert "95% of the crops of 40x1100 will be padding" in crop_warning(data, (40, 1100))
 
 
 def test_panels_of_large_pictures_are_shrunk_and_never_end_a_run(toy_voc, tmp_path, monkeypatch, capsys):

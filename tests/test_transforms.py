@@ -81,6 +81,13 @@ def test_scale_range_is_uniform():
         RandomScale(1.5, 0.5)
 
 
+def test_published_scales_and_ranges_that_are_none():
+    assert (RandomScale().low, RandomScale().high) == (0.5, 1.5)
+    for low, high in ((0, 1), (-1, 1), (1.1, 1)):
+        with pytest.raises(ValueError, match=f"the scale range is {low}..{high}; expected 0 < low <= high"):
+            RandomScale(low, high)
+
+
 def test_crop_inside_and_padding_at_the_bottom_right():
     image, label = coordinates(10, 12)
     crop, crop_label = PadCrop((4, 5))(image, label, Draws(6, 7))

@@ -55,7 +55,7 @@ BAD_LABELS = {
     ),
     "binary": (lambda p: write_label(p, np.full((40, 55), 128, dtype=np.uint8)), r"the value 128; expected"),
     "mis-sized": (lambda p: write_label(p, np.ones((40, 50), dtype=np.uint8)), r"50x40 pixels, its picture 55x40"),
-    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:60]), r"cannot be decoded"),
+    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:60]), r"is damaged: its"),
     "empty": (lambda p: p.write_bytes(b""), r"cannot be decoded"),
     "text": (lambda p: p.write_text("<html>not found</html>"), r"cannot be decoded"),
     "missing": (lambda p: p.unlink(), r"does not exist"),
@@ -135,7 +135,13 @@ def test_class_names(tmp_path):
 def test_how_many_classes(tmp_path):
     assert count_classes(tmp_path) is None
     path = tmp_path / "classes.txt"
-    for text, count in (("sky\nroad\n", 2), ("sky\nroad\nvoid\n", 3), ("void\na\nb", 3), ("a 1 2 3\nb 4 5 6\n", 2)):
+    for text, count in (
+        ("sky\nroad\n", 2),
+        ("sky\nroad\nvoid\n", 3),
+        ("void\na\nb", 3),
+        ("a 1 2 3\nb 4 5 6\n", 2),
+        ("x\n" * 255, 255),
+    ):
         path.write_text(text)
         assert count_classes(tmp_path) == count
     for text in ("only\n", "\n", "\n".join(f"c{i}" for i in range(256))):

@@ -345,3 +345,16 @@ def test_build_net_without_a_file():
     assert (net.config["backbone"], net.num_classes, len(net.layer5.conv2d_list)) == ("resnet18", 2, 1)
     assert report.notes == ["initial weights: random"]
     assert net.training
+
+
+def test_a_deeplab_net_over_other_pictures_is_told(tmp_path):
+    """The variance of its answers is that of the pictures times the kernel's energy, 147 here."""
+    state = narrow_state("resnet18") | {"conv1.weight": torch.ones(2, 3, 7, 7)}
+    for variance, words in ((147 * 3.0, ["variance 3, as normalised RGB has"]), (147 * 4000.0, [])):
+        state["bn1.running_var"] = torch.full((2,), variance)
+        torch.save(state, tmp_path / "x.pth")
+        found = [note for note in load_weights(tmp_path / "x.pth").notes if "worthless" in note]
+        assert len(found) == len(words)
+        assert all(word in note for word, note in zip(words, found))
+    torch.save({"model": state, "meta": {"backbone": "resnet18"}}, tmp_path / "x.pth")
+    assert not load_weights(tmp_path / "x.pth").notes  # our own

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -22,9 +23,9 @@ def run_command(main: Callable[[], int | None]) -> None:
     """Run ``main`` and end the process as every command of this project does.
 
     An exception that carries an ``exit_status`` (``UserError``, ``DatasetError``, ``WeightsError``) is the user's to mend:
-    its sentence goes to standard error, without a traceback. Ctrl-C ends with status 130, a request to stop that ``main`` does
-    not handle itself with 128 + its number, after whatever stands in a ``finally``. Anything else is a bug and keeps its
-    traceback.
+    its sentence goes to standard error, without a traceback. So does one where memory ran out, with status 1. Ctrl-C ends with
+    status 130, a request to stop that ``main`` does not handle itself with 128 + its number, after whatever stands in a
+    ``finally``. Anything else is a bug and keeps its traceback.
     """
     for name in ("SIGTERM", "SIGUSR1"):  # Windows lacks the second
         if hasattr(signal, name):
@@ -39,13 +40,20 @@ def run_command(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except Exception as error:
-        status = getattr(error, "exit_status", None)
-        if "does not have a deterministic implementation" in str(error):  # torch's own words
-            status, error = 2, UserError(f"--deterministic: {str(error).split(',')[0]}; leave the option out")
+        status, text = getattr(error, "exit_status", None), str(error)
+        if "does not have a deterministic implementation" in text:  # torch's own words
+            status, text = 2, f"--deterministic: {text.split(',')[0]}; leave the option out"
+        if status is None and (found := _NO_MEMORY.search(text) or isinstance(error, MemoryError)):
+            what = f" ({found[0]})" if isinstance(found, re.Match) else ""
+            status, text = 1, f"memory ran out{what}: take smaller pictures, crops (--input-size) or batches (--batch-size)"
         if status is None:
             raise
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
     sys.exit(status)
+
+
+# torch on the CPU, torch on CUDA, OpenCV
+_NO_MEMORY = re.compile(r"tried to allocate \d+ bytes|CUDA out of memory|Failed to allocate \d+ bytes")
 
 
 def _exit_by_signal(number: int, frame: FrameType | None) -> None:

@@ -6,13 +6,15 @@ import shlex
 import shutil
 import signal
 import threading
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import cv2
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from dataset import DATASETS, IGNORE_LABEL, VOCSegmentation, find_list
@@ -49,6 +51,22 @@ def open_dataset(
     data = DATASETS[args.dataset](args.data_dir, entries, *options, advice)
     data.check_files()
     return data, data_list
+
+
+def crop_warning(data: VOCSegmentation, crop: tuple[int, int]) -> str:
+    """The sentence where crops (height, width) are more padding than picture, told by the sizes of some pictures; else ""."""
+    filled = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of large ones
+        for image_id in data.ids[:: max(1, len(data) // 20)]:
+            with suppress(Exception), Image.open(data.image_path(image_id)) as image:  # a broken one is told when it is read
+                filled.append(min(image.height, crop[0]) * min(image.width, crop[1]) / (crop[0] * crop[1]))
+    if not filled or (share := sum(filled) / len(filled)) > 0.5:
+        return ""
+    return (
+        f"warning: {1 - share:.0%} of the crops of {crop[0]}x{crop[1]} will be padding, for the pictures are smaller; "
+        "lower --input-size"
+    )
 
 
 def _check_command(args: Namespace, data_list: Path, num_classes: int, ignore_label: int) -> str:

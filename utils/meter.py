@@ -59,7 +59,10 @@ class Meter:
     def check(self) -> None:
         """Raise :class:`Diverged`, on all processes alike, if some loss was not finite; waits for the device."""
         if (batch := int(self.first_bad)) < NEVER:
-            advice = "the snapshots are as they were; look at these pictures or lower --learning-rate"
+            advice = (
+                "the snapshots are as they were; lower the rate (2.5e-4 is published, for pretrained weights with frozen batch "
+                "norm), or look at these pictures, their labels, and whether the weights were made for BGR of 0..255"
+            )
             raise Diverged(f"the loss is not finite at {self.describe(batch)}: {advice}")
 
     def means(self) -> dict[str, float]:

@@ -28,7 +28,7 @@ from utils.checkpoint import Snapshots, make_meta
 from utils.class_watch import ClassWatch
 from utils.command import UserError
 from utils.files import DiskError
-from utils.loader import fitting_workers, layout_words, make_loader, open_dataset, running
+from utils.loader import crop_warning, fitting_workers, layout_words, make_loader, open_dataset, running
 from utils.lock import one_run
 from utils.log import RunLog
 from utils.meter import DataWait, Meter
@@ -258,6 +258,8 @@ def check_ids(ids: list[str], resumed: Start | None) -> str:
 def head_lines(args: Namespace, data: VOCSegmentation, data_list: Path) -> list[str]:
     """What is about to happen."""
     lines = [f"{len(data)} pictures of {data_list}; {args.batch_size * args.iter_size} pictures a step, {args.num_steps} steps"]
+    lines += [f"warning: {text}, so scores on that list will mean nothing" for text in [seen_val(data)] if text]
+    lines += [crop_warning(data, args.input_size)]
     if distributed.world_size() > 1 and args.batch_norm != "frozen" and not args.sync_bn:
         share = args.batch_size // distributed.world_size()
         lines.append(
@@ -268,9 +270,11 @@ def head_lines(args: Namespace, data: VOCSegmentation, data_list: Path) -> list[
 
 
 def describe(batch: int, args: Namespace, data: VOCSegmentation) -> str:
-    """The step of a batch, and its pictures in all processes."""
+    """The step of a batch, its pictures in all processes, and what else makes a loss explode."""
     draws = StepSampler(len(data), args.batch_size, args.random_seed).batch(batch)
-    return f"step {batch // args.iter_size + 1}, pictures {', '.join(data.ids[index] for index, _ in draws)}"
+    pictures = ", ".join(data.ids[index] for index, _ in draws)
+    how = f"--learning-rate {args.learning_rate:g}, --batch-norm {args.batch_norm}, weights {args.restore_from or 'none'}"
+    return f"step {batch // args.iter_size + 1}, pictures {pictures} ({how})"
 
 
 def seen_val(data: VOCSegmentation) -> str:

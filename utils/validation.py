@@ -11,8 +11,10 @@ import torch
 from dataset import VOCSegmentation, to_input
 from deeplab import Net
 from deeplab.multiscale import predict_classes
+from deeplab.weights import check_sums
 from utils import distributed
 from utils.checkpoint import save_snapshot
+from utils.command import UserError
 from utils.evaluation import score
 from utils.files import DiskError
 from utils.loader import open_dataset
@@ -145,7 +147,11 @@ def _score_of(path: Path) -> float:
     def read() -> float:
         if not path.exists():
             return -1.0
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return content["meta"].get("val_mean_iou", -1.0)
+        try:
+            check_sums(path)
+            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return float(content["meta"].get("val_mean_iou", -1.0))
+        except Exception as error:
+            raise UserError(f"{path}, the best snapshot so far, is damaged ({type(error).__name__}); move it away") from None
 
     return distributed.from_main(read)

@@ -6,7 +6,7 @@ are read. Torch files before 1.6, ``.npy``, safetensors and caffemodels hold non
 """
 
 import json
-import pickle
+import mmap
 import re
 import zipfile
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deeplab.weights.contents import WeightsError, some
-from deeplab.weights.kinds import damaged, holds_objects, pickled_classes
+from deeplab.weights.kinds import PlainUnpickler, damaged, holds_objects, pickled_classes
 
 _CHUNK = 1 << 20
 
@@ -37,6 +37,9 @@ def check_sums(path: str | Path) -> str:
             return ""
     try:
         with zipfile.ZipFile(path) as archive:
+            entries, count = len(archive.infolist()), _counted(archive)
+            if count not in (entries, 0xFFFF):  # which stands for 65,535 and more
+                raise zipfile.BadZipFile(f"its directory has {entries} of {count} entries")
             members = [info for info in archive.infolist() if info.file_size]
             bad = [info.filename for info in members if not _sum_fits(archive, info)]
     except OSError:
@@ -50,7 +53,16 @@ def check_sums(path: str | Path) -> str:
     return ""
 
 
+def _counted(archive: zipfile.ZipFile) -> int:
+    """How many entries the end of a zip file says that its directory has; zipfile reads them as far as it can."""
+    assert archive.fp is not None
+    archive.fp.seek(archive.start_dir)
+    return int.from_bytes(archive.fp.read().rpartition(b"PK\5\6")[2][6:8], "little")
+
+
 def _sum_fits(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bool:
+    if info.external_attr & 0x10:  # the mark of a folder: torch would leave the numbers as they lie in memory
+        return False
     with archive.open(info) as member:
         try:
             while member.read(_CHUNK):
@@ -67,7 +79,10 @@ def read_torch(path: Path, old: bool) -> Any:
         WeightsError: damaged, or a file with other things than tensors and plain values.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=not old)
+        if old:
+            with _mapped(path) as file:
+                return torch.load(file, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError:
         raise
     except Exception as error:  # many kinds, for files that are cut off or scrambled
@@ -80,6 +95,12 @@ def read_torch(path: Path, old: bool) -> Any:
                 "it, load it with the program that saved it and save the net's state_dict()"
             ) from None
         raise WeightsError(holds_objects(match[1])) from None
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    """A file whose ``read(n)`` gives what there is; an open one makes place for n bytes first, however many that are."""
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _classes(path: Path, old: bool) -> list[str]:
@@ -132,7 +153,7 @@ def read_numpy(path: Path, kind: str) -> tuple[dict[str, np.ndarray], bool]:
     values = {}
     try:
         if kind == "npy":
-            with open(path, "rb") as file:
+            with _mapped(path) as file:
                 values[""] = _read_npy(file)
         else:
             with zipfile.ZipFile(path) as archive:
@@ -149,7 +170,7 @@ def read_numpy(path: Path, kind: str) -> tuple[dict[str, np.ndarray], bool]:
     return found, any(isinstance(entry, dict) for value in dictionaries for entry in value.values())
 
 
-def _read_npy(file: IO[bytes]) -> Any:
+def _read_npy(file: IO[bytes] | mmap.mmap) -> Any:
     """One array of the .npy format (numpy/lib/format.py); an array of one pickled object gives the object."""
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     version = np.lib.format.read_magic(file)
@@ -163,11 +184,8 @@ def _read_npy(file: IO[bytes]) -> Any:
     return value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
 
 
-class _ArrayUnpickler(pickle._Unpickler):
-    """An unpickler for which numpy arrays, their dtypes and their scalars are the only classes there are.
-
-    It is Python's own: the one in C allocates as many places as a number in the file says, tens of GB where that is damaged.
-    """
+class _ArrayUnpickler(PlainUnpickler):
+    """An unpickler for which numpy arrays, their dtypes and their scalars are the only classes there are."""
 
     _allowed = {  # noqa: RUF012 (a constant)
         ("multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],

@@ -1,6 +1,7 @@
 """What a file is, told by its first bytes and not by its name: a kind that is read here, or words for what else it is."""
 
 import io
+import pickle
 import pickletools
 import re
 import tarfile
@@ -137,6 +138,14 @@ def _in_words(head: bytes, size: int) -> str:
         f"it is {text} (it has {size} bytes and begins with {start!r}); "
         "expected a .pth, .safetensors, .caffemodel, .npy or .npz file"
     )
+
+
+class PlainUnpickler(pickle._Unpickler):
+    """Python's own unpickler: the one in C allocates as many places as a number in the file says, tens of GB where that is
+    damaged. It knows no bytearray, for which Python's does the same, and which no weights file holds.
+    """
+
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}  # noqa: RUF012
 
 
 def pickled_classes(file: IO[bytes]) -> list[str]:

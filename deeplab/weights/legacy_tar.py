@@ -6,8 +6,8 @@ raw little-endian numbers behind it; ``pickle`` is the saved object, in which ea
 that are parts of others are listed behind the storages.
 """
 
+import io
 import math
-import pickle
 import re
 import struct
 import tarfile
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from deeplab.weights.contents import WeightsError
-from deeplab.weights.kinds import damaged, holds_objects
+from deeplab.weights.kinds import PlainUnpickler, damaged, holds_objects
 
 _TYPES = {
     "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "Long": torch.int64, "Int": torch.int32,
@@ -48,7 +48,7 @@ def _member(archive: tarfile.TarFile, name: str) -> IO[bytes]:
     file = archive.extractfile(name)
     if file is None:
         raise ValueError(f"{name} is no file")
-    return file
+    return io.BytesIO(file.read())  # a read(n) of its own gives what there is, and makes no place for n bytes first
 
 
 def _read_storages(file: IO[bytes]) -> dict[Any, Tensor]:
@@ -111,11 +111,8 @@ class _Parameter:
             self.data = state[0]
 
 
-class _TensorUnpickler(pickle._Unpickler):
-    """An unpickler for which the stand-ins above and ordered dictionaries are the only classes there are.
-
-    It is Python's own: the one in C allocates as many places as a number in the file says, tens of GB where that is damaged.
-    """
+class _TensorUnpickler(PlainUnpickler):
+    """An unpickler for which the stand-ins above and ordered dictionaries are the only classes there are."""
 
     def __init__(self, file: IO[bytes], tensors: dict[str, Tensor]) -> None:
         super().__init__(file, encoding="latin1")  # strings of Python 2 are bytes, latin1 keeps them

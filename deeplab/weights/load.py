@@ -76,7 +76,8 @@ def load_weights(path: str | Path, trunk: str = "auto") -> Weights:
         _compare_with_meta(weights, found | classes)
         _refuse_bad_numbers(weights)
     except WeightsError as error:
-        raise WeightsError(f"{path}: {error}") from None
+        text = "".join(sign if sign.isprintable() else "?" for sign in str(error))  # names in a damaged file hold anything
+        raise WeightsError(f"{path}: {text}") from None
     except OSError as error:
         raise WeightsError(f"{path}: it cannot be read ({error.strerror or error})") from None
     if path.name in _SEEN_VOC_VAL and not weights.seen_voc_val:

@@ -67,6 +67,7 @@ def from_torch(content: Mapping[Any, Any], meta: Mapping[str, Any], trunk: str) 
     elif any(HEAD_KEY.match(key) for key in state) or any(map(_DEEPLAB_PREFIX.search, bare)):
         scheme = f"DeepLab-ResNet with the prefix {prefix}" if prefix else "DeepLab-ResNet"
         weights = Weights(state, scheme, config)
+        notes += _other_input(state)
     else:
         weights = _from_bare_trunk(state, trunk)
     weights.skipped = skipped | weights.skipped
@@ -183,6 +184,23 @@ def _from_toolbox(state: dict[str, Tensor]) -> Weights:
     return weights
 
 
+def _variance(state: Mapping[str, Tensor]) -> float:
+    """:func:`picture_variance`, or NaN where the first layer is not whole."""
+    conv1 = state["conv1.weight"]
+    whole = all(key in state and len(state[key]) == len(conv1) for key in ("bn1.weight", "bn1.running_mean", "bn1.running_var"))
+    return picture_variance(state) if whole else math.nan
+
+
+def _other_input(state: Mapping[str, Tensor]) -> list[str]:
+    """A sentence where the first layer of a DeepLab net saw other pictures than ours."""
+    if not (variance := _variance(state)) < PICTURE_VARIANCE_LIMIT:
+        return []
+    return [
+        f"warning: its first layer saw pictures of variance {variance:.3g}, as normalised RGB has, but gets BGR of 0..255: "
+        "where it was trained on other input, its predictions are worthless"
+    ]
+
+
 def _from_bare_trunk(state: dict[str, Tensor], trunk: str) -> Weights:
     """A ResNet under torchvision's names, made for torchvision's pictures or for Caffe's."""
     weights = Weights(state, "", {"batch_norm_eps": CAFFE_EPS})
@@ -196,9 +214,7 @@ def _from_bare_trunk(state: dict[str, Tensor], trunk: str) -> Weights:
             if key in state:
                 weights.skipped[key] = "the image classifier"
                 del state[key]
-    conv1 = state["conv1.weight"]
-    whole = all(key in state and len(state[key]) == len(conv1) for key in ("bn1.weight", "bn1.running_mean", "bn1.running_var"))
-    variance = picture_variance(state) if whole else math.nan
+    variance = _variance(state)
     kind, why = trunk, "as asked"
     if trunk == "auto":
         kind, other = ("caffe", "torchvision") if variance > PICTURE_VARIANCE_LIMIT else ("torchvision", "caffe")
@@ -209,7 +225,7 @@ def _from_bare_trunk(state: dict[str, Tensor], trunk: str) -> Weights:
     if find_stem(state) == "deep":
         weights.scheme = f"ResNet with a deep stem, over {'BGR 0..255' if kind == 'caffe' else 'RGB'}"
         weights.notes[-1] = f"its input is taken for {_INPUTS[kind]}: {why}; the stride of its stages for that of the 3x3"
-    if kind == "torchvision" and whole and all(state[key].isfinite().all() for key in STEM):
+    if kind == "torchvision" and not math.isnan(variance) and all(state[key].isfinite().all() for key in STEM):
         weights.notes.append("its first layer is turned from RGB 0..1 to mean-subtracted BGR 0..255 input")
         state.update(zip(STEM, to_bgr_input(*(state[key] for key in STEM))))
     return weights

@@ -2,14 +2,12 @@
 
 import errno
 import json
-import lzma
 import os
 import re
 import shutil
-import struct
 import tarfile
 import zipfile
-import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -18,8 +16,57 @@ from scripts.data.catalogue import Item
 from utils.command import UserError
 from utils.files import save_json
 
-# what damaged and unsafe archives make tarfile and zipfile raise, with OSErrors that are not the disk's
-DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, RuntimeError, struct.error)
+# OSErrors that are not the disk's: positions and names that make no sense
+_SENSELESS = (None, errno.EINVAL, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY)
+
+
+def damage(error: Exception) -> str:
+    """What is wrong with an archive, in a line: by where it is broken, tarfile and zipfile raise a dozen kinds.
+
+    Raises:
+        OSError: ``error`` itself, where the disk is to blame and not the archive.
+    """
+    if isinstance(error, OSError) and error.errno not in _SENSELESS:
+        raise error
+    text = str(error).partition("\n- method bz2")[0]  # tarfile tells of every compression that it tried
+    return " ".join(text.split())[:200] or type(error).__name__
+
+
+def tar_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar file. At its end it is read to the last byte, where gzip has its check sum.
+
+    Raises:
+        ValueError: the members do not end with zeros (POSIX, pax): tarfile stops silently where a header is damaged.
+    """
+    yield from archive
+    file = archive.fileobj
+    assert file is not None
+    file.seek(archive.offset)
+    rest = blocks = 0
+    while block := file.read(1 << 20):
+        blocks, rest = blocks + 1, rest + len(block.strip(b"\0"))
+    if rest or not blocks:
+        raise ValueError(f"its list of members breaks off at byte {archive.offset}")
+
+
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """A zip file whose directory is whole: zipfile reads it as far as it can, does not count, and believes its names.
+
+    Raises:
+        BadZipFile: it is not, or this is no zip file; damage to it may raise others.
+    """
+    package = zipfile.ZipFile(path)
+    assert package.fp is not None
+    package.fp.seek(package.start_dir)  # the directory, its end mark and, 6 bytes on, the number of entries
+    count = int.from_bytes(package.fp.read().rpartition(b"PK\5\6")[2][6:8], "little")
+    if count not in (len(package.infolist()), 0xFFFF):  # which stands for 65,535 and more
+        raise zipfile.BadZipFile(f"its directory has {len(package.infolist())} of {count} entries")
+    for info in package.infolist():
+        package.open(info).close()  # compares its name with the one in front of its bytes
+        package.fp.seek(info.header_offset + 14)
+        if package.fp.read(4) != info.CRC.to_bytes(4, "little") and not info.flag_bits & 8:  # the sum stands behind the bytes
+            raise zipfile.BadZipFile(f"{info.filename} has two check sums")
+    return package
 
 
 def record_of(archive: Path) -> Path:
@@ -51,11 +98,9 @@ def unpack(item: Item, directory: Path) -> None:
     try:
         try:
             (_unzip if archive.suffix == ".zip" else _untar)(archive, holding)
-        except (*DAMAGED, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-                raise
+        except Exception as error:
             raise UserError(
-                f"{archive} is damaged or unsafe ({error}); nothing was unpacked, fetch it anew with --force"
+                f"{archive} is damaged or unsafe ({damage(error)}); nothing was unpacked, fetch it anew with --force"
             ) from error
         wanted = os.path.relpath(item.holds, item.unpack)
         if not (holding / wanted).exists():
@@ -84,7 +129,7 @@ def _merge(source: Path, target: Path) -> None:
 
 def _untar(archive: Path, folder: Path) -> None:
     with tarfile.open(archive) as tar:
-        members = tqdm(tar, unit=" files", desc=f"unpacking {archive.name}", disable=None)
+        members = tqdm(tar_members(tar), unit=" files", desc=f"unpacking {archive.name}", disable=None)
         if hasattr(tarfile, "data_filter"):
             tar.extractall(folder, members, filter="data")
             return
@@ -96,7 +141,7 @@ def _untar(archive: Path, folder: Path) -> None:
 
 
 def _unzip(archive: Path, folder: Path) -> None:
-    with zipfile.ZipFile(archive) as package:
+    with open_zip(archive) as package:
         names = [name for name in package.namelist() if not name.startswith("__MACOSX/")]
         for name in names:
             _check_name(name)

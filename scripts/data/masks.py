@@ -1,11 +1,8 @@
 """Class masks on their way into SegmentationClassAug: read from SBD, VOC or a ready set, checked, written as palette PNGs."""
 
-import gzip
 import io
 import shutil
 import tarfile
-import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -15,6 +12,7 @@ from PIL import Image
 from dataset.classes import IGNORE_LABEL, VOC_CLASSES, voc_colors
 from dataset.files import DatasetError
 from dataset.labels import BadLabel, check_palette, decode_label
+from scripts.data.archive import damage, open_zip, tar_members
 from utils.visualize import save_indexed_png
 
 AUG_DIR, VOC_DIR = "SegmentationClassAug", "SegmentationClass"
@@ -113,7 +111,8 @@ def agrees(image_id: str, data: bytes, data_dir: Path) -> tuple[str, bool]:
 def read_sbd(path: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
     """Yield (name, content) of those ``wanted`` files, named below SBD's ``dataset`` folder, that are there.
 
-    ``path`` is the unpacked folder or ``benchmark.tgz``, which is read as a stream: nothing is unpacked to disk.
+    ``path`` is the unpacked folder or ``benchmark.tgz``, of which nothing is unpacked to disk. It is read to its end, where its
+    check sum stands.
     """
     if path.is_dir():
         root = next((folder for folder in (path / "dataset", path / "benchmark_RELEASE/dataset") if folder.is_dir()), path)
@@ -125,16 +124,14 @@ def read_sbd(path: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
     if not left:
         return
     try:
-        with tarfile.open(path, "r|*") as archive:
-            for member in archive:
+        with tarfile.open(path) as archive:
+            for member in tar_members(archive):
                 name = member.name.rpartition("dataset/")[2]
                 if name in left and member.isfile() and (file := archive.extractfile(member)):
                     left.remove(name)
                     yield name, file.read()
-                    if not left:
-                        return
-    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DatasetError(f"the archive {path} is damaged or cut short ({error}); fetch it again") from None
+    except Exception as error:
+        raise DatasetError(f"the archive {path} is damaged or cut short ({damage(error)}); fetch it again") from None
 
 
 def sbd_ids(path: Path) -> dict[str, set[str]]:
@@ -157,12 +154,12 @@ def ready_masks(path: Path) -> dict[str, str]:
         names = [str(file) for file in folder.glob("*.png") if not file.name.startswith(".")]
     else:
         try:
-            with zipfile.ZipFile(path) as archive:
+            with open_zip(path) as archive:
                 names = [n for n in archive.namelist() if n.endswith(".png") and not n.startswith("__MACOSX/")]
         except FileNotFoundError:
             raise DatasetError(f"--aug {path} does not exist; pass a SegmentationClassAug folder or zip") from None
-        except (OSError, zipfile.BadZipFile) as error:
-            raise DatasetError(f"--aug {path} is neither a folder nor a readable zip ({error})") from None
+        except Exception as error:
+            raise DatasetError(f"--aug {path} is neither a folder nor a readable zip ({damage(error)})") from None
     found: dict[str, str] = {}
     for name in sorted(names):
         stem = PurePosixPath(name).stem
@@ -179,10 +176,11 @@ def read_ready(path: Path, names: dict[str, str], ids: set[str]) -> Iterator[tup
     if path.is_dir():
         yield from ((image_id, Path(names[image_id]).read_bytes()) for image_id in sorted(ids))
         return
-    with zipfile.ZipFile(path) as archive:
+    with open_zip(path) as archive:
         for image_id in sorted(ids):
             try:
                 data = archive.read(names[image_id])
-            except (zipfile.BadZipFile, zlib.error, EOFError):
+            except Exception as error:
+                damage(error)
                 data = b""  # damaged inside the zip: reported with the id when it is decoded
             yield image_id, data
