@@ -229,9 +229,9 @@ def long_runs(root: Path) -> None:
     words += ["--save-pred-every", 200, "--val-every", 200, "--save-num-images", 1, "--num-workers", 1, "--tensorboard"]
     words += ["--input-size", "17,17", "--log-every", 10]
     log = root / "run/log.jsonl"
-    pid = fork("train.py", train.main, words, root / "run.txt")
+    run = start("train.py", words, root / "run.txt")
     watch(
-        "2,000 training steps", pid, lambda: log_lines(root / "run")[-1]["step"] / 2000 if log.exists() else 0, root / "run.txt"
+        "2,000 training steps", run, lambda: log_lines(log.parent)[-1]["step"] / 2000 if log.exists() else 0, root / "run.txt"
     )
     many = multiply(toy, 834)[:5000]
     (toy / "many.txt").write_text("\n".join(many) + "\n")
