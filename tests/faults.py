@@ -14,6 +14,7 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,10 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import deeplab  # noqa: F401  (what is imported here costs no child any time)
-import evaluate
 import train
 from deeplab.weights import check_sums
-from tests.conftest import make_toy_voc
+from tests.conftest import ROOT, make_toy_voc
 from tests.fault_programs import Lost, Slow, bytes_of, fork, kill, make_archive, multiply, tools, undisturbed, unfinished
 from tests.test_training import SCRATCH, SMALL, log_lines
 from utils import evaluation, training  # noqa: F401
@@ -229,32 +229,40 @@ def long_runs(root: Path) -> None:
     words += ["--save-pred-every", 200, "--val-every", 200, "--save-num-images", 1, "--num-workers", 1, "--tensorboard"]
     words += ["--input-size", "17,17", "--log-every", 10]
     log = root / "run/log.jsonl"
-    pid = fork("train.py", train.main, words, root / "run.txt")
+    run = start("train.py", words, root / "run.txt")
     watch(
-        "2,000 training steps", pid, lambda: log_lines(root / "run")[-1]["step"] / 2000 if log.exists() else 0, root / "run.txt"
+        "2,000 training steps", run, lambda: log_lines(log.parent)[-1]["step"] / 2000 if log.exists() else 0, root / "run.txt"
     )
     many = multiply(toy, 834)[:5000]
     (toy / "many.txt").write_text("\n".join(many) + "\n")
     words = ["--data-dir", toy, "--data-list", toy / "many.txt", "--restore-from", root / "run/VOC12_scenes_2000.pth"]
     words += ["--device", "cpu", "--num-workers", 1, "--batch-size", 2, "--save-dir", root / "masks"]
-    pid = fork("evaluate.py", evaluate.main, words, root / "evaluate.txt")
-    watch("5,000 predictions", pid, lambda: sum(1 for _ in (root / "masks").glob("*.png")) / 5000, root / "evaluate.txt")
+    run = start("evaluate.py", words, root / "evaluate.txt")
+    watch("5,000 predictions", run, lambda: sum(1 for _ in (root / "masks").glob("*.png")) / 5000, root / "evaluate.txt")
 
 
-def watch(what: str, pid: int, progress: Callable[[], float], log: Path) -> None:
+def start(script: str, words: list, log: Path) -> subprocess.Popen:
+    """A command in which large blocks that are freed go back to the system, so that resident means in use."""
+    given = {"MALLOC_MMAP_THRESHOLD_": "100000", "MALLOC_TRIM_THRESHOLD_": "100000"}  # glibc's
+    with open(log, "w") as file:
+        line = [sys.executable, str(ROOT / script), *map(str, words)]
+        return subprocess.Popen(line, stdout=file, stderr=file, cwd=ROOT, env={**os.environ, **given})
+
+
+def watch(what: str, process: subprocess.Popen, progress: Callable[[], float], log: Path) -> None:
     """Follow a process to its end: its memory and its open files, after a fifth of the work against the last tenth.
 
     Raises:
         Lost: they have grown by more than 2 %, or it failed.
     """
     found: list[tuple[float, float, int]] = []
-    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+    while process.poll() is None:
         with suppress(OSError, IndexError, ValueError):
-            resident = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-            found.append((progress(), resident, len(os.listdir(f"/proc/{pid}/fd"))))
+            resident = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+            found.append((progress(), resident, len(os.listdir(f"/proc/{process.pid}/fd"))))
         time.sleep(0.5)
-    if status := os.waitstatus_to_exitcode(ended[1]):
-        raise Lost(f"{what}: status {status}:\n{log.read_text()[-2000:]}")
+    if process.returncode:
+        raise Lost(f"{what}: status {process.returncode}:\n{log.read_text()[-2000:]}")
     early, late = ([row for row in found if low <= row[0] < high] for low, high in ((0.2, 0.3), (0.9, 1.01)))
     memory, files = ([median(row[k] for row in rows) for rows in (early, late)] for k in (1, 2))
     print(
