@@ -203,6 +203,8 @@ def changed(value):
         (IMAGE, changed(np.nan), r"lie in nan\.\.nan"),
         (IMAGE, changed(np.inf), r"lie in 0\.3333\.\.inf"),
         (IMAGE, changed(-0.2), r"lie in -0\.2\.\.0\.3333; expected 0\.\.1"),
+        (IMAGE, changed(-0.002), r"lie in -0\.002\.\.0\.3333; expected 0\.\.1"),
+        (IMAGE, changed(1.002), r"lie in 0\.3333\.\.1\.002; expected 0\.\.1"),
         (IMAGE, UNIFORM * 9, r"lie in 3\.\.3; expected 0\.\.1: give the softmax"),
     ],
 )
@@ -228,6 +230,11 @@ def test_wrong_settings_are_refused_in_words(settings):
         CRFParams(**settings)
 
 
+def test_the_published_settings_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        CRFParams().iterations = 5
+
+
 def test_pydensecrf_is_imported_only_when_needed(monkeypatch):
     code = "import sys, deeplab.crf; sys.exit('pydensecrf' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
@@ -249,6 +256,8 @@ def test_pruning_leaves_out_what_is_nowhere_likely():
     assert not pruned[1].any()
     np.testing.assert_allclose(pruned[[0, 2, 3]], expected, atol=1e-5)
     np.testing.assert_array_equal(dense_crf(image, with_unlikely, prune=0.001), dense_crf(image, with_unlikely))
+    nothing = np.concatenate([np.zeros((1, 12, 9), np.float32), probabilities])
+    assert dense_crf(image, nothing)[0].any()  # no class is left out unless that is asked for
     border = np.concatenate(
         [np.full((1, 12, 9), 0.25, np.float32), probabilities * 0.75]
     )  # nowhere above 0.25, exact in binary

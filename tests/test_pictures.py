@@ -11,6 +11,7 @@ from PIL import Image
 import evaluate as evaluate_script
 import train as train_script
 from dataset import DatasetError, VOCSegmentation, read_image
+from dataset.files import read_picture
 from scripts import predict as predict_script
 from tests.pngs import png
 from utils.command import run_command
@@ -75,6 +76,14 @@ def test_a_jpeg_cut_right_behind_its_thumbnail_is_refused(tmp_path):
         read_image(write(tmp_path, whole[:end]))
 
 
+def test_the_end_marker_in_a_comment_is_none(tmp_path):
+    whole = VARIANTS["baseline"]
+    data = whole[:2] + b"\xff\xfe\x00\x08ab\xff\xd9cd" + whole[2:]
+    assert np.array_equal(read_image(write(tmp_path, data)), read_image(write(tmp_path, whole)))
+    with pytest.raises(DatasetError, match="is cut off"):
+        read_image(write(tmp_path, data[: len(data) // 2]))
+
+
 def labelled(tmp_path, picture, label_size, suffix=".jpg"):
     for folder in ("JPEGImages", "SegmentationClass"):
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -118,6 +127,7 @@ def test_prediction_honours_the_tag(tmp_path):
 
 
 def test_damaged_exif_is_no_orientation(tmp_path):
+    assert [read_picture(write(tmp_path, encoded(orientation=o)))[1] for o in (1, 2, 8, 9)] == [1, 2, 8, 1]
     data = encoded(orientation=3)
     start = data.index(b"Exif\0\0") + 6
     data = data[:start] + b"XX" + data[start + 2 :]

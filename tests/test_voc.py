@@ -94,6 +94,14 @@ def test_bad_pictures(toy_voc, content, message):
         VOCSegmentation(toy_voc, ["toy_0"], num_classes=TOY_CLASSES)[0]
 
 
+def test_advice_goes_behind_the_sentence(toy_voc):
+    (toy_voc / "JPEGImages/toy_0.jpg").write_bytes(b"")
+    for advice, end in (("look at the docs", "(0 bytes); look at the docs"), ("", "(0 bytes)")):
+        with pytest.raises(DatasetError) as error:
+            VOCSegmentation(toy_voc, ["toy_0"], num_classes=TOY_CLASSES, advice=advice)[0]
+        assert str(error.value).endswith(end)
+
+
 def test_pairs_come_as_they_are(toy_voc):
     data = VOCSegmentation(toy_voc, read_ids(toy_voc / "ImageSets/Segmentation/val.txt"), num_classes=TOY_CLASSES)
     assert len(data) == 6

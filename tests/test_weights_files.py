@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from deeplab.weights import WeightsError, check_sums, load_weights
+from deeplab.weights.contents import Weights
 from tests.legacy_tar import tar_torch
 from tests.published import caffe_bytes, narrow_state, seeded_and_tidy, tensorflow_arrays  # noqa: F401
 
@@ -223,6 +224,12 @@ def tar_of(*names):
         (pickle.dumps({"a": 1}, protocol=4), "a plain Python pickle"),
         (json.dumps({"metadata": {}, "weight_map": {"a": "1.safetensors"}}, indent=1).encode(), "index of a safetensors file"),
         (b"404: Not Found\n", "a text file, no weights"),
+        (b"\x05" + bytes(7) + b"abc\x01" + bytes(90), "no weights file that is known here"),
+        (b"\xff" * 8 + b"{" + bytes(90), "no weights file that is known here"),
+        (b"a\x02" + bytes(90), "no weights file that is known here"),
+        (b"\x80\x01" + bytes(90), "no weights file that is known here"),
+        (b"\x08\x07\x12\x04onnx\x01" + bytes(90), "an ONNX graph"),
+        (b"\x08\x07\x12\x04abcd\x01" + bytes(90), "no weights file that is known here"),
         (b"\xff\xd8\xff\xe0JFIF", "a JPEG picture"),
         (b"%PDF-1.5", "a PDF document"),
     ],
@@ -232,3 +239,10 @@ def test_other_files_are_told_by_what_they_are(tmp_path, content, match):
     path = tmp_path / "x.pth"
     path.write_bytes(content)
     assert "damaged" not in refused(path, match)
+
+
+def test_an_account_tells_what_is_known_of_the_net():
+    weights = Weights({}, "a net", {"backbone": "resnet18", "num_classes": 3})
+    assert weights.lines() == ["a net: 0 tensors; backbone resnet18, num_classes 3"]
+    weights.skipped = {f"k{n}": "why" for n in range(8)}
+    assert weights.lines()[1] == "skipped k0, k1, k2, k3, k4, k5 and 2 more: why"

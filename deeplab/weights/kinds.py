@@ -149,19 +149,14 @@ class PlainUnpickler(pickle._Unpickler):
 
 
 def pickled_classes(file: IO[bytes]) -> list[str]:
-    """The classes and functions that a pickle names, ``module.name`` each, without running anything; [] where it is damaged."""
-    found, strings = [], ["", ""]
+    """The classes and functions that a pickle of torch's (protocol 2) names, ``module.name`` each; runs nothing.
+
+    [] where it is damaged.
+    """
     try:
-        for opcode, value, _ in pickletools.genops(file):
-            if opcode.name == "GLOBAL":
-                found.append(str(value).replace(" ", "."))
-            elif opcode.name == "STACK_GLOBAL":
-                found.append(".".join(strings[-2:]))
-            elif isinstance(value, str):
-                strings.append(value)
+        return [str(value).replace(" ", ".") for opcode, value, _ in pickletools.genops(file) if opcode.name == "GLOBAL"]
     except Exception:
         return []
-    return found
 
 
 def damaged(error: Exception) -> str:
