@@ -101,7 +101,7 @@ def test_unknown_colours_are_refused_with_their_counts_and_the_rest_is_written(t
     assert "bad.png holds 2 colours of no class: (1, 2, 3) on 2 pixels, (9, 8, 7) on 1 pixels" in err
     assert "half.png holds 1 half transparent pixels" in err
     assert "grey.png holds 1 colours of no class: (1, 1, 1) on 1 pixels" in err
-    assert "damaged.png cannot be decoded" in err
+    assert "damaged.png is damaged" in err
     assert "short.png holds the index 3, and its palette has 2 colours" in err
     assert "1 masks written" in out
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["good.png"]

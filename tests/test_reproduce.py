@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import zipfile
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 
 from deeplab import deeplabv2
 from tests.conftest import ROOT, make_toy_voc
+from tests.published import caffe_bytes, random_net
 from tests.test_resnet import randomise_batch_norm
 from utils.checkpoint import make_meta, save_snapshot
 
@@ -36,6 +38,9 @@ def house(tmp_path_factory) -> Path:
     net = randomise_batch_norm(deeplabv2("resnet18", 21))
     for name in ("deeplabv2_resnet101_msc-vocaug-20000.pth", "resnet101COCO-41f33a49.pth"):
         save_snapshot(shop / name, net, make_meta(net, None, 1, {}, seen_voc_val=""))
+    official = random_net("resnet50", 21).state_dict()
+    with zipfile.ZipFile(shop / "prototxt_and_model.zip", "w") as archive:
+        archive.writestr("train_iter_20000.caffemodel", caffe_bytes(official, "resnet50"))
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(shop)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     catalogue = house / "scripts/data/catalogue.py"
@@ -44,7 +49,8 @@ def house(tmp_path_factory) -> Path:
         line.split(" = ")[0] + f" = {url}" if line.startswith(("KAZUTO =", "VLLAB =")) else line
         for line in catalogue.read_text().splitlines()
     ]
-    catalogue.write_text("\n".join(lines).replace("177 MB", "46 MB") + "\n")
+    text = "\n".join(lines).replace("177 MB", "46 MB").replace('about="over 1 GB", ', "")
+    catalogue.write_text(text.replace('"http://liangchiehchen.com/projects/released/deeplab_aspp_resnet101/', url[:-1]) + "\n")
     yield house
     server.shutdown()
     server.server_close()
@@ -73,6 +79,14 @@ def test_fetched_evaluated_and_held_against_what_is_published(house):
     assert again.stdout.splitlines()[-4:] == first.stdout.splitlines()[-4:]
     assert "image/s" not in again.stderr
     assert {path: path.stat().st_mtime_ns for path in house.rglob("*.pth")} == before
+
+
+def test_the_authors_model_out_of_its_archive(house):
+    result = reproduce(house, "official", "--device", "cpu", "--num-workers", "0", "--crf-workers", "1")
+    assert result.returncode == 0, result.stderr
+    assert "without CRF                                 76.35" in result.stdout
+    assert (house / "weights/caffe/train_iter_20000.caffemodel").is_file()
+    assert (house / "results/official/report/index.html").is_file()
 
 
 def test_trained_by_the_recipe(house):

@@ -53,7 +53,6 @@ def test_a_resumed_run_is_the_run_that_was_begun(loss, toy_voc, tmp_path):
     for name in ("loss", "lr"):
         assert [line[name] for line in log_lines(tmp_path / "whole")] == [line[name] for line in log_lines(tmp_path / "parts")]
     whole, parts = (checkpoint(tmp_path / name) for name in ("whole", "parts"))
-    assert torch.equal(whole["rng"], parts["rng"])  # for what draws from it in a step, as dropout would
     whole, parts = whole["meta"]["args"], parts["meta"]["args"]
     assert {key: value for key, value in whole.items() if key not in ("snapshot_dir", "resume", "loss")} == {
         key: value for key, value in parts.items() if key not in ("snapshot_dir", "resume", "loss")

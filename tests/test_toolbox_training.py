@@ -2,6 +2,7 @@
 
 import os
 import signal
+from argparse import Namespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from deeplab import load_net, make_net, multi_scale_loss, single_scale_loss
 from deeplab.weights import load_weights
 from tests.conftest import TOY_CLASSES
 from tests.test_training import SMALL, log_lines, model, train
+from utils.checked_options import check_net_options
 from utils.command import UserError
 from utils.training import seed_dropout
 
@@ -111,13 +113,18 @@ def test_evaluation_and_prediction_take_the_net_from_the_snapshot(toy_voc, tmp_p
         (["--aux-weight", "0.4"], "--aux-weight is of an auxiliary head, which deeplabv2 has none of"),
         (["--ohem-keep", "5"], "--ohem-keep says how --ohem chooses"),
         (["--net", "pspnet", "--batch-size", "1"], "give pspnet at least two pictures a process"),
-        (["--net", "pspnet", "--sync-bn", "--batch-norm", "frozen", "--device", "cpu"], "--sync-bn works between CUDA"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options, words, toy_voc, tmp_path):
     with pytest.raises(UserError, match=words):
         train(toy_voc, tmp_path / "run", *NONE, *options)
     assert not (tmp_path / "run").exists()
+
+
+def test_shared_statistics_need_some():
+    args = Namespace(sync_bn=True, batch_norm="frozen", net="deeplabv2", batch_size=2)
+    with pytest.raises(UserError, match="add --batch-norm full"):
+        check_net_options(args)
 
 
 def test_rates_are_those_of_deeplabv2(toy_voc, tmp_path):

@@ -222,7 +222,6 @@ MISTAKES = {
     "too few classes": (["--num-classes", "2"], "class indices 0..1 and 255"),
     "no GPU 99": (["--device", "cuda:99"], "CUDA device 99"),
     "no device": (["--device", "gpu"], "is no torch device"),
-    "sync-bn": (["--sync-bn", "--batch-norm", "frozen"], "add --batch-norm full"),
     "sync-bn on the CPU": (["--sync-bn"], "between CUDA devices only"),
     "crop": (["--input-size", "321"], "write HEIGHT,WIDTH"),
     "scale range": (["--scale-range", "2,1"], "write LOW,HIGH"),
