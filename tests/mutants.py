@@ -2,6 +2,7 @@
 
     python tests/mutants.py                                   # all modules, about an hour of one core
     python tests/mutants.py dataset/sampler.py --per-module 99
+    python tests/mutants.py dataset/sampler.py --numbers 11 12
 
 A mutant has one operator, comparison, number, truth value or condition changed; the wording of messages is left alone. This
 process imports the libraries and forks: each child loads the changed module from memory and runs pytest. The tests of a module
@@ -44,7 +45,7 @@ TESTS = {  # module -> files in tests/, without test_
     "deeplab/weights/load.py": "weights_files weights_schemes weights",
     "deeplab/weights/names.py": "properties weights_schemes weights",
     "deeplab/weights/schemes.py": "weights_schemes weights",
-    "deeplab/weights/stem.py": "weights weights_schemes",
+    "deeplab/weights/stem.py": "weights_schemes weights convert_weights",
     "deeplab/weights/write.py": "weights convert_weights",
     "dataset/classes.py": "voc labels",
     "dataset/files.py": "pictures voc labels hostile",
@@ -55,7 +56,7 @@ TESTS = {  # module -> files in tests/, without test_
     "dataset/transforms.py": "transforms properties",
     "dataset/voc.py": "voc lists pictures labels",
     "utils/checkpoint.py": "safe resume",
-    "utils/evaluation.py": "evaluation",
+    "utils/evaluation.py": "evaluation validation",
     "utils/metrics.py": "metrics properties",
     "utils/schedule.py": "schedule properties",
     "utils/training.py": "training resume",
@@ -90,6 +91,8 @@ def places(tree: ast.Module) -> list[tuple[ast.AST, str, bool]]:
         if isinstance(node, (ast.If, ast.IfExp, ast.While)) and not isinstance(node.test, ast.Compare):
             found.append((node, "test", inside))
         function = isinstance(node, (ast.FunctionDef, ast.Lambda))
+        if any("cache" in ast.unparse(each) for each in getattr(node, "decorator_list", ())):
+            function = False  # runs in the first test alone, and matters in the others
         for name, value in ast.iter_fields(node):
             if name in ("annotation", "returns"):
                 continue
@@ -207,8 +210,8 @@ def in_child(module: str, tree: ast.Module | None, names: list[str] | None, out:
         os._exit(status)
 
 
-def judge(module: str, count: int, seed: int, out: Path) -> Iterator[tuple[str, str]]:
-    """("killed" or "alive", the change) of a sample of a module's mutants."""
+def judge(module: str, wanted: list[int], count: int, seed: int, out: Path) -> Iterator[tuple[str, str]]:
+    """("killed" or "alive", the change) of the ``wanted`` mutants of a module, or of a sample."""
     source = (ROOT / module).read_text()
     in_child(module, None, None, out)
     tests, libraries = json.loads(out.read_text())
@@ -217,7 +220,7 @@ def judge(module: str, count: int, seed: int, out: Path) -> Iterator[tuple[str, 
             importlib.import_module(library)
     gc.freeze()
     numbers = range(len(places(ast.parse(source))))
-    for number in sorted(random.Random(f"{seed} {module}").sample(numbers, min(count, len(numbers)))):
+    for number in wanted or sorted(random.Random(f"{seed} {module}").sample(numbers, min(count, len(numbers)))):
         tree, lines, inside, words = changed(source, number)
         names = [name for name, (_, ran) in tests.items() if not inside or not {*ran}.isdisjoint(lines)]
         names.sort(key=lambda name: tests[name][0])
@@ -232,6 +235,7 @@ def judge(module: str, count: int, seed: int, out: Path) -> Iterator[tuple[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="*", default=list(TESTS))
+    parser.add_argument("--numbers", type=int, nargs="*", default=[], help="these mutants of the module, not a sample")
     parser.add_argument("--per-module", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -243,7 +247,7 @@ def main() -> None:
     for module in args.modules:
         began, here, hits = time.monotonic(), 0, 0
         with tempfile.TemporaryDirectory() as folder:
-            for outcome, words in judge(module, args.per_module, args.seed, Path(folder) / "tests.json"):
+            for outcome, words in judge(module, args.numbers, args.per_module, args.seed, Path(folder) / "tests.json"):
                 here, hits = here + 1, hits + (outcome == "killed")
                 if outcome != "killed":
                     print(f"  {outcome}: {module} {words}", flush=True)

@@ -5,6 +5,7 @@ from collections import Counter
 from fractions import Fraction
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -12,9 +13,12 @@ from hypothesis import strategies as st
 from dataset import MEAN_BGR, PadCrop, RandomMirror, RandomScale, StepSampler, TrainTransform
 from deeplab.loss import resize_labels
 from deeplab.multiscale import canvas_size, scaled_size
+from deeplab.weights import WeightsError
 from deeplab.weights.names import (
     canonical_from_caffe,
     canonical_from_kazuto,
+    find_backbone,
+    head_shape,
     kazuto_from_canonical,
     strip_wrappers,
 )
@@ -232,3 +236,16 @@ def test_any_wrapping_comes_off(wrappers, outside):
     names = [f"{module}.weight" for module, _ in canonical_modules("resnet18")]
     prefix = outside + "".join(wrappers)
     assert strip_wrappers(prefix + name for name in names) == {prefix + name: name for name in names}
+
+
+def test_what_not_all_names_begin_with_stays():
+    for names in (["a.layer1.0.conv1.weight", "b.layer1.0.conv1.weight"], ["a.layer1.0.conv1.weight", "conv1.weight"]):
+        assert strip_wrappers(names) == {name: name for name in names}
+
+
+def test_a_stage_that_is_not_there_has_no_blocks():
+    names = [f"{module}.weight" for module, _ in canonical_modules("resnet18")]
+    assert find_backbone(names) == "resnet18"
+    assert head_shape({}) == (0, 0)
+    with pytest.raises(WeightsError, match="it has 2, 2, 0, 2 basic blocks"):
+        find_backbone(name for name in names if not name.startswith("layer3."))

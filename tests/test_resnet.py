@@ -7,7 +7,7 @@ import torchvision
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from deeplab import BACKBONES, BATCH_NORM_MODES, NETS, conv_bn, deeplabv2, fold_batch_norm
+from deeplab import BACKBONES, BATCH_NORM_MODES, NETS, DeepLabV2, conv_bn, deeplabv2, fold_batch_norm
 from utils import options
 
 
@@ -182,6 +182,15 @@ def test_wrong_arguments_are_refused_in_words():
         deeplabv2("resnet18", 256)
     with pytest.raises(ValueError, match="atrous_rates"):
         deeplabv2("resnet18", atrous_rates=(6, 0))
+
+
+def test_the_smallest_and_the_largest_net():
+    with torch.device("meta"):
+        assert [DeepLabV2("resnet18", classes, atrous_rates=[1]).num_classes for classes in (1, 255)] == [1, 255]
+        for classes in (0, 256):
+            with pytest.raises(ValueError, match=rf"num_classes is {classes}; expected 1\.\.255"):
+                DeepLabV2("resnet18", classes)
+        assert not DeepLabV2("resnet18").config["stride_in_3x3"]
 
 
 def test_the_command_line_offers_what_the_net_has():

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from deeplab.weights import WeightsError, check_sums, load_weights
 from deeplab.weights.contents import Weights
+from deeplab.weights.files import read_numpy
 from tests.legacy_tar import tar_torch
 from tests.published import caffe_bytes, narrow_state, seeded_and_tidy, tensorflow_arrays  # noqa: F401
 
@@ -246,3 +247,19 @@ def test_an_account_tells_what_is_known_of_the_net():
     assert weights.lines() == ["a net: 0 tensors; backbone resnet18, num_classes 3"]
     weights.skipped = {f"k{n}": "why" for n in range(8)}
     assert weights.lines()[1] == "skipped k0, k1, k2, k3, k4, k5 and 2 more: why"
+
+
+def test_npy_files_of_version_2_and_of_several_objects(tmp_path):
+    with open(tmp_path / "a.npy", "wb") as file:
+        np.lib.format.write_array(file, np.arange(6.0).reshape(2, 3).T, version=(2, 0))
+    found, nested = read_numpy(tmp_path / "a.npy", "npy")
+    assert not nested
+    assert found[""].tolist() == [[0, 3], [1, 4], [2, 5]]
+    np.save(tmp_path / "b.npy", np.array([{"a": np.ones(2)}, None], dtype=object))
+    assert read_numpy(tmp_path / "b.npy", "npy")[0][""].shape == (2,)  # no weights, and no damage
+
+
+def test_heads_that_disagree_are_refused(tmp_path):
+    state = narrow_state("resnet18")
+    state["layer5.conv2d_list.1.weight"] = torch.rand(20, 2, 3, 3)
+    refused(save(tmp_path / "x.pth", state), r"disagree on the number of classes \(20, 21\)")

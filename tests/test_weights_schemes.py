@@ -348,13 +348,22 @@ def test_build_net_without_a_file():
 
 
 def test_a_deeplab_net_over_other_pictures_is_told(tmp_path):
-    """The variance of its answers is that of the pictures times the kernel's energy, 147 here."""
-    state = narrow_state("resnet18") | {"conv1.weight": torch.ones(2, 3, 7, 7)}
-    for variance, words in ((147 * 3.0, ["variance 3, as normalised RGB has"]), (147 * 4000.0, [])):
+    """The variance of its answers is that of the pictures times the kernel's energy, 147 * 4 here."""
+    state = narrow_state("resnet18") | {"conv1.weight": torch.full((2, 3, 7, 7), 2.0)}
+    for variance, words in ((588 * 3.0, ["variance 3, as normalised RGB has"]), (588 * 4000.0, [])):
         state["bn1.running_var"] = torch.full((2,), variance)
         torch.save(state, tmp_path / "x.pth")
         found = [note for note in load_weights(tmp_path / "x.pth").notes if "worthless" in note]
         assert len(found) == len(words)
         assert all(word in note for word, note in zip(words, found))
-    torch.save({"model": state, "meta": {"backbone": "resnet18"}}, tmp_path / "x.pth")
-    assert not load_weights(tmp_path / "x.pth").notes  # our own
+    torch.save({"model": state, "meta": {"backbone": "resnet18", "seen_voc_val": "it saw all"}}, tmp_path / "x.pth")
+    weights = load_weights(tmp_path / "x.pth")
+    assert not weights.notes  # our own
+    assert weights.seen_voc_val == "it saw all"
+
+
+@pytest.mark.parametrize("lost", ["conv1.weight", "layer1.0.conv1.weight"])
+def test_a_net_without_its_first_layers_is_of_no_scheme(tmp_path, lost):
+    torch.save({key: value for key, value in narrow_state("resnet18").items() if key != lost}, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match="are of no scheme known here"):
+        load_weights(tmp_path / "x.pth")
