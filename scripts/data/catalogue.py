@@ -130,6 +130,11 @@ CATALOGUE = (
         about="171 MB", folder="caffe",
         unverified="size (derived); whether it is the init.caffemodel of the official archive", after=HEAD_START,
     ),
+    Item(
+        "mit-resnet101", "resnet101-imagenet.pth", "weights", "not known",
+        ("http://sceneparsing.csail.mit.edu/model/pretrained_resnet/resnet101-imagenet.pth",),
+        unverified="size; whether the server still answers; which input it was trained with", after=TRAIN + " --net pspnet",
+    ),
     drive(
         "voc-isht7", "MS_DeepLab_resnet_trained_VOC.pth",
         ("0BxhUwxvLPO7TeXFNQ3YzcGI4Rjg", "0-dPyNi9NU2Eo8Qw5kIHPUNA"),
