@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dataset import VOCSegmentation, read_ids, to_input
-from deeplab import deeplabv2, fold_batch_norm, multi_scale_loss, predict, single_scale_loss
+from deeplab import deeplabv2, fold_batch_norm, make_net, multi_scale_loss, predict, single_scale_loss
+from deeplab.loss import Ohem
 from scripts.bench.memory import step_memory
 from tests.conftest import TOY_CLASSES
 from tests.test_resnet import randomise_batch_norm
@@ -39,6 +40,23 @@ def test_losses_are_those_of_the_cpu(name, size, batch_norm):
         found[device] = {
             part: loss.item() for part, loss in LOSSES[name](net, images.to(device), labels.to(device), size=size).items()
         }
+    assert found[CUDA] == pytest.approx(found["cpu"], rel=1e-4)
+
+
+@pytest.mark.parametrize("ohem", [None, Ohem(0.7, 500)])
+@pytest.mark.parametrize("name", ["deeplabv3", "pspnet"])
+def test_losses_of_two_heads_are_those_of_the_cpu(name, ohem):
+    torch.manual_seed(0)
+    net = randomise_batch_norm(make_net({"net": name, "backbone": "resnet18", "num_classes": 5})).train()
+    for module in net.modules():
+        if isinstance(module, torch.nn.Dropout2d):
+            module.p = 0.0  # the devices draw other numbers
+    images, labels = 50 * torch.randn(2, 3, 97, 113), torch.randint(0, 5, (2, 97, 113))
+    found = {}
+    for device in ("cpu", CUDA):
+        net.to(device)
+        losses = multi_scale_loss(net, images.to(device), labels.to(device), "input", ohem, 0.4)
+        found[device] = {part: loss.item() for part, loss in losses.items()}
     assert found[CUDA] == pytest.approx(found["cpu"], rel=1e-4)
 
 
