@@ -5,7 +5,7 @@ auxiliary head. The toolbox's normalisation, InPlace-ABN, multiplies by |weight|
 batch norm's weight of; in the heads it ends in a leaky ReLU of slope 0.01, which stands here in :func:`conv_bn_leaky`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -25,18 +25,6 @@ def conv_bn_leaky(x: Tensor, conv: nn.Conv2d, bn: nn.Module, folded: Folded | No
     return F.leaky_relu(conv_bn(x, conv, bn, folded), 0.01, inplace=True)
 
 
-class Context(nn.Module):
-    """The first half of a head: (N, in_channels, h, w) -> (N, 512, h, w)."""
-
-    def pairs(self) -> list[Pair]:
-        """Its convolutions with their batch norms, in the order of :meth:`forward`."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor, folded: Sequence[Folded | None]) -> Tensor:
-        """``folded`` is what :func:`deeplab.resnet.fold` makes of :meth:`pairs`."""
-        raise NotImplementedError
-
-
 class NetWithAuxiliary(DilatedResNet):
     """(N, 3, H, W) mean-subtracted BGR pictures -> (N, num_classes, h, w) logits; in training, those of both heads.
 
@@ -50,7 +38,10 @@ class NetWithAuxiliary(DilatedResNet):
         ValueError: an unknown backbone, batch-norm mode or stem, a class count out of range.
     """
 
-    name = ""
+    name: str
+    context: type[nn.Module]
+    """``head.0``: (in_channels, norm) -> a module (N, in_channels, h, w), folded -> (N, 512, h, w), with ``pairs()`` of its
+    convolutions and their batch norms, whose :func:`deeplab.resnet.fold` is ``folded``."""
     defaults: Mapping[str, Any] = MappingProxyType(
         {"learning_rate": 1e-2, "loss_size": "input", "batch_norm": "full", "aux_weight": 0.4}
     )
@@ -68,7 +59,7 @@ class NetWithAuxiliary(DilatedResNet):
         super().__init__(backbone, batch_norm, batch_norm_eps, stride_in_3x3, stem)
         check_classes(num_classes)
         self.num_classes = num_classes
-        self.head: Any = nn.Sequential(self.make_context(), nn.Conv2d(FEATURES, num_classes, 1))
+        self.head: Any = nn.Sequential(self.context(self.out_channels, self.norm), nn.Conv2d(FEATURES, num_classes, 1))
         self.dsn: Any = nn.Sequential(
             nn.Conv2d(self.out_channels // 2, FEATURES, 3, padding=1),
             self.norm(FEATURES),
@@ -83,10 +74,6 @@ class NetWithAuxiliary(DilatedResNet):
             "batch_norm_eps": float(batch_norm_eps),
             "stem": stem,
         }
-
-    def make_context(self) -> Context:
-        """``head.0``."""
-        raise NotImplementedError
 
     def pairs(self) -> list[list[Pair]]:
         return [*super().pairs(), self.head[0].pairs(), [(self.dsn[0], self.dsn[1])]]

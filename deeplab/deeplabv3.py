@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from deeplab.auxiliary import DROPOUT, FEATURES, Context, NetWithAuxiliary, conv_bn_leaky
+from deeplab.auxiliary import DROPOUT, FEATURES, NetWithAuxiliary, conv_bn_leaky
 from deeplab.resnet import Folded, Pair
 
 RATES = (12, 24, 36)  # of output stride 8
 
 
-class ASPPv3(Context):
+class ASPPv3(nn.Module):
     """Atrous spatial pyramid pooling with the picture's mean: five branches side by side, and a 1x1 over them."""
 
     def __init__(self, in_channels: int, norm: Callable[[int], nn.Module], channels: int = 256) -> None:
@@ -28,6 +28,7 @@ class ASPPv3(Context):
         return [*((branch[-2], branch[-1]) for branch in branches), (self.bottleneck[0], self.bottleneck[1])]
 
     def forward(self, x: Tensor, folded: Sequence[Folded | None]) -> Tensor:
+        """(N, in_channels, h, w) -> (N, 512, h, w); ``folded`` is what :func:`deeplab.resnet.fold` makes of :meth:`pairs`."""
         (mean, bn), *branches, (bottleneck, last) = self.pairs()
         pooled = conv_bn_leaky(self.conv1[0](x), mean, bn, folded[0])  # N 256 1 1
         features = [pooled.expand(-1, -1, *x.shape[-2:])]
@@ -39,6 +40,4 @@ class ASPPv3(Context):
 class DeepLabV3(NetWithAuxiliary):
     __doc__ = f"DeepLabv3. {NetWithAuxiliary.__doc__}"
     name = "deeplabv3"
-
-    def make_context(self) -> Context:
-        return ASPPv3(self.out_channels, self.norm)
+    context = ASPPv3

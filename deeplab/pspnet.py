@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deeplab.auxiliary import DROPOUT, FEATURES, Context, NetWithAuxiliary, conv_bn_leaky
+from deeplab.auxiliary import DROPOUT, FEATURES, NetWithAuxiliary, conv_bn_leaky
 from deeplab.multiscale import resize
 from deeplab.resnet import Folded, Pair
 
 BINS = (1, 2, 3, 6)  # a side
 
 
-class PyramidPooling(Context):
+class PyramidPooling(nn.Module):
     """The features beside their means over 1, 4, 9 and 36 parts of the picture, and a 3x3 over all of them."""
 
     def __init__(self, in_channels: int, norm: Callable[[int], nn.Module]) -> None:
@@ -31,6 +31,7 @@ class PyramidPooling(Context):
         return [*((conv, bn) for _, conv, bn in self.stages), (self.bottleneck[0], self.bottleneck[1])]
 
     def forward(self, x: Tensor, folded: Sequence[Folded | None]) -> Tensor:
+        """(N, in_channels, h, w) -> (N, 512, h, w); ``folded`` is what :func:`deeplab.resnet.fold` makes of :meth:`pairs`."""
         features = []
         for (pool, conv, bn), weights in zip(self.stages, folded):
             features.append(resize(conv_bn_leaky(pool(x), conv, bn, weights), x.shape[-2:]))
@@ -42,6 +43,4 @@ class PyramidPooling(Context):
 class PSPNet(NetWithAuxiliary):
     __doc__ = f"PSPNet. {NetWithAuxiliary.__doc__}"
     name = "pspnet"
-
-    def make_context(self) -> Context:
-        return PyramidPooling(self.out_channels, self.norm)
+    context = PyramidPooling

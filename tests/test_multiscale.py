@@ -183,20 +183,25 @@ def test_classes_of_a_picture_or_a_batch():
     assert (enlarge_to_classes(infinite, (9, 3)) == 255).all()
 
 
-def test_classes_are_taken_in_blocks_of_rows(monkeypatch):
-    """A picture of 24 megapixels: no tensor of all classes at full size is made."""
-    largest = 0
-    enlarged = torch.nn.functional.interpolate
+def enlarged_sizes(monkeypatch) -> list[int]:
+    """A list that gets the number of elements of each result of ``F.interpolate`` from now on."""
+    sizes: list[int] = []
+    enlarge = torch.nn.functional.interpolate
 
     def watched(*args, **kwargs):
-        nonlocal largest
-        result = enlarged(*args, **kwargs)
-        largest = max(largest, result.numel())
+        result = enlarge(*args, **kwargs)
+        sizes.append(result.numel())
         return result
 
     monkeypatch.setattr(torch.nn.functional, "interpolate", watched)
+    return sizes
+
+
+def test_classes_are_taken_in_blocks_of_rows(monkeypatch):
+    """A picture of 24 megapixels: no tensor of all classes at full size is made."""
+    sizes = enlarged_sizes(monkeypatch)
     logits = torch.randn(9, 501, 751)
     classes = enlarge_to_classes(logits, (4001, 6001))
     assert classes.shape == (4001, 6001)
     assert (classes[::8, ::8] == logits.argmax(0)).all()
-    assert largest <= 1.3 * 2**25  # a block and the grid row that opens the next
+    assert max(sizes) <= 1.3 * 2**25  # a block and the grid row that opens the next

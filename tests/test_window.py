@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deeplab import predict, predict_windows
 from deeplab.multiscale import FUSIONS, canvas_size, enlarge_rows, enlarge_to_classes, predict_grid, scaled_size
 from deeplab.window import tile_starts
-from tests.test_multiscale import naive_bilinear
+from tests.test_multiscale import enlarged_sizes, naive_bilinear
 from utils import options
 
 
@@ -130,15 +130,7 @@ def test_logits_at_full_size_become_classes_as_they_are(size):
 
 def test_no_more_is_enlarged_than_a_tile(monkeypatch):
     """Beside the sums, which are the only tensor of all classes at the picture's size."""
-    largest, enlarged = 0, torch.nn.functional.interpolate
-
-    def watched(*args, **kwargs):
-        nonlocal largest
-        result = enlarged(*args, **kwargs)
-        largest = max(largest, result.numel())
-        return result
-
-    monkeypatch.setattr(torch.nn.functional, "interpolate", watched)
+    sizes = enlarged_sizes(monkeypatch)
     with torch.no_grad():
         predict_windows(SmallNet().float(), torch.zeros(1, 3, 150, 300), (65, 65))
-    assert largest == 4 * 65 * 65
+    assert max(sizes) == 4 * 65 * 65

@@ -69,7 +69,8 @@ def load_weights(path: str | Path, trunk: str = "auto") -> Weights:
         weights = _read(path, trunk)
         weights.path = str(path)
         style = "torchvision" if weights.config.get("stride_in_3x3") else "caffe"
-        if trunk not in ("auto", style) and not (weights.scheme.startswith("ResNet with a deep stem")):
+        bare = find_stem(weights.state) == "deep" and not find_net(weights.state)  # whose stride does not tell its input
+        if trunk not in ("auto", style) and not bare:
             raise WeightsError(f"it is a {weights.scheme}, which is {style}'s in kind and not {trunk}'s; leave --trunk out")
         found = _keep_the_net(weights)
         classes = _judge_head(weights, path.name)
