@@ -48,7 +48,7 @@ TESTS = {  # module -> files in tests/, without test_
     "deeplab/weights/legacy_tar.py": "legacy_tar",
     "deeplab/weights/load.py": "weights_files weights_schemes weights toolbox_nets",
     "deeplab/weights/names.py": "properties weights_schemes weights toolbox_nets",
-    "deeplab/weights/schemes.py": "weights_schemes weights toolbox_nets",
+    "deeplab/weights/schemes.py": "weights_schemes weights toolbox_nets caffemodel",
     "deeplab/weights/stem.py": "weights_schemes weights convert_weights",
     "deeplab/weights/write.py": "weights convert_weights toolbox_nets",
     "deeplab/window.py": "window",

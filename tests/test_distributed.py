@@ -200,6 +200,7 @@ def test_two_processes_count_the_same_matrix(toy_voc, snapshot, tmp_path):  # no
     assert one_result["before_crf"]["confusion_matrix"] == two_result["before_crf"]["confusion_matrix"]
     assert one_result["after_crf"]["confusion_matrix"] == two_result["after_crf"]["confusion_matrix"]
     assert two.stdout.count("mean IoU") == 2  # before and after the CRF, from one process alone
+    assert "image/s" not in two.stderr  # no bar but in a terminal
     for i in range(6):
         assert (tmp_path / f"one/toy_{i}.png").read_bytes() == (tmp_path / f"two/toy_{i}.png").read_bytes()
 

@@ -50,6 +50,8 @@ def test_hand_worked_loss():
     labels = torch.tensor([[[0, 1, 255]]])
     expected = (math.log(4) + math.log(4 / 3)) / 2
     assert float(cross_entropy(logits, labels)) == pytest.approx(expected, rel=1e-6)
+    labels[0, 0, 1] = 255  # one labelled pixel is a mean of its own
+    assert float(cross_entropy(logits, labels)) == pytest.approx(math.log(4), rel=1e-6)
 
 
 @pytest.mark.parametrize("size", LOSS_SIZES)
@@ -210,6 +212,7 @@ def test_ohem_hand_worked():
     assert float(cross_entropy(logits, labels, ohem=Ohem(0.7, 1))) == pytest.approx(one, rel=1e-6)
     assert float(cross_entropy(logits, labels, ohem=Ohem(0.7, 2))) == pytest.approx(two, rel=1e-6)
     assert float(cross_entropy(logits, labels, ohem=Ohem(0.8, 1))) == pytest.approx(two, rel=1e-6)
+    assert Ohem() == Ohem(threshold=0.7, keep=100_000)  # the toolbox's
 
 
 def test_ohem_gradient_is_that_of_the_chosen_pixels():
@@ -257,3 +260,5 @@ def test_auxiliary_loss_and_ohem_at_three_scales():
     assert float(losses["loss_1x"]) == pytest.approx(naive, rel=1e-5)
     single = single_scale_loss(net, images, labels, ohem=ohem, aux_weight=0.4)
     assert float(single["loss"]) == pytest.approx(naive + 0.4 * float(aux), rel=1e-5)
+    for loss in (single_scale_loss, multi_scale_loss):  # without a weight the auxiliary loss has no part in the sum
+        assert float(loss(net, images, labels)["loss"]) == float(loss(net.main, images, labels)["loss"])

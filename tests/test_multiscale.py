@@ -108,6 +108,7 @@ def test_blocks_of_rows_are_the_enlarged_logits(size):
     rows, columns = ((side - 1) // 8 + 1 for side in canvas_size(size))
     logits = torch.randn(1, 4, rows, columns)
     whole = enlarge(logits, size)
+    assert len(list(enlarge_rows(logits, size, 1))) == max(rows - 1, 1)  # never less than a row of the grid, here no more
     for max_elements in (1, 4 * 8 * size[1] * 2, 2**25):
         blocks = list(enlarge_rows(logits, size, max_elements))
         covered = [row for block, _ in blocks for row in range(*block.indices(size[0]))]

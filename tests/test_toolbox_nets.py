@@ -141,6 +141,25 @@ def test_gradients_through_folded_heads_are_those_without_folding(toolbox, tmp_p
     assert {"dsn.0.bias", "head.1.weight"} <= theirs.keys()
 
 
+def test_a_map_that_is_larger_than_every_rate(toolbox, tmp_path):
+    """On smaller ones the outer taps of the atrous branches see nothing but padding."""
+    _, reference, _ = toolbox
+    head = load_net(save(tmp_path / "net.pth", reference), "full").eval().head[0]
+    features = torch.randn(1, 512, 41, 39)
+    parts = [F.interpolate(stage(features.double()), (41, 39), mode="bilinear", align_corners=True)
+             for stage in getattr(reference.head[0], "stages", [])]  # fmt: skip
+    if parts:
+        expected = reference.head[0].bottleneck(torch.cat([*parts, features], 1))
+    else:
+        mean, *branches = (getattr(reference.head[0], f"conv{number}")(features.double()) for number in range(1, 6))
+        expected = reference.head[0].bottleneck(torch.cat([mean.expand_as(branches[0]), *branches], 1))
+    with torch.no_grad():
+        assert float((head(features, [None] * 6) - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+    theirs = {name: module.p for name, module in reference.named_modules() if isinstance(module, nn.Dropout2d)}
+    ours = {f"head.0.{name}": module.p for name, module in head.named_modules() if isinstance(module, nn.Dropout2d)}
+    assert ours == {name: share for name, share in theirs.items() if name.startswith("head")}
+
+
 def test_auxiliary_logits_come_in_training_alone_and_dropout_with_them():
     torch.manual_seed(0)
     net = make_net({"net": "pspnet", "backbone": "resnet18", "num_classes": 3}, "frozen")
@@ -198,6 +217,7 @@ def test_trunk_of_mit_and_of_another_head(toolbox, tmp_path):
         weights = load_weights(tmp_path / "resnet18-imagenet.pth", trunk)
         assert weights.config["stem"] == "deep"
         assert words in "".join(weights.notes)
+        assert weights.scheme == f"ResNet with a deep stem, over {'BGR 0..255' if trunk == 'caffe' else 'RGB'}"
     for kind in NETS:
         net, report = build_net(load_weights(tmp_path / "resnet18-imagenet.pth", "caffe"), net=kind, num_classes=7)
         assert all(key.startswith(("layer5", "head", "dsn")) for key in report.missing)
@@ -238,7 +258,9 @@ def test_reset_head_is_what_construction_gives():
         if key.startswith(("head", "dsn")):
             assert bool(value.isfinite().all())
             assert torch.equal(value, fresh.state_dict()[key])
-    assert bool((net.head[0].conv2[1].running_var == 1).all())
+    for norm in (net.head[0].conv2[1], net.dsn[1]):  # frozen ones have values of their own
+        for values, initial in ((norm.weight, 1), (norm.bias, 0), (norm.running_mean, 0), (norm.running_var, 1)):
+            assert bool((values == initial).all())
     assert float(net.head[1].weight.detach().std()) > 0
 
 

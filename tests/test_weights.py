@@ -447,6 +447,7 @@ def test_nets_that_are_built_differently(tmp_path):
     refused(
         r"epsilon is 0\.001, but that of the net is 1e-05; build the net with batch_norm_eps=0\.001", {}, batch_norm_eps=1e-3
     )
+    refused(r"epsilon is 1\.001e-05, but", {}, batch_norm_eps=1.001e-5)
 
 
 def test_every_key_is_accounted_for(tmp_path):
@@ -623,3 +624,5 @@ def test_exports_are_refused_in_words(tmp_path):
         assert "rates [1, 2, 3, 4], there [6, 12, 18, 24]" in reason(scheme, real, atrous_rates=[1, 2, 3, 4])
     assert "first 1x1 convolutions, there in the 3x3" in reason("torchvision-trunk", real)
     assert "missing or misshapen, such as" in reason("published", narrow_state("resnet50"))
+    real["layer5.conv2d_list.3.weight"] = torch.zeros(()).expand(21, 512, 3, 3)
+    assert "layer5.conv2d_list.3.weight takes 512 channels, the trunk gives 2048" in reason("published", real)

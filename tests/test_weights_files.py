@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from deeplab.weights import WeightsError, check_sums, load_weights
-from deeplab.weights.contents import Weights
+from deeplab.weights.contents import Weights, some
 from deeplab.weights.files import read_numpy
 from tests.legacy_tar import tar_torch
 from tests.published import caffe_bytes, narrow_state, seeded_and_tidy, tensorflow_arrays  # noqa: F401
@@ -46,6 +46,18 @@ def refused(path, match):
 
 
 # Check sums
+
+
+def test_a_directory_of_more_members_than_its_counter_holds(tmp_path):
+    """A zip file's counter has two bytes, and 65,535 means "look elsewhere" (PKWARE APPNOTE 4.4.1.4)."""
+    with zipfile.ZipFile(tmp_path / "many", "w") as archive:
+        for number in range(65_536):
+            archive.writestr(zipfile.ZipInfo(str(number)), b"")
+    assert check_sums(tmp_path / "many") == ""
+
+
+def test_a_few_names_and_how_many_more():
+    assert [some("abcdefg"[:count]) for count in (1, 6, 7)] == ["a", "a, b, c, d, e, f", "a, b, c, d, e, f and 1 more"]
 
 
 def flip_a_bit(path, offset):

@@ -367,3 +367,12 @@ def test_a_net_without_its_first_layers_is_of_no_scheme(tmp_path, lost):
     torch.save({key: value for key, value in narrow_state("resnet18").items() if key != lost}, tmp_path / "x.pth")
     with pytest.raises(WeightsError, match="are of no scheme known here"):
         load_weights(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("head", ["classifier", "neck"])
+def test_a_trunk_called_backbone_is_torchvisions_only_with_a_classifier(tmp_path, head):
+    """A detector's trunk has that name too."""
+    torch.save({"backbone.stem.weight": torch.ones(2), f"{head}.weight": torch.ones(2)}, tmp_path / "x.pth")
+    words = "it is a torchvision segmentation net" if head == "classifier" else "are of no scheme known here"
+    with pytest.raises(WeightsError, match=words):
+        load_weights(tmp_path / "x.pth")

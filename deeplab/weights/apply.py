@@ -14,7 +14,7 @@ from deeplab.nets import Net, make_net
 from deeplab.resnet import BACKBONES, Bottleneck
 from deeplab.weights.contents import NO_PLACE, Weights, WeightsError, group_by_reason, some
 from deeplab.weights.load import load_weights
-from deeplab.weights.names import HEAD_KEY, in_head
+from deeplab.weights.names import in_head
 
 _STEMS = {"7x7": "one 7x7 convolution", "deep": "three 3x3 convolutions"}
 
@@ -214,8 +214,7 @@ def _choose_head(net: Net, weights: Weights, restore_last: bool) -> tuple[set[st
     rates, net_rates = list(weights.config["atrous_rates"]), ours["atrous_rates"]
     if rates[: len(net_rates)] == net_rates:
         unused = ", ".join(map(str, rates[len(net_rates) :]))
-        used = {key for key in head if (match := HEAD_KEY.match(key)) and int(match[1]) < len(net_rates)}
-        return used, f"the branches of the file's head at rates {unused} are left out" if unused else ""
+        return head, f"the branches of the file's head at rates {unused} are left out" if unused else ""
     if len(rates) != len(net_rates):
         return set(), f"the file's head has the rates {rates} and the net {net_rates}: the head is left out"
     option = re.sub(r"[^\d,]", "", str(rates))
