@@ -39,8 +39,9 @@ def test_blobs_in_all_the_ways_the_format_allows():
     loose_shape = message(7, b"\x08\x02\x08\x03")
     loose = loose_shape + b"".join(b"\x2d" + struct.pack("<f", value) for value in numbers)
     doubles = shape + message(8, numbers.astype("<f8").tobytes())
+    loose_doubles = shape + b"".join(b"\x41" + struct.pack("<d", value) for value in numbers)
     with_diff = whole + message(6, numbers.tobytes())
-    for variant in (whole, pieces, loose, doubles, with_diff):
+    for variant in (whole, pieces, loose, doubles, loose_doubles, with_diff):
         (found,) = read(layer("x", "Convolution", variant))
         np.testing.assert_array_equal(found.blobs[0], numbers.reshape(2, 3))
     old = b"\x08\x01\x10\x02\x18\x03\x20\x01" + message(5, numbers.tobytes())  # num, channels, height, width
@@ -122,7 +123,9 @@ def test_the_coco_and_imagenet_heads_are_left_out(tmp_path):
     assert "atrous_rates" not in weights.config
     assert any("COCO" in note and "91" in note for note in weights.notes)
     path.write_bytes(body + layer("fc1000", "InnerProduct", blob(np.ones((1000, 2))), blob(np.ones(1000))))
-    assert any("plain image classifier" in note for note in load_weights(path).notes)
+    weights = load_weights(path)
+    assert weights.skipped["fc1000"] == "the image classifier"
+    assert any("plain image classifier" in note for note in weights.notes)
 
 
 def test_what_does_not_fit_is_refused():

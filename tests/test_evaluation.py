@@ -300,6 +300,21 @@ def test_colours_are_those_of_the_data_else_of_the_snapshot(toy_voc, snapshot, t
     assert [palette[label] for label in (0, 1, 2, 3, 255)] == [[9, 8, 7], [7, 7, 7], [0, 128, 0], [200, 0, 9], [224, 224, 192]]
 
 
+@pytest.mark.parametrize("tf32", [True, False])
+def test_rounded_factors_can_be_refused(toy_voc, snapshot, monkeypatch, tf32):
+    """torch takes the setting without a GPU too."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not tf32)
+    evaluate(toy_voc, snapshot, *([] if tf32 else ["--no-tf32"]))
+    assert torch.backends.cudnn.allow_tf32 == tf32
+
+
+def test_the_bar_is_shown_in_a_terminal_only(toy_voc, snapshot, monkeypatch, capsys):
+    for terminal in (True, False):
+        monkeypatch.setattr("sys.stderr.isatty", lambda terminal=terminal: terminal, raising=False)
+        evaluate(toy_voc, snapshot)
+        assert ("6/6 [" in capsys.readouterr().err) == terminal
+
+
 def test_the_table_shows_the_colours_in_a_terminal_only(toy_voc, snapshot, monkeypatch, capsys):
     patch = "\033[48;2;0;128;0m  \033[0m   2 blue"
     for terminal, no_color in ((True, False), (True, True), (False, False)):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights
 
 from dataset import (
     DatasetError,
@@ -19,6 +20,7 @@ from dataset import (
     read_label,
     voc_palette,
 )
+from dataset.classes import VOC_NAMES
 from tests.conftest import TOY_CLASSES, TOY_SIZES, save_palette_png
 from utils.loader import make_loader, running
 
@@ -54,7 +56,7 @@ BAD_LABELS = {
         r"values 38, 200; expected class indices 0\.\.3 and 255",
     ),
     "binary": (lambda p: write_label(p, np.full((40, 55), 128, dtype=np.uint8)), r"the value 128; expected"),
-    "mis-sized": (lambda p: write_label(p, np.ones((40, 50), dtype=np.uint8)), r"50x40 pixels, its picture 55x40"),
+    "mis-sized": (lambda p: write_label(p, np.ones((40, 50), dtype=np.uint8)), r"50x40 pixels, its picture 55x40; both must be of one size$"),
     "truncated": (lambda p: p.write_bytes(p.read_bytes()[:60]), r"is damaged: its"),
     "empty": (lambda p: p.write_bytes(b""), r"cannot be decoded"),
     "text": (lambda p: p.write_text("<html>not found</html>"), r"cannot be decoded"),
@@ -211,6 +213,11 @@ def test_a_data_set_knows_whether_its_classes_fit(toy_voc):
 def test_labels_of_one_class(present, words):
     sentence = one_class_warning(present)
     assert sentence is None if words is None else re.search(words, sentence)
+
+
+def test_names_are_those_that_torchvision_tells_of_its_nets():
+    theirs = DeepLabV3_ResNet50_Weights.DEFAULT.meta["categories"]
+    assert [name.strip("_") for name in theirs] == list(VOC_NAMES)
 
 
 def test_voc_palette():

@@ -1,5 +1,7 @@
 """Whose net a file holds: RGB or BGR trunks, two-level nets, nets with more in them, numbers that are none."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from safetensors.torch import save_file
 
 import deeplab
 from deeplab.weights import WeightsError, apply_weights, build_net, load_net, load_weights
-from deeplab.weights.stem import to_bgr_input
+from deeplab.weights.stem import picture_variance, to_bgr_input
 from scripts import convert_weights
 from tests.published import (
     blob,
@@ -347,11 +349,24 @@ def test_build_net_without_a_file():
     assert net.training
 
 
+def test_variance_of_pictures_by_hand():
+    """Kernels of ones have an energy of 147."""
+    kernel, ones = torch.ones(3, 7, 7), torch.ones(4)
+    conv = torch.stack([kernel, kernel, kernel * 1e-5**0.5, kernel * 1e-7**0.5])  # the last one is dead
+    state = {"conv1.weight": conv, "bn1.running_mean": 0 * ones, "bn1.weight": ones / 2}
+    variances = torch.tensor([147 * 2, 147 * 4, 147e-5 * 6, 1.0])
+    assert picture_variance(state | {"bn1.running_var": variances}) == pytest.approx(4)
+    assert math.isnan(picture_variance(state | {"conv1.weight": 0 * conv, "bn1.running_var": variances}))
+    state["conv1.weight"] = kernel.expand(4, 3, 7, 7)
+    for variance, expected in ((1.0005, 0.25), (1.002, 1.002)):  # about 1 all over: folded into the weight, of half the usual
+        assert picture_variance(state | {"bn1.running_var": variance * ones}) == pytest.approx(expected / 147)
+
+
 def test_a_deeplab_net_over_other_pictures_is_told(tmp_path):
     """The variance of its answers is that of the pictures times the kernel's energy, 147 * 4 here."""
     state = narrow_state("resnet18") | {"conv1.weight": torch.full((2, 3, 7, 7), 2.0)}
-    for variance, words in ((588 * 3.0, ["variance 3, as normalised RGB has"]), (588 * 4000.0, [])):
-        state["bn1.running_var"] = torch.full((2,), variance)
+    for variance, words in ((3.0, ["variance 3, as normalised RGB has"]), (290.0, ["variance 290"]), (310.0, []), (4000.0, [])):
+        state["bn1.running_var"] = torch.full((2,), 588 * variance)
         torch.save(state, tmp_path / "x.pth")
         found = [note for note in load_weights(tmp_path / "x.pth").notes if "worthless" in note]
         assert len(found) == len(words)

@@ -77,8 +77,8 @@ class Snapshots:
         if numbered:
             try:
                 save_snapshot(self.path(step), net, meta)
-                self.numbers = numbers[-self.keep :] if self.keep else numbers
-                for number in numbers[: -self.keep] if self.keep else ():
+                self.numbers = numbers[-self.keep :]  # of 0: all
+                for number in numbers[: -len(self.numbers)]:
                     self.path(number).unlink(missing_ok=True)
             except (DiskError, OSError) as error:
                 problems.append(str(error))
