@@ -12,7 +12,7 @@ from PIL import Image
 from deeplab import multi_scale_loss, single_scale_loss
 from tests.conftest import save_palette_png
 from tests.test_training import SCRATCH, log_lines, model, train, train_msc
-from utils import log
+from utils import distributed, log
 from utils.command import UserError
 
 RUN = [*SCRATCH, "--num-steps", "6", "--iter-size", "2", "--weight-decay", "0.01", "--momentum", "0.8", "--power", "0.5",
@@ -166,6 +166,13 @@ def test_another_run_is_never_overwritten(toy_voc, tmp_path):
 def test_without_a_checkpoint_it_begins(toy_voc, tmp_path, capsys):
     assert train(toy_voc, tmp_path, *SCRATCH, "--num-steps", "1", "--resume") == 0
     assert "to resume from: starting at step 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("step", "words"), [(-1, "sees none"), (0, "cannot read its own"), (4, "sees it at step 4")])
+def test_a_newer_checkpoint_in_another_process_is_told(toy_voc, tmp_path, monkeypatch, step, words):
+    monkeypatch.setattr(distributed, "gather", lambda own: [step, 9])
+    with pytest.raises(UserError, match=rf"process 1 sees .*last\.ckpt at step 9, but process 0 {words}; give a --snapshot-dir"):
+        train(toy_voc, tmp_path, *RUN, "--resume")
 
 
 def test_broken_checkpoints_are_refused(toy_voc, tmp_path):

@@ -16,7 +16,7 @@ from scripts.data.archive import unpack
 from scripts.data.catalogue import Item
 from tests.conftest import ROOT
 from tests.legacy_tar import tar_torch
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import _is_snapshot, load_checkpoint
 from utils.command import UserError
 from utils.start import _step_of
 from utils.validation import _score_of
@@ -93,6 +93,7 @@ def test_nothing_in_a_file_is_run(tmp_path, name):
         with pytest.raises((WeightsError, UserError), match=re.escape(str(path))):
             read(path)
     assert _step_of(path) == 0  # which stands for a checkpoint that cannot be read
+    assert not _is_snapshot(path, 1)
     assert not made.exists()
     without_care(path)
     assert made.exists()  # so that the test above can fail

@@ -81,7 +81,7 @@ def resume(args: Namespace, loss: str) -> Start | None:
     path = _checkpoint_path(args)
     steps = distributed.gather(_step_of(path))
     if max(steps) > steps[0]:
-        main = f"sees it at step {steps[0]}" if steps[0] >= 0 else "sees none"
+        main = {-1: "sees none", 0: "cannot read its own"}.get(steps[0], f"sees it at step {steps[0]}")
         raise UserError(
             f"--resume: process {steps.index(max(steps))} sees {path} at step {max(steps)}, but process 0 {main}; "
             "give a --snapshot-dir that all machines share, or copy the newest last.ckpt to all"
