@@ -55,7 +55,7 @@ TESTS = {  # module -> files in tests/, without test_
     "dataset/cityscapes.py": "cityscapes",
     "dataset/classes.py": "voc labels cityscapes",
     "dataset/files.py": "pictures voc labels hostile",
-    "dataset/labels.py": "labels voc hostile",
+    "dataset/labels.py": "labels voc hostile cityscapes",
     "dataset/listing.py": "lists voc layouts",
     "dataset/lists.py": "lists voc",
     "dataset/sampler.py": "transforms properties",

@@ -8,7 +8,7 @@ from PIL import Image
 
 from dataset import DatasetError, read_class_names, read_label, voc_palette
 from dataset.classes import VOC_NAMES, read_class_colors
-from dataset.labels import BadLabel, check_values
+from dataset.labels import BadLabel, check_palette, check_values
 from tests.pngs import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, png
 
 BLACK, RED, PERSON, VOID = (0, 0, 0), (128, 0, 0), (192, 128, 128), (224, 224, 192)  # of VOC's 0, 1, 15, 255
@@ -191,3 +191,15 @@ def test_eight_wrong_values_are_all_named():
     for count, end in ((8, "27; expected"), (9, r"27, \.\.\.; expected")):
         with pytest.raises(BadLabel, match=f"holds the values 20, .* {end}"):
             check_values(range(20, 20 + count), 20)
+
+
+@pytest.mark.parametrize("count", [2, 5, 6, 7])
+def test_a_palette_in_another_order_by_hand(count):
+    """Every colour of the table occurs, each index has that of the next one, and five are named."""
+    colors = {index: (index, 0, 0) for index in range(count)}
+    palette = np.array([[(index + 1) % count, 0, 0] for index in range(count)], np.uint8)
+    check_palette(range(count), np.array(list(colors.values()), np.uint8), colors)
+    check_palette(range(count), palette + np.uint8(9), colors)  # other colours say nothing
+    with pytest.raises(BadLabel, match="index 0 has the colour of 1, 1 has the colour of") as caught:
+        check_palette(range(count), palette, colors)
+    assert str(caught.value).count("has the colour of") == min(count, 5)

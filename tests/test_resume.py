@@ -204,6 +204,14 @@ def test_the_log_and_the_folder_of_a_killed_run(toy_voc, tmp_path):
     assert {path.name for path in tmp_path.iterdir() if path.name.startswith((".", "n"))} == {".mine.tmp", "notes.txt"}
 
 
+def test_the_first_and_the_last_step_are_logged(toy_voc, tmp_path):
+    """Of each start, so that a wrong rate is seen at once."""
+    train(toy_voc, tmp_path, *SCRATCH, "--num-steps", "3", "--log-every", "100")
+    assert [line["step"] for line in log_lines(tmp_path)] == [1, 3]
+    train(toy_voc, tmp_path, "--resume", "--num-steps", "6", "--log-every", "100")
+    assert [line["step"] for line in log_lines(tmp_path)] == [1, 3, 4, 6]
+
+
 def test_tensorboard_forgets_the_steps_that_are_done_again(toy_voc, tmp_path):
     """An event of the checkpoint's own step stays, the later ones are purged (TensorBoard drops steps >= purge_step)."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

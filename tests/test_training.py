@@ -94,6 +94,24 @@ def test_what_a_run_leaves_behind(toy_voc, tmp_path):
     assert meta["atrous_rates"] == [6, 12, 18, 24]
 
 
+def test_workers_by_the_bytes_of_a_process_batch(toy_voc, tmp_path, monkeypatch):
+    """Three bytes of colour and one of label a pixel."""
+    asked = []
+    monkeypatch.setattr(training, "fitting_workers", lambda *words: asked.append(words) or (0, ""))
+    train(toy_voc, tmp_path, *SCRATCH, "--num-steps", "1", "--num-workers", "5", "--batch-size", "3", "--input-size", "25,33")
+    assert asked == [(5, 3 * 25 * 33 * 4)]
+
+
+def test_statistics_of_each_process_are_told(toy_voc, monkeypatch):
+    parser = training_parser("", batch_size=10, iter_size=1, snapshot_dir="snapshots")
+    for processes, options, told in ((1, [], False), (2, [], True), (2, ["--batch-norm", "frozen"], False)):
+        args = parser.parse_args(["--data-dir", str(toy_voc), *SMALL, "--batch-norm", "full", "--batch-size", "6", *options])
+        data, data_list = training.open_training_data(args)
+        monkeypatch.setattr(training.distributed, "world_size", lambda processes=processes: processes)
+        lines = "\n".join(training.head_lines(args, data, data_list))
+        assert ("each process takes batch statistics of its own 3 pictures" in lines) == told
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(toy_voc, tmp_path):
     """The message names the step and the pictures of the batch; the snapshots stay as they were."""
 

@@ -103,5 +103,7 @@ def test_what_cannot_be_validated_is_a_sentence_and_loses_nothing(toy_voc, tmp_p
     (toy_voc / "JPEGImages/toy_5.jpg").write_bytes(b"broken")  # on the list of validation only
     with pytest.raises(DatasetError, match="toy_5"):
         train(toy_voc, tmp_path / "b", *OPTIONS, "--val-every", "2")
+    with pytest.raises(DatasetError, match="toy_5"):
+        train(toy_voc, tmp_path / "b", "--resume")  # its score is still to come
     assert torch.load(tmp_path / "b/last.ckpt", weights_only=True)["step"] == 2
     assert json.loads((tmp_path / "b/args.json").read_text())["val_every"] == 2
