@@ -1,5 +1,6 @@
 """DeepLab-v2, DeepLabv3 and PSPNet: the nets, their losses, multi-scale prediction, the dense CRF, the published weights."""
 
+from deeplab.batch_norm import BATCH_NORM_MODES, conv_bn, kept_statistics
 from deeplab.crf import CRFParams, dense_crf
 from deeplab.deeplabv2 import ASPP, ATROUS_RATES, DeepLabV2, deeplabv2
 from deeplab.deeplabv3 import DeepLabV3
@@ -7,7 +8,7 @@ from deeplab.loss import LOSS_SIZES, multi_scale_loss, resize_labels, single_sca
 from deeplab.multiscale import fuse_max, multiscale_logits, predict, predict_classes
 from deeplab.nets import NETS, Net, make_net
 from deeplab.pspnet import PSPNet
-from deeplab.resnet import BACKBONES, BATCH_NORM_MODES, conv_bn, fold_batch_norm, kept_statistics
+from deeplab.resnet import BACKBONES, fold_batch_norm
 from deeplab.window import predict_windows
 
 __all__ = [

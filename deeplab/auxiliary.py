@@ -13,15 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from deeplab.batch_norm import Folded, FoldedNet, Pair, conv_bn
 from deeplab.multiscale import check_input
-from deeplab.resnet import DilatedResNet, Folded, FoldedNet, Pair, check_classes, conv_bn
+from deeplab.resnet import DilatedResNet, check_classes
 
 FEATURES = 512  # channels before each classifier
 DROPOUT = 0.1  # of whole channels, before each classifier
 
 
 def conv_bn_leaky(x: Tensor, conv: nn.Conv2d, bn: nn.Module, folded: Folded | None) -> Tensor:
-    """:func:`deeplab.resnet.conv_bn` and the heads' leaky ReLU."""
+    """:func:`deeplab.batch_norm.conv_bn` and the heads' leaky ReLU."""
     return F.leaky_relu(conv_bn(x, conv, bn, folded), 0.01, inplace=True)
 
 
@@ -41,7 +42,7 @@ class NetWithAuxiliary(DilatedResNet):
     name: str
     context: type[nn.Module]
     """``head.0``: (in_channels, norm) -> a module (N, in_channels, h, w), folded -> (N, 512, h, w), with ``pairs()`` of its
-    convolutions and their batch norms, whose :func:`deeplab.resnet.fold` is ``folded``."""
+    convolutions and their batch norms, whose :func:`deeplab.batch_norm.fold` is ``folded``."""
     defaults: Mapping[str, Any] = MappingProxyType(
         {"learning_rate": 1e-2, "loss_size": "input", "batch_norm": "full", "aux_weight": 0.4}
     )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from deeplab.auxiliary import DROPOUT, FEATURES, NetWithAuxiliary, conv_bn_leaky
-from deeplab.resnet import Folded, Pair
+from deeplab.batch_norm import Folded, Pair
 
 RATES = (12, 24, 36)  # of output stride 8
 
@@ -28,7 +28,7 @@ class ASPPv3(nn.Module):
         return [*((branch[-2], branch[-1]) for branch in branches), (self.bottleneck[0], self.bottleneck[1])]
 
     def forward(self, x: Tensor, folded: Sequence[Folded | None]) -> Tensor:
-        """(N, in_channels, h, w) -> (N, 512, h, w); ``folded`` is what :func:`deeplab.resnet.fold` makes of :meth:`pairs`."""
+        """(N, in_channels, h, w) -> (N, 512, h, w); ``folded``: :func:`deeplab.batch_norm.fold` of :meth:`pairs`."""
         (mean, bn), *branches, (bottleneck, last) = self.pairs()
         pooled = conv_bn_leaky(self.conv1[0](x), mean, bn, folded[0])  # N 256 1 1
         features = [pooled.expand(-1, -1, *x.shape[-2:])]

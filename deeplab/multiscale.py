@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deeplab.resnet import DilatedResNet, kept_statistics
+from deeplab.batch_norm import kept_statistics
+from deeplab.resnet import DilatedResNet
 
 TRAIN_SCALES = (1.0, 0.75, 0.5)
 FUSIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"max": torch.maximum, "mean": torch.add}

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from deeplab.auxiliary import DROPOUT, FEATURES, NetWithAuxiliary, conv_bn_leaky
+from deeplab.batch_norm import Folded, Pair
 from deeplab.multiscale import resize
-from deeplab.resnet import Folded, Pair
 
 BINS = (1, 2, 3, 6)  # a side
 
@@ -31,7 +31,7 @@ class PyramidPooling(nn.Module):
         return [*((conv, bn) for _, conv, bn in self.stages), (self.bottleneck[0], self.bottleneck[1])]
 
     def forward(self, x: Tensor, folded: Sequence[Folded | None]) -> Tensor:
-        """(N, in_channels, h, w) -> (N, 512, h, w); ``folded`` is what :func:`deeplab.resnet.fold` makes of :meth:`pairs`."""
+        """(N, in_channels, h, w) -> (N, 512, h, w); ``folded``: :func:`deeplab.batch_norm.fold` of :meth:`pairs`."""
         features = []
         for (pool, conv, bn), weights in zip(self.stages, folded):
             features.append(resize(conv_bn_leaky(pool(x), conv, bn, weights), x.shape[-2:]))

@@ -6,8 +6,8 @@ come from differs: the pool rounds its output size up, the stride of a stage sit
 block of a dilated stage uses that stage's dilation (torchvision gives the first block the previous one's).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,104 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.ops import FrozenBatchNorm2d
 
-BATCH_NORM_MODES = ("frozen", "stats", "full")
+from deeplab.batch_norm import (
+    BATCH_NORM_MODES,
+    Folded,
+    FoldedNet,
+    Pair,
+    conv_bn,
+    fold,
+    kept_statistics,
+    make_norm,
+    scale_and_shift,
+)
+
 STEMS = ("7x7", "deep")
-
-Folded = tuple[Tensor, Tensor]  # the weight and the bias of a convolution that does its batch norm as well
-Pair = tuple[nn.Conv2d, nn.Module]  # a convolution and the batch norm behind it
-
-
-def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, folded: Folded | None = None) -> Tensor:
-    """``bn(conv(x))``, in one convolution where ``folded`` is what :func:`fold` made of the two: (N, C_out, h, w)."""
-    if folded is None:
-        return bn(conv(x))
-    return F.conv2d(x, *folded, conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
-def fold(pairs: Sequence[Pair]) -> list[Folded | None]:
-    """Fold each frozen batch norm into the convolution before it, for the forward passes that share one backward pass.
-
-    A frozen batch norm is the affine map ``y * scale + shift`` per channel, so ``bn(conv(x, w))`` equals
-    ``conv(x, w * scale) + shift``. ``conv.weight`` stays the parameter that is trained and saved, and gets the same gradient;
-    but no activation is stored between the two, as the unfolded pair does. Nothing is kept from one call to the next: for all
-    layers at once, the constants cost eight operations, and cannot be older than the buffers that they come from.
-
-    Returns:
-        (weight, bias) a pair, under autocast in its type; None where the batch norm is not frozen.
-    """
-    frozen = [(conv, bn) for conv, bn in pairs if isinstance(bn, FrozenBatchNorm2d)]
-    if not frozen:
-        return [None] * len(pairs)
-    scale, shift = _scale_and_shift([bn for _, bn in frozen])
-    device = scale.device.type
-    autocast = not scale.is_meta and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else scale.dtype
-    channels = [conv.out_channels for conv, _ in frozen]
-    scales, shifts = scale[:, None, None, None].split(channels), shift.to(dtype).split(channels)
-    folded = iter([((conv.weight * a).to(dtype), _bias(conv, a, b)) for (conv, _), a, b in zip(frozen, scales, shifts)])
-    return [next(folded) if isinstance(bn, FrozenBatchNorm2d) else None for _, bn in pairs]
-
-
-def _bias(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> Tensor:
-    return shift if conv.bias is None else (conv.bias * scale.flatten() + shift).to(shift.dtype)
-
-
-def _scale_and_shift(norms: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    """What batch norms do on running statistics, ``y * scale + shift``: (channels of all of them,) each."""
-    names = ("weight", "bias", "running_mean", "running_var")
-    weight, bias, mean, var = (torch.cat([getattr(bn, name) for bn in norms]) for name in names)
-    (eps,) = {bn.eps for bn in norms}
-    scale = weight * (var + eps).rsqrt()
-    return scale, bias.addcmul(mean, scale, value=-1)
-
-
-def make_norm(channels: int, batch_norm: str, eps: float = 1e-5) -> nn.Module:
-    """The batch norm of a mode, one of ``BATCH_NORM_MODES``."""
-    if batch_norm == "frozen":
-        return FrozenBatchNorm2d(channels, eps=eps)
-    bn = nn.BatchNorm2d(channels, eps=eps)
-    bn.requires_grad_(batch_norm == "full")
-    return bn
-
-
-def fold_batch_norm(net: "DilatedResNet") -> nn.Module:
-    """Fold every batch norm of a net into its convolution for good, for prediction; changes and returns ``net``.
-
-    Each convolution gets the product as its weight and a bias, each batch norm becomes ``nn.Identity``. Running statistics are
-    used, whatever kind of batch norm it was. The net can no longer be trained as it was, nor saved under the published names.
-    """
-    names = {module: name for name, module in net.named_modules()}
-    for conv, bn in (pair for pairs in net.pairs() for pair in pairs):
-        with torch.no_grad():
-            scale, shift = _scale_and_shift([bn])
-            conv.weight.mul_(scale[:, None, None, None])
-            conv.bias = nn.Parameter(shift if conv.bias is None else shift + scale * conv.bias)
-        parent, _, name = names[bn].rpartition(".")
-        setattr(net.get_submodule(parent), name, nn.Identity())
-    return net
-
-
-@contextmanager
-def kept_statistics(module: nn.Module) -> Iterator[None]:
-    """A context in which a forward pass in training mode moves no running statistic and no counter.
-
-    For passes that are made twice, as activation checkpointing does. The statistics are still handed to the kernel, with a
-    momentum of 0: checkpointing wants both passes to save the same tensors for backward.
-    """
-    before = [
-        (norm, norm.momentum, norm.num_batches_tracked)
-        for norm in module.modules()
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm)
-    ]
-    for norm, _, counter in before:
-        norm.momentum, norm.num_batches_tracked = 0.0, counter.clone() if counter is not None else None
-    try:
-        yield
-    finally:
-        for norm, momentum, counter in before:
-            norm.momentum, norm.num_batches_tracked = momentum, counter
 
 
 class BasicBlock(nn.Module):
@@ -190,7 +106,6 @@ def _shortcut(inplanes: int, outplanes: int, stride: int, norm: Callable[[int], 
 
 
 Block = BasicBlock | Bottleneck
-FoldedNet = list[list[Folded | None]]
 BACKBONES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
@@ -316,3 +231,20 @@ class DilatedResNet(nn.Module):
             else:
                 x = block(x, weights)
         return third, x
+
+
+def fold_batch_norm(net: DilatedResNet) -> nn.Module:
+    """Fold every batch norm of a net into its convolution for good, for prediction; changes and returns ``net``.
+
+    Each convolution gets the product as its weight and a bias, each batch norm becomes ``nn.Identity``. Running statistics are
+    used, whatever kind of batch norm it was. The net can no longer be trained as it was, nor saved under the published names.
+    """
+    names = {module: name for name, module in net.named_modules()}
+    for conv, bn in (pair for pairs in net.pairs() for pair in pairs):
+        with torch.no_grad():
+            scale, shift = scale_and_shift([bn])
+            conv.weight.mul_(scale[:, None, None, None])
+            conv.bias = nn.Parameter(shift if conv.bias is None else shift + scale * conv.bias)
+        parent, _, name = names[bn].rpartition(".")
+        setattr(net.get_submodule(parent), name, nn.Identity())
+    return net

@@ -32,11 +32,12 @@ sys.path.insert(0, str(ROOT))
 
 TESTS = {  # module -> files in tests/, without test_
     "deeplab/auxiliary.py": "toolbox_nets toolbox_training schedule",
+    "deeplab/batch_norm.py": "resnet loss toolbox_nets",
     "deeplab/crf.py": "crf",
     "deeplab/deeplabv2.py": "resnet schedule multiscale weights",
     "deeplab/deeplabv3.py": "toolbox_nets",
     "deeplab/loss.py": "loss properties toolbox_training",
-    "deeplab/multiscale.py": "multiscale loss properties window",
+    "deeplab/multiscale.py": "multiscale loss properties window toolbox_training first_steps",
     "deeplab/nets.py": "toolbox_nets toolbox_training",
     "deeplab/pspnet.py": "toolbox_nets",
     "deeplab/resnet.py": "resnet loss toolbox_nets",

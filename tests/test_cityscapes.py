@@ -94,7 +94,7 @@ def test_the_table():
     assert {row.id: index for index, row in enumerate(CITYSCAPES_CLASSES)} == TRAIN_IDS
     theirs = {row.train_id: (row.id, row.name, row.color) for row in Cityscapes.classes if not row.ignore_in_eval}
     assert dict(enumerate(CITYSCAPES_CLASSES)) == theirs  # torchvision's table
-    assert CITYSCAPES_COLORS == {**{index: row[2] for index, row in theirs.items()}, 255: (0, 0, 0)}
+    assert {**{index: row[2] for index, row in theirs.items()}, 255: (0, 0, 0)} == CITYSCAPES_COLORS
     assert tuple(DATASETS) == options.DATASETS
 
 

@@ -171,7 +171,7 @@ def test_without_a_checkpoint_it_begins(toy_voc, tmp_path, capsys):
 @pytest.mark.parametrize(("step", "words"), [(-1, "sees none"), (0, "cannot read its own"), (4, "sees it at step 4")])
 def test_a_newer_checkpoint_in_another_process_is_told(toy_voc, tmp_path, monkeypatch, step, words):
     monkeypatch.setattr(distributed, "gather", lambda own: [step, 9])
-    with pytest.raises(UserError, match=rf"process 1 sees .*last\.ckpt at step 9, but process 0 {words}; give a --snapshot-dir"):
+    with pytest.raises(UserError, match=rf"process 1 sees .*last\.ckpt at step 9, but process 0 {words}; give"):
         train(toy_voc, tmp_path, *RUN, "--resume")
 
 

@@ -423,7 +423,9 @@ def test_nothing_is_half_loaded(tmp_path):
     refused(r"lacks 1 of the trunk's tensors \(layer4\.1\.conv2\.weight\); nothing was loaded")
     weights.state["layer4.1.conv2.weight"] = lost[:, :, :1]
     refused(r"layer4\.1\.conv2\.weight is \(512, 512, 1, 3\) in the file and \(512, 512, 3, 3\) in the net; nothing")
-    weights.state["layer4.1.conv2.weight"] = lost
+    weights.state["bn1.weight"] = (scale := weights.state["bn1.weight"])[:3]
+    refused(r" in the net \(and 1 more such\); nothing was loaded")
+    weights.state |= {"layer4.1.conv2.weight": lost, "bn1.weight": scale}
     assert apply_weights(net, weights).missing == []
     assert torch.equal(net.conv1.weight, source.conv1.weight)
 

@@ -99,21 +99,21 @@ class Snapshots:
         check_writable(self.folder)
         state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
         model, momentum = (sum(tensor.nbytes for tensor in part) for part in (net.state_dict().values(), state))
+        last = model + momentum
         disk = shutil.disk_usage(self.folder)
         free = disk.free if disk.total else math.inf  # some network disks do not tell
-        last = model + momentum
+        room = f"{self.folder} has {free / 1e6:.0f} MB free"
         if free < last + model:
             raise DiskError(
-                f"{self.folder} has {free / 1e6:.0f} MB free, and the first snapshots need {(last + model) / 1e6:.0f} MB "
-                f"(last.ckpt {last / 1e6:.0f}, {self.prefix}_scenes_<step>.pth {model / 1e6:.0f}); free space, or choose another "
-                "--snapshot-dir"
+                f"{room}, and the first snapshots need {(last + model) / 1e6:.0f} MB (last.ckpt {last / 1e6:.0f}, "
+                f"{self.prefix}_scenes_<step>.pth {model / 1e6:.0f}); free space, or choose another --snapshot-dir"
             )
         count = min(count, self.keep + 1) if self.keep else count  # the oldest goes when the newest is there
         whole = (count - 1) * model + 2 * last  # a new last.ckpt is written beside the old one
         if count > 1 and free < whole:
             return (
-                f"note: {self.folder} has {free / 1e6:.0f} MB free, and this run's {count} snapshots need {whole / 1e6:.0f} MB; "
-                "free space, or keep the newest N alone with --keep N"
+                f"note: {room}, and this run's {count} snapshots need {whole / 1e6:.0f} MB; free space, or keep the newest N "
+                "alone with --keep N"
             )
         return ""
 
