@@ -188,11 +188,10 @@ class DilatedResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if isinstance(module, (BasicBlock, Bottleneck)):
-                last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
-                if isinstance(last, nn.BatchNorm2d) and batch_norm == "full":
-                    # Each block starts as its shortcut, which allows higher rates from scratch: Goyal et al., arXiv:1706.02677.
-                    nn.init.zeros_(last.weight)
+            if batch_norm == "full" and isinstance(module, (BasicBlock, Bottleneck)):
+                # Each block starts as its shortcut, which allows higher rates from scratch: Goyal et al., arXiv:1706.02677.
+                last: Any = module.bn3 if isinstance(module, Bottleneck) else module.bn2
+                nn.init.zeros_(last.weight)
 
     def stem_pairs(self) -> list[Pair]:
         pairs: list[Pair] = [(self.conv1, self.bn1)]

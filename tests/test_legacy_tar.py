@@ -39,6 +39,14 @@ def test_torch_files_of_early_2017(tmp_path, wrap):
     assert_loads(path, state)
 
 
+def test_a_tensor_that_begins_inside_a_part_of_a_storage(tmp_path):
+    numbers = {"a.weight": torch.rand(4), "b.weight": torch.rand(3)}
+    whole, layout = tar_torch(numbers, view=("a.weight", "b.weight")), struct.pack("<ixxxx3q", 1, 3, 1, 0)
+    assert whole.count(layout) == 1
+    (tmp_path / "x.pth").write_bytes(whole.replace(layout, struct.pack("<ixxxx3q", 1, 2, 1, 1)))
+    assert torch.equal(read_tar_torch(tmp_path / "x.pth")["b.weight"], numbers["b.weight"][1:])
+
+
 def test_torch_files_of_early_2017_run_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     state = narrow_state("resnet18")

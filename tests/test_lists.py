@@ -248,6 +248,7 @@ def test_all_that_is_missing_is_named_with_the_folders_that_exist(toy_voc):
     assert f"no label for toy_0: the folder {toy_voc / 'Masks'} does not exist" in text
     many = missing(toy_voc, [f"id{i}" for i in range(130)])
     assert "id99 and 30 more in" in many
+    assert "id99 in" in missing(toy_voc, [f"id{i}" for i in range(100)])
 
 
 def test_the_longest_name(tmp_path):

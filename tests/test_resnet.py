@@ -8,6 +8,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from deeplab import BACKBONES, BATCH_NORM_MODES, NETS, DeepLabV2, conv_bn, deeplabv2, fold_batch_norm
+from deeplab.resnet import DilatedResNet
 from utils import options
 
 
@@ -162,6 +163,30 @@ def test_initial_values():
         assert abs(conv.weight.std().item() - 0.01) < 2e-4
     weight = net.layer3[0].conv2.weight  # Kaiming, fan out, rectifier: variance 2 / (256 * 3 * 3)
     assert abs(weight.std().item() - (2 / (256 * 9)) ** 0.5) < 1e-3
+    for backbone, last in (("resnet18", "bn2"), ("resnet50", "bn3")):
+        for mode in BATCH_NORM_MODES:  # a block that learns all of its batch norm starts as its shortcut
+            norms = [getattr(block, last) for block in DilatedResNet(backbone, mode).blocks()]
+            assert all(bool((norm.weight == (0 if mode == "full" else 1)).all()) for norm in norms)
+
+
+def test_the_stride_sits_where_the_published_nets_have_it():
+    block = DilatedResNet("resnet50").layer2[0]
+    assert (block.conv1.stride, block.conv2.stride) == ((2, 2), (1, 1))
+
+
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+def test_blocks_are_computed_again_only_where_asked_and_needed(grad_checkpoint):
+    net = deeplabv2("resnet18", 3)
+    net.grad_checkpoint = grad_checkpoint
+    passes = []
+    for block in net.blocks():
+        block.register_forward_pre_hook(lambda *_: passes.append(1))
+    net(torch.randn(1, 3, 33, 33)).sum().backward()
+    assert len(passes) == 8 * (1 + grad_checkpoint)
+    passes.clear()
+    with torch.no_grad():
+        net(torch.randn(1, 3, 33, 33))
+    assert len(passes) == 8
 
 
 def test_grad_checkpoint_gives_the_same_gradients():

@@ -176,6 +176,7 @@ def test_published_counts():
     for name, tensors, parameters in (("deeplabv3", 570, 63_226_854), ("pspnet", 565, 70_437_350)):
         with torch.device("meta"):
             net = NETS[name]()
+        assert net.config["batch_norm_eps"] == net.bn1.eps == net.dsn[1].eps == 1e-5
         assert sum(not key.endswith("num_batches_tracked") for key in net.state_dict()) == tensors
         assert sum(parameter.numel() for parameter in net.parameters()) == parameters
 

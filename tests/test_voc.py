@@ -60,6 +60,10 @@ BAD_LABELS = {
         lambda p: write_label(p, np.ones((40, 50), dtype=np.uint8)),
         r"50x40 pixels, its picture 55x40; both .* one size$",
     ),
+    "turned": (
+        lambda p: write_label(p, np.ones((55, 40), dtype=np.uint8)),
+        r"40x55 pixels, its picture 55x40; .*: the sides are swapped, so that one of the two was turned$",
+    ),
     "truncated": (lambda p: p.write_bytes(p.read_bytes()[:60]), r"is damaged: its"),
     "empty": (lambda p: p.write_bytes(b""), r"cannot be decoded"),
     "text": (lambda p: p.write_text("<html>not found</html>"), r"cannot be decoded"),
@@ -129,7 +133,8 @@ def test_folders(toy_voc):
     (toy_voc / "SegmentationClassAug").rename(toy_voc / "masks")
     data = VOCSegmentation(toy_voc, ["toy_0"], "pictures", "masks", TOY_CLASSES)
     assert data[0][1].shape == TOY_SIZES[0]
-    with pytest.raises(DatasetError, match="holds no JPEGImages/"):
+    folders = "ImageSets/, SegmentationClass/, masks/, pictures/"
+    with pytest.raises(DatasetError, match=f"holds no JPEGImages/; expected <id>.jpg pictures there, but it holds {folders}$"):
         VOCSegmentation(toy_voc, ["toy_0"])
     with pytest.raises(DatasetError, match="holds no labels/"):
         VOCSegmentation(toy_voc, ["toy_0"], "pictures", "labels")

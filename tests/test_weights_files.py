@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from deeplab.weights import WeightsError, check_sums, load_weights
 from deeplab.weights.contents import Weights, some
 from deeplab.weights.files import read_numpy
+from deeplab.weights.kinds import damaged
 from tests.legacy_tar import tar_torch
 from tests.published import caffe_bytes, narrow_state, seeded_and_tidy, tensorflow_arrays  # noqa: F401
 
@@ -54,6 +55,11 @@ def test_a_directory_of_more_members_than_its_counter_holds(tmp_path):
         for number in range(65_536):
             archive.writestr(zipfile.ZipInfo(str(number)), b"")
     assert check_sums(tmp_path / "many") == ""
+
+
+def test_long_errors_of_readers_are_cut():
+    assert damaged(ValueError("x" * 200 + "\nmore")).count("x") == 120
+    assert damaged(ValueError()) == "it is cut off or damaged (ValueError); fetch or copy it again"
 
 
 def test_a_few_names_and_how_many_more():

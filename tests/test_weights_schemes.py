@@ -136,6 +136,7 @@ def test_the_option_overrides_what_the_numbers_say(tmp_path, kind, classifier):
     assert torch.equal(weights.state["conv1.weight"], expected[0])
     assert torch.equal(weights.state["bn1.running_mean"], expected[1])
     assert any("plain image classifier (1000 classes)" in note for note in weights.notes) == classifier
+    assert weights.skipped == (dict.fromkeys(("fc.weight", "fc.bias"), "the image classifier") if classifier else {})
 
 
 def test_the_option_does_not_override_what_a_file_is(tmp_path):
@@ -209,6 +210,19 @@ def test_the_head_of_a_two_level_net_is_layer6(tmp_path, prefix, auxiliary):
     convert_weights.main([str(path), str(target)])
     written = torch.load(target, weights_only=True)["model"]
     assert torch.equal(written["layer5.conv2d_list.3.weight"], source.layer5.conv2d_list[3].weight)
+
+
+def test_a_two_level_net_with_the_names_the_other_way_round(tmp_path):
+    """The head is the one over more channels; nothing but its numbers tells."""
+    source = random_net("resnet18", 3)
+    extra = {key.replace("layer5", "layer6"): torch.rand(3, 256, 3, 3) if "weight" in key else torch.rand(3) for key in HEAD}
+    path = save(tmp_path / "x.pth", source.state_dict() | extra)
+    weights = load_weights(path)
+    net, report = build_net(weights)
+    assert set(weights.skipped) == set(extra)
+    assert report.missing == report.unexpected == []
+    torch.testing.assert_close(logits(net), logits(source), rtol=1e-4, atol=1e-4)
+    assert "layer5 is its head, for it takes more channels" in "".join(report.notes)
 
 
 def test_two_heads_on_the_same_features_are_refused(tmp_path):
@@ -351,13 +365,13 @@ def test_build_net_without_a_file():
 
 def test_variance_of_pictures_by_hand():
     """Kernels of ones have an energy of 147."""
-    kernel, ones = torch.ones(3, 7, 7), torch.ones(4)
-    conv = torch.stack([kernel, kernel, kernel * 1e-5**0.5, kernel * 1e-7**0.5])  # the last one is dead
+    kernel, ones = torch.ones(3, 7, 7), torch.ones(5)
+    conv = torch.stack([kernel, kernel, kernel * 1e-5**0.5, kernel * 1e-7**0.5, 0 * kernel])  # the last two are dead
     state = {"conv1.weight": conv, "bn1.running_mean": 0 * ones, "bn1.weight": ones / 2}
-    variances = torch.tensor([147 * 2, 147 * 4, 147e-5 * 6, 1.0])
+    variances = torch.tensor([147 * 2, 147 * 4, 147e-5 * 6, 1.0, 1.0])
     assert picture_variance(state | {"bn1.running_var": variances}) == pytest.approx(4)
     assert math.isnan(picture_variance(state | {"conv1.weight": 0 * conv, "bn1.running_var": variances}))
-    state["conv1.weight"] = kernel.expand(4, 3, 7, 7)
+    state["conv1.weight"] = kernel.expand(5, 3, 7, 7)
     for variance, expected in ((1.0005, 0.25), (1.002, 1.002)):  # about 1 all over: folded into the weight, of half the usual
         assert picture_variance(state | {"bn1.running_var": variance * ones}) == pytest.approx(expected / 147)
 
