@@ -62,7 +62,7 @@ TESTS = {  # module -> files in tests/, without test_
     "dataset/sampler.py": "transforms properties",
     "dataset/transforms.py": "transforms properties",
     "dataset/voc.py": "voc lists pictures labels",
-    "utils/checkpoint.py": "safe resume disk cityscapes",
+    "utils/checkpoint.py": "safe resume disk cityscapes convert_weights",
     "utils/evaluation.py": "evaluation validation crf_pool report device first_steps",
     "utils/metrics.py": "metrics properties",
     "utils/schedule.py": "schedule properties",

@@ -150,16 +150,19 @@ def test_space_is_looked_at_before_the_first_step(toy_voc, tmp_path, monkeypatch
     assert f"this run's 3 snapshots need {three / 1e6:.0f} MB; free space" in room[2]()
     free(1.01 * four)
     assert room[0]() == ""
-    small = nn.Linear(10, 9)  # 99 numbers of 4 bytes, and no momentum: to the byte
-    check = partial(Snapshots(tmp_path, 0, []).check_space, small, torch.optim.SGD(small.parameters()))
-    free(2 * 396 - 1)
+    small = nn.Linear(10, 9)  # 99 numbers of 4 bytes, and as many of momentum: to the byte
+    optimizer = torch.optim.SGD(small.parameters(), momentum=0.9)
+    small(torch.ones(10)).sum().backward()
+    optimizer.step()
+    check = partial(Snapshots(tmp_path, 0, []).check_space, small, optimizer)
+    free(3 * 396 - 1)
     with pytest.raises(DiskError):
         check(1)
-    free(2 * 396)
-    assert check(1) == ""
-    free(3 * 396 - 1)
-    assert "this run's 2 snapshots need" in check(2)
     free(3 * 396)
+    assert check(1) == ""
+    free(5 * 396 - 1)
+    assert "this run's 2 snapshots need" in check(2)
+    free(5 * 396)
     assert check(2) == ""
 
 

@@ -131,6 +131,15 @@ def test_a_perfect_single_class():
     assert_same(confusion.scores(), (1, 1, 1, 1, [1], [1]))
 
 
+def test_values_that_occurred():
+    confusion = ConfusionMatrix(3)
+    assert confusion.present() == []
+    confusion.update(torch.tensor([0, 2, 2]), torch.tensor([1, 1, 2]))
+    assert confusion.present() == [0, 2]
+    confusion.update(torch.tensor([255]), torch.tensor([1]))
+    assert confusion.present() == [0, 2, 255]
+
+
 def test_another_ignore_label_and_predictions_under_it():
     labels, predictions = torch.tensor([11, 11, 255, 0, 1]), torch.tensor([99, -1, 1, 0, 0])
     confusion = ConfusionMatrix(2, ignore_label=11)
