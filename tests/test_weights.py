@@ -452,6 +452,28 @@ def test_nets_that_are_built_differently(tmp_path):
     refused(r"epsilon is 1\.001e-05, but", {}, batch_norm_eps=1.001e-5)
 
 
+@pytest.mark.parametrize("branches", [1, 2, 3, 4])
+def test_the_rates_of_a_bare_head(tmp_path, branches):
+    """Four branches are the published rates, two the first of them (AdaptSegNet); others do not tell."""
+    state = {key: value for key, value in narrow_state("resnet18").items() if not re.search(rf"list\.[{branches}-9]", key)}
+    weights = load_weights(save(tmp_path / "x.pth", state))
+    assert weights.config.get("atrous_rates") == {2: [6, 12], 4: [6, 12, 18, 24]}.get(branches)
+    assert (f"its head has {branches} convolutions and does not tell" in "".join(weights.notes)) == (branches in (1, 3))
+
+
+@pytest.mark.parametrize("depth", [6, 7])
+def test_how_deep_a_net_may_lie_in_dictionaries(tmp_path, depth):
+    content = narrow_state("resnet18")
+    for _ in range(depth):
+        content = {"net": content}
+    path = save(tmp_path / "x.pth", content)
+    if depth == 6:
+        assert "conv1.weight" in load_weights(path).state
+    else:
+        with pytest.raises(WeightsError):
+            load_weights(path)
+
+
 def test_every_key_is_accounted_for(tmp_path):
     source = random_net("resnet18", 3)
     state = source.state_dict() | {"layer6.weight": torch.ones(2), "epoch": 3}

@@ -366,7 +366,7 @@ def test_build_net_without_a_file():
 def test_variance_of_pictures_by_hand():
     """Kernels of ones have an energy of 147."""
     kernel, ones = torch.ones(3, 7, 7), torch.ones(5)
-    conv = torch.stack([kernel, kernel, kernel * 1e-5**0.5, kernel * 1e-7**0.5, 0 * kernel])  # the last two are dead
+    conv = torch.stack([kernel, kernel, kernel * 1e-5**0.5, kernel * 1e-7**0.5, kernel * 1e-7**0.5])  # the last two are dead
     state = {"conv1.weight": conv, "bn1.running_mean": 0 * ones, "bn1.weight": ones / 2}
     variances = torch.tensor([147 * 2, 147 * 4, 147e-5 * 6, 1.0, 1.0])
     assert picture_variance(state | {"bn1.running_var": variances}) == pytest.approx(4)
