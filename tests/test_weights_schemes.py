@@ -315,6 +315,8 @@ def test_variances_without_a_root_are_refused_and_big_numbers_are_not(tmp_path):
     state = narrow_state("resnet18")
     state["layer4.0.bn1.running_var"][0] = -1e-3
     refused(save(tmp_path / "x.pth", state), r"its layer4\.0\.bn1\.running_var holds 1 of 2 variances below zero")
+    state["layer4.0.bn1.running_var"][0] = -1e-5  # with the epsilon it is 0, and 1 / 0 the scale
+    refused(save(tmp_path / "x.pth", state), "holds 1 of 2 variances below zero")
     state["layer4.0.bn1.running_var"][0] = -1e-9  # Caffe's rounding for a dead channel; with the epsilon it has a root
     state["layer1.0.conv1.weight"][:] = 3e38  # their sum is infinite, they are not
     load_weights(save(tmp_path / "x.pth", state))
