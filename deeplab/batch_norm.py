@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -77,12 +77,12 @@ def kept_statistics(module: nn.Module) -> Iterator[None]:
     momentum of 0: checkpointing wants both passes to save the same tensors for backward.
     """
     before = [
-        (norm, norm.momentum, norm.num_batches_tracked)
+        (norm, norm.momentum, cast(Tensor, norm.num_batches_tracked))
         for norm in module.modules()
         if isinstance(norm, nn.modules.batchnorm._BatchNorm)
     ]
     for norm, _, counter in before:
-        norm.momentum, norm.num_batches_tracked = 0.0, counter.clone() if counter is not None else None
+        norm.momentum, norm.num_batches_tracked = 0.0, counter.clone()
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from deeplab import BACKBONES, BATCH_NORM_MODES, NETS, DeepLabV2, conv_bn, deeplabv2, fold_batch_norm
+from deeplab.batch_norm import fold
 from deeplab.resnet import DilatedResNet
 from utils import options
 
@@ -71,6 +72,10 @@ def test_conv_bn_leaves_other_norms_alone():
     y = conv(x)
     expected = (y - y.mean((0, 2, 3), keepdim=True)) / (y.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
     torch.testing.assert_close(conv_bn(x, conv, bn), expected)
+    frozen = randomise_batch_norm(FrozenBatchNorm2d(4))
+    first, second, third = fold([(conv, bn), (conv, frozen), (conv, bn)])
+    assert first is third is None
+    torch.testing.assert_close(conv_bn(x, conv, frozen, second), frozen(y))
 
 
 @pytest.mark.parametrize("mode", BATCH_NORM_MODES)
