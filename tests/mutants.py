@@ -66,7 +66,7 @@ TESTS = {  # module -> files in tests/, without test_
     "utils/evaluation.py": "evaluation validation crf_pool report device first_steps",
     "utils/metrics.py": "metrics properties",
     "utils/schedule.py": "schedule properties",
-    "utils/training.py": "training resume toolbox_training validation",
+    "utils/training.py": "training resume toolbox_training validation first_steps",
 }
 OURS = ("deeplab", "dataset", "utils", "scripts", "tests", "train", "train_msc", "evaluate", "__main__")
 BUDGET = 60  # seconds of tests that a mutant meets, as they took without it

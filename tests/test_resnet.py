@@ -176,7 +176,7 @@ def test_initial_values():
 
 def test_the_stride_sits_where_the_published_nets_have_it():
     block = DilatedResNet("resnet50").layer2[0]
-    assert (block.conv1.stride, block.conv2.stride) == ((2, 2), (1, 1))
+    assert (block.conv1.stride, block.conv2.stride, block.bn1.eps) == ((2, 2), (1, 1), 1e-5)
 
 
 @pytest.mark.parametrize("grad_checkpoint", [False, True])

@@ -100,6 +100,8 @@ def test_workers_by_the_bytes_of_a_process_batch(toy_voc, tmp_path, monkeypatch)
     monkeypatch.setattr(training, "fitting_workers", lambda *words: asked.append(words) or (0, ""))
     train(toy_voc, tmp_path, *SCRATCH, "--num-steps", "1", "--num-workers", "5", "--batch-size", "3", "--input-size", "25,33")
     assert asked == [(5, 3 * 25 * 33 * 4)]
+    assert torch.backends.cudnn.benchmark  # all crops are of one size
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["scaler"] == {}  # nothing is scaled but float16
 
 
 def test_statistics_of_each_process_are_told(toy_voc, monkeypatch):
