@@ -177,16 +177,18 @@ def test_where_nothing_can_be_written_no_run_begins(toy_voc, tmp_path, monkeypat
         train(toy_voc, tmp_path / "s", *RUN)
 
 
-def test_the_newest_snapshots_stay(toy_voc, tmp_path):
-    """Over a restart, too; what the run did not write is never deleted, whatever its name."""
+def test_the_newest_snapshots_stay(toy_voc, tmp_path, capsys):
+    """Over a restart, too; what the run did not write is never deleted, whatever its name. What somebody deleted is no loss."""
 
     def put() -> None:
         (tmp_path / "VOC12_scenes_1000.pth").write_bytes(b"somebody's")
+        (tmp_path / "VOC12_scenes_1.pth").unlink()
 
     options = [*RUN, "--keep", "2", "--num-steps", "3", "--val-every", "3"]
     assert train(toy_voc, tmp_path, *options, loss=at({2: put})) == 0
     others = {"best.pth", "VOC12_scenes_1000.pth"}
     assert snapshots(tmp_path) == {"VOC12_scenes_2.pth", "VOC12_scenes_3.pth"} | others
+    assert "not saved" not in capsys.readouterr().out
     (tmp_path / "VOC12_scenes_1.pth").write_bytes(b"put back")
     assert train(toy_voc, tmp_path, "--resume", "--num-steps", "5") == 0
     assert snapshots(tmp_path) == {"VOC12_scenes_1.pth", "VOC12_scenes_4.pth", "VOC12_scenes_5.pth"} | others

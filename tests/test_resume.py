@@ -168,6 +168,16 @@ def test_without_a_checkpoint_it_begins(toy_voc, tmp_path, capsys):
     assert "to resume from: starting at step 0" in capsys.readouterr().out
 
 
+def test_a_checkpoint_of_an_earlier_version_goes_on(toy_voc, tmp_path):
+    """It did not tell the check sum of the ids, nor which snapshots the run had written."""
+    train(toy_voc, tmp_path, *SCRATCH, "--num-steps", "1")
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert content.keys() - {"ids", "numbers"} == {"model", "meta", "optimizer", "scaler", "step"}
+    torch.save({key: value for key, value in content.items() if key not in ("ids", "numbers")}, tmp_path / "last.ckpt")
+    assert train(toy_voc, tmp_path, "--resume", "--num-steps", "2") == 0
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["step"] == 2
+
+
 @pytest.mark.parametrize(("step", "words"), [(-1, "sees none"), (0, "cannot read its own"), (4, "sees it at step 4")])
 def test_a_newer_checkpoint_in_another_process_is_told(toy_voc, tmp_path, monkeypatch, step, words):
     monkeypatch.setattr(distributed, "gather", lambda own: [step, 9])

@@ -54,7 +54,6 @@ def checkpoint(evil):
         "meta": evil,
         "optimizer": {},
         "scaler": {},
-        "rng": torch.rand(1),
         "step": 1,
     }
 
