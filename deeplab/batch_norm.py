@@ -60,7 +60,7 @@ def scale_and_shift(norms: Sequence[Any]) -> tuple[Tensor, Tensor]:
     return scale, bias.addcmul(mean, scale, value=-1)
 
 
-def make_norm(channels: int, batch_norm: str, eps: float = 1e-5) -> nn.Module:
+def make_norm(channels: int, batch_norm: str, eps: float) -> nn.Module:
     """The batch norm of a mode, one of ``BATCH_NORM_MODES``."""
     if batch_norm == "frozen":
         return FrozenBatchNorm2d(channels, eps=eps)
