@@ -56,7 +56,6 @@ def moves_alike(start: dict, one: dict, two: dict, tolerance: float) -> None:
         torch.testing.assert_close(two[key], one[key], rtol=0, atol=tolerance * moved, msg=lambda m, key=key: f"{key}: {m}")
 
 
-@pytest.mark.xdist_group("two_ranks")
 @pytest.mark.parametrize("name", [*STEPS, "single"])
 def test_two_processes_train_as_one_does(name, two_ranks, tmp_path):
     """Three steps of two pictures with every option: batch norm is frozen, so the steps are the same."""
@@ -83,7 +82,6 @@ def test_two_processes_train_as_one_does(name, two_ranks, tmp_path):
     assert [line["step"] for line in lines[1]] == [1, 2, 3]
 
 
-@pytest.mark.xdist_group("two_ranks")
 @pytest.mark.parametrize("mode", ["stats", "full"])
 def test_batch_statistics_of_each_process(mode, two_ranks):
     """Another run than that of one process, as is said; statistics and counters move once a scale and batch."""
@@ -95,7 +93,6 @@ def test_batch_statistics_of_each_process(mode, two_ranks):
         assert int(state["bn1.num_batches_tracked"]) == 25 + 3 * batches
 
 
-@pytest.mark.xdist_group("two_ranks")
 def test_a_loss_that_is_not_finite_in_one_process_stops_both(two_ranks):
     """Before anything is saved: process 1 alone saw it, in step 3, and the sentence is true."""
     _, folder, results = two_ranks
@@ -108,7 +105,6 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_both(two_ranks):
     assert all(bool(value.isfinite().all()) for value in state["model"].values())
 
 
-@pytest.mark.xdist_group("two_ranks")
 def test_a_full_disk_and_a_folder_in_use_are_both_processes_errors(two_ranks):
     """Of process 0, which writes and locks; both trained on to the last step."""
     _, folder, results = two_ranks
@@ -120,7 +116,6 @@ def test_a_full_disk_and_a_folder_in_use_are_both_processes_errors(two_ranks):
     assert not list((folder / "full").glob("*.pth"))
 
 
-@pytest.mark.xdist_group("two_ranks")
 def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(two_ranks, tmp_path):
     """At the same step, and from one checkpoint, although process 1 then sees none: as if nothing had been."""
     toy, folder, results = two_ranks
@@ -138,7 +133,6 @@ def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(two_ranks, tmp_p
     moves_alike(start, one, two, 0.02)
 
 
-@pytest.mark.xdist_group("two_ranks")
 def test_processes_that_see_different_things_are_refused(two_ranks):
     _, folder, results = two_ranks
     for result in results:
@@ -150,7 +144,6 @@ def test_processes_that_see_different_things_are_refused(two_ranks):
     assert not (folder / "lists").exists()
 
 
-@pytest.mark.xdist_group("two_ranks")
 def test_a_picture_that_one_process_cannot_read_loses_nothing(two_ranks):
     _, folder, results = two_ranks
     kinds = sorted(result["broken"][0] for result in results)
@@ -158,7 +151,6 @@ def test_a_picture_that_one_process_cannot_read_loses_nothing(two_ranks):
     assert torch.load(folder / "broken/last.ckpt", weights_only=True)["step"] >= 1
 
 
-@pytest.mark.xdist_group("two_ranks")
 def test_two_processes_validate_as_evaluate_does(two_ranks, tmp_path):
     """With process 0's statistics on both; the trained weights do not notice. What one cannot read both leave for."""
     toy, folder, results = two_ranks
@@ -211,7 +203,6 @@ def test_an_indivisible_batch_is_refused(toy_voc, tmp_path):
     assert "--batch-size 3 does not divide into 2 processes" in result.stderr
 
 
-@pytest.mark.xdist_group("two_ranks")
 def test_a_label_that_one_process_cannot_read_ends_the_evaluation_of_both(two_ranks):
     """With its sentence, and nobody waits for counts that never come."""
     _, _, results = two_ranks
