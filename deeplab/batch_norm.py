@@ -79,7 +79,7 @@ def kept_statistics(module: nn.Module) -> Iterator[None]:
     before = [
         (norm, norm.momentum, cast(Tensor, norm.num_batches_tracked))
         for norm in module.modules()
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm)
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats
     ]
     for norm, _, counter in before:
         norm.momentum, norm.num_batches_tracked = 0.0, counter.clone()

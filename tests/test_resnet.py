@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from deeplab import BACKBONES, BATCH_NORM_MODES, NETS, DeepLabV2, conv_bn, deeplabv2, fold_batch_norm
-from deeplab.batch_norm import fold
+from deeplab.batch_norm import fold, kept_statistics
 from deeplab.resnet import DilatedResNet
 from utils import options
 
@@ -76,6 +76,18 @@ def test_conv_bn_leaves_other_norms_alone():
     first, second, third = fold([(conv, bn), (conv, frozen), (conv, bn)])
     assert first is third is None
     torch.testing.assert_close(conv_bn(x, conv, frozen, second), frozen(y))
+
+
+def test_statistics_are_kept_where_there_are_any():
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3, track_running_stats=False)).train()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    x = torch.randn(2, 3, 5, 5)
+    with kept_statistics(net):
+        kept = net(x)
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    torch.testing.assert_close(net(x), kept)
+    assert int(net[0].num_batches_tracked) == 1
+    torch.testing.assert_close(net[0].running_mean, 0.1 * x.mean((0, 2, 3)))
 
 
 @pytest.mark.parametrize("mode", BATCH_NORM_MODES)
