@@ -17,6 +17,7 @@ from utils.files import DiskError, check_writable, write_atomically
 
 VERSION = 1
 """Of the snapshot format; ``meta["version"]``."""
+ANEW = "or begin another run in a new folder, with --restore-from and the newest numbered snapshot"
 
 
 def make_meta(net: Net, classes: Sequence[str] | None, step: int, args: dict, **more: Any) -> dict:
@@ -145,9 +146,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"--resume: there is no {path}") from None
     except WeightsError as error:
-        raise UserError(f"--resume: {path}: {error}") from None
+        raise UserError(f"--resume: {path}: {error}; {ANEW}") from None
     except Exception as error:  # torch.load raises many kinds for broken files
-        raise UserError(f"--resume: {path} is not a checkpoint that torch can read ({type(error).__name__})") from None
+        raise UserError(f"--resume: {path} is not a checkpoint that torch can read ({type(error).__name__}); {ANEW}") from None
     if not isinstance(content, dict) or not {"model", "meta", "optimizer", "scaler", "step"} <= content.keys():
         raise UserError(f"--resume: {path} holds no optimiser state; give a last.ckpt, or use --restore-from to start from it")
     return content
