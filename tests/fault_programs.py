@@ -1,5 +1,6 @@
 """What tests/faults.py disturbs: programs forked from a process that has imported torch, a server, and small data for them."""
 
+import atexit
 import hashlib
 import itertools
 import os
@@ -31,6 +32,7 @@ def fork(name: str, main: Callable, words: list, log: Path, **environment: str) 
     sys.stdout.flush()
     if pid := os.fork():
         return pid
+    atexit._clear()  # what this process would do at its end is not the child's to do
     status = 1
     try:
         os.setsid()

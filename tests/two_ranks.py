@@ -24,6 +24,7 @@ from tests.conftest import save_palette_png
 from tests.test_disk import limit
 from tests.test_training import SCRATCH, STEPS, train, train_msc
 from utils import distributed
+from utils.command import run_command
 from utils.lock import one_run
 
 STOPPED = [*SCRATCH, "--batch-norm", "frozen", "--num-steps", "5", "--save-pred-every", "2", "--learning-rate", "1e-5"]
@@ -129,4 +130,4 @@ def main(toy: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    run_command(partial(main, Path(sys.argv[1]), Path(sys.argv[2])))

@@ -1,16 +1,20 @@
 """How a command of this project is called and how it ends: errors that are the user's to mend, value types, exit statuses."""
 
 import argparse
+import atexit
 import math
 import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -25,7 +29,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     An exception that carries an ``exit_status`` (``UserError``, ``DatasetError``, ``WeightsError``) is the user's to mend:
     its sentence goes to standard error, without a traceback. So does one where memory ran out, with status 1. Ctrl-C ends with
     status 130, a request to stop that ``main`` does not handle itself with 128 + its number, after whatever stands in a
-    ``finally``. Anything else is a bug and keeps its traceback.
+    ``finally``. Anything else is a bug and keeps its traceback, with status 1.
     """
     for name in ("SIGTERM", "SIGUSR1"):  # Windows lacks the second
         if hasattr(signal, name):
@@ -36,6 +40,10 @@ def run_command(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
+    except SystemExit as end:
+        if not isinstance(end.code, int):
+            raise
+        status = end.code
     except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
@@ -46,10 +54,34 @@ def run_command(main: Callable[[], int | None]) -> None:
         if status is None and (found := _NO_MEMORY.search(text) or isinstance(error, MemoryError)):
             what = f" ({found[0]})" if isinstance(found, re.Match) else ""
             status, text = 1, f"memory ran out{what}: take smaller pictures, crops (--input-size) or batches (--batch-size)"
-        if status is None:
+        if status is None and not _one_of_several():
             raise
-        print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
-    sys.exit(status)
+        if status is None:
+            traceback.print_exc()
+            status = 1
+        else:
+            print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
+    _end(status)
+
+
+def _end(status: int) -> NoReturn:
+    """End the process; where it is one of several, without taking Python down.
+
+    A moment after each collective a thread of gloo lets go of its tensors, which takes Python's lock. Where it asks too late,
+    Python (up to 3.13) ends the thread, and with it the process, by SIGABRT instead of ``status``
+    (https://github.com/pytorch/pytorch/pull/179291). The threads cannot be joined before: torch 2.4 does so with the lock held.
+    """
+    if not _one_of_several():
+        sys.exit(status)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # its reader has gone
+            stream.flush()
+    os._exit(status)
+
+
+def _one_of_several() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
 
 
 # torch on the CPU, torch on CUDA, OpenCV

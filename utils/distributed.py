@@ -4,7 +4,6 @@ Everything works unchanged in a single process. ``torchrun`` sets RANK, WORLD_SI
 https://docs.pytorch.org/docs/stable/elastic/run.html.
 """
 
-import atexit
 import inspect
 import os
 from collections.abc import Callable, Iterable
@@ -18,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from utils.command import UserError
 
 Value = TypeVar("Value")
-_hosts: Any = None  # the group of the processes' CPUs: what goes through it waits for no GPU; DDP's gradients take the other
+_hosts: Any = None  # the group of the processes' CPUs: what goes through it waits for no GPU
 
 
 def rank() -> int:
@@ -147,29 +146,15 @@ def start() -> None:
                 f"the {world_size()} processes cannot find each other ({first}); start them with torchrun"
             ) from None
         _hosts = dist.new_group(backend="gloo")
-        atexit.register(_join_threads)
 
 
 def stop() -> None:
-    """Leave the group of processes after a run that all of them ended well: NCCL may wait for ever for one that failed."""
-    global _hosts
-    _hosts = None
+    """Leave the group of processes after a run that all of them ended well: NCCL may wait for ever for one that failed.
+
+    The hosts' group stays referred to: torch 2.4 would join its threads with Python's lock held, which they may be waiting for.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _join_threads() -> None:
-    """End gloo's threads before Python ends, however the run did.
-
-    A moment after each collective such a thread lets go of its tensors, which takes Python's lock; a Python that is being taken
-    down refuses it, and the process dies of SIGABRT instead of ending with its exit status
-    (https://github.com/pytorch/pytorch/pull/179291). A group joins its threads when nothing refers to it any more. DDP never
-    lets go of its own, but that one carries no tensor that Python has seen.
-    """
-    global _hosts
-    hosts, _hosts = _hosts, None
-    if hosts is not None and dist.is_initialized():
-        dist.destroy_process_group(hosts)
 
 
 def wrap(module: nn.Module, device: torch.device) -> nn.Module:
@@ -273,4 +258,5 @@ def min_(tensor: Tensor) -> Tensor:
 
 
 def _group_of(tensor: Tensor) -> Any:
+    """The hosts' group for what is on the CPU, so that the threads of the other one never hold a tensor of Python's."""
     return _hosts if tensor.device.type == "cpu" else None
