@@ -136,7 +136,7 @@ def score(
     before, after = (ConfusionMatrix(data.num_classes, where, data.ignore_label) for where in (device, "cpu"))
     loader = make_loader(Samples(data), [[index] for index in share(data)], num_workers, device, collate_fn=only_one)
 
-    def predictions() -> Iterator[tuple[Sample, Tensor]]:
+    def predictions(samples: Iterator[Sample]) -> Iterator[tuple[Sample, Tensor]]:
         """Each picture, predicted and counted, with its (C, h, w) logits on the host for a pool, else none.
 
         The device is a batch ahead: it computes the next one while this one is copied, saved or refined.
@@ -150,16 +150,16 @@ def score(
         yield from (arrived(*entry) for entry in under_way)
 
     def predict_share() -> None:
-        if pool is None:
-            for sample, _ in predictions():
-                finish(sample, sample.prediction)
-        else:
-            for sample, refined in pool.refine(predictions()):
-                after.update(torch.from_numpy(sample.label), torch.from_numpy(refined))
-                finish(sample, refined)
+        with torch.inference_mode(), running(loader) as samples:
+            if pool is None:
+                for sample, _ in predictions(samples):
+                    finish(sample, sample.prediction)
+            else:
+                for sample, refined in pool.refine(predictions(samples)):
+                    after.update(torch.from_numpy(sample.label), torch.from_numpy(refined))
+                    finish(sample, refined)
 
-    with torch.inference_mode(), running(loader) as samples:
-        distributed.everywhere(predict_share) if add_up else predict_share()
+    distributed.everywhere(predict_share) if add_up else predict_share()
     matrices = {"before CRF": before, "after CRF": after} if pool else {"": before}
     for matrix in matrices.values() if add_up else ():
         distributed.sum_(matrix.counts)
