@@ -112,11 +112,17 @@ def with_preprocessing(net: "torch.nn.Module") -> "torch.nn.Module":
 
 
 def export(module: "torch.nn.Module", with_preprocessing: bool) -> "torch.export.ExportedProgram":
-    """``module`` traced for pictures of any number and size; a torch.export program wants 9 pixels a side."""
+    """``module`` traced for pictures of any number and size; a torch.export program wants 9 pixels a side.
+
+    Raises:
+        UserError: this torch is too old for it.
+    """
     import torch
     from torch.export import Dim
 
     example = torch.zeros(2, 71, 93, 3, dtype=torch.uint8) if with_preprocessing else torch.zeros(2, 3, 71, 93)
+    if not hasattr(Dim, "AUTO"):
+        raise UserError(f"torch {torch.__version__} cannot leave the sizes of pictures open; install torch 2.6 or newer")
     free = dict.fromkeys((0, 1, 2) if with_preprocessing else (0, 2, 3), Dim.AUTO)
     with torch.no_grad():
         return torch.export.export(module, (example,), dynamic_shapes=(free,))

@@ -92,3 +92,10 @@ def test_what_cannot_be_exported_is_a_sentence(snapshot, tmp_path, monkeypatch):
     result = subprocess.run([sys.executable, ROOT / "scripts/export_onnx.py"], capture_output=True, text=True, timeout=60)
     assert result.returncode == 2
     assert not list(tmp_path.glob("a.*"))
+
+
+def test_a_torch_that_is_too_old_is_a_sentence(snapshot, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.delattr("torch.export.Dim.AUTO")
+    with pytest.raises(UserError, match=r"cannot leave the sizes of pictures open; install torch 2\.6"):
+        export_onnx.main([str(snapshot), str(tmp_path / "net.pt2")])
+    assert not (tmp_path / "net.pt2").exists()

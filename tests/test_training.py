@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.torch_version import TorchVersion
 
 import train as train_script
 import train_msc as train_msc_script
@@ -16,11 +17,13 @@ from dataset import DatasetError, VOCSegmentation
 from deeplab import multi_scale_loss, single_scale_loss
 from tests.conftest import ROOT, TOY_CLASSES, save_palette_png
 from utils import training, validation, visualize
+from utils.checked_options import COUNTS_ONCE
 from utils.command import UserError, run_command
 from utils.loader import crop_warning
 from utils.meter import Diverged
 from utils.options import training_parser
 
+TORCH = TorchVersion(torch.__version__)
 SMALL = ["--backbone", "resnet18", "--num-classes", str(TOY_CLASSES), "--input-size", "33,41", "--batch-size", "2",
          "--device", "cpu", "--num-workers", "0", "--log-every", "1", "--save-num-images", "0"]  # fmt: skip
 SCRATCH = ["--restore-from", "none", "--batch-norm", "full", "--random-scale", "--random-mirror", "--learning-rate", "1e-3"]
@@ -352,7 +355,8 @@ def test_compiled_steps(toy_voc, tmp_path, monkeypatch):
     train(toy_voc, tmp_path / "start", *SCRATCH, "--num-steps", "1")
     common = ["--restore-from", str(tmp_path / "start/VOC12_scenes_1.pth"), "--batch-norm", "full", "--num-steps", "2",
               "--learning-rate", "1e-5"]  # fmt: skip
-    for name, options in (("plain", []), ("compiled", ["--compile", "--grad-checkpoint"])):
+    recompute = ["--grad-checkpoint"] if TORCH >= COUNTS_ONCE else []
+    for name, options in (("plain", []), ("compiled", ["--compile", *recompute])):
         train(toy_voc, tmp_path / name, *common, *options)
     plain, compiled = (model(tmp_path / name / "VOC12_scenes_2.pth") for name in ("plain", "compiled"))
     assert plain.keys() == compiled.keys()
@@ -363,6 +367,8 @@ def test_compiled_steps(toy_voc, tmp_path, monkeypatch):
 @pytest.mark.parametrize("options", [[], ["--batch-norm", "full"], ["--batch-norm", "full", "--one-scale-at-a-time"]])
 def test_compiled_steps_on_three_scales(options, toy_voc, tmp_path, monkeypatch):
     """As without, also where the smaller scales are computed again; what torch cannot do is refused before any work."""
+    if "--one-scale-at-a-time" in options and TORCH < COUNTS_ONCE:
+        pytest.skip(f"refused on torch {TORCH}")
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
     train(toy_voc, tmp_path / "start", *SCRATCH, "--num-steps", "1")
     common = ["--restore-from", str(tmp_path / "start/VOC12_scenes_1.pth"), "--num-steps", "2", "--learning-rate", "1e-5"]
@@ -375,6 +381,27 @@ def test_compiled_steps_on_three_scales(options, toy_voc, tmp_path, monkeypatch)
     if "full" in options and not recompute:
         with pytest.raises(UserError, match="add --one-scale-at-a-time, or leave one of them out"):
             train_msc(toy_voc, tmp_path / "no", *common, *options, "--compile", "--grad-checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("version", "script", "options", "needs"),
+    [
+        (
+            "2.7.1",
+            train,
+            ["--grad-checkpoint"],
+            r"--batch-norm full need torch 2\.9: torch 2\.7\.1 would move .* twice a step",
+        ),
+        ("2.8.0+cu128", train_msc, ["--grad-checkpoint", "--one-scale-at-a-time"], r"need torch 2\.9"),
+        ("2.4.0", train_msc, ["--one-scale-at-a-time"], r"--one-scale-at-a-time needs torch 2\.5, and this is 2\.4\.0"),
+    ],
+)
+def test_what_an_older_torch_compiles_wrong_is_refused(version, script, options, needs, toy_voc, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.checked_options.torch.__version__", version)
+    monkeypatch.setattr("utils.distributed.check_compiler", lambda device: None)
+    with pytest.raises(UserError, match=needs):
+        script(toy_voc, tmp_path, *SCRATCH, "--compile", *options)
+    assert not list(tmp_path.glob("*.ckpt"))
 
 
 def test_without_a_compiler_there_is_a_sentence(toy_voc, tmp_path):

@@ -3,12 +3,17 @@
 from argparse import Namespace
 
 import torch
+from torch.torch_version import TorchVersion
 
 from deeplab.multiscale import scaled_size
 from utils import distributed
 from utils.command import UserError
 from utils.loader import list_of
 from utils.options import CITYSCAPES_TRAINING, settle_dataset
+
+# The first torch whose compiled code moves running statistics once a step where activations are computed again: 2.9, 2.10 and
+# 2.14 do; 2.4 to 2.8 move them twice (2.4 with one compiler backend only).
+COUNTS_ONCE = "2.9"
 
 
 def settle_options(args: Namespace) -> None:
@@ -76,6 +81,14 @@ def check_net_options(args: Namespace) -> None:
             f"--compile and --grad-checkpoint cannot both be had with --batch-norm {args.batch_norm} on three scales at once; "
             "add --one-scale-at-a-time, or leave one of them out"
         )
+    version = TorchVersion(torch.__version__)  # compares by numbers: 2.9 is older than 2.10
+    if args.compile and args.grad_checkpoint and args.batch_norm != "frozen" and version < COUNTS_ONCE:
+        raise UserError(
+            f"--compile and --grad-checkpoint with --batch-norm {args.batch_norm} need torch {COUNTS_ONCE}: "
+            f"torch {version} would move the running statistics twice a step; leave one of them out"
+        )
+    if args.compile and getattr(args, "one_scale_at_a_time", False) and version < "2.5":
+        raise UserError(f"--compile with --one-scale-at-a-time needs torch 2.5, and this is {version}; leave one of them out")
 
 
 def choose_device(args: Namespace) -> torch.device:
