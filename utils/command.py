@@ -54,9 +54,9 @@ def run_command(main: Callable[[], int | None]) -> None:
         if status is None and (found := _NO_MEMORY.search(text) or isinstance(error, MemoryError)):
             what = f" ({found[0]})" if isinstance(found, re.Match) else ""
             status, text = 1, f"memory ran out{what}: take smaller pictures, crops (--input-size) or batches (--batch-size)"
-        if status is None and not _one_of_several():
-            raise
         if status is None:
+            if not _one_of_several():
+                raise
             traceback.print_exc()
             status = 1
         else:
