@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from dataset.files import DatasetError, read_text
+from dataset.files import DatasetError, read_lines
 
 Color: TypeAlias = tuple[int, int, int]
 """Red, green, blue, 0..255."""
@@ -86,7 +86,7 @@ def voc_colors(num_classes: int) -> dict[int, Color]:
     return {**{row.id: row.color for row in VOC_CLASSES}, IGNORE_LABEL: VOID_COLOR}
 
 
-_COLORED = re.compile(r"(.+?)\s+(\d+)\s+(\d+)\s+(\d+)", re.ASCII)
+_COLORED = re.compile(r"(.+?)[ \t]+(\d+)[ \t]+(\d+)[ \t]+(\d+)", re.ASCII)
 
 
 def read_classes(path: str | Path) -> list[tuple[str, Color | None]]:
@@ -97,7 +97,7 @@ def read_classes(path: str | Path) -> list[tuple[str, Color | None]]:
         DatasetError: the file cannot be read as UTF-8 text, or holds labelme's line for void.
     """
     rows: list[tuple[str, Color | None]] = []
-    for line in filter(None, map(str.strip, read_text(path, "the file of classes").splitlines())):
+    for line in filter(None, read_lines(path, "the file of classes")):
         if line == "__ignore__":
             raise DatasetError(
                 f"{path} holds labelme's line __ignore__, which is void (255 in the masks) and no class; delete that line"

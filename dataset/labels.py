@@ -89,8 +89,8 @@ def single_channel(pixels: np.ndarray, mode: str) -> None:
 def read_png(data: bytes) -> tuple[np.ndarray, np.ndarray, str]:
     """The pixels of a PNG as they are stored, its palette and Pillow's name of its mode.
 
-    Every check sum is compared first. OpenCV would turn a palette into grey levels, and Pillow stretches grey of 1, 2 and 4
-    bits to 0..255, which is undone here.
+    Every check sum is compared first, and the pixels are counted. OpenCV would turn a palette into grey levels, and Pillow
+    stretches grey of 1, 2 and 4 bits to 0..255, which is undone here.
 
     Returns:
         (H, W) uint8 for palette and grey files of at most 8 bits, (H, W) of a wider type for grey of 16 bits, else (H, W, 2..4)
@@ -101,7 +101,7 @@ def read_png(data: bytes) -> tuple[np.ndarray, np.ndarray, str]:
     """
     if not data.startswith(PNG_SIGNATURE):
         raise BadLabel(_other_format(data))
-    if damage := png_damage(data):
+    if damage := png_damage(data, inflate=True):
         raise BadLabel(f"is damaged: {damage}; fetch or make it again")
     try:
         # The class itself, not Image.open, which refuses large pictures: the label of a picture that OpenCV reads is read.

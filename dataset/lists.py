@@ -4,11 +4,11 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from dataset.files import DatasetError, read_text
+from dataset.files import DatasetError, read_lines
 from dataset.listing import PICTURE_SUFFIXES
 
 IMAGE_DIR = "JPEGImages"
-_PAIR = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, PICTURE_SUFFIXES))}))(?:\s+(.+))?", re.IGNORECASE)
+_PAIR = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, PICTURE_SUFFIXES))}))(?:[ \t]+(.+))?", re.IGNORECASE)
 
 
 class Entry(NamedTuple):
@@ -37,8 +37,8 @@ def read_list(path: str | Path, image_dir: str = IMAGE_DIR) -> list[Entry]:
         DatasetError: the file is missing, is no UTF-8 text, holds no id, or a line leads out of the data set's folder.
     """
     entries = []
-    for number, line in enumerate(read_text(path, "the list of image ids").splitlines(), start=1):
-        if not (line := line.strip().replace("\\", "/")):
+    for number, line in enumerate(read_lines(path, "the list of image ids"), start=1):
+        if not (line := line.replace("\\", "/")):
             continue
         if any(len(part.encode()) > 255 for part in line.split("/")):
             raise DatasetError(

@@ -53,7 +53,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); expected the log.jsonl of a training run") from None
     lines = []
-    for line in text.splitlines():
+    for line in text.split("\n"):
         try:
             entry = json.loads(line)
         except ValueError:

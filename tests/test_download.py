@@ -52,18 +52,28 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(206 if start else 200, body[start:], headers, step.get("cut"), step.get("stall"), step.get("framing"))
 
     def reply(self, status, body, headers, cut=None, stall=None, framing="length"):
-        """``framing``: "length" by default; "close", the end of the connection; "chunked", in one chunk."""
+        """``framing``: "length" by default; "close", the end of the connection; "chunked", in one chunk; "endless"."""
         self.send_response(status)
-        lengths = {"chunked": {"Transfer-Encoding": "chunked"}, "close": {}}.get(framing, {"Content-Length": len(body)})
+        chunked = {"Transfer-Encoding": "chunked"}
+        lengths = {"chunked": chunked, "endless": chunked, "close": {}}.get(framing, {"Content-Length": len(body)})
         for name, value in {"Content-Type": "application/octet-stream", **lengths, **headers}.items():
             self.send_header(name, str(value))
         self.end_headers()
+        if framing == "endless":
+            return self.endless(body)
         if framing == "chunked":
             body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
         with contextlib.suppress(ConnectionError):
             self.wfile.write(body if cut is None else body[:cut])
             if stall:
                 time.sleep(stall)
+
+    def endless(self, body):
+        """``body`` over and over, until the other end has had enough."""
+        with contextlib.suppress(ConnectionError):
+            while True:
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(body), body))
+                self.server.sent += len(body)
 
     def log_message(self, *args):
         pass
@@ -75,7 +85,7 @@ def server(monkeypatch):
     monkeypatch.setattr(fetching, "BACKOFF", 0.01)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    server.files, server.plan, server.log = {"/a.bin": PAYLOAD}, {}, []
+    server.files, server.plan, server.log, server.sent = {"/a.bin": PAYLOAD}, {}, [], 0
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
@@ -147,6 +157,21 @@ def test_text_is_told_from_what_the_catalogue_holds():
         zip_file.writestr("name", "text")
     for head in (tar.getvalue(), package.getvalue(), b"\x1f\x8b\x08", b"\x80\x02}q\x00", PAYLOAD[:512]):
         assert not is_text(head[:512])
+
+
+def test_an_endless_answer_ends_with_the_file(server, tmp_path):
+    """Of a known size as of one that is known roughly, with a sum and without; and the next mirror is asked."""
+    endless = {"framing": "endless"}
+    for known in ({}, {"sha256": ""}, {"size": None, "about": "0.4 MB"}, {"size": None, "sha256": "", "about": "0.4 MB"}):
+        server.plan, server.sent = {"/a.bin": [endless] * 9}, 0
+        thing = item(server, "/a.bin", **known)
+        with pytest.raises(DownloadError, match=f"sends more than .* bytes, and thing has {thing.size or '0.4 MB'}"):
+            quick(thing, tmp_path / "a.bin")
+        assert server.sent < 20_000_000  # what the system had on its way
+        assert not list(tmp_path.iterdir())
+    server.files["/b.bin"] = PAYLOAD
+    server.plan = {"/a.bin": [endless] * 9}
+    assert quick(item(server, "/a.bin", "/b.bin"), tmp_path / "a.bin") == SUM
 
 
 # ---- fetching

@@ -110,8 +110,8 @@ def bytearray_of_any_size(data):
     ("name", "damage", "message"),
     [
         ("picture, PNG", orientation, "its part eXIf does not fit its check sum"),
-        ("picture, PNG", no_picture_data, "is not a picture that OpenCV can decode"),
-        ("label, palette", no_picture_data, "cannot be decoded"),
+        ("picture, PNG", no_picture_data, "is damaged: its pixels end after 0 of"),
+        ("label, palette", no_picture_data, "is damaged: its pixels end after 0 of"),
         ("tgz archive", gzips_sum, "is damaged or unsafe .CRC check failed"),
         ("tgz archive, new sums", third_header, "its list of members breaks off at byte 2048"),
         ("tgz archive", lambda data: data[:300], "damaged or unsafe"),

@@ -4,12 +4,13 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from dataset import DatasetError, read_class_names, read_label, voc_palette
 from dataset.classes import VOC_NAMES, read_class_colors
-from dataset.labels import BadLabel, check_palette, check_values
-from tests.pngs import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, png
+from dataset.files import PNG_SIGNATURE
+from dataset.labels import BadLabel, check_palette, check_values, read_png
+from tests.pngs import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, chunk, interlaced_rows, png, rows_of
 
 BLACK, RED, PERSON, VOID = (0, 0, 0), (128, 0, 0), (192, 128, 128), (224, 224, 192)  # of VOC's 0, 1, 15, 255
 VOC = [tuple(color) for color in voc_palette().tolist()]
@@ -75,6 +76,45 @@ def test_no_changed_byte_changes_a_label(tmp_path, color_type):
         except DatasetError:
             refused += 1
     assert refused > len(whole) - 16
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize(("bits", "color_type"), [(1, GREY), (2, GREY), (8, GREY), (4, PALETTE), (8, PALETTE)])
+@pytest.mark.parametrize("size", [(5, 7), (16, 20), (1, 9), (9, 1), (1, 1)])
+def test_pixels_that_end_early_are_no_class_0(tmp_path, size, bits, color_type, interlaced):
+    """All check sums are right; a byte too few is refused, and what comes behind the last row is left alone."""
+    values = np.arange(size[0] * size[1]).reshape(size) % min(2**bits, 21)
+    rows = (interlaced_rows if interlaced else rows_of)(values, bits)
+    options = (bits, color_type, VOC[: 2**bits] if color_type == PALETTE else ())
+    for stored in (rows, rows + b"\0", rows + bytes(9000)):
+        assert read(tmp_path, png(values, *options, rows=stored, interlaced=interlaced), 21).tolist() == values.tolist()
+    for stored in (rows[:-1], rows[: len(rows) // 2], b""):
+        with pytest.raises(DatasetError, match=rf"is damaged: .* {len(stored)} of {len(rows)} bytes, for {size[1]}x{size[0]} "):
+            read(tmp_path, png(values, *options, rows=stored, interlaced=interlaced), 21)
+
+
+@pytest.mark.parametrize(("bits", "color_type", "channels"), [(16, GREY, 1), (8, RGB, 3), (16, RGB, 3), (8, RGBA, 4)])
+def test_pixels_of_colours_that_end_early(bits, color_type, channels):
+    """Also what masks_to_indices.py reads."""
+    values = np.full((9, 10, channels), 7)
+    for interlaced, rows in ((False, rows_of(values, bits)), (True, interlaced_rows(values, bits))):
+        assert read_png(png(values, bits, color_type, rows=rows, interlaced=interlaced))[0].shape[:2] == (9, 10)
+        with pytest.raises(BadLabel, match=f"end after {len(rows) - 1} of {len(rows)} bytes"):
+            read_png(png(values, bits, color_type, rows=rows[:-1], interlaced=interlaced))
+
+
+@pytest.mark.parametrize("header", [b"", chunk(b"IHDR", b"\0\0\0\1"), chunk(b"tEXt", b"a\0b")])
+def test_a_png_without_its_header(tmp_path, header):
+    with pytest.raises(DatasetError, match="is damaged: it does not begin with its header"):
+        read(tmp_path, PNG_SIGNATURE + header + chunk(b"IEND", b""), 21)
+
+
+def test_a_small_file_that_claims_to_be_large_takes_no_memory(tmp_path, monkeypatch):
+    data = png([[0]], size=(28_000, 28_000), rows=b"")
+    assert len(data) < 99
+    monkeypatch.setattr(PngImagePlugin, "PngImageFile", None)  # it is refused before Pillow sees it
+    with pytest.raises(DatasetError, match="end after 0 of 784028000 bytes, for 28000x28000 pixels"):
+        read(tmp_path, data, 21)
 
 
 def test_a_label_is_as_large_as_its_picture_may_be(tmp_path, monkeypatch, recwarn):

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset import DatasetError, VOCSegmentation, find_list, read_ids, read_list
+from dataset import DatasetError, VOCSegmentation, find_list, read_class_names, read_ids, read_list
+from dataset.classes import read_class_colors
+from scripts.data.colours import read_table
 from tests.conftest import TOY_CLASSES
 
 
@@ -36,6 +38,23 @@ def listing(tmp_path, text, encoding="utf-8"):
 )  # fmt: skip
 def test_ids_by_hand(tmp_path, text, ids):
     assert read_ids(listing(tmp_path, text)) == ids
+
+
+OTHER_ENDS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"  # what str.splitlines calls line ends, beside those of a text file
+
+
+@pytest.mark.parametrize("sign", OTHER_ENDS)
+def test_a_line_ends_where_a_text_file_says(tmp_path, sign):
+    text = f"a{sign}b\rc\r\n{sign}d\ne{sign}\n"
+    expected = [f"a{sign}b", "c", f"{sign}d", f"e{sign}"]
+    assert read_ids(listing(tmp_path, text)) == expected
+    assert read_list(listing(tmp_path, f"x{sign}y.jpg m{sign}n.png"))[0][1:] == (f"x{sign}y.jpg", f"m{sign}n.png")
+    assert read_list(listing(tmp_path, f"x.jpg{sign}y.png"))[0].label is None  # one name, no pair
+    (tmp_path / "classes.txt").write_bytes(f"sky{sign}blue 1 2 3\nroad{sign}7 8 9\r\n".encode())
+    assert read_class_names(tmp_path, 2) == [f"sky{sign}blue", f"road{sign}7 8 9"]
+    assert read_class_colors(tmp_path, 2)[0] == (1, 2, 3)
+    names = f"__ignore__\nsky{sign}blue\nroad"  # labelme's file
+    assert [name for name, _ in read_table(listing(tmp_path, names))] == [f"sky{sign}blue", "road"]
 
 
 @pytest.mark.parametrize(

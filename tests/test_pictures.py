@@ -6,14 +6,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 import evaluate as evaluate_script
 import train as train_script
 from dataset import DatasetError, VOCSegmentation, read_image
 from dataset.files import read_picture
 from scripts import predict as predict_script
-from tests.pngs import png
+from tests.pngs import RGB, chunk, interlaced_rows, png, rows_of
 from utils.command import run_command
 
 GRID = np.add.outer(np.arange(40) * 3, np.arange(56) * 2).astype(np.uint8)  # no two corners alike
@@ -84,6 +84,55 @@ def test_the_end_marker_in_a_comment_is_none(tmp_path):
         read_image(write(tmp_path, data[: len(data) // 2]))
 
 
+NOISE = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+CUT = {
+    "PNG": [{}],
+    "BMP": [{}],
+    "TIFF": [{}, {"compression": "tiff_lzw"}, {"compression": "tiff_adobe_deflate"}, {"compression": "jpeg"}],
+    "WEBP": [{}, {"lossless": True}],
+}
+
+
+@pytest.mark.parametrize(("kind", "options"), [(kind, options) for kind in CUT for options in CUT[kind]])
+@pytest.mark.parametrize("left", [0.5, 0.9, -1])
+def test_a_cut_picture_of_any_kind_is_refused(tmp_path, kind, options, left):
+    whole = encoded(kind, array=NOISE, **options)
+    assert read_image(write(tmp_path, whole)).shape == NOISE.shape
+    with pytest.raises(DatasetError, match=r"a\.jpg is "):
+        read_image(write(tmp_path, whole[: int(len(whole) * left)] if left > 0 else whole[:left]))
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_a_png_picture_whose_pixels_end_early_is_refused(tmp_path, interlaced):
+    rows = (interlaced_rows if interlaced else rows_of)(NOISE)
+    for stored, fits in ((rows, True), (rows + bytes(9), True), (rows[:-1], False), (rows[: len(rows) // 2], False)):
+        path = write(tmp_path, png(NOISE, color_type=RGB, rows=stored, interlaced=interlaced), "a.png")
+        if fits:
+            assert np.array_equal(read_image(path)[..., ::-1], NOISE)
+        else:
+            with pytest.raises(DatasetError, match=r"a\.png is damaged: its pixels end after"):
+                read_image(path)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}])
+def test_a_small_jpeg_that_claims_to_be_large_is_not_decoded(tmp_path, monkeypatch, options):
+    data = bytearray(encoded(**options))
+    place = next(place for place in (data.find(b"\xff\xc0"), data.find(b"\xff\xc2")) if place > 0)
+    data[place + 5 : place + 9] = (28_000).to_bytes(2, "big") * 2
+    monkeypatch.setattr(cv2, "imdecode", None)
+    with pytest.raises(DatasetError, match=rf"its {len(data)} bytes cannot hold the 28000x28000 pixels of its header"):
+        read_image(write(tmp_path, data))
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True}])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_jpeg_of_one_colour_holds_all_its_pixels(tmp_path, mode, options):
+    """The smallest files that there are of their size."""
+    grey = np.full((3000, 3000), 128, np.uint8)
+    data = encoded(array=grey if mode == "L" else np.stack([grey] * 3, axis=-1), quality=1, **options)
+    assert read_image(write(tmp_path, data)).shape == (3000, 3000, 3)
+
+
 def labelled(tmp_path, picture, label_size, suffix=".jpg"):
     for folder in ("JPEGImages", "SegmentationClass"):
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -95,12 +144,11 @@ def labelled(tmp_path, picture, label_size, suffix=".jpg"):
 @pytest.mark.parametrize(
     ("kind", "orientation"),
     [
-        *((kind, orientation) for kind in ("JPEG", "PNG") for orientation in (None, *range(1, 9))),
-        *(("WEBP", orientation) for orientation in range(1, 5)),  # OpenCV 4 does not turn it
+        *((kind, orientation) for kind in ("JPEG", "PNG", "WEBP", "TIFF") for orientation in (None, *range(1, 9))),
     ],
 )
 def test_orientation_of_a_labelled_picture(tmp_path, kind, orientation):
-    data = labelled(tmp_path, encoded(kind, orientation), (40, 56), suffix=".png" if kind == "PNG" else ".jpg")
+    data = labelled(tmp_path, encoded(kind, orientation), (40, 56), suffix=f".{kind.lower()}")
     if orientation in (None, 1):
         assert data[0][0].shape == (40, 56, 3)
     elif orientation < 5:
@@ -109,7 +157,7 @@ def test_orientation_of_a_labelled_picture(tmp_path, kind, orientation):
     else:
         with pytest.raises(DatasetError, match=rf"56x40 pixels, its picture 40x56; .* {orientation} swaps the sides"):
             data[0]
-        data = labelled(tmp_path, encoded(kind, orientation), (56, 40), suffix=".png" if kind == "PNG" else ".jpg")
+        data = labelled(tmp_path, encoded(kind, orientation), (56, 40), suffix=f".{kind.lower()}")
         assert data[0][0].shape == (56, 40, 3)  # the label was drawn on the turned picture: the sizes tell
 
 
@@ -119,6 +167,59 @@ def test_orientation_of_a_square_picture_cannot_be_told(tmp_path):
         with pytest.raises(DatasetError, match="its size does not tell"):
             labelled(tmp_path, encoded(orientation=orientation, array=square), (40, 40))[0]
     assert labelled(tmp_path, encoded(orientation=1, array=square), (40, 40))[0][0].shape == (40, 40, 3)
+
+
+SHOWN = {  # by numpy's own words; the n-th row and the n-th column of what is stored are at (TIFF 6.0, Orientation)
+    1: lambda image: image,
+    2: np.fliplr,
+    3: lambda image: np.rot90(image, 2),
+    4: np.flipud,
+    5: lambda image: np.fliplr(np.rot90(image, -1)),
+    6: lambda image: np.rot90(image, -1),
+    7: lambda image: np.flipud(np.rot90(image, -1)),
+    8: np.rot90,
+}
+TURNING = [("JPEG", {"quality": 95}), ("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})]
+if features.check("avif") and cv2.imdecode(np.frombuffer(encoded("AVIF"), np.uint8), cv2.IMREAD_COLOR) is not None:
+    TURNING.append(("AVIF", {"quality": 95}))
+
+
+@pytest.mark.parametrize(("kind", "options"), TURNING)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_turned_once_and_so_is_said(tmp_path, kind, options, orientation):
+    image, told = read_picture(write(tmp_path, encoded(kind, orientation, **options)))
+    expected = SHOWN[orientation](PICTURE[..., ::-1])
+    assert told == orientation
+    assert image.shape == expected.shape
+    assert np.abs(image.astype(int) - expected).mean() < 8
+
+
+def test_an_avif_that_pillow_cannot_open_is_not_read_as_upright(tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "check", lambda feature: False)
+    with pytest.raises(DatasetError, match=r"a\.jpg is an AVIF file, .* pillow>=11\.3"):
+        read_image(write(tmp_path, b"\0\0\0\x20ftypavif" + bytes(20)))
+
+
+def test_the_word_exif_in_a_comment_is_no_orientation(tmp_path):
+    """Of a PNG only the part of that name counts, wherever it stands."""
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    exif = chunk(b"eXIf", tags.tobytes().removeprefix(b"Exif\0\0"))
+    comment = chunk(b"tEXt", b"Comment\0eXIf" + tags.tobytes())
+    plain = png(GRID)
+    end = len(plain) - len(chunk(b"IEND", b""))
+    for extra, expected in ((comment, 1), (exif, 6), (comment + exif, 6), (exif + comment, 6)):
+        for data in (png(GRID, extra=extra), plain[:end] + extra + plain[end:]):  # in front of the pixels, behind them
+            image, told = read_picture(write(tmp_path, data, "a.png"))
+            assert told == expected
+            assert np.array_equal(image[..., 0], SHOWN[expected](GRID))
+
+
+def test_a_picture_larger_than_pillow_likes_is_turned(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    assert read_picture(write(tmp_path, encoded(orientation=6)))[0].shape == (56, 40, 3)
+    assert Image.MAX_IMAGE_PIXELS == 10
+    assert not recwarn
 
 
 def test_prediction_honours_the_tag(tmp_path):

@@ -173,7 +173,7 @@ def peak_memory() -> int:
 def cut_log(path: Path, step: int) -> list[dict[str, Any]]:
     """Keep the lines of ``path`` up to ``step``, and return them; a line that a killed run left half written goes, too."""
     kept, texts = [], []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
         try:
             line = json.loads(text)
             if line["step"] <= step:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dataset.classes import IGNORE_LABEL, VOC_CLASSES, Color, is_voc, read_classes, voc_palette
-from dataset.files import read_text
+from dataset.files import read_lines
 from dataset.labels import BadLabel, check_values, decode_label, read_png
 from utils.command import UserError
 
@@ -63,8 +63,7 @@ def read_table(path: Path) -> list[tuple[str, Color | None]]:
     Raises:
         DatasetError: the file cannot be read.
     """
-    lines = [line.strip() for line in read_text(path, "the file of classes").splitlines()]
-    lines = [line for line in lines if line and not line.startswith("#")]
+    lines = [line for line in read_lines(path, "the file of classes") if line and not line.startswith("#")]
     cvat = [_CVAT.fullmatch(line) for line in lines]
     if lines and all(cvat):
         rows = [found.groups() for found in cvat if found]

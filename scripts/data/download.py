@@ -199,9 +199,12 @@ def _transfer(session: requests.Session, url: str, part: Path, begun: int, item:
         if total is not None and total - start > free:
             needed = f"{(total - start) / 2**20:,.0f} MiB are needed"
             raise UserError(f"{part.parent} has {free / 2**20:,.0f} MiB free and {needed}; free some space and try again")
+        most = 4 * _bytes(item.about) if item.about and item.size is None else item.size  # an answer in chunks may be endless
         bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, unit_divisor=1024, desc=part.name, disable=None)
         with bar, open(part, "ab" if start else "wb") as file:
             for block in itertools.chain([head], blocks):
+                if most is not None and file.tell() + len(block) > most:
+                    raise ChecksumError(f"it sends more than {most:.0f} bytes, and {item.name} has {item.size or item.about}")
                 file.write(block)
                 bar.update(len(block))
     if total is not None and part.stat().st_size < total:
