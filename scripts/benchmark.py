@@ -122,7 +122,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     from scripts.bench.memory import memory_rows, print_memory
     from utils import distributed
     from utils.checkpoint import load_init
-    from utils.files import save_json
+    from utils.files import OUTPUT_MARK, Output, check_outputs, save_json
 
     if args.child:
         part, row = args.child
@@ -137,7 +137,11 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         args.net, args.backbone, args.num_classes = config["net"], config["backbone"], config["num_classes"]
     args.net, args.backbone, args.num_classes = args.net or "deeplabv2", args.backbone or "resnet101", args.num_classes or 21
     measured = [name for name in args.parts if name != "memory"]
-    result: dict[str, Any] = {"options": {**vars(args)}, "parts": {}}
+    if args.json:
+        path = Path(args.json)
+        read = [name for name in (args.restore_from, args.data_list) if name]
+        check_outputs([Output("--json", path.parent, path.name, "the figures")], read)
+    result: dict[str, Any] = {"made_by": OUTPUT_MARK, "options": {**vars(args)}, "parts": {}}
     if "memory" in args.parts:  # computed, whatever the machine
         steps = memory_rows(args)
         print_memory(args, steps)

@@ -25,7 +25,7 @@ from scripts.data.causes import cityscapes_causes, few, likely_causes
 from scripts.data.inspection import MOST, Inspection, inspect
 from scripts.data.parallel import parallel_map
 from utils.command import GivenParser, class_count, default_processes, label_value, not_negative, run_command
-from utils.files import save_json
+from utils.files import OUTPUT_MARK, Output, check_outputs, save_json
 from utils.options import CITYSCAPES, DATA_DIR, add_dataset_option, settle_dataset
 
 KINDS = (
@@ -178,6 +178,12 @@ def print_table(report: dict, names: Sequence[str] | None) -> None:
     print(f"{'WRONG' if report['wrong'] else 'OK'}: {report['good']} good pairs, {report['ids']} lines in the list")
 
 
+def check_json(path: Path, data: VOCSegmentation, lists: Sequence[Path]) -> None:
+    """Raise :class:`UserError` where the report cannot be written to ``path``, or would replace what is no earlier report."""
+    read = [*lists, data.root / "classes.txt", *(place(i) for i in data.ids for place in (data.image_path, data.label_path))]
+    check_outputs([Output("--json", path.parent, path.name, "the report")], read, [data.image_dir, *data.label_dirs])
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = GivenParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_dataset_option(parser)
@@ -218,13 +224,16 @@ def main(argv: list[str] | None = None) -> int:
     names = data.names or (default_names(num_classes) if num_classes == 21 else None)
     print(f"{', '.join(entries)}: {len(data)} ids, {num_classes} classes")
 
+    if args.json:
+        check_json(Path(args.json), data, lists)
     options = (num_classes, args.ignore_label, data.colors)
     tasks = [(i, data.image_path(i), path := data.label_path(i), *options, data.classes_of(path)) for i in data.entries]
     found = list(tqdm(parallel_map(inspect, tasks, args.workers), "read", len(tasks), unit="pair", disable=None))
     report = summarize(found, data, {path: [entry.id for entry in ids] for path, ids in entries.items()})
     print_table(report, names)
     if args.json:
-        save_json(args.json, {"data_dir": str(data.root), "data_list": list(entries), "names": names, **report})
+        head = {"made_by": OUTPUT_MARK, "data_dir": str(data.root), "data_list": list(entries), "names": names}
+        save_json(args.json, head | report)
     return 1 if report["wrong"] else 0
 
 

@@ -14,12 +14,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.command import UserError, run_command
-from utils.files import OUTPUT_MARK, Output, check_outputs, write_atomically
+from utils.files import OUTPUT_MARK, Output, check_outputs, mark_zip, write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -61,10 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.target.suffix == ".onnx":
         write_onnx(args.target, program, facts)
     else:
-        import torch
-
-        extra = {"contract.json": json.dumps(facts)}
-        write_atomically(args.target, lambda file: torch.export.save(program, file, extra_files=extra))
+        write_pt2(args.target, program, facts)
     print(f"wrote {args.target} ({args.target.stat().st_size / 1e6:.1f} MB): {facts['input']} -> {facts['output']}")
     return 0
 
@@ -140,6 +137,17 @@ def write_onnx(target: Path, program: "torch.export.ExportedProgram", facts: dic
         model.metadata_props.add(key=name, value=value if isinstance(value, str) else json.dumps(value))
     onnx.checker.check_model(model)
     write_atomically(target, lambda file: file.write(model.SerializeToString()))
+
+
+def write_pt2(target: Path, program: "torch.export.ExportedProgram", facts: dict[str, Any]) -> None:
+    """Write ``program`` as torch.export does, with ``facts`` in contract.json."""
+    import torch
+
+    def write(file: IO[bytes]) -> None:
+        torch.export.save(program, file, extra_files={"contract.json": json.dumps(facts)})
+        mark_zip(file)
+
+    write_atomically(target, write)
 
 
 if __name__ == "__main__":

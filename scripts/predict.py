@@ -18,14 +18,14 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import chain, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.command import UserError, below_one, default_processes, not_negative, numbers, positive, run_command
-from utils.files import Output, check_outputs, write_atomically
+from utils.files import Output, check_outputs, mark_zip, write_atomically
 from utils.options import DATASETS, TRAINED_WEIGHTS, add_device_options, add_net_options, add_window_options
 
 if TYPE_CHECKING:
@@ -126,9 +126,11 @@ def _kind(entry: Path, suffixes: tuple[str, ...]) -> str:
 
 
 def planned_outputs(source: Source, args: argparse.Namespace) -> list[Output]:
-    """Every file that is made of a source; of a video, the last one to be finished and the first mask."""
+    """Every file that is made of a source; of a video, the last one to be finished, the first mask and those that are there."""
     if source.is_video:
-        endings = {"mask of a frame": "/000000.png", "video": ".mp4"}
+        there = (args.save_dir / source.name).glob("[0-9]*.png")
+        numbers = sorted({"000000", *(path.stem for path in there if path.stem.isdecimal())})
+        endings = {f"mask of frame {number}": f"/{number}.png" for number in numbers} | {"video": ".mp4"}
     else:
         endings = {"mask": ".png"}
         endings |= {"panel": "_panel.png"} if args.panels else {}
@@ -282,7 +284,12 @@ def write_probabilities(path: Path, picture: "Picture", logits: "torch.Tensor", 
     probabilities = np.empty((len(logits), *size), dtype=np.float16)
     for rows, block in enlarge_rows(logits[None], size, stride=stride):
         probabilities[:, rows] = block[0].softmax(dim=0).half().cpu().numpy()
-    write_atomically(path, lambda file: np.savez_compressed(file, probabilities=probabilities, classes=np.array(names)))
+
+    def write(file: IO[bytes]) -> None:
+        np.savez_compressed(file, probabilities=probabilities, classes=np.array(names))
+        mark_zip(file)
+
+    write_atomically(path, write)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from scripts import benchmark
 from scripts.bench import PARTS, measure, reference
 from scripts.bench.inputs import make_pictures
 from scripts.bench.measure import Part, Runner, Variant, count_flops, measure_peak, run_part
+from utils.command import UserError
+from utils.files import is_output
 from utils.metrics import ConfusionMatrix
 
 CPU = torch.device("cpu")
@@ -69,6 +71,7 @@ def test_part(name, toy_voc, tmp_path, monkeypatch, capsys):
     options = [name, *TINY, "--data-dir", str(toy_voc), "--json", str(file), *(["--no-memory"] if name != "predict" else [])]
     assert benchmark.main(options) == 0
     result = json.loads(file.read_text())
+    assert is_output(file)  # so that the next benchmark may replace it
     assert list(result["parts"]) == [name]
     check_rows(result["parts"][name]["rows"], arithmetic=name not in ("data", "crf"))
     assert result["gemm"]["float32"]["flops_per_s"] > 0
@@ -277,3 +280,10 @@ def test_reference_sample(toy_voc):
         assert pixels.shape == (3, 33, 65)
         assert mask.shape == (33, 65)
         assert set(np.unique(mask)) <= {0, 1, 2, 3, 255}
+
+
+def test_figures_replace_nothing_of_the_users(tmp_path):
+    (tmp_path / "notes.json").write_text('{"mine": 1}')
+    with pytest.raises(UserError, match="no earlier output"):
+        benchmark.main(["memory", *TINY, "--json", str(tmp_path / "notes.json")])
+    assert (tmp_path / "notes.json").read_text() == '{"mine": 1}'

@@ -15,6 +15,7 @@ from dataset.classes import voc_palette
 from dataset.voc import DatasetError, read_image
 from scripts import check_dataset
 from tests.pngs import PALETTE, RGB, png
+from utils.command import UserError
 
 SCRIPT = Path(check_dataset.__file__)
 
@@ -37,6 +38,23 @@ def check(root, capsys, *options):
     """(exit status, what was printed)."""
     status = check_dataset.main(["--data-dir", str(root), "--workers", "0", *map(str, options)])
     return status, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["JPEGImages/a.jpg", "SegmentationClass/a.png", "ImageSets/Segmentation/train.txt", "net.pth", "old.json", "classes.txt"],
+)
+def test_the_report_replaces_nothing_but_an_earlier_one(tmp_path, capsys, name):
+    put(tmp_path, "a", [[0, 1]])
+    (tmp_path / "net.pth").write_bytes(b"PK weights")
+    (tmp_path / "old.json").write_text('{"data_dir": "of a version before", "wrong": false}')
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(UserError, match=r"--json: the report would be written to .*(over|among the data)"):
+        check(tmp_path, capsys, "--num-classes", 2, "--json", tmp_path / name)
+    assert (tmp_path / name).read_bytes() == before
+    for _ in range(2):
+        assert check(tmp_path, capsys, "--num-classes", 2, "--json", tmp_path / "new.json")[0] == 0
 
 
 def line(text, start):

@@ -35,7 +35,7 @@ def test_torch_export(with_preprocessing, snapshot, tmp_path):  # noqa: F811
     options = ["--with-preprocessing"] if with_preprocessing else []
     assert export_onnx.main([str(snapshot), str(tmp_path / "net.pt2"), *options]) == 0
     extra = {"contract.json": ""}
-    assert files._is_output(tmp_path / "net.pt2")
+    assert files.is_output(tmp_path / "net.pt2")
     program = torch.export.load(tmp_path / "net.pt2", extra_files=extra).module()
     assert json.loads(extra["contract.json"])["classes"] == ["ground", "red", "green", "blue"]
     net = load_net(snapshot)
@@ -58,7 +58,7 @@ def test_onnx_runtime(with_preprocessing, snapshot, tmp_path):  # noqa: F811
     facts = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(facts["classes"]) == ["ground", "red", "green", "blue"]
     assert ("uint8 RGB" in facts["input"]) == with_preprocessing
-    assert files._is_output(tmp_path / "net.onnx")  # so a second export may replace it
+    assert files.is_output(tmp_path / "net.onnx")  # so a second export may replace it
     assert next(entry.version for entry in model.opset_import if not entry.domain) == 18
     assert "BatchNormalization" not in {node.op_type for node in model.graph.node}
     session = runtime.InferenceSession(str(tmp_path / "net.onnx"))

@@ -1,15 +1,29 @@
 """Outputs against what the user brought: by other names, links, folders; and files that are written whole."""
 
+import gzip
+import io
+import json
 import os
+import re
+import tarfile
+import zipfile
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from scripts.predict import write_probabilities
 from utils import files
 from utils.command import UserError
-from utils.files import Output, check_outputs, save_json
-from utils.visualize import PALETTE, Classes, save_panel, save_prediction
+from utils.files import OUTPUT_MARK, Output, check_outputs, remove_torn, remove_torn_files, save_json, write_atomically
+from utils.log import RunLog
+from utils.samples import Picture
+from utils.submission import CITYSCAPES_SERVER, VOC, pack
+from utils.video import VideoFile
+from utils.visualize import PALETTE, Classes, indexed_png, save_panel, save_picture, save_prediction
 
 
 def out(folder: Path, *names: str, option: str = "--save-dir") -> list[Output]:
@@ -23,7 +37,7 @@ def test_good_outputs_make_their_folders_and_may_exist(tmp_path):
     save_prediction(tmp_path / "old/a.png", mask)
     classes = Classes(["a", "b"], PALETTE)
     save_panel(tmp_path / "old/p.png", np.zeros((3, 4, 3), dtype=np.uint8), mask, mask, classes)
-    save_json(tmp_path / "old/scores.json", {"restore_from": "net.pth"})
+    save_json(tmp_path / "old/scores.json", {"made_by": files.OUTPUT_MARK, "restore_from": "net.pth"})
     outputs = out(tmp_path / "old", "a.png", "p.png", "scores.json", "b.png")
     outputs += out(tmp_path / "new/deep", "city/a.png", option="--save-panels")
     before = {path: path.read_bytes() for path in (tmp_path / "old").iterdir()}
@@ -36,6 +50,14 @@ def test_good_outputs_make_their_folders_and_may_exist(tmp_path):
     ("name", "content"),
     [
         ("a.png", b"\x89PNG\r\n\x1a\n somebody's photo or label"),
+        ("a.jpg", b"\xff\xd8\xff\xe0 a photo"),
+        ("film.mp4", b"\0\0\0\x1cftypisom a film"),
+        ("a.npz", b"PK\3\4 somebody's arrays"),
+        ("index.html", b"<!doctype html><p>a page on DeepLab-ResNet prediction</p>"),
+        ("test.tgz", b"\x1f\x8b\x08\0 somebody's archive"),
+        ("scores.json", b'{"restore_from": "as versions before have it"}'),
+        ("scores.json", b'{"runs": [{"made_by": "DeepLab-ResNet prediction"}]}'),
+        ("empty.json", b""),
         ("last.ckpt", b"PK a run's only optimiser state"),
         ("train.txt", b"2007_000032\n"),
         ("scores.json", b'{"mine": 1}'),
@@ -48,6 +70,133 @@ def test_a_file_of_other_origin_is_not_written_over(tmp_path, name, content):
     with pytest.raises(UserError, match=rf"{name}, over a file that is no earlier output"):
         check_outputs(out(tmp_path, name), [])
     assert (tmp_path / name).read_bytes() == content
+
+
+def write_each_kind(folder: Path) -> list[Path]:
+    """A file of each kind that the functions of the commands write; the others are written in the tests of their commands."""
+    pixels, logits = np.full((34, 48, 3), 90, np.uint8), torch.zeros(2, 5, 6)
+    save_prediction(folder / "a.png", pixels[..., 0])
+    save_picture(folder / "b.png", pixels)
+    save_picture(folder / "a.jpg", pixels)
+    write_probabilities(folder / "a.npz", Picture("a", pixels), logits, ["x", "y"], 8)
+    with VideoFile(folder / "a.mp4", 5.0) as film:
+        film.write(pixels)
+    grey = io.BytesIO()
+    Image.fromarray(np.full((34, 48), 7, np.uint8)).save(grey, "PNG")
+    pack(folder / "a.tgz", {"a": indexed_png(pixels[..., 0] * 0)}, {"a": folder / "a.jpg"}, VOC)
+    pack(folder / "a.zip", {"a": grey.getvalue()}, {"a": folder / "a.jpg"}, CITYSCAPES_SERVER)
+    save_json(folder / "a.json", {"made_by": OUTPUT_MARK, "a": 1})
+    return sorted(folder.iterdir())
+
+
+def test_each_kind_carries_the_mark_where_other_programs_read_it(tmp_path):
+    written = write_each_kind(tmp_path)
+    assert len(written) == 8
+    assert all(map(files.is_output, written))
+    with Image.open(tmp_path / "a.png") as mask, Image.open(tmp_path / "a.jpg") as photo:
+        assert mask.info["Software"] == OUTPUT_MARK
+        assert photo.info["comment"] == OUTPUT_MARK.encode()
+        assert np.abs(np.asarray(photo).astype(int) - 90).max() <= 1
+    for name in ("a.npz", "a.zip"):
+        with zipfile.ZipFile(tmp_path / name) as archive:
+            assert archive.comment == OUTPUT_MARK.encode()
+            assert archive.testzip() is None
+    assert np.load(tmp_path / "a.npz")["probabilities"].shape == (2, 34, 48)
+    with tarfile.open(tmp_path / "a.tgz") as archive:
+        assert archive.getnames() == ["results/VOC2012/Segmentation/comp6_test_cls/a.png"]
+    data = (tmp_path / "a.tgz").read_bytes()
+    assert data[3] == 16  # FCOMMENT alone (RFC 1952)
+    assert data[10 : data.index(b"\0", 10)] == OUTPUT_MARK.encode()
+    film = cv2.VideoCapture(str(tmp_path / "a.mp4"))
+    assert [film.read()[0], film.read()[0]] == [True, False]
+    data, boxes = (tmp_path / "a.mp4").read_bytes(), []
+    while data:
+        size = int.from_bytes(data[:4], "big")
+        boxes.append((data[4:8], data[8:size]))
+        data = data[size:]
+    assert boxes[-1] == (b"free", OUTPUT_MARK.encode())
+    assert json.loads((tmp_path / "a.json").read_text())["made_by"] == OUTPUT_MARK
+
+
+def test_what_holds_an_output_is_none(tmp_path):
+    """The user's own files with ours inside, and ours without the mark, saved anew by other programs."""
+    ours, mine = tmp_path / "ours", tmp_path / "mine"
+    mine.mkdir()
+    written = write_each_kind(ours)
+    with zipfile.ZipFile(mine / "a.zip", "w") as archive:
+        for path in written:
+            archive.write(path, path.name)
+    with tarfile.open(mine / "a.tgz", "w:gz") as archive:
+        archive.add(ours, "ours")
+    (mine / "b.gz").write_bytes(gzip.compress((ours / "a.tgz").read_bytes()))
+    np.savez(mine / "a.npz", **np.load(ours / "a.npz"))
+    for name in ("a.png", "a.jpg"):
+        Image.open(ours / name).convert("RGB").save(mine / name, **({"comment": b"mine"} if name == "a.jpg" else {}))
+    (mine / "a.mp4").write_bytes((ours / "a.mp4").read_bytes() + b"\0\0\0\x0cfreemine")
+    (mine / "a.json").write_text(json.dumps([json.loads((ours / "a.json").read_text())]))
+    (mine / "list.html").write_bytes(
+        b"<!doctype html>" + b" " * 5000 + b'<meta name="generator" content="DeepLab-ResNet prediction">'
+    )
+    found = sorted(mine.iterdir())
+    assert len(found) == 9
+    assert not any(map(files.is_output, found))
+    os.mkfifo(mine / "pipe.json")  # whose reader would wait
+    assert not files.is_output(mine / "pipe.json")
+
+
+def test_a_link_that_leads_nowhere_is_the_users(tmp_path):
+    (tmp_path / "a.png").symlink_to(tmp_path / "an unmounted disk/a.png")
+    with pytest.raises(UserError, match="no earlier output"):
+        check_outputs(out(tmp_path, "a.png"), [])
+
+
+@pytest.mark.parametrize("name", ["a.png", "x" * 251 + ".png", "ü" * 125 + ".jpg", "a.mp4", ".hidden", "no suffix"])
+def test_temporary_names(tmp_path, name):
+    """Hidden, at most 255 bytes, never twice the same, and what removes torn ones knows them, and those of before."""
+    seen = []
+
+    def write(file):
+        file.write(b"whole")
+        seen.append(Path(file.name).name)
+
+    for _ in range(2):
+        write_atomically(tmp_path / name, write)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    first, second = seen
+    assert first != second
+    assert all(re.fullmatch(r"\..+\.[0-9a-f]{8}\.[0-9a-f]{8}\.tmp", text) and len(text.encode()) <= 143 for text in seen)
+    torn = [tmp_path / first, tmp_path / second] + [tmp_path / f".{name}.77.tmp"] * (len(name.encode()) < 200)
+    if name == "a.mp4":
+        torn += [files.temporary_beside(tmp_path / name, ".mp4"), tmp_path / ".a.77.tmp.mp4"]
+    kept = [files.temporary_beside(tmp_path / f"y{name[1:]}"), tmp_path / ".mine.tmp", tmp_path / "mine.tmp"]
+    for path in (*torn, *kept):
+        path.touch()
+    remove_torn_files([tmp_path / name])
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / name, *kept])
+    for path in torn:
+        path.touch()
+    remove_torn(tmp_path, lambda found: name.endswith(found) or found == name.removesuffix(".mp4"))
+    assert not [path for path in torn if path.exists()]
+
+
+def test_a_temporary_file_is_opened_through_no_link(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.secrets, "token_hex", lambda count: "0" * 8)
+    (tmp_path / "mine").write_text("mine")
+    for suffix in ("", ".mp4"):
+        files.temporary_beside(tmp_path / "a.mp4", suffix).symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_atomically(tmp_path / "a.mp4", lambda file: file.write(b"theirs"))
+    with pytest.raises(UserError, match="cannot be written"), VideoFile(tmp_path / "a.mp4", 5.0) as film:
+        film.write(np.zeros((32, 32, 3), np.uint8))
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_names_that_no_disk_takes_are_a_sentence_before_any_work(tmp_path):
+    for name in ("x" * 252 + ".png", "x" * 300 + "/a.png", "deep/" * 900 + "a.png"):
+        with pytest.raises(UserError, match="File name too long"):
+            check_outputs(out(tmp_path / "new", name), [tmp_path / ("y" * 300)], [tmp_path / ("z" * 300)])
+    with pytest.raises(UserError, match=r"cannot be written .*shorter name"):
+        write_atomically(tmp_path / ("x" * 256), lambda file: None)
 
 
 def test_nothing_is_written_below_the_data_either(tmp_path):
@@ -128,3 +277,19 @@ def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         save_json(tmp_path / "deep", {})
     assert [path.name for path in tmp_path.iterdir()] == ["deep"]
+
+
+def test_pictures_of_training_have_names_that_fit_and_replace_none_of_the_users(tmp_path):
+    options = {"num_steps": 9, "batch_size": 1, "iter_size": 1, "tensorboard": False}
+    pixels = np.zeros((4, 5, 3), np.uint8)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/000003_mine.png").write_bytes(b"a photo")
+    with RunLog(tmp_path, options) as log:
+        log.picture("city/" + "ü" * 125, 3, pixels)
+        for _ in range(2):
+            log.picture("a", 3, pixels)
+        with pytest.raises(UserError, match=r"000003_mine\.png was not written by a run"):
+            log.picture("mine", 3, pixels)
+    names = sorted(path.name for path in (tmp_path / "images").iterdir())
+    assert names == ["000003_a.png", "000003_mine.png", f"000003_{'ü' * 100}.png"]
+    assert (tmp_path / "images/000003_mine.png").read_bytes() == b"a photo"

@@ -93,6 +93,34 @@ def test_photos_are_never_written_over(snapshot, tmp_path, monkeypatch):  # noqa
     assert contents(tmp_path) == before
 
 
+def test_films_arrays_and_frames_of_others_are_never_written_over(snapshot, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "film.avi.mp4", [np.zeros((48, 64, 3), np.uint8)] * 3)
+    (tmp_path / "film.avi.mp4").rename("film.avi")
+    (tmp_path / "film").mkdir()
+    cv2.imwrite("x.jpg", np.zeros((9, 9, 3), np.uint8))
+    cv2.imwrite("film/000001.png", np.zeros((9, 9, 3), np.uint8))  # a frame as ffmpeg counts
+    (tmp_path / "film.mp4").write_bytes((tmp_path / "film.avi").read_bytes())
+    np.savez("x.npz", mine=np.arange(3))
+    before = contents(tmp_path)
+    common = ["--save-dir", ".", "--restore-from", str(snapshot), "--device", "cpu"]
+    for options, message in (
+        (["x.jpg", "--probabilities"], r"to x\.npz, over a file that is no earlier output"),
+        (["film.avi"], r"to film/000001\.png, over a file that is no earlier output"),
+    ):
+        with pytest.raises(UserError, match=message):
+            predict.main([*options, *common])
+    assert contents(tmp_path) == before
+    (tmp_path / "film/000001.png").unlink()
+    with pytest.raises(UserError, match=r"to film\.mp4, over a file that is no earlier output"):
+        predict.main(["film.avi", *common])
+    (tmp_path / "film.mp4").unlink()
+    (tmp_path / "x.npz").unlink()
+    for _ in range(2):  # the second over the first
+        run(snapshot, "film.avi", "--save-dir", ".")
+        run(snapshot, "x.jpg", "--probabilities", "--save-dir", ".")
+
+
 def test_patterns_keep_sub_folders(toy_voc, snapshot, tmp_path, monkeypatch, capsys):  # noqa: F811
     photos = tmp_path / "photos"
     for folder in ("a", "b/c"):

@@ -165,7 +165,7 @@ def test_what_cannot_be_reported_or_compared_is_a_sentence(toy_voc, snapshot, na
     first.write_text("toy_0\n")
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     for net, options, message in (
-        (snapshot, ["--report", str(tmp_path / "full")], "full holds other files; choose an empty or new folder"),
+        (snapshot, ["--report", str(tmp_path / "full")], r"full holds other files \(thesis\.txt\); choose an empty"),
         (snapshot, ["--report", str(toy_voc / "JPEGImages")], "among the data"),
         (snapshot, ["--report", a, "--compare", a], "are both"),
         (snapshot, ["--report", b, "--compare", str(tmp_path / "full")], "is no report: expected a folder that evaluate.py"),
@@ -176,6 +176,15 @@ def test_what_cannot_be_reported_or_compared_is_a_sentence(toy_voc, snapshot, na
     assert (tmp_path / "full/thesis.txt").read_text() == "mine"
     evaluate(toy_voc, snapshot, "--report", a, "--data-list", str(first))  # over an earlier report, whose pictures go
     assert {path.name[:6] for path in (tmp_path / "a/pictures").iterdir()} == {"000000"}
+    mine = tmp_path / "a/pictures/000001.jpg"  # put there since
+    mine.write_bytes((toy_voc / "JPEGImages/toy_0.jpg").read_bytes())
+    with pytest.raises(UserError, match=r"a holds other files \(pictures/000001\.jpg\)"):
+        evaluate(toy_voc, snapshot, "--report", a)
+    assert mine.read_bytes() == (toy_voc / "JPEGImages/toy_0.jpg").read_bytes()
+    mine.unlink()
+    (tmp_path / "a/index.html").write_text("<!doctype html><p>mine")
+    with pytest.raises(UserError, match=r"index\.html, over a file that is no earlier output"):
+        evaluate(toy_voc, snapshot, "--report", a)
     first.write_text("toy_5\n")
     with pytest.raises(UserError, match="has none of the 1 pictures of this evaluation"):
         evaluate(toy_voc, snapshot, "--report", b, "--compare", a, "--data-list", str(first))

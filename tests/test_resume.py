@@ -207,7 +207,7 @@ def test_the_log_and_the_folder_of_a_killed_run(toy_voc, tmp_path):
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     later = [json.dumps({**json.loads(lines[-1]), "step": step}) for step in (4, 5)]
     (tmp_path / "log.jsonl").write_text("\n".join([*lines, *later, later[0][: len(later[0]) // 2]]))
-    for name in (".last.ckpt.123.tmp", ".VOC12_scenes_4.pth.77.tmp", ".mine.tmp", "notes.txt"):
+    for name in (".last.ckpt.123.tmp", ".VOC12_scenes_4.pth.1a2b3c4d.5e6f7a8b.tmp", ".mine.tmp", "notes.txt"):
         (tmp_path / name).write_bytes(b"x")
     assert bare_resume(tmp_path) == 0
     assert [line["step"] for line in log_lines(tmp_path)] == [1, 2, 3, 4, 5, 6]

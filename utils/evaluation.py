@@ -23,7 +23,7 @@ from utils.checkpoint import dataset_of
 from utils.command import UserError
 from utils.comparison import open_other
 from utils.crf_pool import CRFPool, open_pool
-from utils.files import Output, check_outputs, save_json
+from utils.files import OUTPUT_MARK, Output, check_outputs, save_json
 from utils.loader import make_loader, open_dataset, running
 from utils.metrics import ConfusionMatrix
 from utils.options import CITYSCAPES, settle_dataset
@@ -88,7 +88,8 @@ def run(args: Namespace) -> int:
         notes.append(f"no label has the classes {absent}")
     records = distributed.gather(page.records) if page else []
     if distributed.is_main():
-        result = {"restore_from": args.restore_from, "weights": weights.scheme, "step": weights.meta.get("step")}
+        result = {"made_by": OUTPUT_MARK, "restore_from": args.restore_from, "weights": weights.scheme}
+        result.update(step=weights.meta.get("step"))
         result.update(data_list=str(data_list), scales=args.scales, mirror=args.mirror, input_size=args.input_size)
         result.update(fuse=args.fuse, window=args.window, overlap=str(args.overlap))
         result.update(print_scores(classes, matrices))

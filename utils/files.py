@@ -1,11 +1,15 @@
 """Files that are written whole or not at all, and never over what the user brought."""
 
+import errno
+import gzip
+import hashlib
 import json
 import mmap
 import os
 import re
+import secrets
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,55 +17,109 @@ from typing import IO, Any
 
 from utils.command import UserError
 
-OUTPUT_MARK = "DeepLab-ResNet prediction"  # in every picture, net and archive that a command here writes
+OUTPUT_MARK = "DeepLab-ResNet prediction"  # in every file that a command writes: by it the next run knows what it may replace
+_MARK = OUTPUT_MARK.encode()
+_JPEG_COMMENT = b"\xff\xfe" + (2 + len(_MARK)).to_bytes(2, "big") + _MARK  # a COM segment (ITU-T T.81, B.2.4.5)
+_ZIP_COMMENT = len(_MARK).to_bytes(2, "little") + _MARK  # what ends an archive (PKWARE APPNOTE, 4.3.16)
+_MP4_BOX = (8 + len(_MARK)).to_bytes(4, "big") + b"free" + _MARK  # free space (ISO/IEC 14496-12, 8.1.2)
+_HEAD, _ALL = (0, 4096), (0,)
+_KINDS: dict[str, tuple[bytes, bytes, tuple[int, ...]]] = {  # suffix: how a file begins, what holds the mark, and where
+    ".png": (rb"\x89PNG\r\n\x1a\n", b"tEXtSoftware\0" + _MARK, _HEAD),
+    ".jpg": (rb"\xff\xd8", _JPEG_COMMENT, _HEAD),
+    ".html": (rb"<!doctype html>", b'<meta name="generator" content="%s">' % _MARK, _HEAD),
+    ".svg": (rb"<\?xml", b"<dc:title>%s</dc:title>" % _MARK, _HEAD),
+    ".pdf": (rb"%PDF", b"/Creator (%s)" % _MARK, _ALL),
+    ".onnx": (rb"\x08", b"\n\x07made_by\x12%c%s" % (len(_MARK), _MARK), _ALL),  # an entry of metadata_props
+    ".zip": (rb"PK", _ZIP_COMMENT, (-len(_ZIP_COMMENT),)),
+    ".tgz": (rb"\x1f\x8b\x08\x10.{6}%s\0" % _MARK, b"", _ALL),  # a header with a comment alone (RFC 1952)
+    ".mp4": (rb".{4}ftyp", _MP4_BOX, (-len(_MP4_BOX),)),
+}
+_KINDS |= {".jpeg": _KINDS[".jpg"], ".npz": _KINDS[".zip"], ".pt2": _KINDS[".zip"], ".gz": _KINDS[".tgz"]}
+_JSON = rb'\s*\{\s*"made_by"\s*:\s*"%s"' % _MARK  # of all other suffixes
+
+_KEPT = 100  # bytes of a name that its temporary file keeps
+# .<end of a name>.<hash>.<random>.tmp, and .<name>.<process>.tmp as earlier versions wrote
+_TORN = re.compile(r"\.(.+?)\.(?:([0-9a-f]{8})\.[0-9a-f]{8}|\d+)\.tmp(?:\.mp4)?", re.DOTALL)
 
 
 class DiskError(UserError):
     """A file cannot be written: no space, no permission, no folder. What was there before is there still."""
 
 
-def write_atomically(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
+def write_atomically(path: str | Path, write: Callable[[IO[bytes]], Any], sync: bool = True) -> None:
     """Call ``write(file)`` on a temporary file beside ``path`` and rename it: ``path`` is the old file or the whole new one.
 
     Missing folders are made.
+
+    Args:
+        sync: wait until the disk has it, so that this holds where the power fails as well.
 
     Raises:
         DiskError: the file cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:  # a new file, through no link
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save wraps a full disk in a RuntimeError
         if not isinstance(cause, OSError):
             raise
-        raise DiskError(f"{path} cannot be written ({cause.strerror or cause}); free space or choose another folder") from None
+        advice = "choose a shorter name" if cause.errno == errno.ENAMETOOLONG else "free space or choose another folder"
+        raise DiskError(f"{path} cannot be written ({cause.strerror or cause}); {advice}") from None
     finally:
         with suppress(OSError):
             temporary.unlink()
 
 
+def temporary_beside(path: Path, suffix: str = "") -> Path:
+    """A name for a file that becomes ``path``: ``.<end of its name>.<hash>.<random>.tmp``, which fits wherever ``path`` does.
+
+    Args:
+        suffix: to end it in, for writers that go by it; ``".mp4"``.
+    """
+    return path.with_name(f".{'.'.join(_short(path.name))}.{secrets.token_hex(4)}.tmp{suffix}")
+
+
+def _short(name: str) -> tuple[str, str]:
+    """The end of a file's name, as much of it as its temporary file keeps, and a hash of the whole."""
+    return end_of(name, _KEPT), hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
+
+
+def end_of(name: str, most: int) -> str:
+    """The last characters of a file's name that fit into ``most`` bytes."""
+    return os.fsencode(name)[-most:].decode(errors="ignore")
+
+
+def _torn(folder: Path) -> Iterator[tuple[Path, str, str]]:
+    """What killed writers have left in ``folder``, each with what it keeps of the name and its hash, "" in earlier versions."""
+    for path in folder.glob(".*.tmp*"):
+        if torn := _TORN.fullmatch(path.name):
+            yield path, torn[1], torn[2] or ""
+
+
 def remove_torn(folder: Path, ours: Callable[[str], bool]) -> None:
-    """Delete what writers that were killed have left of files in ``folder`` of whose names ``ours(name)`` is true."""
-    for path in folder.glob(".*.tmp"):
-        torn = re.fullmatch(r"\.(.+)\.\d+\.tmp", path.name)
-        if torn and ours(torn[1]):
+    """Delete what killed writers have left of files in ``folder`` of whose names, or their last 100 bytes, ``ours`` is true."""
+    for path, name, _ in _torn(folder):
+        if ours(name):
             path.unlink(missing_ok=True)
 
 
 def remove_torn_files(paths: Iterable[Path]) -> None:
     """:func:`remove_torn` for files that are going to be written."""
-    names: dict[Path, set[str]] = {}
-    for path in paths:
-        names.setdefault(path.parent, set()).add(path.name)
+    names: dict[Path, set[tuple[str, str]]] = {}
+    for path in paths:  # earlier versions kept the whole name, but of videos what stands before the suffix
+        names.setdefault(path.parent, set()).update([_short(path.name), (path.name, ""), (path.name.removesuffix(".mp4"), "")])
     for folder, ours in names.items():
-        remove_torn(folder, ours.__contains__)
+        for path, *name in _torn(folder):
+            if tuple(name) in ours:
+                path.unlink(missing_ok=True)
 
 
 def save_json(path: str | Path, value: Any) -> None:
@@ -123,13 +181,15 @@ def check_outputs(outputs: Iterable[Output], inputs: Iterable[str | Path], data_
             raise UserError(f"{refused}, among the data of {place}; choose a folder of its own")
         if source := read.get(_identity(path)):
             raise UserError(f"{refused}, over {source}, which is read; choose another folder")
-        if path.is_dir():
+        if os.path.isdir(path):
             raise UserError(f"{refused}, which is a folder; choose another place")
-        if path.exists() and output.option != "--report" and not _is_output(path):  # a report's folder is told by its own mark
+        if os.path.lexists(path) and not is_output(path):
             raise UserError(f"{refused}, over a file that is no earlier output; choose another place, or move that file")
     _refuse_shared(outputs, real, {folder: _ignores_case(folder) for folder in parents})
     for folder in parents:
         check_writable(folder)
+    for output in outputs:
+        _check_name(output)
     remove_torn_files(output.path for output in outputs)
 
 
@@ -140,6 +200,16 @@ def check_writable(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise DiskError(f"nothing can be written to {folder} ({error.strerror}); choose another folder") from None
+
+
+def _check_name(output: Output) -> None:
+    """Raise :class:`DiskError` where the disk takes no file of that name."""
+    try:
+        os.lstat(output.path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise DiskError(f"{output.option}: {output.path} cannot be written ({error.strerror}); choose another name") from None
 
 
 def _refuse_shared(outputs: Iterable[Output], real: dict[Path, Path], ignores_case: dict[Path, bool]) -> None:
@@ -156,17 +226,42 @@ def _refuse_shared(outputs: Iterable[Output], real: dict[Path, Path], ignores_ca
             )
 
 
-def _is_output(path: Path) -> bool:
-    """Whether a file can be an earlier output: most carry a mark, JSON the name of the weights; of some kinds only we write."""
-    try:
-        if path.suffix.lower() in (".png", ".svg", ".pdf", ".onnx", ".pt2", ".zip"):
-            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                return content.find(OUTPUT_MARK.encode()) >= 0
-        if path.suffix.lower() in (".npz", ".mp4", ".html", ".jpg", ".jpeg", ".tgz"):
-            return True
-        return "restore_from" in json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+def is_output(path: Path) -> bool:
+    """Whether a file is an earlier output: it carries :data:`OUTPUT_MARK` where files of its kind, by its suffix, have it."""
+    begins, marked, place = _KINDS.get(path.suffix.lower(), (_JSON, b"", _ALL))
+    if not os.path.isfile(path):  # a pipe or a device, which may keep its reader waiting
         return False
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return re.match(begins, content, re.DOTALL) is not None and content.find(marked, *place) >= 0
+    except (OSError, ValueError):  # it cannot be read, or is empty
+        return False
+
+
+def mark_zip(file: IO[bytes]) -> None:
+    """Give an archive, or what is one inside, that was written to ``file`` without a comment, the mark as its comment."""
+    file.seek(-2, os.SEEK_END)
+    file.write(_ZIP_COMMENT)
+
+
+def marked_gzip(data: bytes) -> bytes:
+    """``data`` compressed, with the mark as the comment; the same bytes whenever it is made."""
+    packed = gzip.compress(data, mtime=0)  # no flags: a header of 10 bytes
+    return packed[:3] + b"\x10" + packed[4:10] + _MARK + b"\0" + packed[10:]
+
+
+def marked_jpeg(data: bytes) -> bytes:
+    """A JFIF file with the mark in a comment behind its first segment."""
+    end = 4 + int.from_bytes(data[4:6], "big")
+    return data[:end] + _JPEG_COMMENT + data[end:]
+
+
+def mark_mp4(path: Path) -> None:
+    """Append the mark to an MPEG-4 file, in a box that players skip."""
+    with open(path, "ab") as file:
+        file.write(_MP4_BOX)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _identity(path: str | Path) -> object:
@@ -181,7 +276,7 @@ def _identity(path: str | Path) -> object:
 def _ignores_case(folder: Path) -> bool:
     """Whether A.png and a.png are one file in ``folder``, judged by the name of the nearest folder that exists."""
     place = folder.resolve()
-    while not place.exists() or place.name.swapcase() == place.name:
+    while not os.path.exists(place) or place.name.swapcase() == place.name:
         if place == place.parent:
             return False
         place = place.parent

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils.files import remove_torn, save_json, write_atomically
+from utils.command import UserError
+from utils.files import end_of, is_output, remove_torn, save_json, write_atomically
 from utils.lock import HOLDER
 from utils.metrics import Scores
 from utils.visualize import save_picture
@@ -150,8 +151,15 @@ class RunLog:
         self._add_scalars(step, {"val_mean_iou": scores.mean_iou} | known)
 
     def picture(self, name: str, step: int, image_rgb: np.ndarray) -> None:
-        """Keep a picture of step ``step``, (H, W, 3) uint8 RGB, in ``images/`` and on TensorBoard."""
-        save_picture(self.folder / "images" / f"{step:06d}_{name.replace('/', '_')}.png", image_rgb)
+        """Keep a picture of step ``step``, (H, W, 3) uint8 RGB, in ``images/`` and on TensorBoard.
+
+        Raises:
+            UserError: it would replace what is no picture of a run.
+        """
+        path = self.folder / "images" / f"{step:06d}_{end_of(name.replace('/', '_'), 200)}.png"
+        if os.path.lexists(path) and not is_output(path):
+            raise UserError(f"{path} was not written by a run; move it")
+        save_picture(path, image_rgb)
         self._board(lambda writer: writer.add_image(name, image_rgb, step, dataformats="HWC"))
 
     def _add_scalars(self, step: int, scalars: dict[str, float]) -> None:

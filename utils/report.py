@@ -8,6 +8,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,11 @@ from dataset.classes import IGNORE_LABEL
 from deeplab.weights import Weights
 from utils.command import UserError
 from utils.comparison import DATA, OtherReport, scores_of
-from utils.files import Output, save_json, write_atomically
+from utils.files import OUTPUT_MARK, Output, is_output, marked_jpeg, save_json, write_atomically
 from utils.metrics import ConfusionMatrix
 from utils.samples import Sample
-from utils.visualize import PALETTE, WRONG, Classes, blend, scale, wrong_pixels
+from utils.visualize import PALETTE, WRONG, Classes, blend, marked_png, scale, wrong_pixels
 
-MARK = ".made_by_evaluate"  # a hidden file in a folder that a report may be written over
 PREDICTED = ("scales", "fuse", "mirror", "window", "overlap", "crf", "amp", "input_size")  # the options on the page
 BYTES = 150e6  # of all pictures together
 MOST_PICTURES = 5000  # of larger sets every second, third, ... is shown
@@ -89,11 +89,8 @@ class Report:
             files["_errors.png"] = _mask(scale(errors, factor), ERROR_COLORS, bytes([60, 255, 255]))
             if sum(map(len, (*files.values(), *fixed.values()))) <= self.share:
                 break
-        try:
-            for ending, data in {**files, **fixed}.items():
-                (self.folder / "pictures" / f"{number:06d}{ending}").write_bytes(data)
-        except OSError as error:
-            raise UserError(f"--report {self.folder} cannot be written ({error.strerror or error}); free space") from None
+        for ending, data in {**files, **fixed}.items():
+            write_atomically(self.folder / "pictures" / f"{number:06d}{ending}", methodcaller("write", data), sync=False)
         return [name for name in (*masks, "errors", "other") if f"_{name}.png" in {**files, **fixed}]
 
     def write(self, records: Iterable[dict[str, Any]], result: dict[str, Any], head: Mapping[str, Any]) -> None:
@@ -109,15 +106,15 @@ class Report:
         unique = {record["id"]: record for record in records}  # a list may hold an id twice
         records = [unique[id] for id in sorted(unique)]
         colors = self.classes.palette[: len(self.classes.names)].tolist()
-        saved = {"scores": result, "names": list(self.classes.names), "colors": colors, "pictures": records}
-        save_json(self.folder / DATA, saved)
+        saved = {"made_by": OUTPUT_MARK, "scores": result, "names": list(self.classes.names), "colors": colors}
+        save_json(self.folder / DATA, saved | {"pictures": records})
         environment = Environment(
             loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=False
         )
         environment.filters.update(
             percent=_percent, signed=_signed, number=lambda value: "" if value is None else f"{value:.6f}"
         )
-        page = environment.get_template("report.html").render(**head, **self._content(records, result))
+        page = environment.get_template("report.html").render(**head, **self._content(records, result), made_by=OUTPUT_MARK)
         write_atomically(self.folder / "index.html", lambda file: file.write(page.encode()))
 
     def _content(self, records: list[dict[str, Any]], result: dict[str, Any]) -> dict[str, Any]:
@@ -173,16 +170,19 @@ class Report:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Mark a new or empty folder as a report's, or clear the pictures of an earlier report from it.
+    """Make the folder of a report, and clear the pictures of an earlier report from it.
 
     Raises:
         UserError: it holds something else, or nothing can be written there.
     """
     try:
-        if not (folder / MARK).exists() and any(path.is_file() for path in folder.rglob("*")):
-            raise UserError(f"--report {folder} holds other files; choose an empty or new folder")
+        files = [path for path in folder.rglob("[!.]*") if not path.is_dir() or path.is_symlink()]
+        if foreign := next((path for path in files if not is_output(path)), None):
+            raise UserError(
+                f"--report {folder} holds other files ({foreign.relative_to(folder)}); choose an empty or new folder, or move "
+                "what no report has written"
+            )
         (folder / "pictures").mkdir(parents=True, exist_ok=True)
-        (folder / MARK).touch()
         for path in (folder / "pictures").glob("[0-9]*"):
             path.unlink()
     except OSError as error:
@@ -232,14 +232,14 @@ def _heat_map(matrix: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _jpeg(image_rgb: np.ndarray, quality: int) -> bytes:
-    return cv2.imencode(".jpg", image_rgb[:, :, ::-1], (cv2.IMWRITE_JPEG_QUALITY, quality))[1].tobytes()
+    return marked_jpeg(cv2.imencode(".jpg", image_rgb[:, :, ::-1], (cv2.IMWRITE_JPEG_QUALITY, quality))[1].tobytes())
 
 
 def _mask(labels: np.ndarray, palette: np.ndarray, alpha: bytes = b"") -> bytes:
     """Labels as a small palette PNG, whose first colours may be transparent."""
     picture, file = Image.fromarray(np.ascontiguousarray(labels)), io.BytesIO()
     picture.putpalette(palette.tobytes())
-    picture.save(file, "PNG", optimize=False, **({"transparency": alpha} if alpha else {}))
+    picture.save(file, "PNG", optimize=False, pnginfo=marked_png(), **({"transparency": alpha} if alpha else {}))
     return file.getvalue()
 
 

@@ -20,7 +20,7 @@ from utils import distributed
 from utils.checkpoint import dataset_of
 from utils.command import UserError
 from utils.crf_pool import open_pool
-from utils.files import OUTPUT_MARK, Output, check_outputs, write_atomically
+from utils.files import OUTPUT_MARK, Output, check_outputs, marked_gzip, write_atomically
 from utils.loader import list_of, make_loader, running
 from utils.options import CITYSCAPES, settle_dataset
 from utils.prediction import checked, open_trained_net, predict, prediction_options, to_device
@@ -158,9 +158,10 @@ def pack(path: Path, masks: Mapping[str, bytes], files: Mapping[str, Path], serv
             for id in sorted(files):
                 packed.writestr(f"{files[id].stem}.png", masks[id])
     else:
-        with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+        with tarfile.open(fileobj=archive, mode="w") as tar:
             for id in sorted(files):
                 entry = tarfile.TarInfo(f"{server.folder}{id}.png")
                 entry.size = len(masks[id])
                 tar.addfile(entry, io.BytesIO(masks[id]))
-    write_atomically(path, lambda file: file.write(archive.getvalue()))
+    data = archive.getvalue() if server.mode == "L" else marked_gzip(archive.getvalue())
+    write_atomically(path, lambda file: file.write(data))

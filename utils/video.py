@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 
 from utils.command import UserError
+from utils.files import DiskError, mark_mp4, temporary_beside
 from utils.samples import Picture
 
 
@@ -47,7 +48,7 @@ class VideoFile:
 
     def __init__(self, path: Path, frames_per_second: float) -> None:
         self.path, self.rate = path, frames_per_second
-        self.temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.mp4")
+        self.temporary = temporary_beside(path, ".mp4")
         self.writer: cv2.VideoWriter | None = None
 
     def write(self, image_rgb: np.ndarray) -> None:
@@ -58,6 +59,10 @@ class VideoFile:
         if self.writer is None:
             size = image_rgb.shape[1], image_rgb.shape[0]
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.temporary.touch(exist_ok=False)  # a new file, through no link
+            except OSError as error:
+                raise DiskError(f"{self.path} cannot be written ({error.strerror}); choose another folder") from None
             self.writer = cv2.VideoWriter(str(self.temporary), cv2.VideoWriter.fourcc(*"mp4v"), self.rate, size)
             if not self.writer.isOpened():
                 raise UserError(f"{self.path}: this build of OpenCV cannot write MPEG-4 videos; install opencv-python-headless")
@@ -70,6 +75,7 @@ class VideoFile:
         if self.writer:
             self.writer.release()
         if kind is None and self.writer:
+            mark_mp4(self.temporary)
             os.replace(self.temporary, self.path)
         with suppress(OSError):
             self.temporary.unlink()

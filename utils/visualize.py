@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from dataset.classes import IGNORE_LABEL, Color, default_names, voc_palette
-from utils.files import OUTPUT_MARK, write_atomically
+from utils.files import OUTPUT_MARK, marked_jpeg, write_atomically
 
 PALETTE = voc_palette()  # (256, 3) uint8 RGB; the void label 255 is a pale yellow
 OPACITY = 0.55  # of a colour that is laid over a picture
@@ -71,11 +71,12 @@ def save_indexed_png(path: str | os.PathLike[str], labels: np.ndarray, palette: 
 
 def save_prediction(path: Path, labels: np.ndarray, palette: np.ndarray = PALETTE) -> None:
     """:func:`save_indexed_png` for a mask that a net made: with a mark, by which a later run knows what it may write over."""
-    data = indexed_png(labels, palette, _marked())
+    data = indexed_png(labels, palette, marked_png())
     write_atomically(path, lambda file: file.write(data))
 
 
-def _marked() -> PngInfo:
+def marked_png() -> PngInfo:
+    """The text in a PNG by which a later run knows what it may write over."""
     info = PngInfo()
     info.add_text("Software", OUTPUT_MARK)
     return info
@@ -205,9 +206,11 @@ def save_panel(
 
 def save_picture(path: Path, image_rgb: np.ndarray) -> None:
     """Save (H, W, 3) uint8 RGB as PNG or JPEG, by the suffix, whole or not at all. Missing folders are made."""
-    png: dict[str, Any] = {"format": "PNG", "pnginfo": _marked()}
-    options = png if path.suffix.lower() == ".png" else {"format": "JPEG", "quality": 95, "subsampling": 0}
-    write_atomically(path, lambda file: Image.fromarray(image_rgb).save(file, **options))
+    png = path.suffix.lower() == ".png"
+    options: dict[str, Any] = {"format": "PNG", "pnginfo": marked_png()} if png else {"format": "JPEG", "quality": 95}
+    Image.fromarray(image_rgb).save(picture := io.BytesIO(), subsampling=0, **options)
+    data = picture.getvalue() if png else marked_jpeg(picture.getvalue())
+    write_atomically(path, lambda file: file.write(data))
 
 
 def _side_by_side(tiles: Mapping[str, np.ndarray]) -> np.ndarray:
