@@ -1,16 +1,41 @@
 """PSPNet (Zhao et al., arXiv:1612.01105) as pytorch-segmentation-toolbox publishes it."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deeplab.auxiliary import DROPOUT, FEATURES, NetWithAuxiliary, conv_bn_leaky
 from deeplab.batch_norm import Folded, Pair
-from deeplab.multiscale import resize
 
 BINS = (1, 2, 3, 6)  # a side
+
+
+def averages(bins: int, side: int, like: Tensor) -> Tensor:
+    """(bins, side), as ``like``: row i is the mean from floor(i * side / bins) up to ceil((i + 1) * side / bins)."""
+    start, position = torch.arange(bins, device=like.device)[:, None] * side, torch.arange(side, device=like.device) * bins
+    inside = (position + bins > start) & (position < start + side)  # both in steps of 1 / bins
+    return inside.to(like.dtype) / inside.sum(dim=1, keepdim=True)
+
+
+def pyramid(x: Tensor) -> list[Tensor]:
+    """``F.adaptive_avg_pool2d(x, bins)`` for each of ``BINS``, to rounding: (N, C, h, w) -> (N, C, bins, bins) each.
+
+    All 50 means are one matrix product, in float32 at least, also under mixed precision, in whose types the factors would be
+    rounded to 8 or 11 bits. Torch's own pooling has no deterministic backward pass on CUDA, and in ONNX the bins of one size.
+    """
+    count, channels, height, width = x.shape
+    positions = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(count, channels, height * width)
+    sides = ((averages(bins, height, positions), averages(bins, width, positions)) for bins in BINS)
+    matrix = torch.cat([(rows[:, None, :, None] * columns[:, None]).reshape(-1, height * width) for rows, columns in sides])
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+        means = matrix.expand(count, -1, -1).bmm(positions.mT)  # N 50 C
+    parts = means.to(x.dtype).mT.split([bins * bins for bins in BINS], dim=2)
+    return [part.unflatten(2, (bins, bins)) for part, bins in zip(parts, BINS)]
 
 
 class PyramidPooling(nn.Module):
@@ -19,8 +44,8 @@ class PyramidPooling(nn.Module):
     def __init__(self, in_channels: int, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
         self.stages: Any = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(bins), nn.Conv2d(in_channels, FEATURES, 1, bias=False), norm(FEATURES))
-            for bins in BINS
+            nn.Sequential(nn.Identity(), nn.Conv2d(in_channels, FEATURES, 1, bias=False), norm(FEATURES))  # 0: the pool's name
+            for _ in BINS
         )
         channels = in_channels + len(BINS) * FEATURES
         self.bottleneck: Any = nn.Sequential(
@@ -33,8 +58,10 @@ class PyramidPooling(nn.Module):
     def forward(self, x: Tensor, folded: Sequence[Folded | None]) -> Tensor:
         """(N, in_channels, h, w) -> (N, 512, h, w); ``folded``: :func:`deeplab.batch_norm.fold` of :meth:`pairs`."""
         features = []
-        for (pool, conv, bn), weights in zip(self.stages, folded):
-            features.append(resize(conv_bn_leaky(pool(x), conv, bn, weights), x.shape[-2:]))
+        for means, (_, conv, bn), weights in zip(pyramid(x), self.stages, folded):
+            y = conv_bn_leaky(means, conv, bn, weights)  # N 512 bins bins
+            # Not resize(), which compares sizes: a torch.export program would refuse maps of 2, 3 or 6 positions a side.
+            features.append(F.interpolate(y, x.shape[-2:], mode="bilinear", align_corners=True))
         x = torch.cat([*features, x], dim=1)  # N 4096 h w
         conv, bn, dropout = self.bottleneck
         return dropout(conv_bn_leaky(x, conv, bn, folded[-1]))

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from dataset import to_input
-from deeplab import load_net
+from deeplab import BACKBONES, NETS, fold_batch_norm, load_net
 from deeplab.multiscale import predict_classes
+from deeplab.resnet import BasicBlock
 from scripts import export_onnx
 from tests.conftest import ROOT
 from tests.test_evaluation import snapshot  # noqa: F401
+from tests.test_resnet import randomise_batch_norm
 from utils import files
 from utils.command import UserError
 
@@ -73,6 +75,29 @@ def test_onnx_runtime(with_preprocessing, snapshot, tmp_path):  # noqa: F811
             assert (found == classes).float().mean() > 0.999
         else:
             torch.testing.assert_close(found, logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("with_preprocessing", [False, True])
+@pytest.mark.parametrize("name", sorted(NETS.keys() - {"deeplabv2"}))
+def test_every_net_at_sizes_that_were_not_traced(name, with_preprocessing, tmp_path, monkeypatch):
+    """In onnxruntime and in torch.export, on maps smaller and larger than PSPNet's bins, and as large; DeepLab-v2 is above."""
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    monkeypatch.setitem(BACKBONES, "resnet18", (BasicBlock, (1, 1, 1, 1)))
+    torch.manual_seed(0)
+    net = fold_batch_norm(randomise_batch_norm(NETS[name]("resnet18", 4, "frozen")).eval())
+    program = export_onnx.export(export_onnx.with_preprocessing(net) if with_preprocessing else net, with_preprocessing)
+    export_onnx.write_onnx(tmp_path / "net.onnx", program, {"made_by": "a test"})
+    session = runtime.InferenceSession(str(tmp_path / "net.onnx"))
+    for size in [(1, 65, 130), (3, 41, 17), (2, 64, 90)]:
+        batch = pictures(*size)
+        logits, classes = logits_and_classes(net, batch)
+        given = torch.from_numpy(batch) if with_preprocessing else to_input(np.ascontiguousarray(batch[..., ::-1])).contiguous()
+        for found in (session.run(None, {session.get_inputs()[0].name: given.numpy()})[0], program.module()(given)):
+            if with_preprocessing:
+                assert (torch.as_tensor(found) == classes).float().mean() > 0.999
+            else:
+                torch.testing.assert_close(torch.as_tensor(found), logits, rtol=1e-4, atol=1e-4 * float(logits.std()))
 
 
 def test_what_cannot_be_exported_is_a_sentence(snapshot, tmp_path, monkeypatch):  # noqa: F811

@@ -9,6 +9,7 @@ from torch import nn
 from torchvision.models import get_model
 
 from deeplab import NETS, fold_batch_norm, load_net, make_net
+from deeplab.pspnet import BINS, pyramid
 from deeplab.weights import WeightsError, apply_weights, build_net, export, load_weights
 from tests.published import random_net
 
@@ -159,6 +160,35 @@ def test_a_map_that_is_larger_than_every_rate(toolbox, tmp_path):
     theirs = {name: module.p for name, module in reference.named_modules() if isinstance(module, nn.Dropout2d)}
     ours = {f"head.0.{name}": module.p for name, module in head.named_modules() if isinstance(module, nn.Dropout2d)}
     assert ours == {name: share for name, share in theirs.items() if name.startswith("head")}
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 6), (6, 6), (7, 11), (13, 25), (9, 64)])
+def test_the_pyramid_pools_as_torch_does(size):
+    """Means and gradients in float64 to its rounding, in each memory format; maps smaller than the bins among them."""
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 3, *size, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+        expected = [F.adaptive_avg_pool2d(x, bins) for bins in BINS]
+        found = pyramid(x)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
+        weights = [torch.randn_like(part) for part in expected]
+        ours, theirs = (
+            torch.autograd.grad([(part * w).sum() for part, w in zip(parts, weights)], x)[0] for parts in (found, expected)
+        )
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_pyramid_under_mixed_precision(dtype):
+    """Only the results are rounded to the type: factors and sums are not, and what fp16 cannot hold is never summed in it."""
+    x = (300 * torch.rand(1, 2, 97, 95)).to(dtype)  # the 9215 positions sum up to 1.4 million
+    exact = [F.adaptive_avg_pool2d(x.double(), bins) for bins in BINS]
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        for autocast, theirs in zip(pyramid(x), exact):
+            assert autocast.dtype == dtype
+            assert float(((autocast - theirs) / theirs).abs().max()) < 0.51 * torch.finfo(dtype).eps + 1e-6
+    for plain, theirs in zip(pyramid(x), exact):
+        assert float(((plain - theirs) / theirs).abs().max()) < 0.51 * torch.finfo(dtype).eps + 1e-6
 
 
 def test_auxiliary_logits_come_in_training_alone_and_dropout_with_them():
