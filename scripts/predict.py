@@ -200,7 +200,7 @@ def segment(
         to_device,
     )
     from utils.samples import Broken, Picture, ReadablePictures, only_one
-    from utils.video import VideoFile, open_video, read_frames
+    from utils.video import BrokenVideo, VideoFile, check_frames, open_video, read_frames
     from utils.visualize import Classes, blend, class_names, make_palette, save_panel, save_picture, save_prediction
 
     net, weights, loaded = open_trained_net(args)
@@ -264,14 +264,14 @@ def segment(
             target = files[str(source.path)]
             try:
                 video, rate = open_video(source.path)
-            except UserError as error:
+                with VideoFile(target.with_name(f"{target.name}.mp4"), rate) as film:
+                    for frame, mask in predictions(read_frames(video), lambda picture, logits: None):
+                        save_prediction(target / f"{frame.id}.png", mask, classes.palette)
+                        film.write(blend(np.ascontiguousarray(frame.image[:, :, ::-1]), mask, classes.palette))
+                        bar.set_postfix_str(f"{source.path.name}: frame {film.count}", refresh=False)
+                    check_frames(source.path, video, film.count)
+            except BrokenVideo as error:
                 broken.append(str(error))
-                continue
-            with VideoFile(target.with_name(f"{target.name}.mp4"), rate) as film:
-                for frame, mask in predictions(read_frames(video), lambda picture, logits: None):
-                    save_prediction(target / f"{frame.id}.png", mask, classes.palette)
-                    film.write(blend(np.ascontiguousarray(frame.image[:, :, ::-1]), mask, classes.palette))
-                    bar.set_postfix_str(f"{source.path.name}: frame {int(frame.id) + 1}", refresh=False)
             bar.update()
     return broken
 

@@ -6,6 +6,7 @@ The disk is made full by a limit on the size of files (RLIMIT_FSIZE), past which
 import shutil
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from utils.checkpoint import Snapshots
 from utils.files import DiskError
 from utils.log import RunLog
 from utils.schedule import GuardedSGD
+from utils.video import VideoFile
 
 resource = pytest.importorskip("resource")  # POSIX
 RUN = [*SCRATCH, "--num-steps", "4", "--save-pred-every", "1"]
@@ -194,3 +196,20 @@ def test_the_newest_snapshots_stay(toy_voc, tmp_path, capsys):
     assert snapshots(tmp_path) == {"VOC12_scenes_1.pth", "VOC12_scenes_4.pth", "VOC12_scenes_5.pth"} | others
     assert train(toy_voc, tmp_path, "--resume", "--num-steps", "6", "--keep", "1") == 0
     assert snapshots(tmp_path) == {"VOC12_scenes_1.pth", "VOC12_scenes_6.pth"} | others
+
+
+@pytest.mark.parametrize("size", [0, 100, 20_000])
+def test_a_video_that_does_not_fit_is_a_sentence_and_leaves_nothing(tmp_path, size):
+    """OpenCV says nothing where it cannot write. What was there before stays."""
+    noise = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+    (tmp_path / "film.mp4").write_bytes(b"of yesterday")
+    film = VideoFile(tmp_path / "film.mp4", 5.0)
+    film.write(noise)
+    limit(size)
+    for turn in range(1, 9):
+        film.write(np.roll(noise, turn))
+    with pytest.raises(DiskError, match=r"film\.mp4 cannot be written: .* of 9 frames; free space"):
+        film.__exit__(None, None, None)
+    limit(None)
+    assert [path.name for path in tmp_path.iterdir()] == ["film.mp4"]
+    assert (tmp_path / "film.mp4").read_bytes() == b"of yesterday"

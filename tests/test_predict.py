@@ -11,7 +11,7 @@ from PIL import Image
 from scripts import predict
 from tests.test_evaluation import evaluate, naive_logits, snapshot  # noqa: F401
 from utils.command import UserError
-from utils.video import VideoFile
+from utils.video import BrokenVideo, VideoFile, check_frames, describe, open_video, read_frames
 from utils.visualize import GAP, blend
 
 
@@ -227,8 +227,8 @@ def test_a_broken_picture_does_not_end_the_others(workers, toy_voc, snapshot, tm
     assert "toy_1.jpg" in err
 
 
-def write_video(path: Path, frames: list[np.ndarray]) -> None:
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 10.0, (frames[0].shape[1], frames[0].shape[0]))
+def write_video(path: Path, frames: list[np.ndarray], codec: str = "mp4v") -> None:
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*codec), 10.0, (frames[0].shape[1], frames[0].shape[0]))
     for frame in frames:
         writer.write(frame)
     writer.release()
@@ -272,3 +272,93 @@ def test_odd_frames_get_even_sides(tmp_path):
     film.write(np.zeros((32, 48, 3), np.uint8))
     film.__exit__(KeyboardInterrupt, None, None)
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+NOISE = [np.random.default_rng(i).integers(0, 256, (48, 64, 3), dtype=np.uint8) for i in range(20)]
+
+
+def count_frames(path: Path) -> int:
+    """How many frames are predicted of a video."""
+    video, _ = open_video(path)
+    count = sum(1 for _ in read_frames(video))
+    check_frames(path, video, count)
+    return count
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec"), [("mp4", "mp4v"), ("mov", "mp4v"), ("mkv", "MJPG"), ("webm", "VP80"), ("avi", "MJPG")]
+)
+def test_a_cut_video_is_a_sentence(tmp_path, suffix, codec):
+    whole, cut = tmp_path / f"whole.{suffix}", tmp_path / f"cut.{suffix}"
+    write_video(whole, NOISE, codec)
+    data = whole.read_bytes()
+    assert count_frames(whole) == 20
+    with pytest.raises(BrokenVideo, match="0 of "):
+        check_frames(whole, open_video(whole)[0], 0)
+    for left in (0.2, 0.5, 0.9):
+        cut.write_bytes(data[: int(left * len(data))])
+        with pytest.raises(BrokenVideo, match=rf"cut\.{suffix} is (cut off: \d+ of its \d+ bytes|damaged: \d+ of 20 frames)"):
+            count_frames(cut)
+    for behind in (b"\0" * 5000, NOISE[0].tobytes()):  # that is no damage
+        cut.write_bytes(data + behind)
+        assert count_frames(cut) == 20
+
+
+def test_frames_that_miss_in_the_middle_are_a_sentence(tmp_path):
+    write_video(tmp_path / "a.avi", NOISE, "MJPG")
+    data = bytearray((tmp_path / "a.avi").read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 6000] = bytes(6000)
+    (tmp_path / "a.avi").write_bytes(data)
+    with pytest.raises(BrokenVideo, match=r"a\.avi is damaged: 1[0-9] of 20 frames .* convert it: ffmpeg -i a\.avi new\.mp4"):
+        count_frames(tmp_path / "a.avi")
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"\x1a\x45\xdf\xa3\x84abcd\x18\x53\x80\x67\x40\x64xyz", (115, False)),  # 15 bytes, and a segment of 100
+        (b"\x1a\x45\xdf\xa3\x40\x04abcd\x18\x53\x80\x67\x01" + b"\xff" * 7 + b"xyz", (22, False)),  # of unknown size
+        (b"\x1a\x45\xdf\xa3", (8, False)),
+        (b"\0\0\0\x0cftypisom\0\0\0\x09moovx\0\0\0\x64mdatxyz", (121, True)),
+        (b"\0\0\0\x0cftypisom\0\0\0\1mdat\0\0\0\1\0\0\0\0xyz", (2**32 + 12, True)),  # a size of 64 bits
+        (b"\0\0\0\x0cftypisom\0\0\0\1mdat" + b"\xff" * 8, (2**64 + 11, True)),
+        (b"\0\0\0\x0cftypisom\0\0\0\x09moovx\0\0\0\0mdatxyz", (21, True)),  # up to the end, wherever that is
+        (b"\0\0\0\x0cftypisom\0\0\0\x09moovx\0\0\0\x08moof", (29, False)),  # in fragments
+        (b"\0\0\0\x0cftypisom\0\0\0\x09moovxsome more", (21, True)),
+        (b"RIFF\0\0\0\0AVI LIST", (0, True)),
+        (b"RIFF\0\0\0\0WAVE", (0, False)),
+        (b"\0\0\1\xba", (0, False)),
+        (b"", (0, False)),
+    ],
+)
+def test_what_a_container_says_by_hand(tmp_path, data, expected):
+    (tmp_path / "a").write_bytes(data)
+    promised, counts = describe(tmp_path / "a")
+    assert (promised, counts) == expected
+
+
+def test_of_a_damaged_video_no_video_is_left(snapshot, tmp_path, capsys):  # noqa: F811
+    """A good one beside it is done, and once it is mended, it is done as well."""
+    write_video(tmp_path / "film.avi", NOISE[:6], "MJPG")
+    write_video(tmp_path / "good.mp4", NOISE[:2])
+    whole = (tmp_path / "film.avi").read_bytes()
+    (tmp_path / "film.avi").write_bytes(whole[: len(whole) // 2])
+    films, out = [tmp_path / "film.avi", tmp_path / "good.mp4"], tmp_path / "out"
+    options = [*films, "--save-dir", out, "--restore-from", snapshot, "--device", "cpu", "--skip-existing"]
+    assert predict.main([*map(str, options)]) == 1
+    out_text, err = capsys.readouterr()
+    assert "1 masks in" in out_text
+    assert "film.avi is damaged: 2 of 6 frames can be decoded" in err  # half a frame is none
+    assert [path.name for path in out.iterdir() if path.is_file()] == ["good.mp4"]
+    (tmp_path / "film.avi").write_bytes(whole)
+    assert predict.main([*map(str, options)]) == 0
+    assert {path.name for path in out.iterdir() if path.is_file()} == {"good.mp4", "film.mp4"}
+
+
+def test_frames_that_change_their_size_are_a_sentence(tmp_path):
+    film = VideoFile(tmp_path / "a.mp4", 5.0)
+    film.write(np.zeros((48, 64, 3), np.uint8))
+    with pytest.raises(BrokenVideo, match=r"a\.mp4 change their size from 64x48 to 64x50"):
+        film.write(np.zeros((49, 64, 3), np.uint8))
+    film.__exit__(BrokenVideo, None, None)
+    assert not list(tmp_path.iterdir())
