@@ -41,6 +41,7 @@ class CityscapesSegmentation(VOCSegmentation):
     NAMES = tuple(row.name for row in CITYSCAPES_CLASSES)
     IMAGE_DIR = "leftImg8bit"
     LABEL_DIRS = ("gtFine",)
+    LABEL = "<split>/<city>/<city>_<sequence>_<frame>_{}_labelIds.png"
 
     @classmethod
     def lists(cls, split: str, image_dir: str) -> tuple[str, ...]:

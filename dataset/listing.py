@@ -3,12 +3,14 @@
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from unicodedata import normalize
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 LABEL_SUFFIXES = (".png",)
-SHOWN = 100  # names in a message
+SHOWN = 20  # names in a message
+FOLDERS = 3  # in a message
 
 
 class Listing:
@@ -45,12 +47,16 @@ class Listing:
         return self._folders[folder]
 
     def missing(self, kind: str, paths: Iterable[str], suffixes: Sequence[str]) -> list[str]:
-        """A clause a folder for those of ``paths`` that are not there, each with the folder as it is."""
+        """A clause a folder for those of ``paths`` that are not there, each with the folder as it is; a few of many."""
         lost: dict[str, list[str]] = defaultdict(list)
         for path in paths:
             if not self.has(path):
                 lost[path.rpartition("/")[0]].append(path)
-        return [f"no {kind} {self._told(folder, found, suffixes)}" for folder, found in lost.items()]
+        clauses = [f"no {kind} {self._told(folder, found, suffixes)}" for folder, found in islice(lost.items(), FOLDERS)]
+        if len(lost) > FOLDERS:
+            more = sum(len(found) for found in islice(lost.values(), FOLDERS, None))
+            clauses.append(f"{more} more {kind}s in {len(lost) - FOLDERS} other folders")
+        return clauses
 
     def _told(self, folder: str, lost: Sequence[str], suffixes: Sequence[str]) -> str:
         place = self.root / folder

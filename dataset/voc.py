@@ -98,6 +98,7 @@ class VOCSegmentation(Dataset):
     NAMES: ClassVar[tuple[str, ...]] = ()  # of the classes, where the data set has no others
     IMAGE_DIR: ClassVar[str] = IMAGE_DIR
     LABEL_DIRS: ClassVar[tuple[str, ...]] = LABEL_DIRS
+    LABEL: ClassVar[str] = "<id>.png"  # the name of a label below its folder, whose own name is {}; for messages
 
     def __init__(
         self,
@@ -141,9 +142,10 @@ class VOCSegmentation(Dataset):
         label_dirs = [name for name in wanted if (self.root / name).is_dir()] or list(wanted[:1])
         self.label_dirs = [self.root / name for name in label_dirs]
         if not self.label_dirs[0].is_dir() and any(entry.label is None for entry in entries):
-            names = " or ".join(f"{name}/" for name in wanted)
+            names, example = " or ".join(f"{name}/" for name in wanted), self.LABEL.format(PurePosixPath(label_dirs[0]).name)
             raise DatasetError(
-                f"the data set folder {self.root} holds no {names}; expected <id>.png label masks there{self._holds()}"
+                f"the data set folder {self.root} holds no {names}; expected {example} label masks there{self._holds()}"
+                + (f"; {self.SOURCE}" if self.SOURCE else "")
             )
         listing = Listing(self.root)
         for id, entry in self.entries.items():

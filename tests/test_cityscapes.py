@@ -18,6 +18,7 @@ import train as train_script
 from dataset import DATASETS, CityscapesSegmentation, DatasetError, to_input
 from dataset.classes import CITYSCAPES_CLASSES, CITYSCAPES_COLORS
 from deeplab import CRFParams, dense_crf, load_net, predict_windows
+from deeplab.nets import make_net
 from scripts import check_dataset, predict
 from tests.test_training import log_lines
 from utils import options
@@ -431,3 +432,30 @@ def test_check_dataset_suspects_train_ids(city):
     assert report["likely_causes"] == [
         "no class behind the pole occurs: the files may hold train ids; let their names end in _labelTrainIds.png then"
     ]
+
+
+def test_without_labels_their_own_names_are_expected(city):
+    for folder in ("gtFine", "gtCoarse"):
+        if (city / folder).exists():
+            (city / folder).rename(city / "elsewhere")
+        with pytest.raises(DatasetError) as error:
+            data_of(city, label_dir=folder)
+        expected = f"<split>/<city>/<city>_<sequence>_<frame>_{folder}_labelIds.png label masks there"
+        assert f"holds no {folder}/; expected {expected}" in str(error.value)
+        assert "gtFine_trainvaltest.zip" in str(error.value)
+
+
+def test_a_net_of_19_classes_is_not_sent_to_vocs_downloads(tmp_path, monkeypatch):
+    """A published net, of which no file says what it was trained on; with a folder of VOC's lists and without."""
+    torch.save(make_net({"backbone": "resnet18", "num_classes": 19}).state_dict(), tmp_path / "cs.pth")
+    monkeypatch.chdir(tmp_path)
+    options = ["--restore-from", "cs.pth", "--device", "cpu"]
+    for _ in range(2):
+        with pytest.raises(DatasetError, match=r"19 classes of Cityscapes pass --dataset cityscapes") as error:
+            evaluate_script.main(options)
+        assert "download.py" not in str(error.value)
+        (tmp_path / "data/VOCdevkit/VOC2012").mkdir(parents=True, exist_ok=True)
+    with pytest.raises(UserError, match=r"has 19 classes; the server expects .* 21; see --dataset"):
+        evaluate_script.main([*options, "--submission", "x.zip"])
+    with pytest.raises(DatasetError, match=r"leftImg8bit_trainvaltest\.zip"):
+        evaluate_script.main([*options, "--dataset", "cityscapes"])

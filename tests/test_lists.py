@@ -266,8 +266,20 @@ def test_all_that_is_missing_is_named_with_the_folders_that_exist(toy_voc):
     assert f"no picture for a: the folder {pictures / 'city'} does not exist" in text
     assert f"no label for toy_0: the folder {toy_voc / 'Masks'} does not exist" in text
     many = missing(toy_voc, [f"id{i}" for i in range(130)])
-    assert "id99 and 30 more in" in many
-    assert "id99 in" in missing(toy_voc, [f"id{i}" for i in range(100)])
+    assert "id19 and 110 more in" in many
+    assert "id19 in" in missing(toy_voc, [f"id{i}" for i in range(20)])
+
+
+def test_many_missing_files_in_many_folders_are_one_line_that_can_be_read(toy_voc):
+    """As on a Cityscapes without most of its files: 18 cities of 150 pictures."""
+    names = [f"{city}/{city}_{i:06d}_leftImg8bit" for city in "abcdefghijklmnopqr" for i in range(150)]
+    text = missing(toy_voc, names)
+    assert text.count("more pictures in 15 other folders") == 1
+    assert f"{15 * 150} more pictures in 15" in text
+    assert f"no label for {'a_000000_leftImg8bit'}" in text
+    assert len(text) < 6000 + 12 * len(str(toy_voc))
+    assert "other folders" not in missing(toy_voc, [f"{city}/x" for city in "abc"])
+    assert "1 more pictures in 1 other folders" in missing(toy_voc, [f"{city}/x" for city in "abcd"])
 
 
 def test_the_longest_name(tmp_path):

@@ -95,5 +95,5 @@ def choose_device(args: Namespace) -> torch.device:
     """The device of this process, once options and data set are known to be there: before any weights are read."""
     device = distributed.select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
     check_options(args, device)
-    list_of(args, "train")
+    list_of(args, "train", args.num_classes)
     return device

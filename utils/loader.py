@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from dataset import DATASETS, IGNORE_LABEL, VOCSegmentation, find_list
+from dataset import DATASETS, IGNORE_LABEL, CityscapesSegmentation, VOCSegmentation, find_list
 from utils.command import UserError
 from utils.processes import start_helper
 
@@ -26,10 +26,13 @@ SHARED_MEMORY = Path("/dev/shm")
 MORE_SHARED_MEMORY = "give it more with `docker run --shm-size=1g` or `--ipc=host`"
 
 
-def list_of(args: Namespace, split: str) -> Path:
+def list_of(args: Namespace, split: str, num_classes: int | None = None) -> Path:
     """The list of ``--data-list``, else the one of ``"train"``, ``"val"`` or ``"test"``; see :func:`dataset.find_list`."""
     kind = DATASETS[args.dataset]
-    return find_list(args.data_dir, args.data_list, kind.lists(split, args.image_dir), kind.SOURCE)
+    source = kind.SOURCE
+    if not kind.NAMES and num_classes == len(CityscapesSegmentation.NAMES):
+        source = f"for the {num_classes} classes of Cityscapes pass --dataset cityscapes"
+    return find_list(args.data_dir, args.data_list, kind.lists(split, args.image_dir), source)
 
 
 def open_dataset(
@@ -43,7 +46,7 @@ def open_dataset(
     Raises:
         DatasetError: no such folder or list, files are missing, ``classes.txt`` does not fit.
     """
-    data_list = list_of(args, split)
+    data_list = list_of(args, split, num_classes)
     entries = DATASETS[args.dataset].read_list(data_list, args.image_dir)
     ignore_label = IGNORE_LABEL if args.ignore_label is None else args.ignore_label
     options = (args.image_dir, args.label_dir, num_classes, ignore_label, transform)

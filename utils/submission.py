@@ -80,13 +80,15 @@ def run(args: Namespace) -> int:
         net, weights, lines = open_trained_net(args)
         settle_dataset(args, CITYSCAPES, dataset_of(weights.meta))
         server = VOC if args.dataset == "voc" else CITYSCAPES_SERVER
+        if net.num_classes != (count := len(server.classes)):
+            raise UserError(
+                f"{args.restore_from} has {net.num_classes} classes; the server expects {server.title}'s {count}; see --dataset"
+            )
         if not path.name.endswith(server.suffixes):
             kind = "zip" if server.mode == "L" else "gzipped tar"
             raise UserError(
                 f"--submission {path}: the server of {server.title} takes {kind} files; end the name in {server.suffixes[0]}"
             )
-        if net.num_classes != (count := len(server.classes)):
-            raise UserError(f"{args.restore_from} has {net.num_classes} classes; the server expects {server.title}'s {count}")
         data_list = list_of(args, "test")
         files = test_files(args, data_list)
         output = Output("--submission", path.parent, path.name, "the submission")
