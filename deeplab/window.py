@@ -7,7 +7,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from deeplab.multiscale import check_input, enlarge, fused, pad, predict_grid, resize, scaled_size
+from deeplab.multiscale import canvas_size, check_input, enlarge, fused, pad, predict_grid, resize, scaled_size
 
 OVERLAP = Fraction(1, 3)
 
@@ -34,13 +34,13 @@ def predict_windows(
     """Logits at the picture's size: those of each tile enlarged to the tile, and averaged where tiles overlap.
 
     The tiles begin at any pixel, not only at those of the stride-8 grid, so they are summed at full size. A picture at another
-    scale is cut into tiles of the same size, so the net takes the same memory at every scale. What a picture lacks to a window
-    is padded with the mean colour.
+    scale is cut into tiles of the same size, so the net takes the same memory at every scale. Sides of tiles are rounded up to
+    8k + 1, as the net's grid wants; only where the picture is smaller than that, the mean colour is beside it.
 
     Args:
         net: (N, 3, H, W) -> (N, C, h, w); it sees tiles of one size only.
         images: (N, 3, H, W) mean-subtracted BGR, all pictures of exactly this size.
-        window: (height, width) of a tile in pixels.
+        window: (height, width) of a tile in pixels; 768 is taken as 769.
         overlap: share of a tile that the next one covers, at least 0 and below 1.
         scales, mirror, fuse: see :func:`deeplab.multiscale.predict_grid`.
 
@@ -48,7 +48,7 @@ def predict_windows(
         (N, C, H, W) float32.
     """
     check_input(images)
-    size = images.shape[-2:]
+    size, window = images.shape[-2:], canvas_size(window)
 
     def at(scale: float) -> Tensor:
         return resize(_tiled(net, resize(images, scaled_size(size, scale)), window, overlap, mirror), size)

@@ -2,24 +2,38 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
-from deeplab import multi_scale_loss
+from deeplab import NETS, multi_scale_loss, predict_classes, predict_windows, single_scale_loss
+from deeplab.loss import Ohem
 from tests.test_device import STEP, VARIANTS, data_of, fake_cuda, on_meta  # noqa: F401
 from tests.test_training import SCRATCH, log_lines, train, train_msc
 from utils import distributed, evaluation
 from utils.command import run_command
 
 TIMES = {"images_per_s", "data_wait", "seconds", "memory_mb"}
-# What raises on CUDA under torch.use_deterministic_algorithms(True), by its documentation; of nll_loss2d the sums and means.
+# What raises on CUDA under torch.use_deterministic_algorithms(True), by its documentation (kthvalue by the kernel alone, and
+# scatter_reduce for products alone); of nll_loss2d the sums and means.
 NO_EXACT_WAY = {
-    *("upsample_linear1d_backward", "upsample_bilinear2d_backward", "upsample_bicubic2d_backward", "grid_sampler_2d_backward"),
-    *("_adaptive_avg_pool2d_backward", "adaptive_max_pool2d_backward", "fractional_max_pool2d_backward", "max_unpool2d"),
-    *("reflection_pad2d_backward", "avg_pool3d_backward", "nll_loss", "put_", "histc", "bincount", "median", "kthvalue"),
+    *("upsample_linear1d_backward", "upsample_bilinear2d_backward", "upsample_bicubic2d_backward"),
+    *("upsample_trilinear3d_backward", "_upsample_bilinear2d_aa_backward", "_upsample_bicubic2d_aa_backward"),
+    *("grid_sampler_2d_backward", "grid_sampler_3d_backward", "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward"),
+    *(
+        "adaptive_max_pool2d_backward",
+        "fractional_max_pool2d_backward",
+        "fractional_max_pool3d_backward",
+        "avg_pool3d_backward",
+    ),
+    *("max_unpool2d", "max_unpool3d", "reflection_pad1d_backward", "reflection_pad2d_backward"),
+    *("reflection_pad3d_backward", "nll_loss_forward", "nll_loss_backward", "_ctc_loss_backward"),
+    *("_embedding_bag_dense_backward", "scatter_reduce"),
+    *("put_", "put", "histc", "bincount", "median", "nanmedian", "kthvalue"),
 }
 
 
@@ -31,10 +45,15 @@ def _as_before(monkeypatch):
 
 
 class Exact(TorchDispatchMode):
-    """Refuses operators that have no deterministic implementation on CUDA."""
+    """Refuses operators that have no deterministic implementation on CUDA, and notes the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
+        self.names.add(name)
         assert name not in NO_EXACT_WAY, name
         assert not name.startswith("nll_loss2d_forward") or args[3] == 0, "a loss that sums"
         return func(*args, **(kwargs or {}))
@@ -71,7 +90,8 @@ def test_the_same_command_leaves_the_same_bytes(toy_voc, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [("loss-size", "frozen"), ("grad-checkpoint", "frozen"), ("one-scale-at-a-time", "full")]
+    ("name", "mode"),
+    [("loss-size", "frozen"), ("grad-checkpoint", "frozen"), ("one-scale-at-a-time", "full")],
 )
 def test_a_training_step_has_an_exact_way_on_cuda(name, mode, toy_voc, tmp_path, on_meta):  # noqa: F811
     """On meta tensors torch takes the operators that it takes on CUDA."""
@@ -84,6 +104,48 @@ def test_an_evaluation_has_an_exact_way_on_cuda(toy_voc, fake_cuda):  # noqa: F8
     torch.use_deterministic_algorithms(True)
     with Exact():
         evaluation.score(fake_cuda[0], data_of(toy_voc), torch.device("cuda"), scales=(1.0, 0.5), mirror=True)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_every_net_and_loss_has_an_exact_way_on_cuda(name):
+    """Forwards and backwards: one scale and three, both sizes of the loss, hard pixels, the auxiliary head, prediction."""
+    torch.use_deterministic_algorithms(True)
+    with torch.device("meta"):
+        images, labels = torch.zeros(2, 3, 65, 57), torch.zeros(2, 65, 57, dtype=torch.int64)
+        frozen, learning = (NETS[name]("resnet18", 3, batch_norm).train() for batch_norm in ("frozen", "full"))
+    with Exact() as exact:
+        single_scale_loss(frozen, images, labels, "output")["loss"].backward()
+        multi_scale_loss(learning, images, labels, "input", Ohem(keep=9), 0.4, one_scale_at_a_time=True)["loss"].backward()
+        with torch.no_grad():
+            predict_classes(frozen.eval(), images, (1.0, 0.75), mirror=True)
+            predict_windows(frozen, images, (33, 33), scales=(1.0, 0.75), fuse="mean")
+    assert {"convolution_backward", "max_pool2d_with_indices_backward", "topk"} <= exact.names
+
+
+def test_the_list_is_torchs():
+    """Each module and function that torch's documentation says raises has an operator in the list."""
+    _, raising = torch.use_deterministic_algorithms.__doc__.split("RuntimeError` when ``mode=True``:")
+    entries = re.findall(r"\* :(?:class|func):`~?torch[.\w]*\.(\w+)`", raising.split("In addition")[0])
+    assert len(entries) > 20
+    others = {"interpolate": "upsample", "nllloss": "nll_loss", "ctcloss": "ctc_loss", "maxunpool1d": "max_unpool2d"}
+    listed = [name.replace("_", "") for name in NO_EXACT_WAY]
+    for entry in (entry.lower().replace("_", "") for entry in entries if entry != "resize_"):  # of quantised tensors
+        wanted = others.get(entry, entry).replace("_", "")
+        assert any(wanted in name for name in listed), entry
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x: F.adaptive_avg_pool2d(x, 2),
+        lambda x: F.avg_pool3d(x, 2),
+        lambda x: x.flatten().kthvalue(2).values,
+        lambda x: F.cross_entropy(x, torch.zeros(2, 9, 9, dtype=torch.int64, device="meta")),
+    ],
+)
+def test_what_has_none_is_noticed(operation):
+    with pytest.raises(AssertionError), Exact():
+        operation(torch.zeros(2, 3, 9, 9, device="meta", requires_grad=True)).sum().backward()
 
 
 def test_without_the_option_there_is_none(toy_voc, tmp_path, on_meta):  # noqa: F811

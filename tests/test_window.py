@@ -107,6 +107,23 @@ def test_a_window_of_the_pictures_size_is_the_whole_picture():
     assert net.sizes == {(33, 41)}
 
 
+@pytest.mark.parametrize("window", [(32, 33), (26, 40), (33, 34)])
+def test_a_window_off_the_grid_is_rounded_up_and_sees_the_pixels_that_are_there(window):
+    """No tile is padded inside the picture, at any scale."""
+    net, image = SmallNet(), torch.randn(1, 3, 100, 90, dtype=torch.float64) + 9
+    rounded = (33, 41) if window[1] > 33 else (33, 33)
+    seen = []
+    net.register_forward_pre_hook(lambda module, args: seen.append(bool((args[0] == 0).any())))
+    with torch.no_grad():
+        found = predict_windows(net, image, window, scales=(1.0, 0.75))
+        assert torch.equal(found, predict_windows(net, image, rounded, scales=(1.0, 0.75)))
+        np.testing.assert_allclose(
+            predict_windows(net, image, window)[0], published(net, image[0].numpy(), rounded, Fraction(1, 3), False), atol=2e-6
+        )
+    assert net.sizes == {rounded}
+    assert not any(seen)
+
+
 def test_the_mean_of_scales_on_the_grid():
     net, image = SmallNet(), torch.randn(1, 3, 40, 50, dtype=torch.float64)
     with torch.no_grad():

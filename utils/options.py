@@ -79,7 +79,7 @@ def add_window_options(parser: Any) -> None:
         type=size,
         metavar="H,W",
         help="predict in overlapping tiles, whose logits are averaged at full size, as published for Cityscapes: 769,769; at "
-        "each of --scales tiles of this size (default: pictures as a whole)",
+        "each of --scales tiles of this size, rounded up to 8k + 1 (default: pictures as a whole)",
     )
     parser.add_argument(
         "--overlap", type=share, default=Fraction(1, 3), help="share of a tile that the next one covers (default: %(default)s)"
