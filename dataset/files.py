@@ -81,6 +81,8 @@ def read_picture(path: str | Path) -> tuple[np.ndarray, int]:
         raise DatasetError(f"the picture {path} {damage}; fetch it again")
     if data.startswith(PNG_SIGNATURE) and (damage := png_damage(data)):
         raise DatasetError(f"the picture {path} is damaged: {damage}; fetch or make it again")
+    if data.startswith(b"GIF8"):  # of which newer versions of OpenCV alone read the first picture, on a canvas of any size
+        raise DatasetError(f"the picture {path} is a GIF file; save it as PNG")
     if data[4:12] == b"ftypavif" and not features.check("avif"):
         raise DatasetError(f"the picture {path} is an AVIF file, which needs pillow>=11.3; install that, or save it as PNG")
     try:
@@ -154,11 +156,12 @@ _PIECE = 4096  # compressed bytes, which inflate to 1032 times as many at most
 def _jpeg_damage(data: bytes) -> str:
     """What is wrong with a JPEG, of which OpenCV fills the missing part with grey; "" where no marker tells it.
 
-    Huffman coding (SOF0..SOF2) takes a bit for each 8x8 block at least.
+    Huffman coding (SOF0..SOF2) takes a bit for each 8x8 block at least; arithmetic coding (SOF9, SOF10), which could take less
+    of a single colour, is hardly used.
     """
     marker = None
     for marker, contents in _jpeg_segments(data):
-        height, width = struct.unpack(">HH", contents[1:5]) if marker in (0xC0, 0xC1, 0xC2) and len(contents) > 4 else (0, 0)
+        height, width = struct.unpack(">HH", contents[1:5]) if marker in _FRAMES and len(contents) > 4 else (0, 0)
         if height * width > 64 * 8 * len(data):
             return f"is damaged: its {len(data)} bytes cannot hold the {width}x{height} pixels of its header"
     return "" if marker == 0xD9 else f"is cut off: its {len(data)} bytes lack the JPEG end marker"
@@ -180,6 +183,7 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
         position += length
 
 
+_FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _WITH_CONTENTS = {*range(0xC0, 0xD0), *range(0xDA, 0xF0), 0xFE}
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset import read_label, voc_palette
+from dataset import read_ids, read_label, voc_palette
 from scripts import check_dataset, masks_to_indices
+from scripts.data.layouts import write_lines
 from tests.pngs import GREY, PALETTE, RGB, png
 from utils.command import UserError
 
@@ -230,3 +231,12 @@ def test_the_set_can_be_trained_on_as_it_is(tmp_path):
     last = shlex.split(done.stdout.splitlines()[-1])
     assert last[:3] == ["next:", "python", "scripts/check_dataset.py"]
     assert check_dataset.main([*last[3:], "--workers", "0"]) == 0
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\rb", " a", "a\t", "a\n"])
+def test_a_name_that_is_no_line_is_a_sentence(tmp_path, name):
+    with pytest.raises(UserError, match=r"cannot be a line of .*train\.txt; rename it"):
+        write_lines(tmp_path / "train.txt", ["b", name])
+    assert not list(tmp_path.iterdir())
+    write_lines(tmp_path / "train.txt", ["a b", "c\u2028d"])
+    assert read_ids(tmp_path / "train.txt") == ["a b", "c\u2028d"]

@@ -1,5 +1,6 @@
 """What the tools that people label with leave: which masks there are, whose pictures they are, which lists."""
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -113,5 +114,8 @@ def choose_lists(ids: Sequence[str], lists: Path, val_share: float, seed: int) -
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write a text file, a line an entry."""
+    """Write a text file, a line an entry; UserError for what would be read back as something else."""
+    lines = list(lines)
+    if wrong := next((line for line in lines if re.search(r"[\r\n]|^[ \t]|[ \t]$", line)), None):
+        raise UserError(f"{wrong!r} cannot be a line of {path}; rename it without line ends, and blanks around it")
     write_atomically(path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
