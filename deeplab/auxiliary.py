@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -24,6 +25,22 @@ DROPOUT = 0.1  # of whole channels, before each classifier
 def conv_bn_leaky(x: Tensor, conv: nn.Conv2d, bn: nn.Module, folded: Folded | None) -> Tensor:
     """:func:`deeplab.batch_norm.conv_bn` and the heads' leaky ReLU."""
     return F.leaky_relu(conv_bn(x, conv, bn, folded), 0.01, inplace=True)
+
+
+class ChannelDropout(nn.Dropout2d):
+    """``Dropout2d`` that draws for the batch of all processes and takes what its own part of it is given.
+
+    Where all of them draw from one seed, their number then changes nothing. ``shard``: (number of this process, processes).
+    """
+
+    shard = (0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        number, processes = self.shard
+        kept = torch.rand(processes * x.shape[0], x.shape[1], 1, 1, device=x.device) >= self.p
+        return x * kept.chunk(processes)[number].to(x.dtype).div(1 - self.p)
 
 
 class NetWithAuxiliary(DilatedResNet):
@@ -64,7 +81,7 @@ class NetWithAuxiliary(DilatedResNet):
         self.dsn: Any = nn.Sequential(
             nn.Conv2d(self.out_channels // 2, FEATURES, 3, padding=1),
             self.norm(FEATURES),
-            nn.Dropout2d(DROPOUT),
+            ChannelDropout(DROPOUT),
             nn.Conv2d(FEATURES, num_classes, 1),
         )
         self.config: dict[str, Any] = {

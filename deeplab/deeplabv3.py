@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from deeplab.auxiliary import DROPOUT, FEATURES, NetWithAuxiliary, conv_bn_leaky
+from deeplab.auxiliary import DROPOUT, FEATURES, ChannelDropout, NetWithAuxiliary, conv_bn_leaky
 from deeplab.batch_norm import Folded, Pair
 
 RATES = (12, 24, 36)  # of output stride 8
@@ -21,7 +21,9 @@ class ASPPv3(nn.Module):
         for number, rate in enumerate(RATES, start=3):
             conv = nn.Conv2d(in_channels, channels, 3, padding=rate, dilation=rate, bias=False)
             setattr(self, f"conv{number}", nn.Sequential(conv, norm(channels)))
-        self.bottleneck = nn.Sequential(nn.Conv2d(5 * channels, FEATURES, 1, bias=False), norm(FEATURES), nn.Dropout2d(DROPOUT))
+        self.bottleneck = nn.Sequential(
+            nn.Conv2d(5 * channels, FEATURES, 1, bias=False), norm(FEATURES), ChannelDropout(DROPOUT)
+        )
 
     def pairs(self) -> list[Pair]:
         branches = [getattr(self, f"conv{number}") for number in range(1, 6)]

@@ -48,6 +48,7 @@ class Ohem:
     whose true class has a probability of at most ``threshold`` count, but at least the ``keep`` hardest.
 
     The toolbox estimates the ``keep``-th hardest pixel on predictions and labels at an eighth of the size; here it is exact.
+    The values here are those of its class; its command line has 0.6 and 200,000.
     """
 
     threshold: float = 0.7
@@ -99,7 +100,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, size: str = "output", ohem: Oh
 
 
 def single_scale_loss(
-    net: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]],
+    net: Callable[..., Tensor | tuple[Tensor, Tensor]],
     images: Tensor,
     labels: Tensor,
     size: str = "output",
@@ -113,12 +114,12 @@ def single_scale_loss(
         images: (N, 3, H, W) mean-subtracted BGR.
         labels: (N, H, W) int64, 255 void.
         size, ohem: see :func:`cross_entropy`; the auxiliary head's loss is without ``ohem``.
-        aux_weight: what the auxiliary head's loss is multiplied by.
+        aux_weight: what the auxiliary head's loss is multiplied by; with 0 that head is not computed.
 
     Returns:
         ``{"loss": scalar}``; with an auxiliary head ``"loss_main"`` and ``"loss_aux"`` as well.
     """
-    logits, auxiliary = _both(net(images))
+    logits, auxiliary = _both(net(images) if aux_weight or not hasattr(net, "dsn") else net(images, auxiliary=False))
     loss = cross_entropy(logits, labels, size, ohem)
     if auxiliary is None:
         return {"loss": loss}
@@ -145,7 +146,7 @@ def multi_scale_loss(
         ``{"loss": their sum, "loss_max": ..., "loss_1x": ..., "loss_0.75x": ..., "loss_0.5x": ...}``, scalars; with an
         auxiliary head ``"loss_aux"`` as well.
     """
-    first, *others = multiscale_logits(net, images, scales, one_scale_at_a_time)
+    first, *others = multiscale_logits(net, images, scales, one_scale_at_a_time, auxiliary=aux_weight != 0)
     logits, auxiliary = _both(first)
     parts = {"loss_max": cross_entropy(fuse_max([logits, *others]), labels, size, ohem)}
     for scale, scale_logits in zip(scales, [logits, *others]):

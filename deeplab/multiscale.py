@@ -40,6 +40,7 @@ def multiscale_logits(
     images: Tensor,
     scales: Sequence[float] = TRAIN_SCALES,
     one_scale_at_a_time: bool = False,
+    auxiliary: bool = True,
 ) -> list[Any]:
     """The logits of each scale at that scale's own size.
 
@@ -50,6 +51,7 @@ def multiscale_logits(
         one_scale_at_a_time: keep only the activations of the first scale, and compute those of the others again in the
             backward pass, for memory. At scales 1, 0.75 and 0.5 this adds (0.75^2 + 0.5^2) / (3 (1 + 0.75^2 + 0.5^2)) = 15 %
             arithmetic.
+        auxiliary: whether an auxiliary head answers at all.
 
     Returns:
         One (N, C, h_s, w_s) a scale, in the order of ``scales``.
@@ -57,8 +59,9 @@ def multiscale_logits(
     inputs = [resize(images, scaled_size(images.shape[-2:], scale)) for scale in scales]
     forward = partial(net, folded=net.fold()) if isinstance(net, DilatedResNet) else net  # folded once for all scales
     plain = partial(forward, auxiliary=False) if hasattr(net, "dsn") else forward
+    first = forward if auxiliary else plain
     if not one_scale_at_a_time:
-        return [forward(inputs[0]), *map(plain, inputs[1:])]
+        return [first(inputs[0]), *map(plain, inputs[1:])]
     # Backward goes through what was computed last first: the first scale, whose activations are then gone before those of the
     # others come back, one scale after another. Running statistics move in the second pass of the others, which makes it the
     # order in which they move without this option: first scale, second, third.
@@ -67,7 +70,7 @@ def multiscale_logits(
     others = [
         checkpoint(plain, x, use_reentrant=False, preserve_rng_state=dropout, context_fn=contexts) for x in reversed(inputs[1:])
     ]
-    return [forward(inputs[0]), *reversed(others)]
+    return [first(inputs[0]), *reversed(others)]
 
 
 def fuse_max(logits: Sequence[Tensor]) -> Tensor:

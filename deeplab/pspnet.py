@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deeplab.auxiliary import DROPOUT, FEATURES, NetWithAuxiliary, conv_bn_leaky
+from deeplab.auxiliary import DROPOUT, FEATURES, ChannelDropout, NetWithAuxiliary, conv_bn_leaky
 from deeplab.batch_norm import Folded, Pair
 
 BINS = (1, 2, 3, 6)  # a side
@@ -49,7 +49,7 @@ class PyramidPooling(nn.Module):
         )
         channels = in_channels + len(BINS) * FEATURES
         self.bottleneck: Any = nn.Sequential(
-            nn.Conv2d(channels, FEATURES, 3, padding=1, bias=False), norm(FEATURES), nn.Dropout2d(DROPOUT)
+            nn.Conv2d(channels, FEATURES, 3, padding=1, bias=False), norm(FEATURES), ChannelDropout(DROPOUT)
         )
 
     def pairs(self) -> list[Pair]:

@@ -19,7 +19,7 @@ from torch import nn
 from tests.conftest import ROOT, make_toy_voc
 from tests.test_evaluation import scores, snapshot  # noqa: F401
 from tests.test_training import SCRATCH, SMALL, STEPS, command, log_lines, model, train, train_msc
-from tests.two_ranks import FROZEN, STOPPED
+from tests.two_ranks import FROZEN, HEADS, STOPPED, TWO_HEADS
 from utils import distributed
 from utils.command import UserError
 
@@ -81,6 +81,23 @@ def test_two_processes_train_as_one_does(name, two_ranks, tmp_path):
         for part in (part for part in mine if part.startswith("loss")):
             assert theirs[part] == pytest.approx(mine[part], rel=0.02 if "16" in name else 1e-4), part
     assert [line["step"] for line in lines[1]] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", TWO_HEADS)
+def test_two_processes_drop_the_channels_that_one_does(name, two_ranks, tmp_path):
+    toy, folder, results = two_ranks
+    assert [result[name] for result in results] == [[0, ""], [0, ""]]
+    train_msc(toy, tmp_path, *HEADS, *TWO_HEADS[name])
+    (start, one), (_, two) = (
+        [model(path / f"VOC12_scenes_{step}.pth") for step in (1, 2)] for path in (tmp_path, folder / f"two {name}")
+    )
+    heads = [key for key in one if key.startswith("head" if name == "pspnet" else ("head", "dsn"))]
+    for key in (key for key in heads if not torch.equal(one[key], start[key])):  # frozen batch norm has none
+        moved, apart = (one[key] - start[key]).norm(), (two[key] - one[key]).norm()
+        assert apart <= 0.01 * moved, f"{key}: {apart / moved:.2%} apart"
+    assert not torch.equal(one["head.1.weight"], start["head.1.weight"])
+    losses = [[line["loss"] for line in log_lines(path)] for path in (tmp_path, folder / f"two {name}")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["stats", "full"])

@@ -260,5 +260,10 @@ def test_auxiliary_loss_and_ohem_at_three_scales():
     assert float(losses["loss_1x"]) == pytest.approx(naive, rel=1e-5)
     single = single_scale_loss(net, images, labels, ohem=ohem, aux_weight=0.4)
     assert float(single["loss"]) == pytest.approx(naive + 0.4 * float(aux), rel=1e-5)
-    for loss in (single_scale_loss, multi_scale_loss):  # without a weight the auxiliary loss has no part in the sum
-        assert float(loss(net, images, labels)["loss"]) == float(loss(net.main, images, labels)["loss"])
+    net.asked.clear()
+    for loss in (single_scale_loss, multi_scale_loss):  # without a weight the auxiliary head is not even computed
+        found, expected = loss(net, images, labels), loss(net.main, images, labels)
+        assert found.keys() == expected.keys()
+        assert float(found["loss"]) == float(expected["loss"])
+    multi_scale_loss(net, images, labels, one_scale_at_a_time=True)
+    assert net.asked == [False] * 7

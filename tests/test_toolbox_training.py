@@ -9,12 +9,15 @@ import torch
 
 import evaluate as evaluate_script
 import train_msc as train_msc_script
-from deeplab import load_net, make_net, multi_scale_loss, single_scale_loss
+from deeplab import NETS, load_net, make_net, multi_scale_loss, single_scale_loss
+from deeplab.auxiliary import ChannelDropout
 from deeplab.weights import load_weights
 from tests.conftest import TOY_CLASSES
 from tests.test_training import SMALL, log_lines, model, train
-from utils.checked_options import check_net_options
+from utils.checked_options import check_net_options, settle_options
 from utils.command import UserError
+from utils.options import training_parser
+from utils.start import options_of, resumed_options
 from utils.training import seed_dropout
 
 NONE = ["--restore-from", "none", "--num-steps", "2"]
@@ -34,11 +37,43 @@ def test_the_net_says_its_defaults_and_options_win(toy_voc, tmp_path):
     train(toy_voc, tmp_path / "b", "--net", "pspnet", *NONE, *options)
     args = load_weights(tmp_path / "b/VOC12_scenes_2.pth").meta["args"]
     assert (args["learning_rate"], args["loss_size"], args["batch_norm"], args["aux_weight"]) == (1e-3, "output", "frozen", 0)
-    first = log_lines(tmp_path / "b")[0]
-    assert first["loss"] == first["loss_main"]
+    assert not {"loss_main", "loss_aux"} & log_lines(tmp_path / "b")[0].keys()
     train(toy_voc, tmp_path / "c", *NONE, "--restore-from", str(tmp_path / "a/VOC12_scenes_2.pth"))  # the file says what it is
     meta = load_weights(tmp_path / "c/VOC12_scenes_2.pth").meta
     assert (meta["net"], meta["args"]["learning_rate"]) == ("deeplabv3", 1e-2)
+
+
+@pytest.mark.parametrize(("batch_size", "iter_size"), [(10, 1), (1, 10)])
+def test_published_values_for_the_nets_on_cityscapes(batch_size, iter_size):
+    """Facts of the toolbox: batch 8, 40,000 steps, crops of 769, scales 0.7 to 2.1. What is given, or a run's own, wins."""
+
+    def settled(*words: str) -> Namespace:
+        parser = training_parser("", batch_size=batch_size, iter_size=iter_size, snapshot_dir="snapshots")
+        args = parser.parse_args(list(words))
+        settle_options(args)
+        return args
+
+    def values(args: Namespace) -> tuple:
+        return args.batch_size, args.iter_size, args.num_steps
+
+    for net in sorted(NETS.keys() - {"deeplabv2"}):
+        args = settled("--dataset", "cityscapes", "--net", net)
+        assert values(args) == (8, 1, 40_000)
+        assert (args.input_size, args.scale_range, args.ohem_threshold, args.ohem_keep) == (
+            (769, 769),
+            (0.7, 2.1),
+            0.7,
+            100_000,
+        )
+        given = ["--batch-size", "4", "--iter-size", "2", "--num-steps", "7"]
+        assert values(settled("--dataset", "cityscapes", "--net", net, *given)) == (4, 2, 7)
+        assert values(settled("--net", net)) == (batch_size, iter_size, 20_000)
+    args = settled("--dataset", "cityscapes", "--net", "pspnet", "--resume")
+    begun = {**options_of(args), "batch_size": 10, "iter_size": 1, "num_steps": 20_000}
+    options, _ = resumed_options(args, {"args": begun, "net": "pspnet"}, 5, begun.get("loss", "single_scale_loss"))
+    assert (options["batch_size"], options["iter_size"], options["num_steps"]) == (10, 1, 20_000)
+    for words in (["--dataset", "cityscapes"], ["--dataset", "cityscapes", "--net", "deeplabv2"]):
+        assert values(settled(*words)) == (batch_size, iter_size, 20_000)
 
 
 def stopping(batches):
@@ -65,18 +100,48 @@ def test_dropout_of_a_resumed_run_is_that_of_a_whole_one(toy_voc, tmp_path):
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
-def test_each_batch_of_each_process_draws_its_own(monkeypatch):
-    drawn = set()
+def test_each_batch_draws_its_own_and_all_processes_the_same(monkeypatch):
+    drawn = {}
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         for step in range(3):
             for batch in (1, 2):
                 seed_dropout(1234, step, batch)
-                drawn.add(tuple(torch.rand(4).tolist()))
-                seed_dropout(1234, step, batch)
-                assert tuple(torch.rand(4).tolist()) in drawn
-    assert len(drawn) == 12
+                numbers = tuple(torch.rand(4).tolist())
+                assert drawn.setdefault((step, batch), numbers) == numbers
+    assert len(set(drawn.values())) == 6
     seed_dropout(2**63 - 1, 0, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_of_a_picture_does_not_depend_on_the_number_of_processes(dtype):
+    x, whole = torch.rand(6, 400, 2, 3).to(dtype) + 1, ChannelDropout(0.1)
+    torch.manual_seed(5)
+    expected = whole(x)
+    kept = (expected != 0).all(dim=(2, 3))
+    assert torch.equal(kept, (expected != 0).any(dim=(2, 3)))  # whole channels
+    assert 0.87 < float(kept.float().mean()) < 0.93
+    torch.testing.assert_close(expected, torch.where(kept[:, :, None, None], x / 0.9, torch.zeros_like(x)))
+    for processes in (2, 3):
+        for number, part in enumerate(x.split(6 // processes)):
+            mine = ChannelDropout(0.1)
+            mine.shard = (number, processes)
+            torch.manual_seed(5)
+            assert torch.equal(mine(part), expected.chunk(processes)[number])
+            assert mine.eval()(part) is part
+
+
+def test_an_auxiliary_head_without_a_weight_is_left_alone(toy_voc, tmp_path):
+    """Its tensors stay as they began, and a run that began with the head in the optimiser goes on."""
+    options = [*NONE, "--net", "pspnet", "--aux-weight", "0", "--save-pred-every", "1"]
+    train(toy_voc, tmp_path, *options)
+    first, second = (model(tmp_path / f"VOC12_scenes_{step}.pth") for step in (1, 2))
+    for key, value in first.items():
+        if not key.endswith("num_batches_tracked"):
+            assert torch.equal(value, second[key]) == key.startswith("dsn"), key
+    momentum = torch.load(tmp_path / "last.ckpt", weights_only=True)["optimizer"]["state"]
+    assert len(momentum) == len(list(load_net(tmp_path / "VOC12_scenes_2.pth", "full").parameters()))
+    train(toy_voc, tmp_path, "--resume", "--num-steps", "3")
 
 
 def test_one_scale_at_a_time_drops_the_same_channels_again():

@@ -35,6 +35,23 @@ RUNS = {f"frozen {name}": ["--batch-norm", "frozen", *options, *LONGER[name]] fo
 RUNS |= {
     f"{mode} {name}": ["--batch-norm", mode, *STEPS[name]] for mode in ("stats", "full") for name in ("plain", "iter-size")
 }
+# Nets with dropout and an auxiliary head, of which one has no part in the loss; two steps from random values.
+TWO_HEADS = {
+    "deeplabv3": ["--net", "deeplabv3", "--iter-size", "2"],
+    "pspnet": ["--net", "pspnet", "--aux-weight", "0", "--one-scale-at-a-time"],
+}
+HEADS = [
+    "--restore-from",
+    "none",
+    "--batch-norm",
+    "frozen",
+    "--num-steps",
+    "2",
+    "--save-pred-every",
+    "1",
+    "--learning-rate",
+    "1e-4",
+]
 
 
 class Once:
@@ -80,6 +97,8 @@ def main(toy: Path, folder: Path) -> None:
     common = ["--restore-from", str(start), *FROZEN]
     for name, options in RUNS.items():
         results[name] = outcome(partial(train_msc, toy, folder / f"two {name}", *common, *options))
+    for name, options in TWO_HEADS.items():
+        results[name] = outcome(partial(train_msc, toy, folder / f"two {name}", *HEADS, *options))
     results["single"] = outcome(partial(train, toy, folder / "two single", *common))
 
     def nan(losses):

@@ -9,7 +9,7 @@ from deeplab.multiscale import scaled_size
 from utils import distributed
 from utils.command import UserError
 from utils.loader import list_of
-from utils.options import CITYSCAPES_TRAINING, settle_dataset
+from utils.options import CITYSCAPES_TRAINING, TOOLBOX_TRAINING, settle_dataset
 
 # The first torch whose compiled code moves running statistics once a step where activations are computed again: 2.9, 2.10 and
 # 2.14 do; 2.4 to 2.8 move them twice (2.4 with one compiler backend only).
@@ -17,14 +17,14 @@ COUNTS_ONCE = "2.9"
 
 
 def settle_options(args: Namespace) -> None:
-    """Bring options that say the same thing in two ways to one, and defaults to those of the data set.
+    """Bring options that say the same thing in two ways to one, and defaults to those of the data set and the net.
 
     Raises:
         UserError: an option that says how another one works, without that one.
     """
     if not (args.ohem or args.resume) and (given := args.given & {"ohem_threshold", "ohem_keep"}):
         raise UserError(f"--{min(given).replace('_', '-')} says how --ohem chooses its pixels; add --ohem, or leave it out")
-    settle_dataset(args, CITYSCAPES_TRAINING)
+    settle_dataset(args, CITYSCAPES_TRAINING | ({} if args.net in (None, "deeplabv2") else TOOLBOX_TRAINING))
     if args.is_training and args.batch_norm == "frozen":
         args.batch_norm = "stats"
         args.given = args.given | {"batch_norm"}

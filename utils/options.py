@@ -37,6 +37,8 @@ FUSIONS = ("max", "mean")
 DATASETS = ("voc", "cityscapes")
 CITYSCAPES: dict[str, Any] = {"data_dir": "data/cityscapes", "image_dir": "leftImg8bit"}
 CITYSCAPES_TRAINING = CITYSCAPES | {"num_classes": 19, "input_size": (769, 769), "scale_range": (0.7, 2.1)}
+# What pytorch-segmentation-toolbox trains DeepLabv3 and PSPNet with on Cityscapes, beside the nets' own `defaults`.
+TOOLBOX_TRAINING: dict[str, Any] = {"batch_size": 8, "iter_size": 1, "num_steps": 40_000}
 
 
 def add_dataset_option(parser: Any, default: str | None = "voc", more: str = "") -> None:
@@ -167,10 +169,12 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
     parser = GivenParser(description=description)
     add_data_options(parser, "train", 255)
     group = parser.add_argument_group("augmentation")
-    group.add_argument("--input-size", type=size, default=(321, 321), metavar="H,W", help="crop in pixels (default: 321,321)")
+    group.add_argument("--input-size", type=size, default=(321, 321), metavar="H,W", help="crop in pixels (default: 321,321, "
+                       "Cityscapes 769,769)")  # fmt: skip
     group.add_argument("--random-mirror", action="store_true", help="mirror every other picture")
-    group.add_argument("--random-scale", action="store_true", help="scale each picture by a random factor")
-    group.add_argument("--scale-range", type=scale_range, default=(0.5, 1.5), metavar="LOW,HIGH", help="default: 0.5,1.5")
+    group.add_argument("--random-scale", action="store_true", help="scale each picture by a random factor of --scale-range")
+    text = "drawn from uniformly (default: 0.5,1.5, Cityscapes 0.7,2.1)"
+    group.add_argument("--scale-range", type=scale_range, default=(0.5, 1.5), metavar="LOW,HIGH", help=text)
 
     add_net_options(parser)
     group = parser.add_argument_group("weights")
@@ -202,9 +206,13 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
     group.add_argument("--sync-bn", action="store_true", help="with --batch-norm full: share batch statistics over the GPUs")
 
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--batch-size", type=positive, default=batch_size, help="pictures a batch (default: %(default)s)")
-    group.add_argument("--iter-size", type=positive, default=iter_size, help="batches a step (default: %(default)s)")
-    group.add_argument("--num-steps", type=positive, default=20000, help="optimiser steps (default: %(default)s)")
+    toolbox = "(default: %(default)s; with --net deeplabv3 or pspnet on Cityscapes {})"
+    text = "pictures a batch " + toolbox.format(TOOLBOX_TRAINING["batch_size"])
+    group.add_argument("--batch-size", type=positive, default=batch_size, help=text)
+    text = "batches a step " + toolbox.format(TOOLBOX_TRAINING["iter_size"])
+    group.add_argument("--iter-size", type=positive, default=iter_size, help=text)
+    text = "optimiser steps " + toolbox.format(TOOLBOX_TRAINING["num_steps"])
+    group.add_argument("--num-steps", type=positive, default=20000, help=text)
     group.add_argument(
         "--learning-rate", type=number, default=2.5e-4, help="base rate (default: %(default)s; deeplabv3 and pspnet 0.01)"
     )
@@ -220,7 +228,8 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
     group.add_argument(
         "--aux-weight",
         type=number,
-        help="what the loss of the auxiliary head of deeplabv3 and pspnet is multiplied by (default: 0.4)",
+        help="what the loss of the auxiliary head of deeplabv3 and pspnet is multiplied by; 0: that head is left alone "
+        "(default: 0.4)",
     )
     group.add_argument(
         "--ohem",

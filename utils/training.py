@@ -22,6 +22,7 @@ from dataset import (
     VOCSegmentation,
     to_input,
 )
+from deeplab.auxiliary import ChannelDropout
 from utils import distributed
 from utils.checked_options import check_net_options, choose_device, settle_options
 from utils.checkpoint import Snapshots, make_meta
@@ -77,7 +78,11 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         net.grad_checkpoint = args.grad_checkpoint
         if args.sync_bn:
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        for dropout in (module for module in net.modules() if isinstance(module, ChannelDropout)):
+            dropout.shard = (distributed.rank(), distributed.world_size())
         optimizer = GuardedSGD(net, args.learning_rate, args.momentum, args.weight_decay)
+        if args.aux_weight == 0:  # the auxiliary head has no part in the loss, so DistributedDataParallel must not wait for it
+            net.dsn.requires_grad_(False)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         if start.checkpoint:
             optimizer.load_state_dict(start.checkpoint["optimizer"])
@@ -198,8 +203,8 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
 
 
 def seed_dropout(seed: int, step: int, batch: int) -> None:
-    """Let dropout draw what belongs to this batch of this process, so that a resumed run draws what the lost one would have."""
-    sequence = np.random.SeedSequence((seed, step, batch, distributed.rank()))
+    """Let dropout draw what belongs to this batch, so that a resumed run, or one of several processes, draws the same."""
+    sequence = np.random.SeedSequence((seed, step, batch))
     torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
 
