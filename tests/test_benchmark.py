@@ -1,5 +1,7 @@
-"""The benchmark: its smoke test, its counting and its reference. Nothing here depends on how fast anything is."""
+"""The benchmark: its parts, how they are measured, and the reference. Nothing here depends on how fast anything is."""
 
+import argparse
+import itertools
 import json
 import math
 import multiprocessing
@@ -13,31 +15,28 @@ import torch
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from dataset import VOCSegmentation, read_ids
 from deeplab import deeplabv2, single_scale_loss
 from scripts import benchmark
-from scripts.bench import PARTS, measure, reference
-from scripts.bench.inputs import make_pictures
-from scripts.bench.measure import Part, Runner, Variant, count_flops, measure_peak, run_part
+from scripts.bench import inputs, measure, prediction, reference
+from scripts.bench.inputs import make_images, open_images
+from scripts.bench.measure import Row, Runner, Table, measure_peak, run_table
 from utils.command import UserError
 from utils.files import is_output
 from utils.metrics import ConfusionMatrix
 
 CPU = torch.device("cpu")
-TINY = ["--backbone", "resnet18", "--num-classes", "4", "--input-size", "65,65", "--canvas", "65,65", "--device", "cpu"]
-TINY += [
-    "--repeats",
-    "1",
-    "--pictures",
-    "2",
-    "--num-workers",
-    "0",
-    "--no-compile",
-    "--crf-pictures",
-    "2",
-    "--crf-workers",
-    "1,2",
-]
+TINY = ["--backbone", "resnet18", "--num-classes", "4", "--input-size", "65,65", "--device", "cpu"]
+TINY += ["--repeats", "1", "--pictures", "1", "--no-compile"]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Small images and matrices, and two cores."""
+    monkeypatch.setattr(inputs, "SIZES", ((40, 55), (33, 47)))
+    monkeypatch.setattr(reference, "CANVAS", (65, 65))
+    monkeypatch.setattr(measure, "MATRIX_SIDE", {"cpu": 64})
+    monkeypatch.setattr(prediction, "usable_cores", lambda: 2)
+    monkeypatch.setattr(prediction, "default_processes", lambda most: 2)
 
 
 def random_statistics(net: nn.Module) -> nn.Module:
@@ -48,49 +47,44 @@ def random_statistics(net: nn.Module) -> nn.Module:
     return net
 
 
-def check_rows(rows: dict[str, dict], arithmetic: bool) -> None:
-    assert len(rows) >= 2
-    for row in rows.values():
-        numbers = [row[key] for key in ("median_s", "min_s", "max_s", "items_per_s", "speedup", "first_s", "items")]
-        if arithmetic:
-            numbers += [row[key] for key in ("flops", "flops_per_s", "gemm_ratio")]
-        assert all(math.isfinite(number) and number > 0 for number in numbers)
-        assert row["min_s"] <= row["median_s"] <= row["max_s"]
-        assert len(row["seconds"]) == 1
-    assert next(iter(rows.values()))["speedup"] == 1
-
-
 # ---- each part
 
 
-@pytest.mark.parametrize("name", ["train", "msc", "predict", "evaluate", "data", "crf"])
-def test_part(name, toy_voc, tmp_path, monkeypatch, capsys):
-    """Memory is measured for one of them alone: it takes a process a row, through the command line."""
-    monkeypatch.setattr(measure, "GEMM_SIDE", {"cpu": 64})
+@pytest.mark.parametrize("name", [name for name in benchmark.PART_NAMES if name != "memory"])
+def test_part(name, small, tmp_path, capsys):
+    """Memory is measured for one of them alone: it takes a process per row."""
     file = tmp_path / "speed.json"
-    options = [name, *TINY, "--data-dir", str(toy_voc), "--json", str(file), *(["--no-memory"] if name != "predict" else [])]
+    options = [name, *TINY, "--json", str(file), *(["--no-memory"] if name != "evaluate" else [])]
     assert benchmark.main(options) == 0
     result = json.loads(file.read_text())
     assert is_output(file)  # so that the next benchmark may replace it
     assert list(result["parts"]) == [name]
-    check_rows(result["parts"][name]["rows"], arithmetic=name not in ("data", "crf"))
-    assert result["gemm"]["float32"]["flops_per_s"] > 0
-    assert result["versions"]["torch"] == torch.__version__
-    printed = capsys.readouterr().out
-    assert all(row in printed for row in result["parts"][name]["rows"])
+    assert torch.__version__ in result["device"]
+    rows, printed = result["parts"][name]["rows"], capsys.readouterr().out
+    assert all(row in printed for row in rows)
+    nets = name in ("train", "msc", "evaluate")
+    for row in rows.values():
+        numbers = [row["median_s"]] + [row[key] for key in ("flops", "gemm_ratio") if nets]
+        numbers += [row[key] for key in ("items_per_s", "speedup") if row["items"]]
+        assert all(math.isfinite(number) and number > 0 for number in numbers)
+        assert len(row["seconds"]) == 1
+    assert next(iter(rows.values()))["speedup"] == 1
+    if nets:
+        assert list(rows)[-1] == "matrix product, float32"
+        assert rows["matrix product, float32"]["flops"] == 3 * 2 * 64**3
+        assert rows["matrix product, float32"]["gemm_ratio"] == 1
     if name == "train":
-        rows = result["parts"][name]["rows"]
         assert list(rows)[:3] == ["reference, as published", "unfolded, frozen batch norm", "ours"]
         assert rows["ours"]["flops"] == rows["reference, as published"]["flops"]  # folding leaves the convolutions as they are
-        assert rows["ours --grad-checkpoint"]["flops"] > 1.2 * rows["ours"]["flops"]  # it runs the trunk forward twice
-    if name == "predict":
+        assert rows["ours --grad-checkpoint"]["flops"] > 1.2 * rows["ours"]["flops"]  # the backbone runs forward twice
+    if name == "evaluate":
+        assert list(rows)[:2] == ["reference, as published", "ours"]
         weights = sum(tensor.nbytes for tensor in deeplabv2("resnet18", 4).state_dict().values())
-        for row in result["parts"][name]["rows"].values():
+        for row in list(rows.values())[:2]:
             assert row["peak_bytes"] > weights
             assert row["beyond_bytes"] < row["peak_bytes"] - weights
-        assert "peak MB" in printed
+        assert "beyond MB" in printed
     if name == "crf":
-        rows = result["parts"][name]["rows"]
         agreement = [row["agreement"] for row in rows.values()]
         assert list(rows)[:2] == ["reference, 1 process", "ours, 1 process"]
         assert rows["reference, 2 processes"]["speedup"] == 1
@@ -98,118 +92,119 @@ def test_part(name, toy_voc, tmp_path, monkeypatch, capsys):
         assert min(agreement) > 0.99
 
 
-def test_processes_of_the_reference_start_in_any_way(toy_voc, monkeypatch):
-    """Spawned processes, as on macOS and Windows, find what they are handed by its name alone."""
+def test_processes_of_the_reference_start_in_any_way(small, tmp_path, monkeypatch):
+    """Spawned processes, as on macOS and Windows, import what they are given by its name."""
     monkeypatch.setattr(multiprocessing, "get_context", partial(multiprocessing.get_context, "spawn"))
-    args = benchmark.parse_args(["crf", *TINY, "--data-dir", str(toy_voc), "--crf-workers", "1", "--crf-pictures", "1"])
-    variant = PARTS["crf"](args, CPU).variants[0]
-    runner = variant.build()
+    args = benchmark.parse_args(["crf", *TINY])
+    args.data_dir = tmp_path / "images"
+    make_images(args.data_dir, 1, 4)
+    runner = prediction.crf(args, CPU).rows[0].build()
     try:
         runner.run()
     finally:
         runner.close()
 
 
-@pytest.mark.parametrize("wrong", [["--data-dir", "nowhere"], ["--restore-from", "nowhere.pth"], ["--device", "cuda:77"]])
-def test_mistakes_are_told_at_once(wrong, toy_voc, tmp_path):
-    with pytest.raises(Exception) as caught:  # noqa: PT011
-        benchmark.main(["predict", *TINY, "--data-dir", str(toy_voc), *wrong])
+def test_a_device_that_is_not_there():
+    with pytest.raises(Exception, match="77") as caught:
+        benchmark.main(["evaluate", *TINY, "--device", "cuda:77"])
     assert caught.value.exit_status == 2
-    assert wrong[1] in str(caught.value) or "77" in str(caught.value)
 
 
-def test_unknown_part(capsys):
+@pytest.mark.parametrize(
+    ("wrong", "said"), [(["training"], "'training' is no part"), (["train", "--net", "pspnet"], "--net pspnet")]
+)
+def test_mistakes(wrong, said, capsys):
     with pytest.raises(SystemExit) as caught:
-        benchmark.main(["training"])
+        benchmark.main(wrong)
     assert caught.value.code == 2
-    assert "'training' is no part" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
 
 
-def test_names_of_the_parts():
-    assert (*PARTS, "memory") == benchmark.PART_NAMES
-
-
-def test_made_up_pictures(tmp_path):
-    make_pictures(tmp_path / "voc", 3, 21)
-    data = VOCSegmentation(tmp_path / "voc", read_ids(tmp_path / "voc/ImageSets/Segmentation/val.txt"))
+def test_made_up_images(tmp_path):
+    make_images(tmp_path / "voc", 3, 21)
+    data = open_images(argparse.Namespace(data_dir=tmp_path / "voc", num_classes=21))
     labels = [data.load(index)[1] for index in range(len(data))]  # loading checks sizes and values
     assert [label.shape for label in labels] == [(375, 500), (500, 375), (333, 500)]
-    assert all({0, 255} < set(np.unique(label)) or 255 in label for label in labels)
+    assert all(255 in label and len(np.unique(label)) > 2 for label in labels)
 
 
-# ---- the ruler
+# ---- how it is measured
 
 
-class FakeGemm:
-    def __init__(self, log: list[str]) -> None:
-        self.log = log
-
-    def measure(self) -> None:
-        self.log.append("gemm")
-
-    def rate(self, amp: str) -> float:
-        return 1000.0
-
-
-def test_variants_take_turns():
+def test_rows_take_turns(monkeypatch):
     log: list[str] = []
+    now = [0.0]
+    monkeypatch.setattr(measure, "timer", lambda: now[0])
 
-    def variant(name: str, seconds: float, items: int) -> Variant:
-        def run() -> float:
-            log.append(name)
-            return seconds
+    def spend(name: str, seconds: float) -> None:
+        log.append(name)
+        now[0] += seconds
 
-        return Variant(name, lambda: Runner(run, close=lambda: log.append(f"end {name}")), items, flops_of=None)
+    def row(name: str, seconds: float, images: int) -> Row:
+        work, setup = partial(spend, name, seconds), partial(spend, f"set up {name}", 100)  # only the work is timed
+        return Row(name, lambda: Runner(work, setup, close=partial(spend, f"end {name}", 0)), images)
 
-    rows = run_part(Part("title", [variant("a", 4.0, 2), variant("b", 1.0, 3)]), 2, FakeGemm(log), CPU, lambda text: None)
-    assert log == ["a", "b", "gemm", "a", "b", "gemm", "a", "b", "end a", "end b"]
+    table = Table("title", [row("a", 4.0, 2), row("b", 1.0, 3)], nets=False)
+    rows = run_table(table, 2, CPU)
+    turn = ["set up a", "a", "set up b", "b"]
+    assert log[:12] == turn * 3  # the first warms up
+    assert sorted(log[12:]) == ["end a", "end b"]
     assert rows["b"]["seconds"] == [1.0, 1.0]
+    assert rows["b"]["median_s"] == 1.0
     assert rows["b"]["items_per_s"] == 3
-    assert rows["b"]["speedup"] == 6  # 3 a second against 2 in 4 seconds
-    assert rows["b"]["flops"] == 0
+    assert rows["b"]["speedup"] == 6  # 3 per second against 2 in 4 seconds
 
 
-def test_seconds_are_those_of_the_call():
-    variant = Variant("sleep", lambda: Runner(lambda: time.sleep(0.05)), 1, flops_of=None)
-    rows = run_part(Part("title", [variant]), 3, FakeGemm([]), CPU, lambda text: None)
-    assert rows["sleep"]["min_s"] >= 0.05
+def test_rows_are_closed_when_one_fails():
+    log = []
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    rows = [Row("a", lambda: Runner(int, close=lambda: log.append("end a")), 1), Row("b", lambda: Runner(fail), 1)]
+    with pytest.raises(ZeroDivisionError):
+        run_table(Table("title", rows, nets=False), 1, CPU)
+    assert log == ["end a"]
 
 
-def test_operations_of_one_convolution():
+def test_seconds_are_those_of_the_run():
+    row = Row("sleep", lambda: Runner(lambda: time.sleep(0.05)), 1)
+    rows = run_table(Table("title", [row], nets=False), 3, CPU)
+    assert min(rows["sleep"]["seconds"]) >= 0.05
+
+
+def test_arithmetic_and_its_rate(monkeypatch):
+    """Two operations per multiply-add, forward and backward; rates follow from the counts and the seconds."""
+    monkeypatch.setattr(measure, "MATRIX_SIDE", {"cpu": 4})
+    monkeypatch.setattr(measure, "timer", partial(next, itertools.count()))  # a run takes a second
     conv = nn.Conv2d(3, 5, 3, padding=1)
     images = torch.rand(2, 3, 7, 9)
-    forward = 2 * (2 * 5 * 7 * 9) * (3 * 3 * 3)  # two a multiply-add, 27 multiply-adds a value
-    assert count_flops(lambda: conv(images)) == forward
-    with torch.inference_mode():
-        assert count_flops(lambda: conv(images)) == forward
-    assert count_flops(lambda: conv(images).sum().backward()) == 2 * forward  # the pictures need no gradient
-    assert count_flops(lambda: conv(images.requires_grad_()).sum().backward()) == 3 * forward
-
-
-def test_rates_follow_from_counts_and_seconds():
-    conv = nn.Conv2d(1, 1, 1, bias=False)
-
-    def run() -> float:
-        conv(torch.rand(1, 1, 10, 10))
-        return 0.5
-
-    build = lambda: Runner(run)  # noqa: E731
-    part = Part("title", [Variant("eager", build, 1), Variant("compiled", build, 1, flops_of="eager")])
-    for row in run_part(part, 1, FakeGemm([]), CPU, lambda text: None).values():
-        assert (row["flops"], row["flops_per_s"], row["gemm_ratio"]) == (200, 400, 0.4)
+    forward = 2 * (2 * 5 * 7 * 9) * (3 * 3 * 3)  # 27 multiply-adds per value
+    runs = {
+        "forward": lambda: conv(images),
+        "backward": lambda: conv(images).sum().backward(),  # the images need no gradient
+        "to the images": lambda: conv(images.clone().requires_grad_()).sum().backward(),
+    }
+    rows = [Row(name, partial(Runner, run), 1) for name, run in runs.items()]
+    rows.append(Row("compiled", partial(Runner, runs["forward"]), 1, compiled=True))  # counted as the row before
+    entries = run_table(Table("title", rows), 1, CPU)
+    product = 3 * 2 * 4**3
+    for name, times in {"forward": 1, "backward": 2, "to the images": 3, "compiled": 3}.items():
+        assert entries[name]["flops"] == times * forward
+        assert entries[name]["gemm_ratio"] == pytest.approx(times * forward / product)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
-def test_peak_memory_holds_what_a_call_allocates():
+def test_peak_memory_holds_what_a_run_allocates():
     net = nn.Linear(1000, 1000, bias=False)  # 4 MB
+    args = argparse.Namespace(device="cpu", gpu=0, no_tf32=False, deterministic=False)
 
-    def allocate(count: int) -> Variant:
-        def run() -> None:
-            torch.ones(count)
+    def table(args: argparse.Namespace, device: torch.device) -> Table:
+        allocate = lambda count: Runner(lambda: torch.ones(count), net=net)  # noqa: E731
+        return Table("title", [Row(str(count), partial(allocate, count), 1) for count in (1, 50_000_000)])
 
-        return Variant("allocate", lambda: Runner(run, net), 1)
-
-    small, large = (measure_peak(allocate(count), CPU) for count in (1, 50_000_000))
+    small, large = (measure_peak(table, name, args) for name in ("1", "50000000"))
     assert 190e6 < large["peak_bytes"] - small["peak_bytes"] < 260e6
     assert small["beyond_bytes"] < 4e6 < 190e6 < large["beyond_bytes"] + 4e6
 
@@ -245,7 +240,7 @@ def test_reference_trains_on_batch_statistics_with_fixed_weights():
 def test_reference_loss_is_ours_on_enlarged_logits():
     torch.manual_seed(0)
     logits, labels = torch.randn(2, 3, 5, 6), torch.randint(0, 3, (2, 33, 41))
-    labels[:, :4] = 255  # as many in both pictures, so both ways of averaging agree
+    labels[:, :4] = 255  # as many in both images, so both ways of averaging agree
     expected = single_scale_loss(lambda images: logits, torch.empty(2, 3, 33, 41), labels, size="input")["loss"]
     torch.testing.assert_close(reference.single_scale_loss(lambda images: logits, torch.empty(2, 3, 33, 41), labels), expected)
 
@@ -258,7 +253,7 @@ def test_reference_counts_as_we_do():
     np.testing.assert_array_equal(reference.count(labels, predictions, 3), matrix.matrix.numpy())
 
 
-def test_reference_prediction_has_the_size_of_the_picture():
+def test_reference_prediction_has_the_size_of_the_image():
     image = np.random.default_rng(0).integers(0, 256, (20, 33, 3), dtype=np.uint8)
 
     def net(inputs: torch.Tensor) -> torch.Tensor:  # class 1 where the canvas lies in the right half

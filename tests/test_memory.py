@@ -23,7 +23,7 @@ REAL = """
 import gc, json
 import torch
 from deeplab import deeplabv2, multi_scale_loss, single_scale_loss
-from scripts.bench.measure import _status
+from scripts.bench.measure import reset_peak, resident
 from tests.test_memory import CASES
 
 def step(backbone, classes, crop, batch, options):
@@ -34,17 +34,16 @@ def step(backbone, classes, crop, batch, options):
     momentum = [torch.ones_like(parameter) for parameter in net.parameters() if parameter.requires_grad]
     images, labels = torch.randn(batch, 3, *crop), torch.zeros(batch, *crop, dtype=torch.int64)
     for _ in range(2):
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the high-water mark starts again
+        reset_peak()
         loss(net, images, labels, **options)["loss"].backward()
         net.zero_grad()
-    return _status("VmHWM")
+    return resident("VmHWM")
 
 found = {}
 for name, case in CASES.items():
     step("resnet18", 2, (33, 33), 1, {})  # brings the libraries
     gc.collect()
-    before = _status("VmRSS")
+    before = resident("VmRSS")
     found[name] = step(*case) - before
     gc.collect()
 print(json.dumps(found))

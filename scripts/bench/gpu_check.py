@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.benchmark import timer
 
 from deeplab import single_scale_loss
-from scripts.bench.inputs import make_pictures
-from scripts.bench.measure import synchronize
+from scripts.bench.inputs import make_images
 from scripts.bench.memory import step_memory
 from scripts.bench.training import our_step
 from utils.command import UserError, run_command
@@ -27,7 +27,7 @@ from utils.meter import MUCH_WAITING
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MINUTES = 8.0
-# the CPU has no tests of its own: these show what a GPU would be spared
+# the CPU has no tests of its own: these count what a GPU would launch
 TESTS = {
     "cuda": ["-m", "cuda", "tests/test_cuda.py", "tests/test_training.py"],
     "cpu": ["tests/test_device.py", "-k", "launches or stale"],
@@ -57,7 +57,7 @@ class Check:
         self.table: dict[str, str] = {}
 
     def run(self, title: str, command: list[str]) -> bool:
-        """Run a command of this project in what is left of the time; what it says is seen. Whether it went well."""
+        """Run a command of this project in the time that is left; returns whether it ended with status 0."""
         left = self.end - time.monotonic()
         print(f"\n=== {title} ({left / 60:.1f} minutes left)", flush=True)
         try:
@@ -87,39 +87,37 @@ class Check:
                     self.table[f"{part}{options}"] = described(row)
 
     def real_steps(self) -> None:
-        """A run of train.py, reading pictures, while the use of the GPU is looked at twice a second."""
-        pictures, snapshots = self.folder / "pictures", self.folder / "snapshots"
-        make_pictures(pictures, 60, 21)
+        """A run of train.py, data loading included, with the utilisation of the GPU."""
+        images, snapshots = self.folder / "images", self.folder / "snapshots"
+        make_images(images, 60, 21)
         options = (
             "--restore-from none --batch-norm frozen --learning-rate 1e-6 --random-scale --random-mirror --save-num-images 0"
         )
-        command = ["train.py", *options.split(), "--data-dir", str(pictures), "--snapshot-dir", str(snapshots)]
+        command = ["train.py", *options.split(), "--data-dir", str(images), "--snapshot-dir", str(snapshots)]
         command += ["--backbone", self.net, "--batch-size", str(self.batch), "--input-size", f"{self.crop},{self.crop}"]
         command += ["--num-steps", str(self.steps), *(["--amp", "bf16"] if self.kind == "cuda" else [])]
         with Utilisation() as used:
-            went_well = self.run("real steps", command)
-        if not went_well:
+            succeeded = self.run("real steps", command)
+        if not succeeded:
             return
         lines = [json.loads(line) for line in (snapshots / "log.jsonl").read_text().splitlines()]
         steady = lines[len(lines) // 2 :]
         speed, self.data_wait = median(x["images_per_s"] for x in steady), mean(x["data_wait"] for x in steady)
-        self.table["real steps"] = f"{speed:.1f} pictures/s, {self.data_wait:.0%} of the time waiting for them{used.text()}"
+        self.table["real steps"] = f"{speed:.1f} images/s, {self.data_wait:.0%} of the time waiting for data{used.text()}"
 
     def limits(self) -> None:
-        """How long the host takes to launch a step, how long the step takes, and so what limits it."""
-        args = Namespace(restore_from=None, net="deeplabv2", backbone=self.net, num_classes=21, batch_size=self.batch)
+        """How long the host takes to launch the kernels of a step, how long the step takes, and so what limits it."""
+        args = Namespace(backbone=self.net, num_classes=21, batch_size=self.batch)
         args.input_size = (self.crop, self.crop)
         amp = "bf16" if self.kind == "cuda" else "off"
         run = our_step(args, self.device, single_scale_loss, amp=amp).run
         for _ in range(3):
             run()
-        synchronize(self.device)
-        start = time.perf_counter()
+        start = timer()  # waits for the device
         for _ in range(5):
             run()
         launched = (time.perf_counter() - start) / 5
-        synchronize(self.device)
-        took = (time.perf_counter() - start) / 5
+        took = (timer() - start) / 5
         self.table[f"a step, {amp}"] = f"{1000 * took:.1f} ms"
         if self.kind == "cpu":
             return
@@ -127,7 +125,7 @@ class Check:
         computed = step_memory(self.net, 21, args.input_size, self.batch, amp=True).peak
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             run()
-            synchronize(self.device)
+            torch.cuda.synchronize()
         kernels = sum(event.count for event in profiler.key_averages())
         self.table[f"a step, {amp}"] += f", which the host launches in {1000 * launched:.1f} ms, {kernels} kernels and copies"
         self.table[f"memory of it, {amp}"] = f"{peak / 1e6:.0f} MB at its peak, computed {computed / 1e6:.0f} MB"
@@ -136,7 +134,7 @@ class Check:
 
 
 class Utilisation:
-    """What nvidia-smi says of the use of the GPU, twice a second, where there is one."""
+    """The utilisation of the GPU that nvidia-smi reports, twice a second, where there is one."""
 
     def __init__(self) -> None:
         self.found: list[float] = []
@@ -163,7 +161,7 @@ class Utilisation:
 
 
 def described(row: dict[str, Any]) -> str:
-    text = f"{row['items_per_s']:.1f} pictures/s, {row['speedup']:.2f}x the reference"
+    text = f"{row['items_per_s']:.1f} images/s, {row['speedup']:.2f}x the reference"
     return text + (f", {row['gemm_ratio']:.2f} of GEMM" if "gemm_ratio" in row else "")
 
 

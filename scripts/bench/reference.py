@@ -1,11 +1,11 @@
 """The published way of doing it, written plainly: what ``scripts/benchmark.py`` measures this project against.
 
-It follows the scripts of github.com/speedinghzl/Pytorch-Deeplab step by step: a batch norm of its own behind every
-convolution, memory channel by channel (NCHW), float32, no compiler; training on batch statistics with the logits enlarged to
-the labels and the loss read at every step; evaluation on a 505x505 canvas, one picture at a time, with the class taken by numpy
-and the pixels counted one by one in Python; the CRF on all cores, a picture a process. Where the published code cannot run
-today or is wrong, the cheaper way is taken, so that no ratio is flattered: the head sums its branches without copies, labels
-are shrunk on the device, masks are read in their own mode. Nothing but the benchmark uses this module.
+It follows the scripts of github.com/speedinghzl/Pytorch-Deeplab step by step: an unfolded batch norm behind every convolution,
+NCHW memory, float32, no compiler; training on batch statistics with the logits enlarged to the labels and the loss read at each
+step; evaluation on a 505x505 canvas, one image at a time, the argmax in numpy, the pixels counted one by one in Python on all
+cores; the CRF in one process per image. Where the published code cannot run today or is wrong, the cheaper way is taken, so
+that no ratio is flattered: the head sums its branches without copies, labels are shrunk on the device, masks are read in their
+own mode, each core counts as many pixels as the others. Only the benchmark uses this module.
 """
 
 import random
@@ -25,10 +25,11 @@ from torchvision.models import get_model
 from dataset.classes import IGNORE_LABEL, MEAN_BGR
 
 MEAN = np.asarray(MEAN_BGR, dtype=np.float32)
+CANVAS = (505, 505)  # height, width: every image is padded to it for evaluation
 
 
 def batch_norm(channels: int, eps: float = 1e-5) -> nn.BatchNorm2d:
-    """The published batch norm: normalises with the batch's statistics in training; weight and bias are fixed."""
+    """The published batch norm: batch statistics in training; weight and bias are fixed."""
     return nn.BatchNorm2d(channels, eps=eps).requires_grad_(False)
 
 
@@ -43,10 +44,10 @@ class ReferenceNet(nn.Module):
 
     def __init__(self, config: Mapping[str, Any], norm: Callable[..., nn.Module] = batch_norm) -> None:
         super().__init__()
-        trunk: Any = get_model(config["backbone"], weights=None, norm_layer=partial(norm, eps=config["batch_norm_eps"]))
-        self.conv1, self.bn1, self.relu = trunk.conv1, trunk.bn1, trunk.relu
+        backbone: Any = get_model(config["backbone"], weights=None, norm_layer=partial(norm, eps=config["batch_norm_eps"]))
+        self.conv1, self.bn1, self.relu = backbone.conv1, backbone.bn1, backbone.relu
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
-        self.layer1, self.layer2, self.layer3, self.layer4 = trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4
+        self.layer1, self.layer2, self.layer3, self.layer4 = backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4
         for layer, stride, dilation in ((self.layer2, 2, 1), (self.layer3, 1, 2), (self.layer4, 1, 4)):
             first = layer[0]
             first.downsample[0].stride = (stride, stride)
@@ -59,7 +60,7 @@ class ReferenceNet(nn.Module):
                     conv.dilation = conv.padding = (dilation, dilation)
         self.layer5: Any = nn.Module()
         self.layer5.conv2d_list = nn.ModuleList(
-            nn.Conv2d(trunk.fc.in_features, config["num_classes"], 3, padding=rate, dilation=rate)
+            nn.Conv2d(backbone.fc.in_features, config["num_classes"], 3, padding=rate, dilation=rate)
             for rate in config["atrous_rates"]
         )
 
@@ -97,16 +98,16 @@ def multi_scale_loss(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def make_optimizer(net: nn.Module, lr: float) -> torch.optim.SGD:
-    """The published optimiser: two groups, the head at ten times the rate."""
+    """The published optimiser: two groups, the head at ten times the learning rate."""
     head = list(net.get_submodule("layer5").parameters())
     held = {id(parameter) for parameter in head}
-    trunk = [parameter for parameter in net.parameters() if parameter.requires_grad and id(parameter) not in held]
-    groups = [{"params": trunk, "lr": lr}, {"params": head, "lr": 10 * lr}]
+    backbone = [parameter for parameter in net.parameters() if parameter.requires_grad and id(parameter) not in held]
+    groups = [{"params": backbone, "lr": lr}, {"params": head, "lr": 10 * lr}]
     return torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=5e-4)
 
 
 def train_step(net: nn.Module, optimizer: torch.optim.SGD, images: Tensor, labels: Tensor, loss_function: Callable) -> float:
-    """One published training step; returns the loss, which it prints."""
+    """One published training step; returns the loss, which the published script prints."""
     optimizer.zero_grad()
     loss = loss_function(net, images, labels)
     loss.backward()
@@ -115,12 +116,12 @@ def train_step(net: nn.Module, optimizer: torch.optim.SGD, images: Tensor, label
 
 
 def read(image_path: Path, label_path: Path) -> tuple[Any, Any]:
-    """A picture, (H, W, 3) uint8 BGR, and its mask, (H, W) uint8."""
+    """An image, (H, W, 3) uint8 BGR, and its label, (H, W) uint8."""
     return cv2.imread(str(image_path), cv2.IMREAD_COLOR), np.array(Image.open(label_path))
 
 
 def training_sample(image_path: Path, label_path: Path, crop: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """One published training sample: scale, subtract the mean, pad, crop, mirror; (3, h, w) and (h, w) float32."""
+    """One published training sample: scale, subtract the mean, pad, crop, flip; (3, h, w) and (h, w) float32."""
     image, label = read(image_path, label_path)
     scale = 0.5 + random.randint(0, 11) / 10
     image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
@@ -147,7 +148,7 @@ def on_canvas(image: np.ndarray, canvas: tuple[int, int]) -> Tensor:
 
 
 def predict(net: nn.Module, image: np.ndarray, canvas: tuple[int, int], device: torch.device) -> np.ndarray:
-    """The classes of one picture: (H, W, 3) uint8 BGR -> (H, W) int64, enlarged to the canvas, arg-max in numpy."""
+    """The classes of one image: (H, W, 3) uint8 BGR -> (H, W) int64; logits enlarged to the canvas, argmax in numpy."""
     height, width = image.shape[:2]
     with torch.no_grad():
         inputs = on_canvas(image, canvas)
