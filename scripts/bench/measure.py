@@ -141,7 +141,7 @@ def run_table(table: Table, repeats: int, device: torch.device) -> dict[str, dic
 
 
 def resident(name: str) -> int:
-    """The resident set of this process now (``"VmRSS"``) or at its peak (``"VmHWM"``), in bytes; Linux only."""
+    """Resident bytes of this process: now (``VmRSS``, of files ``RssFile``) or at their peak (``VmHWM``); Linux only."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{name}:"))
 
@@ -161,11 +161,12 @@ def measure_peak(make_table: Callable[[Namespace, torch.device], Table], name: s
 
     Raises:
         OSError: the resident set cannot be read here.
+        RuntimeError: memory was short, so that the system took pages of libraries away, which the peak then lacks.
     """
     device = distributed.select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
     row = next(row for row in make_table(args, device).rows if row.name == name)
     cuda = device.type == "cuda"
-    held = 0 if cuda else resident("VmRSS")
+    held, libraries = (0, 0) if cuda else (resident("VmRSS"), resident("RssFile"))
     runner = row.build()
     with ExitStack() as stack:
         stack.callback(runner.close)
@@ -175,6 +176,8 @@ def measure_peak(make_table: Callable[[Namespace, torch.device], Table], name: s
             torch.cuda.reset_peak_memory_stats(device)
         runner.run()
         peak = torch.cuda.max_memory_allocated(device) if cuda else resident("VmHWM")
+        if not cuda and resident("RssFile") < 0.9 * libraries:
+            raise RuntimeError("too little memory is free on this machine")
     if runner.net is not None:
         held += sum(tensor.nbytes for tensor in (*runner.net.parameters(), *runner.net.buffers()))
         if runner.training:
