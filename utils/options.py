@@ -169,8 +169,8 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
     parser = GivenParser(description=description)
     add_data_options(parser, "train", 255)
     group = parser.add_argument_group("augmentation")
-    group.add_argument("--input-size", type=size, default=(321, 321), metavar="H,W", help="crop in pixels (default: 321,321, "
-                       "Cityscapes 769,769)")  # fmt: skip
+    text = "crop in pixels (default: 321,321, Cityscapes 769,769)"
+    group.add_argument("--input-size", type=size, default=(321, 321), metavar="H,W", help=text)
     group.add_argument("--random-mirror", action="store_true", help="mirror every other picture")
     group.add_argument("--random-scale", action="store_true", help="scale each picture by a random factor of --scale-range")
     text = "drawn from uniformly (default: 0.5,1.5, Cityscapes 0.7,2.1)"
