@@ -58,6 +58,8 @@ def read_lines(path: str | Path, what: str) -> list[str]:
 
 def _read_bytes(path: str | Path, what: str) -> bytes:
     try:
+        if Path(path).is_char_device():  # such as /dev/zero, which has no end
+            raise DatasetError(f"{what} {path} is a device; expected a file")
         return Path(path).read_bytes()
     except FileNotFoundError:
         raise DatasetError(f"{what} {path} does not exist; check its name") from None

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.command import positive, run_command, size
+from utils.command import Parser, positive, run_command, size, target_text
 from utils.options import BACKBONE_NAMES, NET_NAMES, add_device_options
 
 if TYPE_CHECKING:  # the parts import torch, which --help need not wait for
@@ -52,11 +52,11 @@ def part_name(text: str) -> str:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     description, _, details = __doc__.partition("\n")
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, epilog=details, formatter_class=formatter)
+    parser = Parser(description=description, epilog=details, formatter_class=formatter)
     parser.add_argument("parts", nargs="*", type=part_name, metavar="PART", help=f"{', '.join(PART_NAMES)} (default: all)")
     parser.add_argument("--repeats", type=positive, default=3, help="rounds after the warm-up (default: %(default)s)")
     parser.add_argument("--crf-repeats", type=positive, default=1, help="rounds of the CRF (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="save everything here, after each part")
+    parser.add_argument("--json", type=target_text, metavar="FILE", help="save everything here, after each part")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory, which takes a process per row")
 
     group = parser.add_argument_group("what is measured")

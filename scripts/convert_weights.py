@@ -28,14 +28,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.command import UserError, run_command
+from utils.command import Parser, UserError, run_command
 
 SCHEMES = ("snapshot", "published", "kazuto", "torchvision-trunk", "safetensors")
 TRUNKS = ("auto", "torchvision", "caffe")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="IN", type=Path, help="the weights file to read; its scheme is recognised")
     parser.add_argument("target", metavar="OUT", type=Path, help="the file to write")
     parser.add_argument("--to", choices=SCHEMES, help="the scheme of OUT (default: what its suffix says)")

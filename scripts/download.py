@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts.data.archive import record_of, unpack, unpacked
 from scripts.data.catalogue import CATALOGUE, Item
 from scripts.data.download import ChecksumError, check, fetch, take
-from utils.command import UserError, positive, run_command
+from utils.command import Parser, UserError, positive, run_command, target
 
 
 def print_table(data_dir: Path, weights_dir: Path) -> None:
@@ -113,11 +113,11 @@ def select(names: list[str]) -> list[Item]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="+", metavar="NAME", help='what to fetch; "list" shows what there is')
     parser.add_argument("--from", dest="file", type=Path, metavar="FILE", help="a file fetched by hand: checked and copied")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="default: %(default)s")
-    parser.add_argument("--weights-dir", type=Path, default=Path("weights"), help="default: %(default)s")
+    parser.add_argument("--data-dir", type=target, default=Path("data"), help="default: %(default)s")
+    parser.add_argument("--weights-dir", type=target, default=Path("weights"), help="default: %(default)s")
     parser.add_argument("--force", action="store_true", help="fetch again what is there")
     parser.add_argument("--remove-archive", action="store_true", help="delete an archive once it is unpacked")
     parser.add_argument(

@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.command import UserError, run_command
+from utils.command import Parser, UserError, run_command
 from utils.files import OUTPUT_MARK, Output, check_outputs, mark_zip, write_atomically
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ OPSET = 18
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="IN", type=Path, help="a snapshot or published weights")
     parser.add_argument("target", metavar="OUT", type=Path, help="the file to write: .onnx or .pt2")
     parser.add_argument("--with-preprocessing", action="store_true", help="uint8 RGB pictures in, class indices out")

@@ -27,7 +27,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset.classes import IGNORE_LABEL
-from utils.command import UserError, run_command, size
+from utils.command import Parser, UserError, run_command, size, target
 from utils.visualize import save_indexed_png
 
 CLASSES = ("background", "disc", "square", "triangle", "ring", "star", "cross")
@@ -163,12 +163,16 @@ def make_picture(seed: int, split: int, number: int, largest: tuple[int, int]) -
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Make a small data set of textured shapes in the layout of PASCAL VOC.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--out", type=Path, required=True, default=argparse.SUPPRESS, help="folder to write to; made if it is missing"
+        "--out",
+        type=target,
+        required=True,
+        default=argparse.SUPPRESS,
+        help="folder to write to; made if it is missing",
     )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same files, byte for byte")
     parser.add_argument("--train", type=int, default=200, help="number of training pictures")

@@ -38,7 +38,7 @@ from dataset.voc import LABEL_DIRS, TRAIN_LISTS, VAL_LISTS
 from scripts.data.colours import VOC, Table, find_table, read_labels
 from scripts.data.layouts import LISTS, Labelled, choose_lists, find_labelled, write_lines
 from scripts.data.parallel import parallel_map
-from utils.command import UserError, below_one, default_processes, not_negative, run_command
+from utils.command import Parser, UserError, below_one, default_processes, not_negative, run_command, target
 from utils.files import remove_torn_files, write_atomically
 from utils.visualize import save_indexed_png
 
@@ -59,7 +59,7 @@ def color(text: str) -> Color:
 def check_out(source: Path, out: Path) -> None:
     """Raise :class:`UserError` where ``out`` is no folder, or is in the one that is read."""
     folder = source if source.is_dir() else source.parent
-    if out.resolve() == folder.resolve() or folder.resolve() in out.resolve().parents:
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
         raise UserError(f"{out} is in the folder that is read, {folder}; choose another folder for the indices")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; expected a folder to write to")
@@ -145,9 +145,9 @@ def write_set(
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("masks", type=Path, help="folder of colour masks, one PNG, or what a labelling tool wrote")
-    parser.add_argument("out", type=Path, metavar="NEW", help="folder to write to; made if it is missing")
+    parser.add_argument("out", type=target, metavar="NEW", help="folder to write to; made if it is missing")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="classes.txt, labelmap.txt or class_names.txt to use")
     parser.add_argument("--suffix", default="", help="the masks lie beside their pictures, and this ends their names: _mask")
     parser.add_argument("--zero-is-void", action="store_true", help="0 becomes void (255), and 1..N become 0..N-1")
@@ -164,6 +164,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    if args.masks.is_dir():  # before it is gone through, which takes long for /
+        check_out(args.masks, args.out)
     labelled = find_labelled(args.masks, args.suffix.removesuffix(".png"))
     check_out(args.masks, args.out)
     home = args.out if labelled.pictures is not None else None

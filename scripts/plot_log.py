@@ -14,17 +14,21 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.command import UserError, run_command
+from utils.command import Parser, UserError, run_command, target
 from utils.files import OUTPUT_MARK, Output, check_outputs, write_atomically
 
 CURVES = {"loss": "loss", "lr": "base rate", "val_mean_iou": "mean IoU"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="a --snapshot-dir, or a log.jsonl")
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path("curves.png"), help=".png, .svg or .pdf (default: %(default)s)"
+        "-o",
+        "--output",
+        type=target,
+        default=Path("curves.png"),
+        help=".png, .svg or .pdf (default: %(default)s)",
     )
     return parser.parse_intermixed_args(argv)
 

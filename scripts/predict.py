@@ -24,7 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.command import UserError, below_one, default_processes, not_negative, numbers, positive, run_command
+from utils.command import Parser, UserError, below_one, default_processes, not_negative, numbers, positive, run_command, target
 from utils.files import Output, check_outputs, mark_zip, write_atomically
 from utils.options import DATASETS, TRAINED_WEIGHTS, add_device_options, add_net_options, add_window_options
 
@@ -49,12 +49,12 @@ class Source(NamedTuple):
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser = Parser(description=__doc__.split(":")[0])
     parser.add_argument("pictures", nargs="+", help="picture and video files, folders of them, patterns in quotes")
     parser.add_argument(
         "--restore-from", default=TRAINED_WEIGHTS, help="a snapshot or published weights (default: %(default)s)"
     )
-    parser.add_argument("--save-dir", type=Path, default=Path("predictions"), help="default: %(default)s")
+    parser.add_argument("--save-dir", type=target, default=Path("predictions"), help="default: %(default)s")
     parser.add_argument("--num-classes", type=positive, help="default: that of the weights file")
     parser.add_argument(
         "--dataset", choices=DATASETS, help="whose names and colours the classes have (default: those in the weights file)"

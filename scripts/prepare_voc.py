@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataset import DatasetError, read_ids, read_list
 from scripts.data.masks import AUG_DIR, VOC_DIR, agrees, convert, read_ready, read_sbd, ready_masks, sbd_ids, set_aside
 from scripts.data.parallel import parallel_map
-from utils.command import default_processes, not_negative, run_command
+from utils.command import Parser, default_processes, not_negative, run_command, target
 from utils.files import remove_torn_files, write_atomically
 from utils.options import DATA_DIR
 
@@ -123,8 +123,8 @@ def fetch_missing_pictures(ids: set[str], sbd: Path | None, data_dir: Path) -> s
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, default=Path(DATA_DIR), help="the VOC2012 folder (%(default)s)")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=target, default=Path(DATA_DIR), help="the VOC2012 folder (%(default)s)")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--sbd", help=f"SBD's folder or benchmark.tgz ({SBD_FOLDER}, else {SBD_ARCHIVE})")
     source.add_argument("--aug", type=Path, help="a ready SegmentationClassAug folder or zip, instead of SBD")

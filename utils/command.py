@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import errno
 import math
 import os
 import re
@@ -9,12 +10,11 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 
 class UserError(Exception):
@@ -34,9 +34,11 @@ def run_command(main: Callable[[], int | None]) -> None:
     for name in ("SIGTERM", "SIGUSR1"):  # Windows lacks the second
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _exit_by_signal)
+    sys.stdout, sys.stderr = Shown(sys.stdout, "\n\t"), Shown(sys.stderr, "\n\t\r")
     status: int | None
     try:
         status = main() or 0
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
@@ -54,14 +56,53 @@ def run_command(main: Callable[[], int | None]) -> None:
         if status is None and (found := _NO_MEMORY.search(text) or isinstance(error, MemoryError)):
             what = f" ({found[0]})" if isinstance(found, re.Match) else ""
             status, text = 1, f"memory ran out{what}: take smaller pictures, crops (--input-size) or batches (--batch-size)"
+        if status is None and isinstance(error, OSError) and (refused := _refused(error)):
+            status, text = 2, refused
         if status is None:
             if not _one_of_several():
                 raise
             traceback.print_exc()
             status = 1
         else:
-            print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
+            print(shown(f"{os.path.basename(sys.argv[0])}: error: {text}"), file=sys.stderr)
     _end(status)
+
+
+def _refused(error: OSError) -> str:
+    """What the system refused, and where, in a sentence; "" where it may be a mistake of ours, such as a file that is gone."""
+    if error.filename is None:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return f"what is printed cannot be written ({error.strerror}); free space, or print elsewhere" if full else ""
+    if isinstance(error, FileNotFoundError | FileExistsError):
+        return ""
+    place = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else str(error.filename)
+    place = place if len(place) <= 300 else f"{place[:100]}... ({len(place)} characters)"
+    advice = "change its rights, or choose another place" if isinstance(error, PermissionError) else "choose another place"
+    return f"{place} cannot be used ({error.strerror}); {advice}"
+
+
+def shown(text: str, keep: str = "\n\t") -> str:
+    """``text`` with control characters other than ``keep`` as their codes, ``\\x1b``, so that no name steers a terminal."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
+
+
+class Shown:
+    """A text stream to which :func:`shown` text is written; what cannot be encoded comes as its code, too.
+
+    Attributes:
+        stream: the one that is written to.
+    """
+
+    def __init__(self, stream: TextIO, keep: str) -> None:
+        self.stream, self.keep = stream, keep
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        return self.stream.write(shown(text, self.keep))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def _end(status: int) -> NoReturn:
@@ -71,12 +112,15 @@ def _end(status: int) -> NoReturn:
     Python (up to 3.13) ends the thread, and with it the process, by SIGABRT instead of ``status``
     (https://github.com/pytorch/pytorch/pull/179291). The threads cannot be joined before: torch 2.4 does so with the lock held.
     """
+    if _one_of_several():
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # its reader has gone, or its disk is full: what it holds goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if not _one_of_several():
         sys.exit(status)
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # its reader has gone
-            stream.flush()
     os._exit(status)
 
 
@@ -90,6 +134,18 @@ _NO_MEMORY = re.compile(r"tried to allocate \d+ bytes|CUDA out of memory|Failed 
 
 def _exit_by_signal(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
+
+
+def target_text(text: str) -> str:
+    """An argparse type: where to write; an empty path, as of a variable that is not set, is refused."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; name a file or folder, or leave the option out")
+    return text
+
+
+def target(text: str) -> Path:
+    """An argparse type: :func:`target_text` as a path."""
+    return Path(target_text(text))
 
 
 def size(text: str) -> tuple[int, int]:
@@ -214,7 +270,17 @@ def class_count(text: str) -> int:
     return value
 
 
-class GivenParser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """argparse's, which would read ``--option=--`` as no value at all."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        for word in sys.argv[1:] if args is None else args:
+            if word.startswith("-") and word.endswith("=--"):
+                self.error(f"{word}: '--' is no value; put ./ before the name of such a file")
+        return super().parse_known_args(args, namespace)
+
+
+class GivenParser(Parser):
     """An argument parser whose namespaces tell which options were on the command line: ``args.given``, a set of names."""
 
     def parse_args(  # type: ignore[override]  # narrower: no namespace is ever given

@@ -20,7 +20,7 @@ from dataset.classes import read_classes
 from deeplab.weights import Weights
 from utils import distributed
 from utils.checkpoint import dataset_of
-from utils.command import UserError
+from utils.command import UserError, shown
 from utils.comparison import open_other
 from utils.crf_pool import CRFPool, open_pool
 from utils.files import OUTPUT_MARK, Output, check_outputs, save_json
@@ -232,10 +232,12 @@ def what_is_read(args: Namespace, data: VOCSegmentation, data_list: Path) -> tup
 def print_scores(classes: Classes, matrices: dict[str, ConfusionMatrix]) -> dict[str, dict]:
     """Print a table for each matrix, and return the same for JSON."""
     palette = classes.palette if sys.stdout.isatty() and "NO_COLOR" not in os.environ else None
+    stream = getattr(sys.stdout, "stream", sys.stdout)  # colours are escapes of our own
+    names = list(map(shown, classes.names))
     result = {}
     for title, matrix in matrices.items():
         scores = matrix.scores()
-        print(*filter(None, ("", title, scores.table(classes.names, palette))), sep="\n")
+        print(*filter(None, ("", title, scores.table(names, palette))), sep="\n", file=stream)
         entry = {**scores.as_dict(classes.names), "confusion_matrix": matrix.matrix.tolist()}
         result[title.replace(" ", "_").lower() or "scores"] = entry
     return result

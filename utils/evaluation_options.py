@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from utils.command import GivenParser, below_one, class_count, default_processes, numbers, positive, size
+from utils.command import GivenParser, below_one, class_count, default_processes, numbers, positive, size, target_text
 from utils.options import TRAINED_WEIGHTS, add_data_options, add_device_options, add_net_options, add_window_options
 
 
@@ -44,13 +44,25 @@ def evaluation_parser(description: str) -> GivenParser:
 
     group = parser.add_argument_group("output")
     text = "write the predictions here as <id>.png: class indices with a palette, for Cityscapes train ids"
-    group.add_argument("--save-dir", help=text)
-    group.add_argument("--save-panels", metavar="DIR", help="write picture | label | prediction | errors here as <id>.png")
-    group.add_argument("--save-json", metavar="FILE", help="write the scores here")
-    group.add_argument("--report", metavar="DIR", help="write a page with scores, confusions and pictures here: DIR/index.html")
+    group.add_argument("--save-dir", type=target_text, help=text)
+    group.add_argument(
+        "--save-panels",
+        type=target_text,
+        metavar="DIR",
+        help="write picture | label | prediction | errors here as <id>.png",
+    )
+    group.add_argument("--save-json", type=target_text, metavar="FILE", help="write the scores here")
+    group.add_argument(
+        "--report",
+        type=target_text,
+        metavar="DIR",
+        help="write a page with scores, confusions and pictures here: DIR/index.html",
+    )
     text = "predict the test list, without labels, and pack the masks for the server: FILE.tgz for VOC, FILE.zip with regular "
     text += "label ids for Cityscapes"
-    group.add_argument("--submission", metavar="FILE", help=text)
-    group.add_argument("--compare", metavar="DIR", help="an earlier report, beside which the new one puts its scores")
+    group.add_argument("--submission", type=target_text, metavar="FILE", help=text)
+    group.add_argument(
+        "--compare", type=target_text, metavar="DIR", help="an earlier report, beside which the new one puts its scores"
+    )
     add_device_options(parser)
     return parser

@@ -167,7 +167,7 @@ def check_outputs(outputs: Iterable[Output], inputs: Iterable[str | Path], data_
     read = {_identity(path): path for path in inputs}
     data = {_identity(folder): folder for folder in data_folders}
     parents = dict.fromkeys(output.path.parent for output in outputs)
-    real = {folder: folder.resolve() for folder in {*parents, *(output.folder for output in outputs)}}
+    real = {folder: Path(os.path.realpath(folder)) for folder in {*parents, *(output.folder for output in outputs)}}
     taken = {
         folder: next((data[key] for place in (path, *path.parents) if (key := _identity(place)) in data), None)
         for folder, path in real.items()
@@ -275,7 +275,7 @@ def _identity(path: str | Path) -> object:
 
 def _ignores_case(folder: Path) -> bool:
     """Whether A.png and a.png are one file in ``folder``, judged by the name of the nearest folder that exists."""
-    place = folder.resolve()
+    place = Path(os.path.realpath(folder))  # goes through loops of links
     while not os.path.exists(place) or place.name.swapcase() == place.name:
         if place == place.parent:
             return False

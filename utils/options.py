@@ -20,6 +20,7 @@ from utils.command import (
     scale_range,
     share,
     size,
+    target_text,
     whole,
 )
 
@@ -255,7 +256,7 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
     group.add_argument("--grad-checkpoint", action="store_true", help="recompute activations: less memory, slower")
 
     group = parser.add_argument_group("output")
-    group.add_argument("--snapshot-dir", default=snapshot_dir, help="default: %(default)s")
+    group.add_argument("--snapshot-dir", type=target_text, default=snapshot_dir, help="default: %(default)s")
     group.add_argument("--save-pred-every", type=positive, default=1000, help="steps between snapshots (default: %(default)s)")
     text = "numbered snapshots that stay, the newest; older ones of this run are deleted (default: 0, all)"
     group.add_argument("--keep", type=not_negative, default=0, metavar="N", help=text)

@@ -54,12 +54,14 @@ def file_kind(path: Path) -> str:
     Raises:
         WeightsError: the file is none of them; the message says what it is, as far as that can be seen.
     """
-    if path.with_name(path.name + ".index").is_file() or re.search(r"\.data-\d+-of-\d+$", path.name):
+    if Path(f"{path}.index").is_file() or re.search(r"\.data-\d+-of-\d+$", path.name):
         raise WeightsError(_TENSORFLOW)
     if not path.exists():
         raise WeightsError("there is no such file; `python scripts/download.py list` shows what can be fetched")
     if path.is_dir():
         raise WeightsError("it is a folder; name the weights file in it")
+    if not path.is_file():
+        raise WeightsError("it is a device or a pipe, no file; copy the weights into a file first")
     with open(path, "rb") as file:
         head = file.read(1024)
         size = file.seek(0, io.SEEK_END)

@@ -36,8 +36,9 @@ def parallel_map(function: Callable[..., Result], tasks: Iterable[tuple], worker
     tasks = iter(tasks)
     try:
         executor = ProcessPoolExecutor(workers, initializer=start_helper)
-    except OSError as error:  # /dev/shm is full, or too many files are open
-        raise UserError(f"no processes can be started ({error.strerror or error}); add --workers 0") from None
+    except (OSError, NotImplementedError) as error:  # /dev/shm is full or not there, or too many files are open
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"no processes can be started ({reason}); add --workers 0") from None
     with executor as pool:
         pending: dict[Future[Result], str] = {}
         try:
