@@ -14,7 +14,7 @@ import glob
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from itertools import chain, takewhile
 from pathlib import Path
@@ -31,8 +31,11 @@ from utils.options import DATASETS, TRAINED_WEIGHTS, add_device_options, add_net
 if TYPE_CHECKING:
     import torch
 
+    from deeplab import Net
+    from deeplab.weights import Weights
     from utils.crf_pool import CRFPool
     from utils.samples import Picture
+    from utils.visualize import Classes
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 
@@ -144,76 +147,91 @@ def planned_outputs(source: Source, args: argparse.Namespace) -> list[Output]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    sources, lines = find_sources(args.pictures)
-    if args.probabilities and (videos := [source.path for source in sources if source.is_video]):
-        raise UserError(f"--probabilities of a video ({videos[0]}) would fill the disk; leave it out, or take single frames")
 
     from utils import distributed
     from utils.crf_pool import open_pool
+    from utils.prediction import check_same_work, to_device
 
-    # The pool comes first: where its processes are forked, they are copies of this still small one.
-    with open_pool(args) if args.crf else nullcontext() as pool:
-        device = distributed.select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
-        outputs = {source: planned_outputs(source, args) for source in sources}
-        read = [*(source.path for source in sources), args.restore_from]
+    with ExitStack() as stack:
+        # The pool comes first: where its processes are forked, they are copies of this still small one.
+        pool = distributed.start(lambda: stack.enter_context(open_pool(args)) if args.crf else None)
+        work = distributed.everywhere(lambda: open_work(args))
+        pictures = [f"{source.name}{source.path.suffix}" for source in work.sources]
+        check_same_work(args, work.device, work.weights, {"pictures": pictures})
+        outputs = distributed.everywhere(lambda: {source: planned_outputs(source, args) for source in work.sources})
+        read = [*(source.path for source in work.sources), args.restore_from]
+        distributed.everywhere(lambda: check_outputs(chain.from_iterable(outputs.values()), read))  # before any of them writes
+        distributed.everywhere(lambda: to_device(work.net, work.device, args.compile))
         # Shared out before anything is skipped: the processes do not all find the same files to be there.
-        mine = sources[distributed.rank() :: distributed.world_size()]
+        mine = work.sources[distributed.rank() :: distributed.world_size()]
         done = [source for source in mine if args.skip_existing and all(output.path.exists() for output in outputs[source])]
         left = [source for source in mine if source not in set(done)]
-        broken = segment(args, left, device, pool, lambda: check_outputs(chain.from_iterable(outputs.values()), read), lines)
+        if distributed.is_main():
+            print(*work.lines, sep="\n")
+        broken = distributed.everywhere(lambda: segment(args, work, left, pool))
+    counts = distributed.gather((len(done), len(left) - len(broken)))
+    broken = list(chain.from_iterable(distributed.gather(broken)))
     if distributed.is_main():
-        share = f" from process 0 of {distributed.world_size()}" if distributed.world_size() > 1 else ""
-        there = f"; {len(done)} were there already" if done else ""
-        print(f"{len(left) - len(broken)} masks in {args.save_dir}/{share}{there}")
-    if broken:
-        print(f"{len(broken)} of {len(left)} pictures were left out:", *broken, sep="\n", file=sys.stderr)
+        there, made = (sum(numbers) for numbers in zip(*counts))
+        print(f"{made} masks in {args.save_dir}/" + (f"; {there} were there already" if there else ""))
+        if broken:
+            print(f"{len(broken)} of {made + len(broken)} pictures were left out:", *broken, sep="\n", file=sys.stderr)
+    distributed.stop()
     return 1 if broken else 0
 
 
-def segment(
-    args: argparse.Namespace,
-    sources: list[Source],
-    device: "torch.device",
-    pool: "CRFPool | None",
-    check: Callable[[], None],
-    lines: list[str],
-) -> list[str]:
-    """Predict pictures and videos, and write what is asked for; why some could not be read.
+class Work(NamedTuple):
+    """What a process predicts, and with what.
 
-    Args:
-        check: raises an error where an output would do harm; called when the net is known to be good.
+    Attributes:
         lines: what to tell before.
     """
-    import torch
-    from tqdm import tqdm
 
+    sources: "list[Source]"
+    net: "Net"
+    weights: "Weights"
+    device: "torch.device"
+    classes: "Classes"
+    lines: list[str]
+
+
+def open_work(args: argparse.Namespace) -> Work:
+    """Everything that the command line names, before anything is predicted; talks to no other process.
+
+    Raises:
+        UserError, WeightsError, DatasetError: something is missing, or does not fit.
+    """
     from dataset.classes import CITYSCAPES_CLASSES
     from utils import distributed
-    from utils.loader import make_loader, running
-    from utils.prediction import (
-        checked,
-        logits_stride,
-        open_trained_net,
-        predict,
-        prediction_options,
-        snapshot_colors,
-        to_device,
-    )
-    from utils.samples import Broken, Picture, ReadablePictures, only_one
-    from utils.video import BrokenVideo, VideoFile, check_frames, open_video, read_frames
-    from utils.visualize import Classes, blend, class_names, make_palette, save_panel, save_picture, save_prediction
+    from utils.prediction import open_trained_net, snapshot_colors
+    from utils.visualize import Classes, class_names, make_palette
 
+    sources, lines = find_sources(args.pictures)
+    if args.probabilities and (videos := [source.path for source in sources if source.is_video]):
+        raise UserError(f"--probabilities of a video ({videos[0]}) would fill the disk; leave it out, or take single frames")
+    device = distributed.select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
     net, weights, loaded = open_trained_net(args)
-    check()
     table = CITYSCAPES_CLASSES if args.dataset == "cityscapes" else ()
     if table and net.num_classes != len(table):
         raise UserError(f"{args.restore_from} has {net.num_classes} classes, not Cityscapes' {len(table)}; leave --dataset out")
     names = class_names(net.num_classes, weights.meta.get("classes"), [row.name for row in table])
     colors = snapshot_colors(weights) or {index: row.color for index, row in enumerate(table)}
-    classes = Classes(names, make_palette(colors))
-    to_device(net, device, args.compile)
-    if distributed.is_main():
-        print(*loaded, *lines, sep="\n")
+    return Work(sources, net, weights, device, Classes(names, make_palette(colors)), [*loaded, *lines])
+
+
+def segment(args: argparse.Namespace, work: Work, sources: list[Source], pool: "CRFPool | None") -> list[str]:
+    """Predict pictures and videos, and write what is asked for; why some could not be read."""
+    import torch
+    from tqdm import tqdm
+
+    from utils import distributed
+    from utils.loader import make_loader, running
+    from utils.prediction import checked, logits_stride, predict, prediction_options
+    from utils.samples import Broken, Picture, ReadablePictures, only_one
+    from utils.video import BrokenVideo, VideoFile, check_frames, open_video, read_frames
+    from utils.visualize import blend, save_panel, save_picture, save_prediction
+
+    net, device, classes = work.net, work.device, work.classes
 
     def predictions(pictures: Iterable[Picture], keep: Callable) -> Iterator[tuple[Picture, np.ndarray]]:
         """Each picture with its (H, W) uint8 classes; ``keep`` is called with the picture and its logits."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -158,14 +159,14 @@ def test_processes_that_see_different_things_are_refused(two_ranks):
         assert "process 1 sees" in result["moved"][1] or "at step 5, but process 0 sees none" in result["moved"][1]
         kind, sentence = result["lists"]
         assert kind == "UserError"
-        assert sentence.startswith("the processes read different lists of pictures")
+        assert sentence.startswith("the processes have different pictures: number 3 is JPEGImages/toy_2.jpg")
     assert not (folder / "lists").exists()
 
 
 def test_a_picture_that_one_process_cannot_read_loses_nothing(two_ranks):
     _, folder, results = two_ranks
     kinds = sorted(result["broken"][0] for result in results)
-    assert kinds in (["DatasetError", "DatasetError"], ["DatasetError", "UserError"])
+    assert kinds in (["DatasetError", "DatasetError"], ["DatasetError", "OtherProcessFailed"])
     assert torch.load(folder / "broken/last.ckpt", weights_only=True)["step"] >= 1
 
 
@@ -181,7 +182,8 @@ def test_two_processes_validate_as_evaluate_does(two_ranks, tmp_path):
             result = scores(toy, path, tmp_path)["scores"]
             assert result["mean_iou"] == pytest.approx(line["val_mean_iou"], abs=2e-6)
     assert [line["step"] for line in lines] == [1, 2]
-    assert [result["half"][0] for result in results] == ["UserError", "DatasetError"]
+    assert [result["half"][0] for result in results] == ["OtherProcessFailed", "DatasetError"]
+    assert all("toy_5.jpg is not a picture" in result["half"][1] for result in results)
     assert torch.load(folder / "half/last.ckpt", weights_only=True)["step"] == 1
 
 
@@ -226,6 +228,80 @@ def test_a_label_that_one_process_cannot_read_ends_the_evaluation_of_both(two_ra
     _, _, results = two_ranks
     assert [result["evaluated"][0] for result in results] == ["OtherProcessFailed", "DatasetError"]
     assert all("toy_5.png holds the value 77" in result["evaluated"][1] for result in results)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("evaluate, lists", r"different pictures: number 2 is .*toy_1\.png in process 0 and .*toy_2\.png in process 1"),
+        ("evaluate, weights", r"different weights, by their check sum: it is \w{16} in process 0 and \w{16} in process 1"),
+        ("evaluate, options", "different --mirror: it is False in process 0 and True in process 1"),
+        ("submission, lists", r"different pictures: number 2 is toy_1 toy_1\.jpg in process 0 and toy_2 toy_2\.jpg in"),
+        ("predict, pictures", r"different pictures: number 3 is toy_2\.jpg in process 0 and missing in process 1"),
+        ("predict, weights", "different weights, by their check sum"),
+        ("train, validation lists", "different validation pictures: number 2 is"),
+        ("train, options", "different --num-steps: it is 2 in process 0 and 3 in process 1"),
+    ],
+)
+def test_what_the_processes_share_out_is_the_same_for_all(name, sentence, two_ranks):
+    """Scores of other pictures or of two nets would be those of nothing; both say so, and nothing is written."""
+    _, folder, results = two_ranks
+    for result in results:
+        assert result[name][0] == "UserError"
+        assert re.search(sentence, result[name][1])
+    assert not (folder / "different").exists()
+    assert not (folder / "a.tgz").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "sentence"),
+    [
+        ("evaluate, a folder", ("OtherProcessFailed", "DatasetError"), "nowhere does not exist; get PASCAL VOC"),
+        ("evaluate, a file", ("OtherProcessFailed", "WeightsError"), r"nowhere\.pth: there is no such file"),
+        ("evaluate, memory", ("OtherProcessFailed", "MemoryError"), "memory ran out: take smaller"),
+        ("evaluate, a bug", ("OtherProcessFailed", "KeyError"), "process 1: KeyError: 'key'"),
+        ("evaluate, a disk", ("DiskError", "OtherProcessFailed"), "full"),
+        ("submission, a disk", ("DiskError", "OtherProcessFailed"), "full"),
+        ("predict, a picture", ("OtherProcessFailed", "UserError"), r"nowhere\.jpg does not exist"),
+    ],
+)
+def test_what_one_process_cannot_do_the_other_says_too(name, kinds, sentence, two_ranks):
+    _, _, results = two_ranks
+    outcomes = [result[name] for result in results]
+    assert tuple(kind for kind, _ in outcomes) == kinds
+    for kind, said in outcomes:
+        assert re.search(sentence, said) or kind in ("MemoryError", "KeyError")  # whose sentence run_command makes
+
+
+def test_two_processes_predict_every_picture_once(two_ranks):
+    """And both end with the status of a picture that one of them had to leave out."""
+    _, folder, results = two_ranks
+    assert [result["predict"] for result in results] == [[1, ""], [1, ""]]
+    assert {path.name for path in (folder / "masks").iterdir()} == {f"toy_{number}.png" for number in range(3)}
+
+
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        ({"a": 1, "b": ["x", "y"]}, None),
+        ({"a": 2, "b": ["x", "y"]}, "different a: it is 1 in process 0 and 2 in process 2"),
+        ({"a": 1.0, "b": ["x", "y"]}, "different a: it is 1 in process 0 and 1.0 in process 2"),
+        ({"a": 1, "b": ["y", "x"]}, "different b: number 1 is x in process 0 and y in process 2"),
+        ({"a": 1, "b": ["x", "y", "y"]}, "different b: number 3 is missing in process 0 and y in process 2"),
+        ({"a": 1, "b": []}, "different b: number 1 is x in process 0 and missing in process 2"),
+        ({"a": 1}, r"different b: it is \['x', 'y'\] in process 0 and None in process 2"),
+        ({"a": 1, "b": ["x", "y"], "c": 3}, "different c: it is None in process 0 and 3 in process 2"),
+    ],
+)
+def test_the_first_difference_is_named(other, sentence, monkeypatch):
+    """Processes 0 and 1 agree; what process 2 has is given."""
+    mine, sent = {"a": 1, "b": ["x", "y"]}, []
+    monkeypatch.setattr(distributed, "gather", lambda value: [sent.append(value), value][1:])
+    distributed.check_same(other)
+    theirs = iter([*sent, other])  # check sums, and where these differ what they are of
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, value, next(theirs)])
+    with pytest.raises(UserError, match=sentence) if sentence else nullcontext():
+        distributed.check_same(mine)
 
 
 @pytest.fixture
@@ -313,12 +389,28 @@ def main():
         raise UserError("what the user did")
     if {end!r} == "bug":
         raise KeyError("what we did")
+    if {end!r} == "killed":
+        if distributed.rank():
+            os.kill(os.getpid(), signal.SIGKILL)
+        distributed.gather(0)
     if {end!r} == "signal":
         os.kill(os.getpid(), signal.SIGTERM)
     distributed.stop()
 
 run_command(main)
 """
+
+
+def end_both(in_a_group, end: str) -> list[tuple[int, str, str]]:
+    """Two processes that run ENDS -> the exit status, the output and the errors of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    words = [sys.executable, "-c", ENDS.format(root=str(ROOT), end=end)]
+    ranks = [{**os.environ, **where, "RANK": str(rank), "OMP_NUM_THREADS": "1"} for rank in (0, 1)]
+    both = [in_a_group(words, stdout=subprocess.PIPE, env=environment) for environment in ranks]
+    said = [process.communicate(timeout=120) for process in both]
+    return [(process.returncode, *texts) for process, texts in zip(both, said)]
 
 
 @pytest.mark.parametrize(
@@ -332,17 +424,16 @@ run_command(main)
 )
 def test_one_of_several_processes_ends_with_its_status(end, status, said, in_a_group):
     """And does not take Python down, which gloo's threads may need: about one in six of such a program died of SIGABRT."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    words = [sys.executable, "-c", ENDS.format(root=str(ROOT), end=end)]
-    ranks = [{**os.environ, **where, "RANK": str(rank), "OMP_NUM_THREADS": "1"} for rank in (0, 1)]
-    both = [in_a_group(words, stdout=subprocess.PIPE, env=environment) for environment in ranks]
-    for process in both:
-        output, errors = process.communicate(timeout=120)
-        assert process.returncode == status, errors
+    for returncode, output, errors in end_both(in_a_group, end):
+        assert returncode == status, errors
         assert output == "exit functions were called"
         assert re.search(said, errors)
+
+
+def test_a_process_whose_partner_is_killed_ends_with_a_sentence(in_a_group):
+    (status, _, errors), (killed, _, _) = end_both(in_a_group, "killed")
+    assert (status, killed) == (1, -signal.SIGKILL)
+    assert re.fullmatch("-c: error: another process has ended before its work was done; .*\n", errors)
 
 
 def launch(in_a_group, toy_voc, folder, *options: str) -> subprocess.Popen:

@@ -12,19 +12,24 @@ import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+import torch
 from PIL import Image
 
 import evaluate
-from deeplab import single_scale_loss
-from tests.conftest import save_palette_png
+from deeplab import deeplabv2, single_scale_loss
+from scripts import predict
+from tests.conftest import TOY_CLASSES, save_palette_png
 from tests.test_disk import limit
 from tests.test_training import SCRATCH, STEPS, train, train_msc
-from utils import distributed
+from utils import distributed, evaluation, submission
+from utils.checkpoint import make_meta, save_snapshot
 from utils.command import run_command
+from utils.files import DiskError
 from utils.lock import one_run
 
 STOPPED = [*SCRATCH, "--batch-norm", "frozen", "--num-steps", "5", "--save-pred-every", "2", "--learning-rate", "1e-5"]
@@ -120,6 +125,7 @@ def main(toy: Path, folder: Path) -> None:
     (folder / "other.txt").write_text("toy_0\ntoy_1\n")
     other = ["--data-list", str(folder / "other.txt")] if rank else []
     results["lists"] = outcome(partial(train, toy, folder / "lists", *STOPPED, *other))
+    results |= different(toy, folder, start)
 
     two = [*SCRATCH, "--num-steps", "2", "--save-pred-every", "2"]
     for name, options in {"not validated": [], "validated": ["--val-every", "1"]}.items():
@@ -146,6 +152,57 @@ def main(toy: Path, folder: Path) -> None:
     options = ["--data-dir", toy, "--data-list", toy / "evaluated.txt", "--restore-from", start, "--device", "cpu"]
     results["evaluated"] = outcome(partial(evaluate.main, [*map(str, options), "--num-workers", "0"]))
     (folder / f"{rank}.json").write_text(json.dumps(results))
+
+
+def different(toy: Path, folder: Path, start: Path) -> dict[str, list]:
+    """What becomes of commands whose processes are given different things, or of which one alone cannot go on."""
+    second, results = distributed.rank() == 1, {}
+    if not second:
+        for name, ids in {"a": "toy_0 toy_1 toy_2", "b": "toy_0 toy_2"}.items():
+            (folder / f"{name}.txt").write_text(ids.replace(" ", "\n"))
+        torch.manual_seed(0)
+        for name, classes in {"other": TOY_CLASSES, "voc": 21}.items():
+            net = deeplabv2("resnet18", classes)
+            save_snapshot(folder / f"{name}.pth", net, make_meta(net, None, 1, {}, seen_voc_val=""))
+    distributed.from_main(lambda: None)
+    lists = [folder / ("b.txt" if second else "a.txt")]
+    voc = folder / "voc.pth"
+    common = ["--device", "cpu", "--num-workers", "0"]
+
+    def score(*options, weights=start, ids=folder / "a.txt", data=toy) -> list:
+        words = ["--data-dir", data, "--data-list", ids, "--restore-from", weights, *common, *options]
+        return outcome(partial(evaluate.main, [*map(str, words)]))
+
+    def segment(*options, weights=start) -> list:
+        words = ["--restore-from", weights, "--save-dir", folder / "masks", *common, *options]
+        return outcome(partial(predict.main, [*map(str, words)]))
+
+    pictures = [toy / f"JPEGImages/toy_{number}.jpg" for number in (0, 1, 2)]
+    results["evaluate, lists"] = score(ids=lists[0])
+    results["evaluate, weights"] = score(weights=folder / "other.pth" if second else start)
+    results["evaluate, options"] = score(*["--mirror"] * second)
+    results["evaluate, a folder"] = score(data=folder / "nowhere" if second else toy)
+    results["evaluate, a file"] = score(weights=folder / "nowhere.pth" if second else start)
+    for name, error in {"memory": MemoryError(), "a bug": KeyError("key")}.items():
+        with patch.object(evaluation, "open_trained_net", side_effect=error) if second else nullcontext():
+            results[f"evaluate, {name}"] = score()
+    with nullcontext() if second else patch.object(evaluation, "save_json", side_effect=DiskError("full")):
+        results["evaluate, a disk"] = score("--save-json", folder / "scores.json")
+    results["submission, lists"] = score("--submission", folder / "a.tgz", weights=voc, ids=lists[0])
+    with nullcontext() if second else patch.object(submission, "write_atomically", side_effect=DiskError("full")):
+        results["submission, a disk"] = score("--submission", folder / "a.tgz", weights=voc)
+    results["predict, pictures"] = segment(*(pictures[:2] if second else pictures))
+    results["predict, weights"] = segment(*pictures, weights=folder / "other.pth" if second else start)
+    results["predict, a picture"] = segment(*pictures[:2], folder / "nowhere.jpg" if second else pictures[2])
+    (folder / f"broken{distributed.rank()}.jpg").write_bytes(b"broken")
+    results["predict"] = segment(*pictures, *(folder / f"broken{number}.jpg" for number in (0, 1)), pictures[0])
+    two = [*SCRATCH, "--num-steps", "2"]
+    for name, options in {
+        "validation lists": ["--val-every", "1", "--val-list", str(lists[0])],
+        "options": ["--num-steps", "3" if second else "2"],
+    }.items():
+        results[f"train, {name}"] = outcome(partial(train, toy, folder / "different", *two, *options))
+    return results
 
 
 if __name__ == "__main__":

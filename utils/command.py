@@ -50,22 +50,32 @@ def run_command(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except Exception as error:
-        status, text = getattr(error, "exit_status", None), str(error)
-        if "does not have a deterministic implementation" in text:  # torch's own words
-            status, text = 2, f"--deterministic: {text.split(',')[0]}; leave the option out"
-        if status is None and (found := _NO_MEMORY.search(text) or isinstance(error, MemoryError)):
-            what = f" ({found[0]})" if isinstance(found, re.Match) else ""
-            status, text = 1, f"memory ran out{what}: take smaller pictures, crops (--input-size) or batches (--batch-size)"
-        if status is None and isinstance(error, OSError) and (refused := _refused(error)):
-            status, text = 2, refused
-        if status is None:
-            if not _one_of_several():
-                raise
+        told, text = sentence_of(error)
+        if told is None and not _one_of_several():
+            raise
+        if told is None:
             traceback.print_exc()
-            status = 1
         else:
             print(shown(f"{os.path.basename(sys.argv[0])}: error: {text}"), file=sys.stderr)
+        status = told or 1
     _end(status)
+
+
+def sentence_of(error: Exception) -> tuple[int | None, str]:
+    """The exit status and the sentence of an error that is not ours to mend; None and "" for a bug."""
+    status, text = getattr(error, "exit_status", None), str(error)
+    if status is not None:
+        return status, text
+    if "does not have a deterministic implementation" in text:  # torch's own words
+        return 2, f"--deterministic: {text.split(',')[0]}; leave the option out"
+    if (found := _NO_MEMORY.search(text)) or isinstance(error, MemoryError):
+        what = f" ({found[0]})" if found else ""
+        return 1, f"memory ran out{what}: take smaller pictures, crops (--input-size) or batches (--batch-size)"
+    if _one_of_several() and isinstance(error, RuntimeError) and _OTHER_GONE.search(text):
+        return 1, "another process has ended before its work was done; where it could, it said why"
+    if isinstance(error, OSError) and (refused := _refused(error)):
+        return 2, refused
+    return None, ""
 
 
 def _refused(error: OSError) -> str:
@@ -130,6 +140,8 @@ def _one_of_several() -> bool:
 
 # torch on the CPU, torch on CUDA, OpenCV
 _NO_MEMORY = re.compile(r"tried to allocate \d+ bytes|CUDA out of memory|Failed to allocate \d+ bytes")
+# gloo, NCCL
+_OTHER_GONE = re.compile(r"gloo[/\\]transport|Connection (closed|reset) by peer|ncclRemoteError|remote process exit")
 
 
 def _exit_by_signal(number: int, frame: FrameType | None) -> None:

@@ -4,9 +4,13 @@ Everything works unchanged in a single process. ``torchrun`` sets RANK, WORLD_SI
 https://docs.pytorch.org/docs/stable/elastic/run.html.
 """
 
+import hashlib
 import inspect
 import os
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import torch
@@ -14,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.command import UserError
+from utils.command import UserError, sentence_of
 
 Value = TypeVar("Value")
 _hosts: Any = None  # the group of the processes' CPUs: what goes through it waits for no GPU
+PATIENCE = timedelta(days=7)  # one process's share of the pictures may take hours longer than another's
 
 
 def rank() -> int:
@@ -126,13 +131,20 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=amp != "off")
 
 
-def start() -> None:
+def start(first: Callable[[], Value | None] = lambda: None) -> Value | None:
     """Join the other processes, if there are any: NCCL for tensors on GPUs, gloo for those on CPUs.
+
+    Args:
+        first: called before, such as to fork processes from this still small one; where it raises in one process, all raise.
+
+    Returns:
+        What ``first()`` does.
 
     Raises:
         UserError: RANK and WORLD_SIZE are set, but the others cannot be found.
     """
     global _hosts
+    made, failed = _attempt(first)
     if world_size() > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
@@ -141,11 +153,13 @@ def start() -> None:
             store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
             dist.init_process_group(backend, store=store, rank=rank_, world_size=size)
         except (ValueError, RuntimeError) as error:
-            first = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0]
             raise UserError(
-                f"the {world_size()} processes cannot find each other ({first}); start them with torchrun"
+                f"the {world_size()} processes cannot find each other ({reason}); start them with torchrun"
             ) from None
-        _hosts = dist.new_group(backend="gloo")
+        _hosts = dist.new_group(backend="gloo", timeout=PATIENCE)
+    raise_any(failed)
+    return made
 
 
 def stop() -> None:
@@ -193,15 +207,8 @@ def from_main(make: Callable[[], Value]) -> Value:
     """What ``make()`` returns on process 0, on every process; what it raises there is raised everywhere."""
     if _hosts is None:
         return make()
-    result: list[Any] = [None, None]
-    if is_main():
-        try:
-            result[0] = make()
-        except Exception as error:  # the others would wait for ever
-            result[1] = error
-    # The error may be of a kind that cannot be pickled; its sentence and its exit status can.
-    failed = result[1]
-    sent = [result[0], failed and (str(failed), getattr(failed, "exit_status", 1))]
+    made, failed = _attempt(make) if is_main() else (None, None)
+    sent: list[Any] = [made, failed and _problem(failed)]
     dist.broadcast_object_list(sent, group=_hosts)
     if failed:
         raise failed
@@ -211,21 +218,63 @@ def from_main(make: Callable[[], Value]) -> Value:
 
 
 def everywhere(make: Callable[[], Value]) -> Value:
-    """What ``make()`` returns in this process; where it raises in one of them, all raise, so that none waits for ever."""
-    if _hosts is None:
-        return make()
-    result: Value | None = None
-    failed: Exception | None = None
-    try:
-        result = make()
-    except Exception as error:
-        failed = error
-    problems = gather((str(failed), getattr(failed, "exit_status", 1)) if failed else None)
-    if failed:
-        raise failed
+    """What ``make()`` returns in this process; where it raises in one of them, all raise, so that none waits for ever.
+
+    ``make()`` talks to no other process: they may not all come so far.
+    """
+    made, failed = _attempt(make)
+    raise_any(failed)
+    return made  # type: ignore[return-value]  # make() did return
+
+
+def raise_any(error: Exception | None) -> None:
+    """Raise ``error``, else the sentence and the exit status of one that another process gives; all call this together."""
+    problems = gather(_problem(error) if error else None)
+    if error:
+        raise error
     for problem in filter(None, problems):
         raise OtherProcessFailed(*problem)
-    return result  # type: ignore[return-value]  # make() did return
+
+
+def _attempt(make: Callable[[], Value]) -> tuple[Value | None, Exception | None]:
+    """What ``make()`` returns, or raises."""
+    try:
+        return make(), None
+    except Exception as error:  # the others must hear of it
+        return None, error
+
+
+def _problem(error: Exception) -> tuple[str, int]:
+    """What the other processes are told of an error, which may be of a kind that cannot be pickled: its sentence and status."""
+    status, text = sentence_of(error)
+    if status is None:  # a bug, whose traceback comes from this process
+        status, text = 1, f"process {rank()}: {traceback.format_exception_only(error)[-1].strip()}"
+    return text, status
+
+
+def check_same(found: Mapping[str, Any]) -> None:
+    """Make sure that all processes have found the same, before anything is shared out by number.
+
+    Args:
+        found: what it is called in messages -> lists, strings and numbers, told apart by their ``repr()``.
+
+    Raises:
+        UserError: on all processes, with the first thing that differs and where it does.
+    """
+    mine = {name: hashlib.sha256(repr(value).encode()).digest() for name, value in found.items()}
+    if all(theirs == mine for theirs in gather(mine)):
+        return
+    main, *others = gather(dict(found))
+    number, other = next((number, other) for number, other in enumerate(others, start=1) if repr(other) != repr(main))
+    name = next(name for name in {**main, **other} if repr(main.get(name)) != repr(other.get(name)))
+    what, here, there = "it", main.get(name), other.get(name)
+    if isinstance(here, list) and isinstance(there, list):
+        pairs = enumerate(zip_longest(here, there, fillvalue="missing"), start=1)
+        what, here, there = next((f"number {place}", *pair) for place, pair in pairs if repr(pair[0]) != repr(pair[1]))
+    raise UserError(
+        f"the processes have different {name}: {what} is {here} in process 0 and {there} in process {number}; give all of them "
+        "the same options, lists and files"
+    )
 
 
 class OtherProcessFailed(UserError):

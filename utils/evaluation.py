@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from dataset import DATASETS, IGNORE_LABEL, VOCSegmentation, absent_classes, one_class_warning
 from dataset.classes import read_classes
+from deeplab import Net
 from deeplab.weights import Weights
 from utils import distributed
 from utils.checkpoint import dataset_of
@@ -24,10 +25,11 @@ from utils.command import UserError, shown
 from utils.comparison import open_other
 from utils.crf_pool import CRFPool, open_pool
 from utils.files import OUTPUT_MARK, Output, check_outputs, save_json
-from utils.loader import make_loader, open_dataset, running
+from utils.loader import make_loader, open_dataset, running, what_is_compared
 from utils.metrics import ConfusionMatrix
 from utils.options import CITYSCAPES, settle_dataset
 from utils.prediction import (
+    check_same_work,
     checked,
     open_trained_net,
     predict,
@@ -44,21 +46,15 @@ from utils.visualize import Classes, class_names, make_palette, save_panel, save
 
 def run(args: Namespace) -> int:
     """Evaluate as ``args`` say (see :mod:`utils.evaluation_options`), print the scores and save what was asked for."""
-    # The pool comes first: where its processes are forked, they are copies of this still small one.
     with ExitStack() as stack:
-        pool = stack.enter_context(open_pool(args)) if args.crf else None
-        device = distributed.select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
-        distributed.start()
-        net, weights, lines = open_trained_net(args)
-        settle_dataset(args, CITYSCAPES, dataset_of(weights.meta))
-        check_classes(args, net.num_classes)
-        lines += settle_void(args, weights)
-        data, data_list = open_dataset(args, "val", net.num_classes)
-        classes = classes_of(args.ignore_label, data, weights)
+        # The pool comes first: where its processes are forked, they are copies of this still small one.
+        pool = distributed.start(lambda: stack.enter_context(open_pool(args)) if args.crf else None)
+        net, device, weights, lines, data, data_list, classes = distributed.everywhere(lambda: open_work(args))
+        check_same_work(args, device, weights, what_is_compared(data))
         outputs, reads = planned_outputs(args, data), what_is_read(args, data, data_list)
         distributed.everywhere(lambda: check_outputs(outputs, *reads))  # nobody writes before all have looked
         page = open_report(args, data, classes)
-        to_device(net, device, args.compile)
+        distributed.everywhere(lambda: to_device(net, device, args.compile))
         notes = []
         if weights.seen_voc_val and "val" in data_list.stem and dataset_of(weights.meta) == args.dataset:
             notes.append(f"warning: scores on {data.TITLE} val mean nothing here: {weights.seen_voc_val}")
@@ -87,11 +83,12 @@ def run(args: Namespace) -> int:
     elif absent := absent_classes(matrix.present(), classes.names, matrix.ignore_label):
         notes.append(f"no label has the classes {absent}")
     records = distributed.gather(page.records) if page else []
-    if distributed.is_main():
-        result = {"made_by": OUTPUT_MARK, "restore_from": args.restore_from, "weights": weights.scheme}
-        result.update(step=weights.meta.get("step"))
-        result.update(data_list=str(data_list), scales=args.scales, mirror=args.mirror, input_size=args.input_size)
-        result.update(fuse=args.fuse, window=args.window, overlap=str(args.overlap))
+    result = {"made_by": OUTPUT_MARK, "restore_from": args.restore_from, "weights": weights.scheme}
+    result.update(step=weights.meta.get("step"))
+    result.update(data_list=str(data_list), scales=args.scales, mirror=args.mirror, input_size=args.input_size)
+    result.update(fuse=args.fuse, window=args.window, overlap=str(args.overlap))
+
+    def write() -> None:
         result.update(print_scores(classes, matrices))
         for note in notes[told:]:
             print(f"\n{note}")
@@ -100,8 +97,21 @@ def run(args: Namespace) -> int:
         if page:
             page.write(chain.from_iterable(records), result, head_of(args, weights, data_list, len(data), notes))
             print(f"open {Path(args.report) / 'index.html'}")
+
+    distributed.from_main(write)
     distributed.stop()
     return 0
+
+
+def open_work(args: Namespace) -> tuple[Net, torch.device, Weights, list[str], VOCSegmentation, Path, Classes]:
+    """What this process evaluates: the net and its device, its file, lines about that, the data set, its list, the classes."""
+    device = distributed.select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
+    net, weights, lines = open_trained_net(args)
+    settle_dataset(args, CITYSCAPES, dataset_of(weights.meta))
+    check_classes(args, net.num_classes)
+    lines += settle_void(args, weights)
+    data, data_list = open_dataset(args, "val", net.num_classes)
+    return net, device, weights, lines, data, data_list, classes_of(args.ignore_label, data, weights)
 
 
 def score(
@@ -248,6 +258,6 @@ def open_report(args: Namespace, data: VOCSegmentation, classes: Classes) -> Rep
     if not args.report:
         return None
     folder = Path(args.report)
-    other = open_other(args.compare, folder, data.ids, classes) if args.compare else None
+    other = distributed.everywhere(lambda: open_other(args.compare, folder, data.ids, classes) if args.compare else None)
     distributed.from_main(lambda: prepare_folder(folder))
     return Report(folder, data.ids, classes, data.ignore_label, args.crf, other)

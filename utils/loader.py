@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import cv2
 import torch
@@ -54,6 +55,12 @@ def open_dataset(
     data = DATASETS[args.dataset](args.data_dir, entries, *options, advice)
     data.check_files()
     return data, data_list
+
+
+def what_is_compared(data: VOCSegmentation) -> dict[str, Any]:
+    """The classes and the files of a data set, for :func:`utils.distributed.check_same`."""
+    files = [f"{data.entries[id].image} {data.entries[id].label}" for id in data.ids]
+    return {"classes": list(data.names or ()), "colours": dict(data.colors), "pictures": files}
 
 
 def crop_warning(data: VOCSegmentation, crop: tuple[int, int]) -> str:

@@ -41,6 +41,21 @@ CITYSCAPES_TRAINING = CITYSCAPES | {"num_classes": 19, "input_size": (769, 769),
 # What pytorch-segmentation-toolbox trains DeepLabv3 and PSPNet with on Cityscapes, beside the nets' own `defaults`.
 TOOLBOX_TRAINING: dict[str, Any] = {"batch_size": 8, "iter_size": 1, "num_steps": 40_000}
 
+# What the processes of one command may be given differently: what lies elsewhere on another machine, and how that works.
+# Lists, weights and the kind of device are compared by what they are.
+OF_A_MACHINE = {
+    "data_dir", "data_list", "val_list", "image_dir", "label_dir", "restore_from", "snapshot_dir", "pictures", "device", "gpu",
+    "num_workers", "crf_workers", "given",
+}  # fmt: skip
+OUTPUTS = {"save_dir", "save_panels", "save_json", "report", "compare", "submission", "resume"}  # all have them, or none
+
+
+def shared_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that all processes of a command must have alike, by their flags."""
+    options = {name: value for name, value in sorted(vars(args).items()) if name not in OF_A_MACHINE}
+    options |= {name: "given" if options[name] else "not given" for name in OUTPUTS & options.keys()}
+    return {f"--{name.replace('_', '-')}": value for name, value in options.items()}
+
 
 def add_dataset_option(parser: Any, default: str | None = "voc", more: str = "") -> None:
     """Whose layout and labels are read; :func:`settle_dataset` brings the defaults that hang on it."""

@@ -1,7 +1,8 @@
 """How evaluate.py and scripts/predict.py make a trained net's predictions: the same pictures give them the same classes."""
 
+import hashlib
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from deeplab.window import OVERLAP, predict_windows
 from utils import distributed
 from utils.checkpoint import load_init
 from utils.command import UserError
-from utils.options import TRAINED_WEIGHTS
+from utils.options import TRAINED_WEIGHTS, shared_options
 from utils.samples import AnyPicture, group_by_canvas
 
 
@@ -59,6 +60,22 @@ def open_trained_net(args: Namespace) -> tuple[Net, Weights, list[str]]:
         )
     fold_batch_norm(net.eval())
     return net, weights, [f"{path}: {weights.scheme}", *report.lines()]
+
+
+def check_same_work(args: Namespace, device: torch.device, weights: Weights, data: Mapping[str, Any]) -> None:
+    """Make sure that all processes have the same options, net and ``data``, see :func:`utils.distributed.check_same`.
+
+    Raises:
+        UserError: on all of them, with the first difference.
+    """
+    if distributed.world_size() == 1:
+        return
+    total = hashlib.sha256(repr((weights.config, weights.meta)).encode())
+    for name, tensor in weights.state.items():
+        total.update(name.encode())
+        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    found = {"kinds of device": device.type, "weights, by their check sum": total.hexdigest()[:16]}
+    distributed.check_same({**shared_options(args), **found, **data})
 
 
 def to_device(net: nn.Module, device: torch.device, compiled: bool) -> None:

@@ -5,7 +5,7 @@ import tarfile
 import zipfile
 from argparse import Namespace
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from dataset import DATASETS, VOC_CLASSES, DatasetError
 from dataset.classes import CITYSCAPES_CLASSES, NamedClass
+from deeplab import Net
+from deeplab.weights import Weights
 from utils import distributed
 from utils.checkpoint import dataset_of
 from utils.command import UserError
@@ -23,7 +25,7 @@ from utils.crf_pool import open_pool
 from utils.files import OUTPUT_MARK, Output, check_outputs, marked_gzip, write_atomically
 from utils.loader import list_of, make_loader, running
 from utils.options import CITYSCAPES, settle_dataset
-from utils.prediction import checked, open_trained_net, predict, prediction_options, to_device
+from utils.prediction import check_same_work, checked, open_trained_net, predict, prediction_options, to_device
 from utils.samples import Pictures, only_one
 from utils.visualize import indexed_png
 
@@ -74,26 +76,15 @@ def run(args: Namespace) -> int:
         UserError: the net has other classes than the server, or the name is that of another kind of file.
     """
     path = Path(args.submission)
-    with open_pool(args) if args.crf else nullcontext() as pool:
-        device = distributed.select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
-        distributed.start()
-        net, weights, lines = open_trained_net(args)
-        settle_dataset(args, CITYSCAPES, dataset_of(weights.meta))
-        server = VOC if args.dataset == "voc" else CITYSCAPES_SERVER
-        if net.num_classes != (count := len(server.classes)):
-            raise UserError(
-                f"{args.restore_from} has {net.num_classes} classes; the server expects {server.title}'s {count}; see --dataset"
-            )
-        if not path.name.endswith(server.suffixes):
-            kind = "zip" if server.mode == "L" else "gzipped tar"
-            raise UserError(
-                f"--submission {path}: the server of {server.title} takes {kind} files; end the name in {server.suffixes[0]}"
-            )
-        data_list = list_of(args, "test")
-        files = test_files(args, data_list)
+    with ExitStack() as stack:
+        # The pool comes first: where its processes are forked, they are copies of this still small one.
+        pool = distributed.start(lambda: stack.enter_context(open_pool(args)) if args.crf else None)
+        net, device, weights, lines, server, data_list, files = distributed.everywhere(lambda: open_work(args, path))
+        check_same_work(args, device, weights, {"pictures": [f"{id} {file.name}" for id, file in files.items()]})
         output = Output("--submission", path.parent, path.name, "the submission")
-        check_outputs([output], [*files.values(), args.restore_from, data_list], [Path(args.data_dir) / args.image_dir])
-        to_device(net, device, args.compile)
+        folder = Path(args.data_dir) / args.image_dir
+        distributed.everywhere(lambda: check_outputs([output], [*files.values(), args.restore_from, data_list], [folder]))
+        distributed.everywhere(lambda: to_device(net, device, args.compile))
         if distributed.is_main():
             print(*lines, f"{len(files)} pictures of {data_list}", sep="\n")
 
@@ -101,19 +92,46 @@ def run(args: Namespace) -> int:
         loader = make_loader(Pictures(share), [[index] for index in range(len(share))], args.num_workers, device, only_one)
         masks: dict[str, bytes] = {}
         bar = tqdm(total=len(share), unit="image", disable=not distributed.is_main(), dynamic_ncols=True)
-        with torch.inference_mode(), running(loader) as pictures, bar:
-            predicted = predict(net, pictures, device, canvas=args.input_size, **prediction_options(args))
-            classes = ((picture, logits, checked(picture.id, labels)) for picture, logits, labels in predicted)
-            plain = ((picture, labels) for picture, _, labels in classes)
-            for picture, labels in pool.refine((picture, logits.cpu()) for picture, logits, _ in classes) if pool else plain:
-                masks[picture.id] = server.mask(labels)
-                bar.update()
+
+        def predict_share() -> None:
+            with torch.inference_mode(), running(loader) as pictures, bar:
+                predicted = predict(net, pictures, device, canvas=args.input_size, **prediction_options(args))
+                classes = ((picture, logits, checked(picture.id, labels)) for picture, logits, labels in predicted)
+                plain = ((picture, labels) for picture, _, labels in classes)
+                refined = pool.refine((picture, logits.cpu()) for picture, logits, _ in classes) if pool else plain
+                for picture, labels in refined:
+                    masks[picture.id] = server.mask(labels)
+                    bar.update()
+
+        distributed.everywhere(predict_share)
     parts = distributed.gather(masks)
-    if distributed.is_main():
+
+    def write() -> None:
         pack(path, {id: mask for part in parts for id, mask in part.items()}, files, server)
         print(f"{path}: {len(files)} masks, each of its picture's size; {server.advice}")
+
+    distributed.from_main(write)
     distributed.stop()
     return 0
+
+
+def open_work(args: Namespace, path: Path) -> tuple[Net, torch.device, Weights, list[str], Server, Path, dict[str, Path]]:
+    """What this process predicts: the net and its device, its file, lines about that, the server, the list, its pictures."""
+    device = distributed.select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
+    net, weights, lines = open_trained_net(args)
+    settle_dataset(args, CITYSCAPES, dataset_of(weights.meta))
+    server = VOC if args.dataset == "voc" else CITYSCAPES_SERVER
+    if net.num_classes != (count := len(server.classes)):
+        raise UserError(
+            f"{args.restore_from} has {net.num_classes} classes; the server expects {server.title}'s {count}; see --dataset"
+        )
+    if not path.name.endswith(server.suffixes):
+        kind = "zip" if server.mode == "L" else "gzipped tar"
+        raise UserError(
+            f"--submission {path}: the server of {server.title} takes {kind} files; end the name in {server.suffixes[0]}"
+        )
+    data_list = list_of(args, "test")
+    return net, device, weights, lines, server, data_list, test_files(args, data_list)
 
 
 def test_files(args: Namespace, data_list: Path) -> dict[str, Path]:

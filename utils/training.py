@@ -29,19 +29,19 @@ from utils.checkpoint import Snapshots, make_meta
 from utils.class_watch import ClassWatch
 from utils.command import UserError
 from utils.files import DiskError
-from utils.loader import crop_warning, fitting_workers, layout_words, make_loader, open_dataset, running
+from utils.loader import crop_warning, fitting_workers, layout_words, make_loader, open_dataset, running, what_is_compared
 from utils.lock import one_run
 from utils.log import RunLog
 from utils.meter import DataWait, Meter
 from utils.meter import Diverged as Diverged  # part of what run() raises
 from utils.objective import LossFunction, Objective, loss_options
+from utils.options import shared_options
 from utils.schedule import GuardedSGD, poly_lr, set_lr
 from utils.start import SETTLED, Start, begin, resume, run_folder
 from utils.stop import StopRequest
 from utils.validation import Validation, save_panels
 from utils.visualize import Classes, class_names, make_palette
 
-ELSEWHERE = "another process could not read its pictures; it says why"
 PICTURES_TO_JUDGE = 200  # labels that are looked at before it is said which classes they lack
 
 
@@ -59,8 +59,9 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         Diverged: the loss is no longer a number; the snapshots are as they were.
     """
     with ExitStack() as stack:
-        settle_options(args)
         distributed.start()
+        distributed.everywhere(lambda: settle_options(args))
+        distributed.check_same(shared_options(args))
         locked = distributed.from_main(lambda: stack.enter_context(one_run(run_folder(args))))
         start = resume(args, loss_function.__name__)
         args = Namespace(**start.options) if start else args
@@ -69,12 +70,13 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         start = start or begin(args, loss_function.__name__)
         for name in SETTLED:
             setattr(args, name, start.options[name])
-        check_net_options(args)
+        distributed.everywhere(lambda: check_net_options(args))
         data, data_list = distributed.everywhere(lambda: open_training_data(args))
+        distributed.check_same({"kinds of device": device.type, **what_is_compared(data)})
         ids = check_ids(data.ids, start)
 
         torch.backends.cudnn.benchmark = not args.deterministic  # the crops are all of one size
-        net = start.build_net().to(device).to(memory_format=torch.channels_last).train()
+        net = distributed.everywhere(lambda: start.build_net().to(device).to(memory_format=torch.channels_last).train())
         net.grad_checkpoint = args.grad_checkpoint
         if args.sync_bn:
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
@@ -99,16 +101,19 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         shards = {"shard": distributed.rank(), "num_shards": distributed.world_size()}
         sampler = StepSampler(len(data), args.batch_size, args.random_seed, start.step * args.iter_size, **shards)
         stop = stack.enter_context(StopRequest())  # from here on there is something to save, and workers have its handlers
-        batches = stack.enter_context(running(make_loader(data, sampler, workers, device)))
+        loader = make_loader(data, sampler, workers, device)
+        batches = distributed.everywhere(lambda: stack.enter_context(running(loader)))
         wait = DataWait(device, workers)
         meter = Meter(device, lambda batch: describe(batch, args, data))
         names = data.names or start.classes
         classes = Classes(class_names(args.num_classes, names), make_palette(data.colors))
         watch = ClassWatch(min(PICTURES_TO_JUDGE, len(data)), classes.names, args.ignore_label, fixed=bool(data.NAMES))
         validation = Validation(args, classes, device) if args.val_every else None
-        log = None
-        if distributed.is_main():
-            log = stack.enter_context(RunLog(snapshots.folder, start.options, start.step))
+
+        def open_log() -> RunLog | None:
+            return stack.enter_context(RunLog(snapshots.folder, start.options, start.step)) if distributed.is_main() else None
+
+        if log := distributed.everywhere(open_log):
             log.say(*head_lines(args, data, data_list), locked, *start.lines, note, space)
 
         def report() -> None:
@@ -149,7 +154,7 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         if done and validation and validation.due(done) and distributed.from_main(lambda: bool(log and not log.scored)):
             broken, error = validation.run(net, done, stop, log, meta_of_now)
             if broken:
-                raise error or UserError(ELSEWHERE)
+                distributed.raise_any(error)
         for step in range(start.step, args.num_steps):
             with wait.reading():
                 crops, error = read(batches, args.iter_size)
@@ -195,7 +200,7 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         if log and not unsaved:
             log.say(last_words(args, data, done, start.step))
         if failed:
-            raise error or UserError(ELSEWHERE)
+            distributed.raise_any(error)
         if unsaved:
             raise DiskError(f"the run ended at step {done}, which is not saved: {unsaved}; then add --resume")
     distributed.stop()
@@ -250,11 +255,9 @@ def check_ids(ids: list[str], resumed: Start | None) -> str:
     """A check sum of the ids in their order, which the draws depend on.
 
     Raises:
-        UserError: another process, or the run that is resumed, has other ids.
+        UserError: the run that is resumed has other ids.
     """
     found = hashlib.sha256("\n".join(ids).encode()).hexdigest()
-    if any(other != found for other in distributed.gather(found)):
-        raise UserError("the processes read different lists of pictures; give all machines the same --data-list")
     if resumed and resumed.checkpoint.get("ids") not in (None, found):
         raise UserError(f"--resume: the list of {len(ids)} pictures is not the one that the run was begun with; pass that one")
     return found

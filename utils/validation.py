@@ -17,7 +17,7 @@ from utils.checkpoint import save_snapshot
 from utils.command import UserError
 from utils.evaluation import score
 from utils.files import DiskError
-from utils.loader import open_dataset
+from utils.loader import open_dataset, what_is_compared
 from utils.log import RunLog
 from utils.metrics import ConfusionMatrix
 from utils.samples import Sample
@@ -35,12 +35,13 @@ class Validation:
         classes: their names.
 
     Raises:
-        DatasetError: there is no such list.
+        UserError, DatasetError: there is no such list, or not the same in all processes.
     """
 
     def __init__(self, args: Namespace, classes: Classes, device: torch.device) -> None:
         options = Namespace(**{**vars(args), "data_list": args.val_list})
-        self.data, self.data_list = open_dataset(options, "val", args.num_classes)
+        self.data, self.data_list = distributed.everywhere(lambda: open_dataset(options, "val", args.num_classes))
+        distributed.check_same({f"validation {name}": value for name, value in what_is_compared(self.data).items()})
         self.args, self.classes, self.device = args, classes, device
         self.best_path = Path(args.snapshot_dir) / "best.pth"
         self.best = _score_of(self.best_path)
