@@ -24,7 +24,7 @@ from dataset.classes import IGNORE_LABEL, Color
 from scripts.data.causes import cityscapes_causes, few, likely_causes
 from scripts.data.inspection import MOST, Inspection, inspect
 from scripts.data.parallel import parallel_map
-from utils.command import GivenParser, class_count, default_processes, label_value, not_negative, run_command, target_text
+from utils.command import GivenParser, class_count, default_processes, helpers, label_value, run_command, target_text
 from utils.files import OUTPUT_MARK, Output, check_outputs, save_json
 from utils.options import CITYSCAPES, DATA_DIR, add_dataset_option, settle_dataset
 
@@ -205,7 +205,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--label-dir", help="folder of the masks (SegmentationClassAug, else SegmentationClass; gtFine)")
     parser.add_argument(
-        "--workers", type=not_negative, default=default_processes(64), help="processes; 0 reads in this one (%(default)s)"
+        "--workers", type=helpers, default=default_processes(64), help="processes; 0 reads in this one (%(default)s)"
     )
     parser.add_argument("--json", type=target_text, metavar="FILE", help="save the report as JSON, too")
     return parser.parse_args(argv)

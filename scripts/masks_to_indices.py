@@ -38,7 +38,7 @@ from dataset.voc import LABEL_DIRS, TRAIN_LISTS, VAL_LISTS
 from scripts.data.colours import VOC, Table, find_table, read_labels
 from scripts.data.layouts import LISTS, Labelled, choose_lists, find_labelled, write_lines
 from scripts.data.parallel import parallel_map
-from utils.command import Parser, UserError, below_one, default_processes, not_negative, run_command, target
+from utils.command import Parser, UserError, below_one, default_processes, helpers, not_negative, run_command, target
 from utils.files import remove_torn_files, write_atomically
 from utils.visualize import save_indexed_png
 
@@ -157,7 +157,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--val-share", type=below_one, default=0.2, help="of the ids, for validation (%(default)s)")
     parser.add_argument("--seed", type=not_negative, default=0, help="of the split (%(default)s)")
     parser.add_argument(
-        "--workers", type=not_negative, default=default_processes(64), help="processes; 0 works in this one (%(default)s)"
+        "--workers", type=helpers, default=default_processes(64), help="processes; 0 works in this one (%(default)s)"
     )
     return parser.parse_args(argv)
 

@@ -24,7 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.command import Parser, UserError, below_one, default_processes, not_negative, numbers, positive, run_command, target
+from utils.command import Parser, UserError, below_one, default_processes, helpers, numbers, positive, run_command, target
 from utils.files import Output, check_outputs, mark_zip, write_atomically
 from utils.options import DATASETS, TRAINED_WEIGHTS, add_device_options, add_net_options, add_window_options
 
@@ -78,7 +78,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--skip-existing", action="store_true", help="leave out what has all its outputs: go on after a stop")
     parser.add_argument(
-        "--num-workers", type=not_negative, default=default_processes(4), help="processes that read (default: %(default)s)"
+        "--num-workers", type=helpers, default=default_processes(4), help="processes that read (default: %(default)s)"
     )
     add_net_options(parser)
     add_device_options(parser)

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataset import DatasetError, read_ids, read_list
 from scripts.data.masks import AUG_DIR, VOC_DIR, agrees, convert, read_ready, read_sbd, ready_masks, sbd_ids, set_aside
 from scripts.data.parallel import parallel_map
-from utils.command import Parser, default_processes, not_negative, run_command, target
+from utils.command import Parser, default_processes, helpers, run_command, target
 from utils.files import remove_torn_files, write_atomically
 from utils.options import DATA_DIR
 
@@ -129,7 +129,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     source.add_argument("--sbd", help=f"SBD's folder or benchmark.tgz ({SBD_FOLDER}, else {SBD_ARCHIVE})")
     source.add_argument("--aug", type=Path, help="a ready SegmentationClassAug folder or zip, instead of SBD")
     parser.add_argument(
-        "--workers", type=not_negative, default=default_processes(64), help="processes; 0 works in this one (%(default)s)"
+        "--workers", type=helpers, default=default_processes(64), help="processes; 0 works in this one (%(default)s)"
     )
     parser.add_argument("--overwrite", action="store_true", help="write every mask anew, also those that are there and right")
     parser.add_argument("--strict", action="store_true", help="end with status 1 where a list is not the published one")

@@ -44,7 +44,7 @@ PATHS = [
     ("scripts.benchmark", ["memory", "--json=PATH"]),
 ]
 
-LAZY = ("multiprocessing.synchronize", "utils.submission", "utils.video", "scripts.bench.memory", "torch.utils.tensorboard")
+LAZY = ("multiprocessing.synchronize", "utils.submission", "utils.video", "scripts.bench.training", "torch.utils.tensorboard")
 
 
 @pytest.fixture(autouse=True)
@@ -236,3 +236,15 @@ def test_shown():
     print("a\r\x1b\tb", file=stream)
     assert "".join(written) == "a\r\\x1b\\tb\n"
     assert stream.isatty()
+
+
+def test_numbers_of_24_digits_are_too_large(monkeypatch, capsys):
+    for name, option in (
+        ("train", "--batch-size"), ("train", "--num-steps"), ("train", "--num-workers"), ("train", "--atrous-rates"),
+        ("evaluate", "--input-size"), ("evaluate", "--window"), ("evaluate", "--num-workers"), ("evaluate", "--crf-workers"),
+        ("evaluate", "--scales"), ("scripts.predict", "--gpu"), ("scripts.check_dataset", "--workers"),
+        ("scripts.masks_to_indices", "--workers"), ("scripts.prepare_voc", "--workers"), ("scripts.benchmark", "--repeats"),
+    ):  # fmt: skip
+        value = ",".join(["1" * 24] * (1 + (option in ("--input-size", "--window"))))
+        status, text = end_of(name, [f"{option}={value}"], monkeypatch, capsys)
+        assert (status, re.search("too large|or above", text) is not None) == (2, True), (name, option, text)

@@ -16,6 +16,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
+LARGEST_NUMBER = 2**31 - 1  # on a command line
+LARGEST_SIDE = 2**16 - 1  # of crops, canvases and tiles, pixels
+
 
 class UserError(Exception):
     """A mistake in how a command was called: one sentence that says what was found, what was expected, what to do."""
@@ -166,6 +169,8 @@ def size(text: str) -> tuple[int, int]:
         height, width = (int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write HEIGHT,WIDTH, as in 321,321") from None
+    if max(height, width) > LARGEST_SIDE:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is too large; expected sides of at most {LARGEST_SIDE}")
     if min(height, width) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; both sides must be at least 1")
     return height, width
@@ -177,8 +182,10 @@ def numbers(kind: type, text: str) -> tuple:
         values = tuple(kind(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers; separate them by commas") from None
-    if not all(0 < value < math.inf for value in values):
-        raise argparse.ArgumentTypeError(f"{text!r} holds a number that is not above 0 and finite")
+    if not all(0 < value <= LARGEST_NUMBER for value in values):
+        raise argparse.ArgumentTypeError(
+            f"{text[:60]!r} holds a number that is not above 0 and finite, or above {LARGEST_NUMBER}"
+        )
     return values
 
 
@@ -236,8 +243,8 @@ def whole(low: int, high: int | None, text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
     if value < low:
         raise argparse.ArgumentTypeError(f"{value} is too small; expected at least {low}")
-    if high is not None and value > high:
-        raise argparse.ArgumentTypeError(f"{value} is too large; expected at most {high}")
+    if value > (high := high or LARGEST_NUMBER):
+        raise argparse.ArgumentTypeError(f"{text[:40]} is too large; expected at most {high}")
     return value
 
 
@@ -270,6 +277,7 @@ def default_processes(most: int) -> int:
 positive = partial(whole, 1, None)
 not_negative = partial(whole, 0, None)
 label_value = partial(whole, 0, 255)
+helpers = partial(whole, 0, 1024)  # processes
 
 
 def class_count(text: str) -> int:

@@ -11,6 +11,7 @@ from utils.command import (
     below_one,
     class_count,
     default_processes,
+    helpers,
     label_value,
     not_negative,
     number,
@@ -136,7 +137,7 @@ def add_data_options(parser: argparse.ArgumentParser, split: str, ignore_label: 
     )
     group.add_argument(
         "--num-workers",
-        type=not_negative,
+        type=helpers,
         default=default_processes(16),
         help="processes that read pictures; 0 reads in the main process (default: this process's share of the cores, at most "
         "16; here %(default)s)",
