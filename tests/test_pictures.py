@@ -313,7 +313,12 @@ def test_odd_pictures_are_trained_on_scored_and_predicted(tmp_path, monkeypatch)
 
 
 def test_where_memory_runs_out_there_is_a_sentence(capsys):
-    for fill in (lambda: torch.empty(1 << 52), lambda: bytearray(1 << 52), lambda: np.empty(1 << 52)):
+    for fill in (
+        lambda: torch.empty(1 << 52),
+        lambda: torch.empty(1 << 32, 1 << 32),
+        lambda: bytearray(1 << 52),
+        lambda: np.empty(1 << 52),
+    ):
         with pytest.raises(SystemExit) as status:
             run_command(fill)
         assert status.value.code == 1

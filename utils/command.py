@@ -142,7 +142,9 @@ def _one_of_several() -> bool:
 
 
 # torch on the CPU, torch on CUDA, OpenCV
-_NO_MEMORY = re.compile(r"tried to allocate \d+ bytes|CUDA out of memory|Failed to allocate \d+ bytes")
+_NO_MEMORY = re.compile(
+    r"Storage size calculation overflowed|tried to allocate \d+ bytes|CUDA out of memory|Failed to allocate \d+ bytes"
+)
 # gloo, NCCL
 _OTHER_GONE = re.compile(r"gloo[/\\]transport|Connection (closed|reset) by peer|ncclRemoteError|remote process exit")
 
