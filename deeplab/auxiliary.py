@@ -84,7 +84,7 @@ class NetWithAuxiliary(DilatedResNet):
             ChannelDropout(DROPOUT),
             nn.Conv2d(FEATURES, num_classes, 1),
         )
-        self.config: dict[str, Any] = {
+        self.config = {
             "net": self.name,
             "backbone": backbone,
             "num_classes": num_classes,

@@ -74,7 +74,7 @@ class DeepLabV2(DilatedResNet):
             raise ValueError(f"atrous_rates is {tuple(atrous_rates)}; expected one or more rates of at least 1")
         self.num_classes = num_classes
         self.layer5 = ASPP(self.out_channels, num_classes, atrous_rates)
-        self.config: dict[str, Any] = {
+        self.config = {
             "net": "deeplabv2",
             "backbone": backbone,
             "num_classes": num_classes,

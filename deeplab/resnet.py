@@ -29,6 +29,8 @@ from deeplab.batch_norm import (
 )
 
 STEMS = ("7x7", "deep")
+MARK = "deeplab"
+"""The key of a net's ``config`` in the metadata of its state_dict."""
 
 
 class BasicBlock(nn.Module):
@@ -159,6 +161,7 @@ class DilatedResNet(nn.Module):
         if stem not in STEMS:
             raise ValueError(f"stem {stem!r} is unknown; choose one of {', '.join(STEMS)}")
         block, depths = BACKBONES[backbone]
+        self.config: dict[str, Any] = {}  # a net's own says how to build it again
         self.norm = partial(make_norm, batch_norm=batch_norm, eps=batch_norm_eps)
         self.grad_checkpoint = False
 
@@ -192,6 +195,12 @@ class DilatedResNet(nn.Module):
                 # Each block starts as its shortcut, which allows higher rates from scratch: Goyal et al., arXiv:1706.02677.
                 last: Any = module.bn3 if isinstance(module, Bottleneck) else module.bn2
                 nn.init.zeros_(last.weight)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """As torch does; the metadata of the state_dict, which ``torch.save`` keeps, say which net it is."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]][MARK] = dict(self.config)
 
     def stem_pairs(self) -> list[Pair]:
         pairs: list[Pair] = [(self.conv1, self.bn1)]

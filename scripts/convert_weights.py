@@ -18,7 +18,8 @@ and for resnet18 and 34, and for larger ones with the stride in the 3x3 convolut
 
     torchvision-trunk  the trunk for RGB input, for torchvision's resnet without its fc
 
-``--trunk`` overrides what a bare ResNet under torchvision's names is taken for; by default its numbers tell.
+``--trunk`` overrides what a ResNet under torchvision's names is taken for; by default its numbers tell. One under another
+net's head, of which only the trunk is used, wants it, since they do not tell where the stride of its stages sits.
 """
 
 import argparse
@@ -29,9 +30,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.command import Parser, UserError, run_command
+from utils.options import add_abn_option
 
 SCHEMES = ("snapshot", "published", "kazuto", "torchvision-trunk", "safetensors")
-TRUNKS = ("auto", "torchvision", "caffe")
+TRUNKS = ("auto", "torchvision", "caffe", "rgb-1x1", "bgr-3x3")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,8 +42,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("target", metavar="OUT", type=Path, help="the file to write")
     parser.add_argument("--to", choices=SCHEMES, help="the scheme of OUT (default: what its suffix says)")
     parser.add_argument(
-        "--trunk", choices=TRUNKS, default="auto", help="what a bare ResNet is taken for (default: what its first layer tells)"
+        "--trunk", choices=TRUNKS, default="auto", help="what a ResNet is taken for (default: what its first layer tells)"
     )
+    add_abn_option(parser)
     parser.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
     args = parser.parse_args(argv)
     args.to = args.to or ("safetensors" if args.target.suffix == ".safetensors" else "snapshot")
@@ -53,10 +56,10 @@ def main(argv: list[str] | None = None) -> int:
     check_target(args.source, args.target, args.to, args.force)
     from deeplab.weights import export, load_weights
 
-    weights = load_weights(args.source, args.trunk)
+    weights = load_weights(args.source, args.trunk, args.abn)
     print(*weights.lines(), sep="\n")
     content = export(weights, args.to)
-    meta = snapshot_meta(content["meta"] if args.to == "snapshot" else export(weights, "snapshot")["meta"])
+    meta = snapshot_meta(content["meta"] if args.to == "snapshot" else export(weights, "snapshot")["meta"], args)
     if args.to == "snapshot":
         content["meta"] = meta
     write(args.target, content, meta if args.to == "safetensors" else None)
@@ -83,12 +86,13 @@ def check_target(source: Path, target: Path, scheme: str, force: bool) -> None:
         raise UserError(f"{target} has the suffix {target.suffix!r}; --to {scheme} writes {expected} files")
 
 
-def snapshot_meta(meta: dict) -> dict:
-    """A snapshot's meta with all the entries that train.py writes."""
+def snapshot_meta(meta: dict, args: argparse.Namespace) -> dict:
+    """A snapshot's meta with all the entries that train.py writes, and how a file was read that does not tell."""
     from dataset import MEAN_BGR
     from utils.checkpoint import VERSION
 
-    return {"classes": None, "mean": list(MEAN_BGR), "step": 0, "args": {}, "version": VERSION} | meta
+    asked = {"trunk": args.trunk, "abn": args.abn}
+    return {"classes": None, "mean": list(MEAN_BGR), "step": 0, "args": asked, "version": VERSION} | meta
 
 
 def write(target: Path, content: dict, meta: dict | None) -> None:

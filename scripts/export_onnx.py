@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.command import Parser, UserError, run_command
 from utils.files import OUTPUT_MARK, Output, check_outputs, mark_zip, write_atomically
+from utils.options import add_abn_option
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("source", metavar="IN", type=Path, help="a snapshot or published weights")
     parser.add_argument("target", metavar="OUT", type=Path, help="the file to write: .onnx or .pt2")
     parser.add_argument("--with-preprocessing", action="store_true", help="uint8 RGB pictures in, class indices out")
+    add_abn_option(parser)
     return parser.parse_args(argv)
 
 
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     from deeplab import fold_batch_norm
     from deeplab.weights import build_net, load_weights
 
-    weights = load_weights(args.source)
+    weights = load_weights(args.source, abn=args.abn)
     net, report = build_net(weights)
     if report.missing:
         raise UserError(f"{args.source} ({weights.scheme}) holds no usable head, so there is no net to write")

@@ -9,7 +9,7 @@ from torch import nn
 
 from deeplab import LOSS_SIZES, deeplabv2, multi_scale_loss, resize_labels, single_scale_loss
 from deeplab.loss import Ohem, cross_entropy
-from deeplab.weights import TRUNKS
+from deeplab.weights import ABN, TRUNKS
 from tests.test_multiscale import EveryEighth, naive_bilinear
 from utils import options
 
@@ -121,7 +121,7 @@ def test_an_unknown_size_is_refused():
     with pytest.raises(ValueError, match=r"'both'.*output, input"):
         cross_entropy(torch.zeros(1, 2, 1, 1), torch.zeros(1, 1, 1, dtype=torch.long), size="both")
     assert options.LOSS_SIZES == LOSS_SIZES
-    assert options.TRUNKS == TRUNKS
+    assert (options.TRUNKS, options.ABN) == (TRUNKS, ABN)
 
 
 @pytest.mark.parametrize("grad_checkpoint", [False, True])

@@ -1,19 +1,27 @@
 """DeepLabv3 and PSPNet against a plain derivation: torchvision's trunk, InPlace-ABN as published, heads as drawn."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import get_model
 
 from deeplab import NETS, fold_batch_norm, load_net, make_net
 from deeplab.pspnet import BINS, pyramid
 from deeplab.weights import WeightsError, apply_weights, build_net, export, load_weights
+from scripts import convert_weights, export_onnx, predict
 from tests.published import random_net
+from utils.evaluation_options import evaluation_parser
+from utils.options import training_parser
+from utils.prediction import open_trained_net
+from utils.start import begin
 
 CLASSES = 5
+load_toolbox, load_toolbox_net = partial(load_weights, abn="abs"), partial(load_net, abn="abs")
 
 
 class Abn(nn.Module):
@@ -109,14 +117,14 @@ def test_logits_of_both_heads_are_the_published_nets(toolbox, size, tmp_path):
     images = torch.randn(1, 3, *size)
     for reference in [basic] if size == (97, 129) else [basic, bottleneck]:
         path = save(tmp_path / "CS_scenes_40000.pth", reference)
-        weights = load_weights(path)
+        weights = load_toolbox(path)
         assert (weights.config["net"], weights.config["stem"]) == (name, "deep")
         assert not weights.skipped
         with torch.no_grad():
             expected = reference(images)
             scale = max(float(logits.abs().max()) for logits in expected)
             for mode in ("frozen", "full") if reference is basic else ("frozen",):
-                net = load_net(path, mode)
+                net = load_toolbox_net(path, mode)
                 for ours, theirs in zip(net(images, auxiliary=True), expected):
                     assert float((ours - theirs).abs().max()) < 1e-5 * scale
                 assert torch.equal(net(images), net(images, auxiliary=True)[0])
@@ -126,7 +134,7 @@ def test_logits_of_both_heads_are_the_published_nets(toolbox, size, tmp_path):
 
 def test_gradients_through_folded_heads_are_those_without_folding(toolbox, tmp_path):
     _, reference, _ = toolbox
-    net, _ = build_net(load_weights(save(tmp_path / "net.pth", reference)), batch_norm="frozen")
+    net, _ = build_net(load_toolbox(save(tmp_path / "net.pth", reference)), batch_norm="frozen")
     net.eval()  # no dropout
     images, labels = torch.randn(2, 3, 65, 65), torch.randint(0, CLASSES, (2, 9, 9))
     for module, give in ((net, lambda: net(images, auxiliary=True)), (reference, lambda: reference(images))):
@@ -146,7 +154,7 @@ def test_gradients_through_folded_heads_are_those_without_folding(toolbox, tmp_p
 def test_a_map_that_is_larger_than_every_rate(toolbox, tmp_path):
     """On smaller ones the outer taps of the atrous branches see nothing but padding."""
     _, reference, _ = toolbox
-    head = load_net(save(tmp_path / "net.pth", reference), "full").eval().head[0]
+    head = load_toolbox_net(save(tmp_path / "net.pth", reference), "full").eval().head[0]
     features = torch.randn(1, 512, 41, 39)
     parts = [F.interpolate(stage(features.double()), (41, 39), mode="bilinear", align_corners=True)
              for stage in getattr(reference.head[0], "stages", [])]  # fmt: skip
@@ -223,7 +231,7 @@ def test_one_group_and_every_parameter_in_it():
 
 def test_published_way_back(toolbox, tmp_path):
     _, _, deep = toolbox
-    weights = load_weights(save(tmp_path / "net.pth", deep))
+    weights = load_toolbox(save(tmp_path / "net.pth", deep))
     back = export(weights, "published")
     assert back.keys() == deep.state_dict().keys()
     for key, value in deep.state_dict().items():
@@ -237,7 +245,7 @@ def test_a_file_with_batch_counters_has_plain_batch_norms(tmp_path):
     with torch.no_grad():
         net.bn1.weight[0] = -0.5
     torch.save(net.state_dict(), tmp_path / "net.pth")
-    assert load_weights(tmp_path / "net.pth").state["bn1.weight"][0] == -0.5
+    assert load_toolbox(tmp_path / "net.pth").state["bn1.weight"][0] == -0.5
 
 
 def test_trunk_of_mit_and_of_another_head(toolbox, tmp_path):
@@ -256,7 +264,7 @@ def test_trunk_of_mit_and_of_another_head(toolbox, tmp_path):
         assert report.missing
         assert all(bool(value.isfinite().all()) for value in net.state_dict().values())
     other = "pspnet" if name == "deeplabv3" else "deeplabv3"
-    net, report = build_net(load_weights(save(tmp_path / "net.pth", reference)), net=other)
+    net, report = build_net(load_toolbox(save(tmp_path / "net.pth", reference)), net=other)
     assert f"the head of a {name}" in report.notes[-1].replace("that of", "the head of")
     assert report.missing
 
@@ -311,12 +319,139 @@ def test_what_cannot_fit_is_refused_with_the_reason(toolbox, change, words, tmp_
     change(state)
     torch.save(state, tmp_path / "net.pth")
     with pytest.raises(WeightsError, match=words):
-        load_net(tmp_path / "net.pth")
+        load_toolbox_net(tmp_path / "net.pth")
 
 
 def test_stems_and_rates_that_do_not_fit(toolbox, tmp_path):
-    weights = load_weights(save(tmp_path / "net.pth", toolbox[1]))
+    weights = load_toolbox(save(tmp_path / "net.pth", toolbox[1]))
     with pytest.raises(WeightsError, match="its stem is three 3x3 convolutions, that of the net is one 7x7"):
         apply_weights(make_net({"net": toolbox[0], "backbone": "resnet18", "num_classes": CLASSES, "stem": "7x7"}), weights)
     with pytest.raises(WeightsError, match="--atrous-rates are those of DeepLab-v2's head"):
         build_net(weights, atrous_rates=[6, 12])
+
+
+# Whose batch norms a file has
+
+
+def frozen_net():
+    """A frozen DeepLabv3 whose batch norms have weights of either sign."""
+    torch.manual_seed(5)
+    net = make_net({"net": "deeplabv3", "backbone": "resnet18", "num_classes": 3}, "frozen").eval()
+    for name, value in net.state_dict().items():
+        if value.ndim == 1:
+            value.copy_(torch.rand_like(value) + 0.5 if name.endswith("var") else torch.randn_like(value) / 2)
+    return net
+
+
+def same_logits(path, net, **options):
+    images = torch.randn(1, 3, 33, 33)
+    with torch.no_grad():
+        return torch.equal(load_net(path, **options)(images), net(images))
+
+
+@pytest.mark.parametrize("wrap", ["nothing", "DataParallel", "compile", "AveragedModel", "dictionary"])
+def test_a_state_dict_of_our_own_says_what_it_is(tmp_path, wrap):
+    """Its metadata go through torch.save, in either format, and through what a net is put into."""
+    net = frozen_net()
+    wrapped = {
+        "DataParallel": nn.DataParallel,
+        "compile": torch.compile,
+        "AveragedModel": torch.optim.swa_utils.AveragedModel,
+    }.get(wrap, lambda net: net)(net)
+    content = wrapped.state_dict()
+    path = tmp_path / "net.pth"
+    saved = {"state": content, "epoch": 3} if wrap == "dictionary" else content
+    torch.save(saved, path, _use_new_zipfile_serialization=wrap != "dictionary")
+    assert same_logits(path, net)
+    with pytest.raises(WeightsError, match="a snapshot, whose batch norms take their weights as they are; leave --abn out"):
+        load_weights(path, abn="abs")
+
+
+def test_what_could_have_either_kind_of_batch_norm_asks(tmp_path):
+    """Written without its metadata: as a plain dictionary, as safetensors, from an earlier version."""
+    net = frozen_net()
+    torch.save(dict(net.state_dict()), tmp_path / "net.pth")
+    save_file(net.state_dict(), tmp_path / "net.safetensors")
+    for path in (tmp_path / "net.pth", tmp_path / "net.safetensors"):
+        with pytest.raises(WeightsError, match=r"weights below zero \(bn1.weight .*give --abn abs or --abn signed"):
+            load_net(path)
+        assert same_logits(path, net, abn="signed")
+        assert not same_logits(path, net, abn="abs")
+        state, stored = load_weights(path, abn="abs").state, net.state_dict()["head.0.bottleneck.1.weight"]
+        assert torch.equal(state["head.0.bottleneck.1.weight"], stored.abs() + 1e-5)
+    with pytest.raises(ValueError, match="abn 'both' is unknown"):
+        load_net(path, abn="both")
+    torch.save({"model": dict(net.state_dict()), "meta": net.config}, tmp_path / "snapshot.pth")  # of an earlier version
+    assert same_logits(tmp_path / "snapshot.pth", net)
+    counters = {"bn1.num_batches_tracked": torch.tensor(1)}  # which InPlace-ABN does not keep
+    torch.save(net.state_dict() | counters, tmp_path / "counted.pth")
+    assert same_logits(tmp_path / "counted.pth", net)
+
+
+def test_the_trunk_under_another_head_asks_as_well(tmp_path):
+    """CCNet's; and DeepLab-v2's over the deep stem."""
+    trunk = {key: value for key, value in frozen_net().state_dict().items() if not key.startswith(("head.", "dsn."))}
+    heads = {
+        "ccnet": {"head.conva.0.weight": torch.zeros(2, 3), "dsn.0.bias": torch.zeros(2)},
+        "deeplabv2": {
+            f"layer5.conv2d_list.{k}.{leaf}": torch.rand(3, 512, 3, 3) if leaf == "weight" else torch.rand(3)
+            for k in range(4)
+            for leaf in ("weight", "bias")
+        },
+        "none": {},
+    }
+    for name, head in heads.items():
+        path = tmp_path / f"{name}.pth"
+        torch.save(trunk | head, path)
+        with pytest.raises(WeightsError, match="give --abn abs or --abn signed"):
+            load_weights(path)
+        for abn in ("abs", "signed"):
+            weights = load_weights(path, "auto" if name == "deeplabv2" else "caffe", abn)
+            for key, value in trunk.items():
+                is_norm = key.endswith(("bn1.weight", "bn2.weight", "bn3.weight", "downsample.1.weight"))
+                expected = value.abs() + 1e-5 if is_norm and abn == "abs" else value
+                assert torch.equal(weights.state[key], expected), key
+        assert ("another net" in "".join(weights.notes)) == (name == "ccnet")
+    torch.save(trunk | {"fc.weight": torch.zeros(9, 2)}, path)  # MIT's ImageNet net
+    assert torch.equal(load_weights(path, "caffe").state["bn2.weight"], trunk["bn2.weight"])
+
+
+def test_every_command_that_reads_weights_takes_the_option(tmp_path, monkeypatch):
+    net, path = frozen_net(), str(tmp_path / "net.pth")
+    torch.save(dict(net.state_dict()), path)
+    images = torch.randn(1, 3, 33, 33)
+    stored = net.state_dict()
+    with pytest.raises(WeightsError, match="--abn"):
+        open_trained_net(predict.parse_args(["a.jpg", "--restore-from", path]))
+    found = open_trained_net(evaluation_parser("").parse_args(["--restore-from", path, "--abn", "signed"]))[0]
+    with torch.no_grad():
+        torch.testing.assert_close(found(images), net(images), rtol=1e-3, atol=1e-3 * float(net(images).abs().max()))
+    assert predict.parse_args(["a.jpg", "--abn", "abs"]).abn == "abs"
+    options = {"batch_size": 1, "iter_size": 1, "snapshot_dir": str(tmp_path / "run")}
+    args = ["--restore-from", path, "--num-classes", "3", "--batch-norm", "frozen"]
+    start = begin(training_parser("", **options).parse_args([*args, "--abn", "abs"]), "loss")
+    assert torch.equal(start.model["bn3.weight"], stored["bn3.weight"].abs() + 1e-5)
+    assert start.options["abn"] == "abs"
+
+    target = str(tmp_path / "out.pth")
+    with pytest.raises(WeightsError, match="--abn"):
+        convert_weights.main([path, target])
+    convert_weights.main([path, target, "--abn", "signed"])
+    assert same_logits(target, net)
+    assert torch.load(target, weights_only=True)["meta"]["args"]["abn"] == "signed"
+
+    written = []
+    monkeypatch.setattr(export_onnx, "export", lambda module, _: written.append(module))
+    monkeypatch.setattr(export_onnx, "write_atomically", lambda path, write: path.write_bytes(b""))
+    export_onnx.main([path, str(tmp_path / "net.pt2"), "--abn", "signed"])
+    with torch.no_grad():
+        torch.testing.assert_close(written[0](images), found(images))
+
+
+def test_a_head_of_the_toolbox_with_more_in_it_is_another_nets(toolbox, tmp_path):
+    state = {key: value.float() for key, value in toolbox[1].state_dict().items()} | {"head.0.gate.weight": torch.zeros(2)}
+    torch.save(state, tmp_path / "net.pth")
+    weights = load_toolbox(tmp_path / "net.pth")
+    assert "num_classes" not in weights.config
+    assert weights.skipped["head.1.weight"] == weights.skipped["dsn.3.bias"] == "another net's head"
+    assert not any(key.startswith(("head.", "dsn.")) for key in weights.state)

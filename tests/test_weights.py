@@ -57,7 +57,7 @@ def assert_same_logits(path, source, atol=0.0):
 
 def test_published_names(tmp_path):
     source = random_net("resnet50", 5)
-    weights = assert_same_logits(save(tmp_path / "VOC12_scenes_20000.pth", source.state_dict()), source)
+    weights = assert_same_logits(save(tmp_path / "VOC12_scenes_20000.pth", dict(source.state_dict())), source)
     assert weights.scheme == "DeepLab-ResNet"
     assert weights.config == {
         "backbone": "resnet50",

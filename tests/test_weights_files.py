@@ -281,3 +281,99 @@ def test_heads_that_disagree_are_refused(tmp_path):
     state = narrow_state("resnet18")
     state["layer5.conv2d_list.1.weight"] = torch.rand(20, 2, 3, 3)
     refused(save(tmp_path / "x.pth", state), r"disagree on the number of classes \(20, 21\)")
+
+
+# Tensors that are no plain arrays of numbers
+
+ODD = {
+    "sparse": lambda t: t.to_sparse(),
+    "sparse rows": lambda t: t.reshape(len(t), -1).to_sparse_csr(),
+    "meta": lambda t: t.to("meta"),
+    "nested": lambda t: torch.nested.nested_tensor([t, t]),
+    "quantised": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+    "complex": lambda t: t.to(torch.complex64),
+    "bool": lambda t: t.bool(),
+    "whole": lambda t: t.long(),
+    "whole without a sign": lambda t: t.to(torch.uint16),
+    "one number": lambda t: torch.tensor(1.0),
+    "one whole number": lambda t: torch.tensor(1),
+    "no numbers": lambda t: t[:0],
+    "one axis more": lambda t: torch.stack([t, t], -1),
+    "more numbers than memory": lambda t: torch.zeros((), dtype=torch.half).expand(1 << 21, 1 << 21),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.filterwarnings("ignore")
+def test_odd_tensors_are_refused_in_a_sentence(tmp_path, kind):
+    """All at places where arithmetic is done with them; those of another shape when they are put into a net."""
+    small = narrow_state("resnet18")
+    trunk = {key: value for key, value in small.items() if not key.startswith("layer5.")} | {"fc.weight": torch.rand(5, 2)}
+    scales = {f"Scale{n}.{key}": value for key, value in small.items() for n in (1, 2, 3)}
+    huge = kind == "more numbers than memory"
+    shapes = kind in ("one number", "one axis more", "no numbers")
+    for state, keys in (
+        (small, ["conv1.weight", "bn1.running_var", "layer5.conv2d_list.0.bias"]),
+        (trunk, ["bn1.running_mean", "fc.weight"]),
+        (scales, ["Scale2.layer1.0.conv1.weight"]),
+        ({"model": small, "meta": {"backbone": "resnet18"}}, ["bn1.bias"]),
+    ):
+        for key in keys:
+            inner = state.get("model", state)
+            old = inner[key]
+            inner[key] = ODD[kind](old)
+            path = save(tmp_path / "x.pth", state)
+            inner[key] = old
+            if shapes or (huge and key == "fc.weight"):  # which has no place in the net
+                with contextlib.suppress(WeightsError):
+                    load_weights(path)
+            else:
+                refused(path, "its |differ" if huge else re.escape(f"its {key} is "))
+
+
+def test_odd_keys_and_counters_are_no_parameters(tmp_path):
+    state = narrow_state("resnet18")
+    odd = {5: torch.rand(2), b"a.b": torch.rand(2), "n_averaged": torch.tensor(3), ("a", "b"): torch.rand(1)}
+    weights = load_weights(save(tmp_path / "x.pth", state | odd))
+    assert weights.state.keys() == state.keys()
+    assert weights.skipped.keys() == {"5", "b'a.b'", "n_averaged", "('a', 'b')"}
+    refused(save(tmp_path / "x.pth", state | {"bn1.num_batches_tracked": torch.tensor(3.0).to("meta")}), "is a meta tensor")
+    refused(save(tmp_path / "x.pth", state | {"bn1.num_batches_tracked": torch.ones(3)}), r"is \(3,\); expected at most 1 num")
+    refused(save(tmp_path / "x.pth", {b"conv1.weight": torch.rand(2)}), "holds no tensors under the names of parameters")
+
+
+def test_names_that_steer_a_terminal_are_shown_without(tmp_path):
+    weights = load_weights(save(tmp_path / "x.pth", narrow_state("resnet18") | {"a.\x1b[2Jb": torch.rand(2)}))
+    assert "a.?[2Jb" in "".join(weights.lines())
+    assert "\x1b" not in "".join(weights.lines())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("backbone", 50),
+        ("atrous_rates", 6),
+        ("atrous_rates", [6, 12, 18, "24"]),
+        ("atrous_rates", [6, 12, 18, 0]),
+        ("stride_in_3x3", "yes"),
+        ("batch_norm_eps", "1e-5"),
+        ("batch_norm_eps", 0.0),
+        ("batch_norm_eps", float("nan")),
+        ("num_classes", [21]),
+        ("net", {}),
+    ],
+)
+def test_a_meta_that_no_net_has_is_refused(tmp_path, name, value):
+    meta = {"backbone": "resnet18"} | {name: value}
+    refused(save(tmp_path / "x.pth", {"model": narrow_state("resnet18"), "meta": meta}), f"its meta says {name} ")
+
+
+@pytest.mark.parametrize("classes", [0, 256])
+def test_heads_of_more_classes_than_labels_tell_are_refused(tmp_path, classes):
+    state = narrow_state("resnet18", head=0)
+    for k in range(4):
+        state |= {
+            f"layer5.conv2d_list.{k}.weight": torch.rand(classes, 2, 3, 3),
+            f"layer5.conv2d_list.{k}.bias": torch.rand(classes),
+        }
+    refused(save(tmp_path / "x.pth", state), f"its head has {classes} classes; expected 1..255")

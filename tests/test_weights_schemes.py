@@ -407,3 +407,93 @@ def test_a_trunk_called_backbone_is_torchvisions_only_with_a_classifier(tmp_path
     words = "it is a torchvision segmentation net" if head == "classifier" else "are of no scheme known here"
     with pytest.raises(WeightsError, match=words):
         load_weights(tmp_path / "x.pth")
+
+
+# Heads of other nets
+
+
+def proda(trunk):
+    """ProDA's DeepLab-v2: five branches with group norm, a bottleneck with squeeze-and-excitation, a batch norm before."""
+    names = [f"layer5.conv2d_list.{n}.{m}.{leaf}" for n in range(5) for m in (0, 1) for leaf in ("weight", "bias")]
+    names += ["layer5.bottleneck.0.se.0.weight", "layer5.bottleneck.1.bias", "layer5.head.1.weight", "bn_pretrain.running_mean"]
+    return trunk | {name: torch.rand(3) for name in names}
+
+
+@pytest.mark.parametrize("kind", ["torchvision", "caffe"])
+def test_the_stride_under_another_head_is_asked_for(tmp_path, kind):
+    """It is in the first 1x1 of ProDA's, whose pictures are torchvision's: the first layer does not tell."""
+    state = trunk_of(kind)
+    path = save(tmp_path / "x.pth", {"ResNet101": {"model_state": proda(state)}, "iter": 5})
+    one, three = ("rgb-1x1", "torchvision") if kind == "torchvision" else ("caffe", "bgr-3x3")
+    refused(path, rf"another net's head \(layer5.*--trunk {one} if in the first 1x1 .*, --trunk {three} if in the 3x3$")
+    rgb = pictures(1)
+    source = first_answers(state, (as_torchvision if kind == "torchvision" else as_caffe)(rgb))
+    for trunk, at_3x3 in ((one, False), (three, True)):
+        weights = load_weights(path, trunk)
+        assert weights.config["stride_in_3x3"] is at_3x3
+        assert weights.skipped.keys() == proda({}).keys()
+        assert set(weights.skipped.values()) == {"another net's head"}
+        assert not any("trunk without a head" in note for note in weights.notes)
+        assert "another net" in "".join(weights.notes)
+        inner = (..., slice(2, -2), slice(2, -2))
+        ours = first_answers(weights.state, as_caffe(rgb))
+        torch.testing.assert_close(ours[inner], source[inner], rtol=1e-3, atol=1e-3)
+        assert all(torch.equal(weights.state[key], state[key]) for key in state if key.startswith("layer"))
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        ("layer5.stages.0.1.weight", "layer5.bottleneck.0.weight"),  # CE2P, MRNet
+        ("classifier.0.convs.0.0.weight", "classifier.4.bias"),
+        ("aspp.aspp1.atrous_conv.weight", "decoder.conv1.weight"),
+        ("fc.0.weight", "fc.2.bias"),  # MoCo's projection
+        ("projection_head.0.weight", "prototypes.weight"),  # SwAV
+        ("cls.4.weight",),
+    ],
+)
+def test_whatever_holds_parameters_beside_the_trunk_is_another_head(tmp_path, head):
+    state = narrow_state("resnet50", head=0) | {key: torch.rand(2) for key in head}
+    refused(save(tmp_path / "x.pth", {f"module.{key}": value for key, value in state.items()}), "under another net's head")
+    basic = narrow_state("resnet18", head=0) | {key: torch.rand(2) for key in head}  # which has no choice of its stride
+    weights = load_weights(save(tmp_path / "x.pth", basic))
+    assert weights.skipped == dict.fromkeys(head, "another net's head")
+    assert any(head[0] in note and "head is untrained" in note for note in weights.notes)
+
+
+@pytest.mark.parametrize("more", ["layer5.head.1.weight", "layer5.conv2d_list.0.0.weight", "bn_pretrain.weight"])
+def test_a_head_of_ours_with_more_in_it_is_another_nets(tmp_path, more):
+    """What it adds changes the logits."""
+    refused(save(tmp_path / "x.pth", narrow_state("resnet50") | {more: torch.rand(2)}), "under another net's head")
+    state = {"Scale." + key: value for key, value in (narrow_state("resnet50") | {more: torch.rand(2)}).items()}
+    weights = load_weights(save(tmp_path / "x.pth", state))  # a DeepLab's prefix tells the stride
+    assert "num_classes" not in weights.config
+    assert not any(key.startswith("layer5.") for key in weights.state)
+    meta = {"backbone": "resnet50", "stride_in_3x3": True, "net": "deeplabv2", "num_classes": 21}
+    content = {"model": narrow_state("resnet50") | {more: torch.rand(2)}, "meta": meta}
+    assert "num_classes" not in load_weights(save(tmp_path / "x.pth", content)).config
+
+
+def test_a_trunk_under_a_name_of_its_own_is_named(tmp_path):
+    state = {f"encoder.{key}": value for key, value in narrow_state("resnet50", head=0).items()}
+    path = save(tmp_path / "x.pth", state | {"decoder.0.weight": torch.rand(2)})
+    refused(path, r"a ResNet under encoder\. beside parts of another net \(decoder\.0\.weight")
+
+
+def test_wrappers_around_parts_of_a_net(tmp_path):
+    state = narrow_state("resnet50")
+    inner = {
+        key.replace("layer1.0.", "layer1.0._checkpoint_wrapped_module.").replace("layer2.", "layer2._orig_mod."): value
+        for key, value in state.items()
+    }
+    weights = load_weights(save(tmp_path / "x.pth", {f"_fsdp_wrapped_module.{key}": value for key, value in inner.items()}))
+    assert weights.state.keys() == state.keys()
+    assert all(torch.equal(weights.state[key], value) for key, value in state.items())
+
+
+def test_a_bare_state_dict_of_ours_says_where_its_stride_and_its_rates_are(tmp_path):
+    source = random_net("resnet50", 3, "frozen", stride_in_3x3=True, atrous_rates=(2, 4), batch_norm_eps=1e-3)
+    net = load_net(save(tmp_path / "x.pth", source.state_dict()))
+    assert net.config == source.config
+    assert torch.equal(logits(net), logits(source))
+    refused(tmp_path / "x.pth", "it is a snapshot, which is torchvision's in kind and not rgb-1x1's", trunk="rgb-1x1")

@@ -127,9 +127,9 @@ def _is_snapshot(path: Path, step: int) -> bool:
         return False
 
 
-def load_init(path: str, trunk: str = "auto", **options: Any) -> tuple[Net, Weights, LoadReport]:
+def load_init(path: str, abn: str | None = None, **options: Any) -> tuple[Net, Weights, LoadReport]:
     """Load a weights file and build its net: :func:`load_weights`, then :func:`build_net` with ``options``."""
-    weights = load_weights(path, trunk)
+    weights = load_weights(path, abn=abn)
     net, report = build_net(weights, **options)
     return net, weights, report
 

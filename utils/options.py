@@ -34,7 +34,8 @@ NET_NAMES = ("deeplabv2", "deeplabv3", "pspnet")
 BACKBONE_NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 BATCH_NORM_MODES = ("frozen", "stats", "full")
 LOSS_SIZES = ("output", "input")
-TRUNKS = ("auto", "torchvision", "caffe")
+TRUNKS = ("auto", "torchvision", "caffe", "rgb-1x1", "bgr-3x3")
+ABN = ("abs", "signed")
 FUSIONS = ("max", "mean")
 DATASETS = ("voc", "cityscapes")
 CITYSCAPES: dict[str, Any] = {"data_dir": "data/cityscapes", "image_dir": "leftImg8bit"}
@@ -155,6 +156,18 @@ def add_net_options(parser: argparse.ArgumentParser) -> None:
         help="dilations of DeepLab-v2's ASPP head (default: those of the weights file, else 6,12,18,24); "
         "6,12 for weights trained with the historic two-branch head",
     )
+    add_abn_option(group)
+
+
+def add_abn_option(parser: Any) -> None:
+    """How weights of batch norms are read where the file does not tell."""
+    parser.add_argument(
+        "--abn",
+        choices=ABN,
+        help="what a weights file of pytorch-segmentation-toolbox's kind makes of a batch norm's weight: abs, its absolute "
+        "value, as InPlace-ABN; signed, the weight as it is (default: what the file says; refused where that matters and it "
+        "does not)",
+    )
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
@@ -209,7 +222,8 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
         "--trunk",
         choices=TRUNKS,
         default="auto",
-        help="whose a bare ResNet in --restore-from is: torchvision's (RGB) or Caffe's (BGR 0..255); auto tells by its numbers",
+        help="how a ResNet in --restore-from was trained: torchvision (RGB, stride in the 3x3 convolutions), caffe (BGR, in "
+        "the first 1x1) or one of the other pairs; auto tells by its numbers",
     )
     group.add_argument("--not-restore-last", action="store_true", help="leave the head of --restore-from out")
     group.add_argument(

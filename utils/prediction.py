@@ -41,7 +41,7 @@ def open_trained_net(args: Namespace) -> tuple[Net, Weights, list[str]]:
     if path == TRAINED_WEIGHTS and not Path(TRAINED_WEIGHTS).exists():
         advice = "train with `python train.py`, see `python scripts/download.py list`, or pass --restore-from"
         raise UserError(f"{TRAINED_WEIGHTS} does not exist: {advice}")
-    net, weights, report = load_init(path, net=args.net, backbone=args.backbone, atrous_rates=args.atrous_rates)
+    net, weights, report = load_init(path, args.abn, net=args.net, backbone=args.backbone, atrous_rates=args.atrous_rates)
     rates, asked = weights.config.get("atrous_rates"), net.config.get("atrous_rates")
     if report.missing and rates and asked and list(rates) != list(asked):
         of_file, of_option = (",".join(map(str, values)) for values in (rates, asked))

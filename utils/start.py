@@ -131,7 +131,7 @@ def _begin(args: Namespace, loss: str) -> Start:
         if args.restore_from == INITIAL_WEIGHTS and not Path(INITIAL_WEIGHTS).exists():
             advice = "`python scripts/download.py list` shows how to get it"
             raise UserError(f"{INITIAL_WEIGHTS} does not exist: {advice}; --restore-from none trains from scratch")
-        weights = load_weights(args.restore_from, args.trunk)
+        weights = load_weights(args.restore_from, args.trunk, args.abn)
     num_classes, classes, line = _classes(args, weights.meta if weights else {})
     args.net = args.net or (weights.config if weights else {}).get("net", "deeplabv2")
     for name, value in NETS[args.net].defaults.items():

@@ -3,10 +3,11 @@
 from deeplab.weights.apply import LoadReport, apply_weights, build_net, load_net
 from deeplab.weights.contents import CONFIG, Weights, WeightsError
 from deeplab.weights.files import check_sums
-from deeplab.weights.load import TRUNKS, load_weights
+from deeplab.weights.load import ABN, TRUNKS, load_weights
 from deeplab.weights.write import EXPORTS, export
 
 __all__ = [
+    "ABN",
     "CONFIG",
     "EXPORTS",
     "TRUNKS",

@@ -51,17 +51,18 @@ class LoadReport:
         return lines + self.notes
 
 
-def load_net(path: str | Path, batch_norm: str = "frozen") -> Net:
+def load_net(path: str | Path, batch_norm: str = "frozen", abn: str | None = None) -> Net:
     """The net that a weights file describes, with its weights, in evaluation mode on the CPU.
 
     Args:
         path: any file that :func:`deeplab.weights.load_weights` reads.
         batch_norm: one of ``deeplab.BATCH_NORM_MODES``.
+        abn: of :func:`deeplab.weights.load_weights`, for files that do not tell: ``"abs"`` or ``"signed"``.
 
     Raises:
         WeightsError: the file cannot be used, or holds no trained head.
     """
-    net, report = build_net(load_weights(path), batch_norm=batch_norm)
+    net, report = build_net(load_weights(path, abn=abn), batch_norm=batch_norm)
     if report.missing:
         raise WeightsError(f"{path}: it gives no trained head, so its net has no classes to tell; train one from it first")
     return net.eval()

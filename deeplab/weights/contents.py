@@ -6,12 +6,21 @@ from typing import Any
 
 from torch import Tensor
 
-CONFIG = ("net", "backbone", "num_classes", "atrous_rates", "stride_in_3x3", "batch_norm_eps", "stem")
-"""What a file may tell about its net: what :func:`deeplab.nets.make_net` takes."""
+CONFIG: dict[str, Any] = {
+    "net": str,
+    "backbone": str,
+    "num_classes": int,
+    "atrous_rates": (list, tuple),
+    "stride_in_3x3": bool,
+    "batch_norm_eps": float,
+    "stem": str,
+}
+"""What a file may tell about its net, and the types: what :func:`deeplab.nets.make_net` takes."""
 SNAPSHOT = "snapshot"
 """The scheme of our own files."""
 NO_PLACE = "no place in the net"
 """The reason for entries that no part of the net is waiting for."""
+OTHER_HEAD = "another net's head"
 SHOWN = 6  # names in a line
 
 
@@ -33,6 +42,7 @@ class Weights:
         meta: the meta of one of our own snapshots, else {}.
         skipped: key in the file, without a wrapper's prefix -> why it is not in ``state``.
         notes: sentences for the user.
+        bare: a ResNet that does not say how it was trained, so ``trunk`` of :func:`deeplab.weights.load_weights` may.
         seen_voc_val: why a score on VOC val means nothing for this file; "" where it means something.
         path: where it was read.
     """
@@ -43,6 +53,7 @@ class Weights:
     meta: dict[str, Any] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    bare: bool = False
     seen_voc_val: str = ""
     path: str = ""
 
@@ -66,7 +77,7 @@ def group_by_reason(skipped: Mapping[str, str]) -> list[str]:
 
 
 def some(names: Iterable[str]) -> str:
-    """The first few of the names, and how many more there are."""
-    names = list(names)
+    """The first few of the names, and how many more there are; signs that steer a terminal, which a file may hold, as ?."""
+    names = ["".join(sign if sign.isprintable() else "?" for sign in name) for name in names]
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

@@ -1,6 +1,7 @@
 """From a weights file to :class:`Weights`: read, recognised, brought to the canonical names and checked."""
 
 import fnmatch
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 
 from deeplab.deeplabv2 import ATROUS_RATES
-from deeplab.resnet import BACKBONES, Bottleneck
+from deeplab.resnet import BACKBONES, MARK, Bottleneck
 from deeplab.weights.caffemodel import CaffeModel
 from deeplab.weights.contents import NO_PLACE, SNAPSHOT, Weights, WeightsError, some
 from deeplab.weights.files import check_sums, read_numpy, read_safetensors, read_torch
@@ -27,10 +28,12 @@ from deeplab.weights.names import (
     toolbox_head_shapes,
     trunk_shapes,
 )
-from deeplab.weights.schemes import CONVERTED_TO_TENSORFLOW, from_caffe, from_tensorflow, from_torch
+from deeplab.weights.schemes import CONVERTED_TO_TENSORFLOW, from_caffe, from_tensorflow, from_torch, is_name, settle_abn
 
-TRUNKS = ("auto", "torchvision", "caffe")
+TRUNKS = ("auto", "torchvision", "caffe", "rgb-1x1", "bgr-3x3")
 """What a bare ResNet can be taken for."""
+ABN = ("abs", "signed")
+"""What its batch norms may do with a weight below zero."""
 
 _SEEN_VOC_VAL = (  # copies of the official train2 model; kazuto1011's release ...-vocaug-20000.pth is another, honest one
     "train2_iter_20000.caffemodel",
@@ -46,9 +49,10 @@ _UNTRAINED_HEADS = (
     "deeplab_resnet_init.*",
 )
 _DEPTH = 6  # of dictionaries in dictionaries
+_LARGEST_HEAD = 255 * 2048 * 9  # numbers in one branch
 
 
-def load_weights(path: str | Path, trunk: str = "auto") -> Weights:
+def load_weights(path: str | Path, trunk: str = "auto", abn: str | None = None) -> Weights:
     """Read a weights file of any known scheme; the scheme is told by keys and shapes.
 
     Known are: bare or prefixed DeepLab-ResNet state dictionaries, the two-level ones of AdaptSegNet and ADVENT, kazuto1011's,
@@ -57,24 +61,30 @@ def load_weights(path: str | Path, trunk: str = "auto") -> Weights:
 
     Args:
         trunk: what to take a bare ResNet under torchvision's names for: ``"torchvision"`` (normalised RGB pictures, stride in
-            the 3x3 convolutions), ``"caffe"`` (mean-subtracted BGR of 0..255, stride in the first 1x1) or ``"auto"``: what
-            its first layer tells. A file that says what it is may be asked for that alone.
+            the 3x3 convolutions), ``"caffe"`` (mean-subtracted BGR of 0..255, stride in the first 1x1), ``"rgb-1x1"`` and
+            ``"bgr-3x3"`` (the other two pairs) or ``"auto"``: what its first layer tells. A file that says what it is may be
+            asked for that alone.
+        abn: what the batch norms of a trunk with a deep stem make of their weights: ``"abs"`` (|weight| + 1e-5, as
+            InPlace-ABN), ``"signed"`` (the weight as it is) or None: what the file says; it is refused where it does not and
+            has weights below zero.
 
     Raises:
         WeightsError: missing, damaged, no weights, numbers that are none, or weights that cannot fit a DeepLab-v2; one sentence
             with the path.
     """
     path = Path(path)
+    if trunk not in TRUNKS or abn not in (None, *ABN):
+        raise ValueError(f"trunk {trunk!r} or abn {abn!r} is unknown; choose of {', '.join(TRUNKS)} and {', '.join(ABN)}")
     try:
         weights = _read(path, trunk)
         weights.path = str(path)
         style = "torchvision" if weights.config.get("stride_in_3x3") else "caffe"
-        bare = find_stem(weights.state) == "deep" and not find_net(weights.state)  # whose stride does not tell its input
-        if trunk not in ("auto", style) and not bare:
+        if trunk not in ("auto", style) and not weights.bare:
             raise WeightsError(f"it is a {weights.scheme}, which is {style}'s in kind and not {trunk}'s; leave --trunk out")
         found = _keep_the_net(weights)
         classes = _judge_head(weights, path.name)
         _compare_with_meta(weights, found | classes)
+        settle_abn(weights, abn)
         _refuse_bad_numbers(weights)
     except WeightsError as error:
         text = "".join(sign if sign.isprintable() else "?" for sign in str(error))  # names in a damaged file hold anything
@@ -124,13 +134,21 @@ def _find_state(content: Any) -> tuple[Mapping[Any, Any], Mapping[str, Any]]:
             f"it holds {len(found)} state_dicts ({some(names)}), and which is meant only you can say; save that one alone, "
             f"as in torch.save(torch.load(PATH){index}, OUT)"
         )
-    return found[0][1], {}
+    return found[0][1], _marked(found[0][1])
+
+
+def _marked(state: Mapping[Any, Any]) -> Mapping[str, Any]:
+    """What our nets say of themselves in the metadata of their state_dict, whatever they were wrapped in; {} of others."""
+    metadata = getattr(state, "_metadata", None)
+    entries = metadata.values() if isinstance(metadata, Mapping) else ()
+    marks = [entry[MARK] for entry in entries if isinstance(entry, Mapping) and isinstance(entry.get(MARK), Mapping)]
+    return marks[0] if len(marks) == 1 else {}
 
 
 def _state_dicts(where: tuple[Any, ...], value: Any) -> Iterator[tuple[tuple[Any, ...], Mapping[Any, Any]]]:
     """The dictionaries in ``value`` that hold tensors under dotted names, an optimiser's left out, and the way to each."""
     if isinstance(value, Mapping):
-        if any(torch.is_tensor(entry) and "." in str(key) for key, entry in value.items()):
+        if any(torch.is_tensor(entry) and is_name(key) for key, entry in value.items()):
             yield where, value
         entries = [(key, entry) for key, entry in value.items() if not str(key).lower().startswith("optim")]
     elif isinstance(value, (list, tuple)):
@@ -157,10 +175,11 @@ def _keep_the_net(weights: Weights) -> dict[str, str]:
         weights.skipped[key] = NO_PLACE
         del state[key]
     for key, tensor in state.items():
+        most = math.prod(shapes[key]) if key in shapes else _LARGEST_HEAD if HEAD_KEY.match(key) else 1
+        if tensor.numel() > most:  # views of one number can be of any size
+            raise WeightsError(f"its {key} is {tuple(tensor.shape)}; expected at most {most} numbers")
         if tensor.is_floating_point():
             state[key] = tensor.float()
-        elif not is_counter(key, shapes):
-            raise WeightsError(f"its {key} is of type {tensor.dtype}; expected floating point")
     return {"backbone": backbone, "stem": stem}
 
 
@@ -180,6 +199,8 @@ def _judge_head(weights: Weights, filename: str) -> dict[str, Any]:
     if net in ("deeplabv3", "pspnet"):
         return {"net": net, "num_classes": _check_toolbox_head(weights, net)}
     count, classes = head_shape(weights.state)
+    if count and not 1 <= classes <= 255:
+        raise WeightsError(f"its head has {classes} classes; expected 1..255")
     reason = ""
     if count and weights.scheme != SNAPSHOT:
         if any(fnmatch.fnmatchcase(filename, pattern) for pattern in _UNTRAINED_HEADS):

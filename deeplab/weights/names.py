@@ -18,6 +18,7 @@ from deeplab.weights.contents import WeightsError, some
 HEAD_KEY = re.compile(r"layer5\.conv2d_list\.(\d+)\.(weight|bias)$")
 
 _WRAPPERS = ("module.", "_orig_mod.", "Scale.", "base.")  # DataParallel, torch.compile, isht7's and kazuto1011's MSC modules
+_INNER_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")  # around a part
 _FIRST_BLOCK = re.compile(r"(.*\.)(?:layer1\.0\.conv1|layer2\.block1\.reduce\.conv)\.weight$")
 _TRUNK_KEY = re.compile(r"(conv[123]|bn[123]|layer[1-4])\.")
 _TOOLBOX_HEAD = re.compile(r"(head|dsn)\.")
@@ -32,7 +33,7 @@ _CAFFE_TRUNK = re.compile(r"(res|bn|scale)[2-5][a-z]\d*_?\w*$")
 
 def strip_wrappers(keys: Iterable[str]) -> dict[str, str]:
     """Remove what all keys begin with because the net was saved inside other modules; {key: bare key}."""
-    bare = {key: key for key in keys}
+    bare = {key: _INNER_WRAPPERS.sub("", key) for key in keys}
     while prefix := next((p for p in _WRAPPERS if bare and all(name.startswith(p) for name in bare.values())), None):
         bare = {key: name[len(prefix) :] for key, name in bare.items()}
     others = {match[1] for name in bare.values() if (match := _FIRST_BLOCK.match(name))}
@@ -146,6 +147,24 @@ def find_net(keys: Iterable[str]) -> str:
     starts = {"layer5.conv2d_list.": "deeplabv2", "head.0.conv5.": "deeplabv3", "head.0.stages.": "pspnet"}
     keys = list(keys)
     return next((net for start, net in starts.items() if any(key.startswith(start) for key in keys)), "")
+
+
+def other_head(keys: Iterable[str]) -> list[str]:
+    """What lies outside the trunk and belongs to a head that none of our nets has; one of ours with more in it is none.
+
+    Examples are ProDA's ``layer5.conv2d_list.0.0.weight``, CCNet's ``head.conva.0.weight``, and ``bn_pretrain``, a batch norm
+    that ProDA puts before the head.
+    """
+    outside = [key for key in keys if not in_trunk(key)]
+    net = find_net(outside)
+    if net in ("deeplabv3", "pspnet"):
+        known, starts = set(toolbox_head_shapes(net, "resnet18", 1)), ("head.", "dsn.")
+    elif any(map(HEAD_KEY.match, outside)):
+        known, starts = {key for key in outside if HEAD_KEY.match(key)}, ("layer5.", "bn_pretrain.")
+    else:
+        return outside
+    head = [key for key in outside if key.startswith(starts)]
+    return [] if all(key in known or is_counter(key, known) for key in head) else head
 
 
 def find_stem(keys: Iterable[str]) -> str:
