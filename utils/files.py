@@ -37,6 +37,7 @@ _KINDS: dict[str, tuple[bytes, bytes, tuple[int, ...]]] = {  # suffix: how a fil
 _KINDS |= {".jpeg": _KINDS[".jpg"], ".npz": _KINDS[".zip"], ".pt2": _KINDS[".zip"], ".gz": _KINDS[".tgz"]}
 _JSON = rb'\s*\{\s*"made_by"\s*:\s*"%s"' % _MARK  # of all other suffixes
 
+LONGEST_PATH = 4095  # bytes, on Linux
 _KEPT = 100  # bytes of a name that its temporary file keeps
 # .<end of a name>.<hash>.<random>.tmp, and .<name>.<process>.tmp as earlier versions wrote
 _TORN = re.compile(r"\.(.+?)\.(?:([0-9a-f]{8})\.[0-9a-f]{8}|\d+)\.tmp(?:\.mp4)?", re.DOTALL)
@@ -164,6 +165,11 @@ def check_outputs(outputs: Iterable[Output], inputs: Iterable[str | Path], data_
             would replace a file of other origin, is another output too, or cannot be written.
     """
     outputs = list(outputs)
+    for output in outputs:
+        if len(os.fsencode(output.path)) > LONGEST_PATH:  # looked up folder by folder, it would take minutes
+            raise DiskError(
+                f"{output.option}: {output.content} would be written to {str(output.path)[:100]}...: File name too long"
+            )
     read = {_identity(path): path for path in inputs}
     data = {_identity(folder): folder for folder in data_folders}
     parents = dict.fromkeys(output.path.parent for output in outputs)
