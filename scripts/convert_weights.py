@@ -89,7 +89,7 @@ def check_target(source: Path, target: Path, scheme: str, force: bool) -> None:
 def snapshot_meta(meta: dict, args: argparse.Namespace) -> dict:
     """A snapshot's meta with all the entries that train.py writes, and how a file was read that does not tell."""
     from dataset import MEAN_BGR
-    from utils.checkpoint import VERSION
+    from deeplab.weights import VERSION
 
     asked = {"trunk": args.trunk, "abn": args.abn}
     return {"classes": None, "mean": list(MEAN_BGR), "step": 0, "args": asked, "version": VERSION} | meta

@@ -6,7 +6,6 @@ A RUN is the folder of its log.jsonl, or that file. Several runs are drawn over 
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,18 +51,13 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: there is no log, or nothing in it.
     """
+    from utils.log import log_entries  # loads torch, which --help can do without
+
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); expected the log.jsonl of a training run") from None
-    lines = []
-    for line in text.split("\n"):
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and "step" in entry:
-            lines.append(entry)
+    lines = [entry for _, entry in log_entries(text)]
     if not lines:
         raise UserError(f"{path} holds no step; expected the log.jsonl of a training run that has begun")
     return lines
@@ -71,7 +65,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def points(lines: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """The steps at which ``name`` was logged, and its values."""
-    known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    from utils.log import is_number
+
+    known = [(line["step"], line[name]) for line in lines if is_number(line.get(name))]
     return [step for step, _ in known], [value for _, value in known]
 
 
@@ -79,13 +75,15 @@ def draw(runs: dict[str, list[dict[str, Any]]], output: Path) -> None:
     """One plot below the other, of what occurs in any run.
 
     Raises:
-        UserError: matplotlib is not installed.
+        UserError: there is nothing to draw, or matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError(f"the curves need matplotlib ({error}); pip install matplotlib") from None
-    shown = [name for name in CURVES if any(name in line for lines in runs.values() for line in lines)]
+    shown = [name for name in CURVES if any(points(lines, name)[0] for lines in runs.values())]
+    if not shown:
+        raise UserError(f"{', '.join(runs)}: the logs hold no loss, rate or score to draw; expected those of training runs")
     figure = Figure(figsize=(8, 2.8 * len(shown)), layout="constrained")
     for axes, name in zip(figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0], shown):
         for run, lines in runs.items():

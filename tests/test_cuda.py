@@ -2,6 +2,7 @@
 
 import os
 import signal
+from functools import wraps
 
 import pytest
 import torch
@@ -132,6 +133,7 @@ def ending_after(steps: int):
     """A single-scale loss that asks for a stop in step ``steps``."""
     calls = 0
 
+    @wraps(single_scale_loss)
     def single(net, images, labels, **options):
         nonlocal calls
         calls += 1
@@ -139,5 +141,4 @@ def ending_after(steps: int):
             os.kill(os.getpid(), signal.SIGTERM)
         return single_scale_loss(net, images, labels, **options)
 
-    single.__name__ = "single_scale_loss"
     return single

@@ -362,8 +362,11 @@ def planted_number(losses):
 
 @pytest.mark.parametrize("fault", [planted_item, planted_cpu, planted_constant, planted_mixture, planted_number])
 def test_planted_faults_in_training_are_noticed(fault, toy_voc, tmp_path, on_meta):
+    def loss(*args, **options):
+        return fault(single_scale_loss(*args, **options))
+
     with pytest.raises((AssertionError, RuntimeError, NotImplementedError), match=r"meta|device|host"):
-        on_meta(train, toy_voc, tmp_path, *STEP, loss=lambda *args, **options: fault(single_scale_loss(*args, **options)))
+        on_meta(train, toy_voc, tmp_path, *STEP, loss=loss)
 
 
 @pytest.fixture

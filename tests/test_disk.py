@@ -4,7 +4,7 @@ The disk is made full by a limit on the size of files (RLIMIT_FSIZE), past which
 """
 
 import shutil
-from functools import partial
+from functools import partial, wraps
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from tests.test_training import SCRATCH, log_lines, model, train
 from utils import checkpoint, files, validation
 from utils.checkpoint import Snapshots
 from utils.files import DiskError
+from utils.lock import FolderLock
 from utils.log import RunLog
 from utils.schedule import GuardedSGD
 from utils.video import VideoFile
@@ -40,12 +41,13 @@ def _unlimited():
 def at(acts: dict):
     """The loss, before whose n-th call ``acts[n]()`` is done."""
 
+    @wraps(single_scale_loss)
     def loss(*args, **options):
         loss.calls += 1
         acts.get(loss.calls, lambda: None)()
         return single_scale_loss(*args, **options)
 
-    loss.calls, loss.__name__ = 0, "single_scale_loss"
+    loss.calls = 0
     return loss
 
 
@@ -108,7 +110,7 @@ def test_the_best_net_that_cannot_be_saved_is_not_the_best(toy_voc, tmp_path, mo
 def test_lines_of_the_log_wait_for_space(tmp_path, capsys):
     """Half a line that was written is taken back; TensorBoard gives up."""
     options = {"num_steps": 9, "batch_size": 1, "iter_size": 1, "tensorboard": True}
-    with RunLog(tmp_path, options) as run:
+    with RunLog(FolderLock(tmp_path), options) as run:
         for step in range(1, 6):
             limit(
                 {2: (tmp_path / "log.jsonl").stat().st_size + 20, 4: None}.get(

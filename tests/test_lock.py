@@ -1,7 +1,9 @@
 """Two runs, one folder: the second is refused by name, and what a killed run left of its lock is recognised."""
 
 import errno
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,18 +11,19 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tests.test_training import SCRATCH, train
+from tests.test_disk import at
+from tests.test_training import SCRATCH, log_lines, train
 from utils import lock
 from utils.command import UserError
-from utils.lock import HOLDER, LOCK, one_run
+from utils.lock import HOLDER, LOCK, FolderLock
 
 RUN = [*SCRATCH, "--num-steps", "1"]
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from utils.lock import one_run
+from utils.lock import FolderLock
 
-with one_run(Path(sys.argv[1])):
+with FolderLock(Path(sys.argv[1])):
     if sys.argv[2:] and not os.fork():
         time.sleep(0.5)
         os._exit(0)
@@ -58,7 +61,7 @@ def test_a_lock_ends_with_its_run(tmp_path):
     (tmp_path / "a").mkdir()
 
     def fail() -> None:
-        with one_run(tmp_path / "a/b/c") as line:
+        with FolderLock(tmp_path / "a/b/c") as line:
             assert line == ""
             raise ZeroDivisionError
 
@@ -68,14 +71,14 @@ def test_a_lock_ends_with_its_run(tmp_path):
     first = held(tmp_path / "a")
     first.communicate("\n")
     assert first.returncode == 0
-    with one_run(tmp_path / "a") as line:
+    with FolderLock(tmp_path / "a") as line:
         assert line == ""
 
 
 def test_of_another_machine_nobody_can_be_sure(tmp_path):
     """Some network disks lock for each machine alone."""
     (tmp_path / HOLDER).write_text('{"host": "elsewhere", "pid": 7}')
-    with one_run(tmp_path) as line:
+    with FolderLock(tmp_path) as line:
         assert line.endswith(
             "7 on elsewhere when that was killed: its lock is taken over; if it still runs there, stop this run"
         )
@@ -89,7 +92,7 @@ def test_forked_helpers_do_not_keep_the_lock_of_a_killed_run(tmp_path):
     first.wait()
     first.stdin.close()
     first.stdout.close()
-    with one_run(tmp_path) as line:
+    with FolderLock(tmp_path) as line:
         assert f"process {first.pid} on" in line
 
 
@@ -103,3 +106,51 @@ def test_where_nothing_can_be_locked_the_run_goes_on(error, toy_voc, tmp_path, m
     reason = "No locks available" if isinstance(error, OSError) else "no flock here"
     assert f"s cannot be locked ({reason}): see to it that no other run writes there" in capsys.readouterr().out
     assert (tmp_path / "s/VOC12_scenes_1.pth").exists()
+
+
+@pytest.mark.parametrize("how", ["lock deleted", "folder made anew", "folder made anew by a run that has ended"])
+def test_a_run_whose_folder_another_one_has_writes_nothing_more(how, toy_voc, tmp_path):
+    folder, others = tmp_path / "s", []
+
+    def come() -> None:
+        (folder / LOCK).unlink() if how == "lock deleted" else shutil.rmtree(folder)
+        others.append(held(folder))
+        (folder / "last.ckpt").write_bytes(b"the other's")
+        (folder / "log.jsonl").write_bytes(b"the other's")
+        if "ended" in how:
+            (folder / "args.json").write_bytes(b"the other's")
+            others[0].communicate("\n")
+
+    name = "another run" if "ended" in how else r"process \d+ on .*"
+    with pytest.raises(UserError, match=rf"s was deleted, or its \.run\.lock, and {name} has it now; nothing more of this run"):
+        train(toy_voc, folder, *RUN, "--num-steps", "3", "--save-pred-every", "2", loss=at({2: come}))
+    assert (folder / "last.ckpt").read_bytes() == (folder / "log.jsonl").read_bytes() == b"the other's"
+    assert not list(folder.glob("*.pth"))
+    if "ended" not in how:
+        assert json.loads((folder / HOLDER).read_text())["pid"] == others[0].pid
+        with pytest.raises(UserError, match="is in use by process"):  # the first one's end has not let go of it
+            train(toy_voc, folder, *RUN)
+        others[0].communicate("\n")
+
+
+@pytest.mark.parametrize("deleted", [[LOCK], [LOCK, HOLDER, "args.json"]])
+def test_a_lock_that_was_deleted_is_taken_again(deleted, toy_voc, tmp_path, monkeypatch):
+    """Where nobody else has come; from the next save on the folder is held as before."""
+    folder, tried = tmp_path / "s", []
+    monkeypatch.setattr(lock, "PATIENCE", 0.1)
+
+    def delete() -> None:
+        for name in deleted:
+            (folder / name).unlink()
+
+    def refused() -> None:
+        with pytest.raises(UserError, match=f"s is in use by process {os.getpid()} on"):
+            FolderLock(folder).__enter__()
+        tried.append(True)
+
+    loss = at({2: delete, 4: refused})
+    assert train(toy_voc, folder, *RUN, "--num-steps", "4", "--save-pred-every", "2", loss=loss) == 0
+    assert tried
+    assert {path.name for path in folder.glob("*.pth")} == {"VOC12_scenes_2.pth", "VOC12_scenes_4.pth"}
+    assert [line["step"] for line in log_lines(folder)] == [1, 2, 3, 4]
+    assert not list(folder.glob(".*"))

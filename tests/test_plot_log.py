@@ -60,3 +60,29 @@ def test_what_is_no_log_is_a_sentence(run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="pip install matplotlib"):
         plot_log.main([str(run), "-o", str(tmp_path / "a.png")])
     assert (run / "log.jsonl").read_bytes() == before
+
+
+def test_damaged_lines_are_left_out(tmp_path):
+    """Whatever they hold; what is left is drawn, and nothing at all is a sentence."""
+    pytest.importorskip("matplotlib")
+    path, output = tmp_path / "log.jsonl", str(tmp_path / "a.png")
+    steps = [
+        '"2"',
+        "[1]",
+        "true",
+        "-1",
+        "null",
+        "NaN",
+        "1" + "0" * 400,
+        "1" + "0" * 5000,
+        '2, "seconds": "x"',
+        '2, "seconds": NaN',
+    ]
+    bad = ["[" * 100000, "5", '"x"', "\xff", "", *(f'{{"step": {step}}}' for step in steps)]
+    path.write_bytes("\n".join([*bad, json.dumps(LINES[0])]).encode("latin-1"))
+    assert plot_log.read_log(path) == LINES[:1]
+    path.write_text('{"step": 3, "loss": "x", "lr": [1], "val_mean_iou": {}}\n{"step": 4, "loss": 1' + "0" * 400 + "}")
+    with pytest.raises(UserError, match="hold no loss, rate or score to draw"):
+        plot_log.main([str(tmp_path), "-o", output])
+    path.write_text(path.read_text() + "\n" + json.dumps(LINES[0]))
+    assert plot_log.main([str(tmp_path), "-o", output]) == 0

@@ -16,6 +16,7 @@ from tests.conftest import TOY_CLASSES, TOY_SIZES
 from tests.test_evaluation import evaluate, naive_scores, scores, snapshot  # noqa: F401
 from utils import report
 from utils.command import UserError
+from utils.comparison import open_other
 from utils.samples import Sample
 from utils.visualize import Classes
 
@@ -215,3 +216,30 @@ def test_a_picture_of_void_has_no_iou(toy_voc, snapshot, tmp_path):  # noqa: F81
     assert ious[-1] == ""
     assert all(math.isfinite(float(value)) for value in ious[:-1])
     assert VOCSegmentation(toy_voc, ["toy_2"], num_classes=TOY_CLASSES).load(0)[1].min() == 255
+
+
+def test_a_damaged_report_is_not_compared_with(tmp_path):
+    """Whatever its JSON holds: negative classes would be counted as others, and numbers become names of files."""
+    record = {"id": "a", "matrix": [[0, 1, 5]], "number": 3, "layers": ["crf"]}
+    whole = {"scores": {"restore_from": "x"}, "names": ["a", "b"], "pictures": [record]}
+    folder, classes = tmp_path / "r", Classes(["a", "b"], np.zeros((256, 3), np.uint8))
+    folder.mkdir()
+
+    def opened(content: str):
+        (folder / "report.json").write_text(content)
+        return open_other(str(folder), tmp_path / "new", ["a"], classes)
+
+    assert opened(json.dumps(whole)).iou("a", 255) == 0.0
+    damaged = [{**whole, "pictures": [{**record, **change}]} for change in (
+        {"matrix": [[-1, 1, 5]]}, {"matrix": [[0, 2, 5]]}, {"matrix": [[0, 1, -5]]}, {"matrix": [[0, 1, 10**30]]},
+        {"matrix": [[0, 1, 0.5]]}, {"matrix": [[0, 1]]}, {"matrix": 7}, {"matrix": [7]}, {"matrix": [["a", "b", "c"]]},
+        {"matrix": [[True, True, True]]}, {"number": "../../x"}, {"number": 10**400}, {"number": -1}, {"layers": 5}, {"id": 5},
+        {"id": ["a"]},
+    )]  # fmt: skip
+    damaged += [{**whole, **change} for change in (
+        {"scores": None}, {"scores": []}, {"names": {"a": 1}}, {"names": [1, 2]}, {"names": "ab"}, {"pictures": {"a": 1}},
+        {"pictures": 5}, {"pictures": [5]}, {"pictures": [{"id": "a"}]},
+    )]  # fmt: skip
+    for text in [*map(json.dumps, damaged), "[]", "7", "null", "[" * 100000, "{", "\x00"]:
+        with pytest.raises(UserError, match=r"is no report|report\.json is damaged at the picture"):
+            opened(text)

@@ -3,6 +3,7 @@
 import os
 import signal
 from argparse import Namespace
+from functools import wraps
 
 import pytest
 import torch
@@ -80,13 +81,13 @@ def stopping(batches):
     """A loss that stops the run during its n-th batch."""
     seen = []
 
+    @wraps(single_scale_loss)
     def loss(*args, **options):
         seen.append(0)
         if len(seen) == batches:
             os.kill(os.getpid(), signal.SIGTERM)
         return single_scale_loss(*args, **options)
 
-    loss.__name__ = "single_scale_loss"
     return loss
 
 

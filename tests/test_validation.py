@@ -75,7 +75,7 @@ def test_what_a_killed_run_has_not_scored_is_scored_when_it_goes_on(toy_voc, tmp
         assert torch.equal(*(model(folder / "best.pth")["conv1.weight"] for folder in (whole, tmp_path / name)))
 
 
-def test_a_stop_request_leaves_a_validation(toy_voc, tmp_path, monkeypatch):
+def test_a_stop_request_leaves_a_validation(toy_voc, tmp_path, monkeypatch, capsys):
     score, seen = validation.score, []
 
     def score_and_stop(*args, finish, **options):
@@ -91,6 +91,12 @@ def test_a_stop_request_leaves_a_validation(toy_voc, tmp_path, monkeypatch):
     assert seen == ["toy_0"]
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["step"] == 3
     assert not (tmp_path / "best.pth").exists()
+    assert "saved" in capsys.readouterr().out.splitlines()[-1]
+    for _ in range(2):  # after the last step as well, and of a run that has nothing else to do
+        assert train(toy_voc, tmp_path, "--resume", "--val-every", "4") == 128 + signal.SIGTERM
+        assert torch.load(tmp_path / "last.ckpt", weights_only=True)["step"] == 4
+        assert not (tmp_path / "best.pth").exists()
+        assert "the last net is not scored; add --resume" in capsys.readouterr().out.splitlines()[-1]
     monkeypatch.undo()
     assert train(toy_voc, tmp_path, "--resume") == 0
     assert model(tmp_path / "best.pth").keys() == model(tmp_path / "VOC12_scenes_4.pth").keys()

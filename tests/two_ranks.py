@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from contextlib import nullcontext
-from functools import partial
+from functools import partial, update_wrapper
 from pathlib import Path
 from unittest.mock import patch
 
@@ -30,7 +30,7 @@ from utils import distributed, evaluation, submission
 from utils.checkpoint import make_meta, save_snapshot
 from utils.command import run_command
 from utils.files import DiskError
-from utils.lock import one_run
+from utils.lock import FolderLock
 
 STOPPED = [*SCRATCH, "--batch-norm", "frozen", "--num-steps", "5", "--save-pred-every", "2", "--learning-rate", "1e-5"]
 FROZEN = ["--batch-norm", "frozen", "--learning-rate", "1e-4", "--num-steps", "3", "--batch-size", "2"]
@@ -63,14 +63,13 @@ class Once:
     """A loss that does something in its ``call``-th call on one process."""
 
     def __init__(self, rank: int, call: int, act, loss=single_scale_loss) -> None:
+        update_wrapper(self, loss)  # to the run it is the loss that it calls
         self.loss, self.act, self.left = loss, act, call if distributed.rank() == rank else -1
 
     def __call__(self, net, images, labels, **options):
         losses = self.loss(net, images, labels, **options)
         self.left -= 1
         return self.act(losses) if self.left == 0 else losses
-
-    __name__ = "once"
 
 
 def send(number: int):
@@ -114,7 +113,7 @@ def main(toy: Path, folder: Path) -> None:
     # The disk of process 0 is full from its second step on, and for the first process the folder is in use.
     results["full"] = outcome(partial(train, toy, folder / "full", *STOPPED, loss=Once(0, 2, full)))
     limit(None)
-    with one_run(folder / "held") if rank == 0 else nullcontext():
+    with FolderLock(folder / "held") if rank == 0 else nullcontext():
         distributed.from_main(lambda: None)
         results["held"] = outcome(partial(train, toy, folder / "held", *STOPPED))
     # "Another machine": process 1 sees no checkpoint, process 0 hands it over.

@@ -16,6 +16,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
+from utils.processes import STOP_SIGNALS, is_heard
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk, of its share
 LARGEST_NUMBER = 2**31 - 1  # on a command line
 LARGEST_SIDE = 2**16 - 1  # of crops, canvases and tiles, pixels
 
@@ -34,23 +37,23 @@ def run_command(main: Callable[[], int | None]) -> None:
     status 130, a request to stop that ``main`` does not handle itself with 128 + its number, after whatever stands in a
     ``finally``. Anything else is a bug and keeps its traceback, with status 1.
     """
-    for name in ("SIGTERM", "SIGUSR1"):  # Windows lacks the second
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _exit_by_signal)
+    for number in STOP_SIGNALS:
+        if number != signal.SIGINT and is_heard(number):
+            signal.signal(number, _exit_by_signal)
     sys.stdout, sys.stderr = Shown(sys.stdout, "\n\t"), Shown(sys.stderr, "\n\t\r")
     status: int | None
     try:
         status = main() or 0
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        put(sys.stderr, "interrupted")
         status = 130
     except SystemExit as end:
         if not isinstance(end.code, int):
             raise
         status = end.code
     except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop(sys.stdout)
         status = 141
     except Exception as error:
         told, text = sentence_of(error)
@@ -59,7 +62,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         if told is None:
             traceback.print_exc()
         else:
-            print(shown(f"{os.path.basename(sys.argv[0])}: error: {text}"), file=sys.stderr)
+            put(sys.stderr, shown(f"{os.path.basename(sys.argv[0])}: error: {text}"))
         status = told or 1
     _end(status)
 
@@ -84,7 +87,7 @@ def sentence_of(error: Exception) -> tuple[int | None, str]:
 def _refused(error: OSError) -> str:
     """What the system refused, and where, in a sentence; "" where it may be a mistake of ours, such as a file that is gone."""
     if error.filename is None:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in FULL
         return f"what is printed cannot be written ({error.strerror}); free space, or print elsewhere" if full else ""
     if isinstance(error, FileNotFoundError | FileExistsError):
         return ""
@@ -116,6 +119,23 @@ class Shown:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+def put(stream: "TextIO | Shown", *lines: str) -> None:
+    """Print lines for a user who may have gone: without a reader or a terminal, what is printed from then on is dropped.
+
+    What a full disk does not take is lost as well, but the next lines are tried again.
+    """
+    try:
+        for line in lines:
+            print(line, file=stream, flush=True)
+    except OSError as error:
+        if error.errno not in FULL:
+            _drop(stream)
+
+
+def _drop(stream: "TextIO | Shown") -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _end(status: int) -> NoReturn:

@@ -11,6 +11,7 @@ from utils.command import UserError
 from utils.metrics import ConfusionMatrix, Scores
 from utils.visualize import Classes
 
+MOST_PICTURES, MOST_PIXELS = 10**9, 2**40  # of a report, of a picture
 DATA = "report.json"  # in a report's folder: the scores and a small matrix a picture
 
 
@@ -75,8 +76,12 @@ def open_other(folder: str, report: Path, ids: Sequence[str], classes: Classes) 
     try:
         content = json.loads(path.read_bytes())
         pictures = {record["id"]: record for record in content["pictures"]}
-        names = content["names"]
-    except (OSError, ValueError, KeyError, TypeError):
+        names, _ = content["names"], content["scores"].get("restore_from")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError(names)
+        if damaged := [id for id, record in pictures.items() if not _is_record(id, record, len(names))]:
+            raise UserError(f"--compare {folder}: its {DATA} is damaged at the picture {damaged[0]!r}; write that report again")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"--compare {folder} is no report: expected a folder that evaluate.py wrote with --report") from None
     if report.exists() and report.samefile(folder):
         raise UserError(f"--compare and --report are both {folder}; write the new report to another folder")
@@ -88,6 +93,24 @@ def open_other(folder: str, report: Path, ids: Sequence[str], classes: Classes) 
     if not pictures.keys() & set(ids):
         raise UserError(f"--compare {folder} has none of the {len(ids)} pictures of this evaluation; compare the same list")
     return OtherReport(Path(folder), content, pictures)
+
+
+def _is_record(id: object, record: dict[str, Any], num_classes: int) -> bool:
+    """Whether a report can have written this of a picture: counts of its classes, and, where it is shown, number and layers."""
+    number, layers, matrix = record.get("number", 0), record.get("layers", []), record["matrix"]
+    return (
+        isinstance(id, str)
+        and type(number) is int
+        and 0 <= number < MOST_PICTURES
+        and isinstance(layers, list)
+        and all(
+            [type(value) for value in entry] == [int] * 3
+            and max(entry[:2]) < num_classes
+            and min(entry) >= 0
+            and entry[2] < MOST_PIXELS
+            for entry in matrix
+        )
+    )
 
 
 def scores_of(matrices: Sequence[Sequence[Sequence[int]]], num_classes: int, ignore_label: int) -> Scores:

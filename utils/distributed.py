@@ -7,6 +7,7 @@ https://docs.pytorch.org/docs/stable/elastic/run.html.
 import hashlib
 import inspect
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.command import UserError, sentence_of
+from utils.command import UserError, put, sentence_of
 
 Value = TypeVar("Value")
 _hosts: Any = None  # the group of the processes' CPUs: what goes through it waits for no GPU
@@ -63,7 +64,7 @@ def select_device(name: str, gpu: int, tf32: bool = True, deterministic: bool = 
     if name == "auto":
         if not torch.cuda.is_available():
             if is_main():
-                print(f"no CUDA device found: running on the CPU with {torch.get_num_threads()} threads")
+                put(sys.stdout, f"no CUDA device found: running on the CPU with {torch.get_num_threads()} threads")
             return torch.device("cpu")
         name = "cuda"
     try:

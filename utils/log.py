@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils.command import UserError
+from utils.command import UserError, put
 from utils.files import end_of, is_output, remove_torn, save_json, write_atomically
-from utils.lock import HOLDER
+from utils.lock import HOLDER, FolderLock
 from utils.metrics import Scores
 from utils.visualize import save_picture
-
-FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk, of its share
 
 
 class RunLog:
@@ -36,7 +34,7 @@ class RunLog:
     TensorBoard ends.
 
     Args:
-        folder: the snapshot folder.
+        lock: of the snapshot folder; while it is lost, lines wait.
         options: the run's options, saved as ``args.json``.
         first_step: steps that are done already.
 
@@ -44,8 +42,9 @@ class RunLog:
         scored: whether the scores of the first step are in the log of before.
     """
 
-    def __init__(self, folder: Path, options: dict[str, Any], first_step: int = 0) -> None:
-        self.folder, self.path = folder, folder / "log.jsonl"
+    def __init__(self, lock: FolderLock, options: dict[str, Any], first_step: int = 0) -> None:
+        self.lock, self.folder, self.path = lock, (folder := lock.folder), lock.folder / "log.jsonl"
+        lock.check()
         remove_torn(folder, is_ours)
         remove_torn(folder / "images", lambda name: name.endswith(".png"))
         if first_step == 0:
@@ -76,18 +75,16 @@ class RunLog:
         self._board(lambda writer: writer.close())
 
     def say(self, *lines: str) -> None:
-        """Print lines, above the bar if there is one; empty ones are left out."""
-        try:
-            for line in filter(None, lines):
-                self.bar.write(line)
-            sys.stdout.flush()  # a pipe or a file is read while the run goes on
-        except OSError as error:
-            if error.errno not in FULL:
-                raise
+        """Print lines, above the bar if there is one; empty ones are left out. That nobody reads them any more ends no run."""
+        self.bar.clear()
+        put(sys.stdout, *filter(None, lines))
+        self.bar.refresh()
 
     def _write(self, line: str) -> None:
         """Add a line to ``log.jsonl``, after those that wait."""
         told, self.waiting = bool(self.waiting), self.waiting + line
+        if self.lock.lost():  # the next save says whether the folder is another run's now
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab", buffering=0) as file:
@@ -180,17 +177,30 @@ def peak_memory() -> int:
 
 def cut_log(path: Path, step: int) -> list[dict[str, Any]]:
     """Keep the lines of ``path`` up to ``step``, and return them; a line that a killed run left half written goes, too."""
-    kept, texts = [], []
-    for text in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); expected the log of this run, move it away") from None
+    kept = [(line, entry) for line, entry in log_entries(text) if entry["step"] <= step]
+    write_atomically(path, lambda file: file.write("".join(line + "\n" for line, _ in kept).encode()))
+    return [entry for _, entry in kept]
+
+
+def log_entries(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a ``log.jsonl`` that a run can have written, each with what it holds; damaged ones are left out."""
+    for line in text.split("\n"):
         try:
-            line = json.loads(text)
-            if line["step"] <= step:
-                kept.append(line)
-                texts.append(text + "\n")
-        except (ValueError, KeyError, TypeError):
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
             continue
-    write_atomically(path, lambda file: file.write("".join(texts).encode()))
-    return kept
+        known = isinstance(entry, dict) and type(entry.get("step")) is int and is_number(entry["step"])
+        if known and is_number(entry.get("seconds", 0.0)) and entry["step"] >= 0:
+            yield line, entry
+
+
+def is_number(value: object) -> bool:
+    """Whether a value from a file is a number that can be compared, added and drawn."""
+    return type(value) in (int, float) and abs(value) < 1e300  # type: ignore[arg-type]  # it is one of the two
 
 
 def is_ours(name: str) -> bool:

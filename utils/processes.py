@@ -8,7 +8,13 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows: two
+_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # Windows has the first two
+STOP_SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+
+
+def is_heard(number: int) -> bool:
+    """Whether a stop request is obeyed: a closed terminal's SIGHUP is not where it is ignored, as under ``nohup``."""
+    return number != getattr(signal, "SIGHUP", None) or signal.getsignal(number) != signal.SIG_IGN
 
 
 def start_helper() -> None:
@@ -25,9 +31,9 @@ def start_helper() -> None:
 
 def _end_with(main: BaseProcess) -> None:
     # Forked siblings hold copies of each other's pipes to the main process, so that its end may show late: ask for the
-    # parent's number too, which changes where the main process itself, not a fork server, is the parent.
+    # parent's number too, where that is the main process; a fork server, which a signal to the whole group ends, may go first.
     parent = os.getppid()
-    while not connection.wait([main.sentinel], timeout=2) and os.getppid() == parent:
+    while not connection.wait([main.sentinel], timeout=2) and (parent != main.pid or os.getppid() == parent):
         pass
     os._exit(1)
 

@@ -1,5 +1,7 @@
 """The optimiser and its learning rate, as published for DeepLab-v2."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, optim
 
@@ -29,6 +31,13 @@ class GuardedSGD(optim.SGD):
             for parameter in parameters:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.bad: Tensor = torch.zeros((), device=parameters[0].device)
+
+    def load_momentum(self, saved: dict[str, Any]) -> None:
+        """Take the momentum buffers of a ``state_dict()``; all else, the hyperparameters too, is this optimiser's own."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in enumerate(parameters):
+            if buffers := self.state.get(parameter):
+                buffers["momentum_buffer"].copy_(saved["state"][number]["momentum_buffer"])
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is ever given
         # A GradScaler puts its own finding into `found_inf` for the time of the step and removes it afterwards.

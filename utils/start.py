@@ -3,7 +3,11 @@
 Process 0 decides and reads, and hands what it found to the others: they need not see its files, and none starts elsewhere.
 """
 
-from argparse import Namespace
+import hashlib
+import json
+import sys
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +16,13 @@ import torch
 from torch import Tensor
 
 from dataset import DATASETS, count_classes, read_class_names
-from deeplab import NETS, Net, make_net
+from deeplab import NETS, Net, make_net, multi_scale_loss, single_scale_loss
 from deeplab.weights import CONFIG, build_net, load_weights
 from utils import distributed
-from utils.checkpoint import dataset_of, load_checkpoint
-from utils.command import UserError
-from utils.options import INITIAL_WEIGHTS
+from utils.checkpoint import ANEW, Misfit, compare_content, compare_meta, dataset_of, load_checkpoint, shown
+from utils.command import UserError, put
+from utils.objective import LossFunction
+from utils.options import INITIAL_WEIGHTS, training_parser
 from utils.schedule import poly_lr
 
 NET_OPTIONS = ("net", "backbone", "num_classes", "atrous_rates")
@@ -43,6 +48,7 @@ class Start:
         seen_voc_val: why the net's scores on the data set's val mean nothing, "" if they mean something.
         lines: what to tell the user.
         classes: the names of the classes, None where nobody gave them.
+        run: what tells this run's files from another's, None where it was begun before that was written.
         checkpoint: optimizer, scaler, ids (their check sum) and numbers (the steps of the snapshots that the run has
             written) of the checkpoint; {} for a new run.
     """
@@ -54,6 +60,7 @@ class Start:
     seen_voc_val: str = ""
     lines: list[str] = field(default_factory=list)
     classes: list[str] | None = None
+    run: str | None = None
     checkpoint: dict[str, Any] = field(default_factory=dict)
 
     def build_net(self) -> Net:
@@ -61,8 +68,53 @@ class Start:
         config = dict(self.config)
         with torch.device("meta"):
             net = make_net(config, config.pop("batch_norm"))
-        net.load_state_dict(self.model, assign=True)
+        net.to_empty(device="cpu")
+        net.load_state_dict(self.model)  # copied: tensors in a file may share their memory
         return net
+
+    def identify(self, ids: Sequence[str]) -> None:
+        """Settle ``run`` of a new run, from its options, its pictures and its initial weights: one command, one run."""
+        options = {name: value for name, value in self.options.items() if name not in ("snapshot_dir", "resume")}
+        digest = hashlib.sha256(json.dumps([options, list(ids)]).encode())
+        for tensor in self.model.values():
+            digest.update(tensor.numpy().tobytes())
+        self.run = digest.hexdigest()[:16]
+
+
+def loss_name(loss: LossFunction) -> str:
+    """The name of a loss function with its module, by which a resumed run is compared with the one that was begun.
+
+    Raises:
+        UserError: it has none of its own.
+    """
+    module, name = getattr(loss, "__module__", None), getattr(loss, "__qualname__", None)
+    if not module or not name or "<lambda>" in name:
+        raise UserError(
+            f"the loss function {loss!r} has no name, by which --resume could tell it from another; define it with def, at the "
+            "top of a module"
+        )
+    if module == "__main__":  # the script, which may be imported as well
+        module = Path(getattr(sys.modules[module], "__file__", None) or module).stem
+    return f"{module}.{name}"
+
+
+SCRIPTS = {loss_name(single_scale_loss): "train.py", loss_name(multi_scale_loss): "train_msc.py"}
+
+
+def compare_losses(begun: str, now: str) -> None:
+    """Raise :class:`UserError` if a run was begun with another loss function.
+
+    Args:
+        begun: its name; files of format 1 hold it without the module, and ours' bare names mean ours.
+    """
+    bare = {name.rpartition(".")[2]: name for name in SCRIPTS}
+    if "." not in begun:
+        begun = bare.get(begun) or (now if now.rpartition(".")[2] == begun and now not in SCRIPTS else begun)
+    if begun == now:
+        return
+    if begun in SCRIPTS and now in SCRIPTS:
+        raise UserError(f"--resume: the run was begun with {SCRIPTS[begun]}, not with {SCRIPTS[now]}; go on with that script")
+    raise UserError(f"--resume: the run was begun with the loss {begun}, not with {now}; go on with that one")
 
 
 def resume(args: Namespace, loss: str) -> Start | None:
@@ -70,7 +122,7 @@ def resume(args: Namespace, loss: str) -> Start | None:
 
     Args:
         args: of :func:`utils.options.training_parser`.
-        loss: the name of the loss function, which tells train.py's runs from train_msc.py's.
+        loss: see :func:`loss_name`; it tells train.py's runs from train_msc.py's.
 
     Raises:
         UserError: no or a broken checkpoint, an option that cannot change, a folder that holds another run, or processes that
@@ -88,7 +140,7 @@ def resume(args: Namespace, loss: str) -> Start | None:
         )
     if args.resume == "last" and steps[0] < 0:
         if distributed.is_main():
-            print(f"no {path} to resume from: starting at step 0")
+            put(sys.stdout, f"no {path} to resume from: starting at step 0")
         return None
     return distributed.from_main(lambda: _resume(args, loss, path))
 
@@ -170,15 +222,47 @@ def _classes(args: Namespace, meta: dict[str, Any]) -> tuple[int, list[str] | No
 def _resume(args: Namespace, loss: str, path: Path) -> Start:
     checkpoint = load_checkpoint(path)
     meta, step = checkpoint["meta"], checkpoint["step"]
-    options, lines = resumed_options(args, meta, step, loss)
+    try:
+        compare_meta(checkpoint)
+        refuse_other_values(meta["args"])
+        options, lines = resumed_options(args, meta, step, loss)
+        if step > options["num_steps"]:
+            raise Misfit(f"its step {step} is behind its last one, {options['num_steps']}")
+        config = {name: meta[name] for name in CONFIG if name in meta}
+        config["batch_norm"] = options["batch_norm"]
+        compare_content(checkpoint, config, options["momentum"], options["amp"])
+    except Misfit as misfit:
+        raise UserError(f"--resume: {path} does not fit its run: {misfit}; put a whole copy in its place, {ANEW}") from None
     options["snapshot_dir"] = str(folder := run_folder(args))
     if path.parent.resolve() != folder.resolve():
         refuse_other_run(folder)
-    config = {name: meta[name] for name in CONFIG if name in meta}
-    config["batch_norm"] = options["batch_norm"]
     kept = {name: checkpoint.get(name) for name in ("optimizer", "scaler", "ids", "numbers")}
     lines.insert(0, f"resumed from {path} at step {step}")
-    return Start(options, config, checkpoint["model"], step, meta["seen_voc_val"], lines, meta["classes"], kept)
+    seen, classes = meta.get("seen_voc_val") or "", meta.get("classes")
+    return Start(options, config, checkpoint["model"], step, seen, lines, classes, meta.get("run"), kept)
+
+
+def refuse_other_values(options: dict[str, Any]) -> None:
+    """Raise :class:`Misfit` if options from a file are none that the command line could have given."""
+    for action in training_parser("", batch_size=1, iter_size=1, snapshot_dir="")._actions:
+        value = options.get(action.dest, action.default)
+        if type(value) is type(action.default) and value == action.default:
+            continue
+        if action.nargs == 0:  # a switch
+            found = type(value) is bool
+        elif not isinstance(value, int | float | str | list | tuple):
+            found = False
+        else:
+            try:
+                text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+                taken = action.type(text) if callable(action.type) else text
+            except (ArgumentTypeError, ValueError):
+                taken = None
+            found = taken is not None and _plain(taken) == _plain(value) and value in (action.choices or [value])
+        if not found:
+            raise Misfit(f"its option {_flag(action.dest)} is {shown(value)}")
+    if any(not isinstance(name, str) for name in options):
+        raise Misfit("its options have no names")
 
 
 def resumed_options(args: Namespace, meta: dict[str, Any], step: int, loss: str) -> tuple[dict[str, Any], list[str]]:
@@ -188,7 +272,7 @@ def resumed_options(args: Namespace, meta: dict[str, Any], step: int, loss: str)
         args: ``args.given`` holds the names of the options on the command line.
         meta: of the checkpoint.
         step: steps done.
-        loss: the name of the loss function.
+        loss: see :func:`loss_name`.
 
     Returns:
         The options, and a line for each that has changed.
@@ -198,10 +282,8 @@ def resumed_options(args: Namespace, meta: dict[str, Any], step: int, loss: str)
     """
     before = {"dataset": "voc", **meta["args"], **{name: meta.get(name) for name in NET_OPTIONS}}
     before["net"] = before["net"] or "deeplabv2"  # of older checkpoints
-    scripts = {"single_scale_loss": "train.py", "multi_scale_loss": "train_msc.py"}
-    begun, asked = scripts.get(str(before.get("loss"))), scripts.get(loss)
-    if begun and asked and begun != asked:
-        raise UserError(f"--resume: the run was begun with {begun}, not with {asked}; go on with that script")
+    if before.get("loss"):
+        compare_losses(str(before["loss"]), loss)
     now = options_of(args)
     changed = {
         name: (before[name], now[name])

@@ -1,4 +1,5 @@
-"""Requests to stop: Ctrl-C, SIGTERM, and SIGUSR1, which Slurm's --signal and submitit send ahead of the time limit."""
+"""Requests to stop: Ctrl-C, SIGTERM, SIGHUP of a closed terminal, and SIGUSR1, which Slurm's --signal and submitit send ahead
+of the time limit."""
 
 import os
 import signal
@@ -7,7 +8,7 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 
 from utils import distributed
-from utils.processes import STOP_SIGNALS
+from utils.processes import STOP_SIGNALS, is_heard
 
 LAUNCHER_SECONDS = 2.0  # torchrun sends Ctrl-C on to processes that have it from the terminal already
 
@@ -26,7 +27,7 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         with suppress(ValueError):
-            self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+            self._before = {number: signal.signal(number, self._note) for number in filter(is_heard, STOP_SIGNALS)}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -43,5 +44,6 @@ class StopRequest:
         self.signal, self._time = number, now
         if distributed.is_main():
             more = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
-            # Not print(): this may run in the middle of another print.
-            os.write(2, f"\n{signal.Signals(number).name}: stopping after this step{more}\n".encode())
+            with suppress(OSError):  # the terminal has gone
+                # Not print(): this may run in the middle of another print.
+                os.write(2, f"\n{signal.Signals(number).name}: stopping after this step{more}\n".encode())

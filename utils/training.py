@@ -30,14 +30,14 @@ from utils.class_watch import ClassWatch
 from utils.command import UserError
 from utils.files import DiskError
 from utils.loader import crop_warning, fitting_workers, layout_words, make_loader, open_dataset, running, what_is_compared
-from utils.lock import one_run
+from utils.lock import FolderLock
 from utils.log import RunLog
 from utils.meter import DataWait, Meter
 from utils.meter import Diverged as Diverged  # part of what run() raises
 from utils.objective import LossFunction, Objective, loss_options
 from utils.options import shared_options
 from utils.schedule import GuardedSGD, poly_lr, set_lr
-from utils.start import SETTLED, Start, begin, resume, run_folder
+from utils.start import SETTLED, Start, begin, loss_name, resume, run_folder
 from utils.stop import StopRequest
 from utils.validation import Validation, save_panels
 from utils.visualize import Classes, class_names, make_palette
@@ -59,21 +59,26 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         Diverged: the loss is no longer a number; the snapshots are as they were.
     """
     with ExitStack() as stack:
+        loss = loss_name(loss_function)
         distributed.start()
         distributed.everywhere(lambda: settle_options(args))
         distributed.check_same(shared_options(args))
-        locked = distributed.from_main(lambda: stack.enter_context(one_run(run_folder(args))))
-        start = resume(args, loss_function.__name__)
+        lock = FolderLock(run_folder(args))
+        locked = distributed.from_main(lambda: stack.enter_context(lock))
+        start = resume(args, loss)
         args = Namespace(**start.options) if start else args
         device = distributed.everywhere(lambda: choose_device(args))
         torch.manual_seed(args.random_seed)
-        start = start or begin(args, loss_function.__name__)
+        start = start or begin(args, loss)
         for name in SETTLED:
             setattr(args, name, start.options[name])
         distributed.everywhere(lambda: check_net_options(args))
         data, data_list = distributed.everywhere(lambda: open_training_data(args))
         distributed.check_same({"kinds of device": device.type, **what_is_compared(data)})
         ids = check_ids(data.ids, start)
+        distributed.everywhere(lambda: check_classes(data, start))
+        if not start.checkpoint:
+            start.identify(data.ids)
 
         torch.backends.cudnn.benchmark = not args.deterministic  # the crops are all of one size
         net = distributed.everywhere(lambda: start.build_net().to(device).to(memory_format=torch.channels_last).train())
@@ -87,8 +92,9 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
             net.dsn.requires_grad_(False)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         if start.checkpoint:
-            optimizer.load_state_dict(start.checkpoint["optimizer"])
-            scaler.load_state_dict(start.checkpoint["scaler"])
+            optimizer.load_momentum(start.checkpoint["optimizer"])
+            scale = {name: start.checkpoint["scaler"].get(name) for name in ("scale", "_growth_tracker")}
+            scaler.load_state_dict(scaler.state_dict() | scale)
         snapshots = Snapshots(Path(args.snapshot_dir), args.keep, start.checkpoint.get("numbers") or [], data.SHORT)
         planned = -(-args.num_steps // args.save_pred_every) - start.step // args.save_pred_every
         space = distributed.from_main(lambda: snapshots.check_space(net, optimizer, planned))
@@ -108,10 +114,10 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         names = data.names or start.classes
         classes = Classes(class_names(args.num_classes, names), make_palette(data.colors))
         watch = ClassWatch(min(PICTURES_TO_JUDGE, len(data)), classes.names, args.ignore_label, fixed=bool(data.NAMES))
-        validation = Validation(args, classes, device) if args.val_every else None
+        validation = Validation(args, classes, device, start.run) if args.val_every else None
 
         def open_log() -> RunLog | None:
-            return stack.enter_context(RunLog(snapshots.folder, start.options, start.step)) if distributed.is_main() else None
+            return stack.enter_context(RunLog(lock, start.options, start.step)) if distributed.is_main() else None
 
         if log := distributed.everywhere(open_log):
             log.say(*head_lines(args, data, data_list), locked, *start.lines, note, space)
@@ -124,9 +130,10 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
 
         def meta_of_now(**more: object) -> dict:
             seen, colors = start.seen_voc_val or seen_val(data), classes.palette[: args.num_classes].tolist()
-            return make_meta(net, names, done, start.options, seen_voc_val=seen, colors=colors, **more)
+            return make_meta(net, names, done, start.options, seen_voc_val=seen, colors=colors, run=start.run, **more)
 
         def write(numbered: bool) -> str:
+            lock.check()
             state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
             problem = snapshots.save(net, meta_of_now(), numbered, **state, ids=ids)
             if log:
@@ -151,10 +158,13 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         # What a run that was killed, or whose disk was full, still lacks of its last step.
         if done and snapshot_due(done) and distributed.from_main(lambda: not snapshots.path(done).exists()):
             unsaved = save(numbered=True)
-        if done and validation and validation.due(done) and distributed.from_main(lambda: bool(log and not log.scored)):
-            broken, error = validation.run(net, done, stop, log, meta_of_now)
-            if broken:
-                distributed.raise_any(error)
+        if done and validation and validation.due(done):
+            if distributed.from_main(lambda: bool(log and log.scored)):
+                validation.scored = done
+            else:
+                broken, error = validation.run(net, done, stop, log, meta_of_now)
+                if broken:
+                    distributed.raise_any(error)
         for step in range(start.step, args.num_steps):
             with wait.reading():
                 crops, error = read(batches, args.iter_size)
@@ -193,17 +203,20 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
                 if failed := int(broken):
                     break
 
+        signal, failed = distributed.agree(stop.signal, failed)  # one that came in the last save or the last validation
         if done > saved:  # something ended the run before its last step
             if meter.steps:
                 report()
             unsaved = save(numbered=done == args.num_steps)
         if log and not unsaved:
-            log.say(last_words(args, data, done, start.step))
-        if failed:
+            unscored = bool(validation and validation.due(done) and validation.scored < done)
+            log.say(last_words(args, data, done, start.step, unscored))
+        if failed and not signal:  # what a stop leaves unread shows again when the run goes on
             distributed.raise_any(error)
         if unsaved:
             raise DiskError(f"the run ended at step {done}, which is not saved: {unsaved}; then add --resume")
     distributed.stop()
+    signal = signal or stop.signal  # one that came after the last words
     return 128 + signal if signal else 0
 
 
@@ -213,12 +226,14 @@ def seed_dropout(seed: int, step: int, batch: int) -> None:
     torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
 
-def last_words(args: Namespace, data: VOCSegmentation, done: int, began: int) -> str:
-    """What was saved, and what to do next."""
+def last_words(args: Namespace, data: VOCSegmentation, done: int, began: int, unscored: bool) -> str:
+    """What was saved, and what to do next; ``unscored`` tells that the last validation was not finished."""
     folder = Path(args.snapshot_dir)
     if done < args.num_steps:
         saved = f"saved {folder / 'last.ckpt'} at step {done} of {args.num_steps}" if done > began else "no step was finished"
         return f"{saved}; add --resume to go on" if done else f"{saved}, nothing was saved"
+    if unscored:
+        return f"all {done} steps are done and saved, but the last net is not scored; add --resume, which does that"
     if done == began:
         return f"nothing is left to do: all {done} steps are done; to train on, add a larger --num-steps"
     words = ["python", "evaluate.py", "--data-dir", args.data_dir, "--restore-from", folder / f"{data.SHORT}_scenes_{done}.pth"]
@@ -261,6 +276,16 @@ def check_ids(ids: list[str], resumed: Start | None) -> str:
     if resumed and resumed.checkpoint.get("ids") not in (None, found):
         raise UserError(f"--resume: the list of {len(ids)} pictures is not the one that the run was begun with; pass that one")
     return found
+
+
+def check_classes(data: VOCSegmentation, start: Start) -> None:
+    """Raise :class:`UserError` if the data name other classes than the run that is resumed was begun with."""
+    if start.checkpoint and start.classes and data.names and list(data.names) != start.classes:
+        name, begun = next((a, b) for a, b in zip(data.names, start.classes) if a != b)
+        raise UserError(
+            f"--resume: the run was begun with the class {begun!r} where {data.root} now names {name!r}; resume with the same "
+            "classes, or start another run with --restore-from"
+        )
 
 
 def head_lines(args: Namespace, data: VOCSegmentation, data_list: Path) -> list[str]:

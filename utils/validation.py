@@ -33,18 +33,26 @@ class Validation:
     Args:
         args: of the training; ``val_every`` and ``val_list``.
         classes: their names.
+        run: of :class:`utils.start.Start`.
+
+    Attributes:
+        scored: the step of the last net that was scored, 0 where none was.
 
     Raises:
-        UserError, DatasetError: there is no such list, or not the same in all processes.
+        UserError, DatasetError: there is no such list, or not the same in all processes; or the folder has the best snapshot
+            of another run.
     """
 
-    def __init__(self, args: Namespace, classes: Classes, device: torch.device) -> None:
+    def __init__(self, args: Namespace, classes: Classes, device: torch.device, run: str | None) -> None:
         options = Namespace(**{**vars(args), "data_list": args.val_list})
         self.data, self.data_list = distributed.everywhere(lambda: open_dataset(options, "val", args.num_classes))
         distributed.check_same({f"validation {name}": value for name, value in what_is_compared(self.data).items()})
         self.args, self.classes, self.device = args, classes, device
         self.best_path = Path(args.snapshot_dir) / "best.pth"
-        self.best = _score_of(self.best_path)
+        self.best, found = _score_of(self.best_path)
+        if self.best >= 0 and found != run:
+            raise UserError(f"{self.best_path} is another run's, and this one would replace it by a better one; move it away")
+        self.scored = 0
 
     def due(self, done: int) -> bool:
         """Whether to validate after ``done`` steps."""
@@ -70,17 +78,20 @@ class Validation:
         distributed.sum_(matrix.counts)
         scores = matrix.scores()
         if scores.mean_iou > self.best:  # the same on all processes
-            unsaved = distributed.from_main(lambda: self._save(net, make_meta(val_mean_iou=scores.mean_iou)))
+            unsaved = distributed.from_main(lambda: self._save(net, make_meta(val_mean_iou=scores.mean_iou), log))
             if log and unsaved:
                 log.say(f"WARNING: the best net so far, of step {done}, is not saved: {unsaved}")
             self.best = self.best if unsaved else scores.mean_iou
+        self.scored = done
         if log:  # a line in the log says that all of this is done
             log.scores(done, scores, self.classes.names)
             log.say(f"step {done}: mean IoU {100 * scores.mean_iou:.2f} on the {len(self.data)} pictures of {self.data_list}")
         return False, None
 
-    def _save(self, net: Net, meta: dict) -> str:
+    def _save(self, net: Net, meta: dict, log: RunLog | None) -> str:
         """Write ``best.pth``; what went wrong, else ""."""
+        if log:
+            log.lock.check()
         try:
             save_snapshot(self.best_path, net, meta)
         except DiskError as error:
@@ -142,16 +153,19 @@ def save_panels(
     return ""
 
 
-def _score_of(path: Path) -> float:
-    """The mean IoU in the meta of an earlier ``best.pth`` of the same run, on all processes alike; -1 where there is none."""
+def _score_of(path: Path) -> tuple[float, str | None]:
+    """The mean IoU and the run of an earlier ``best.pth``, by its meta, on all processes alike; -1 where there is none."""
 
-    def read() -> float:
+    def read() -> tuple[float, str | None]:
         if not path.exists():
-            return -1.0
+            return -1.0, None
         try:
             check_sums(path)
-            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            return float(content["meta"].get("val_mean_iou", -1.0))
+            meta: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["meta"]
+            score = float(meta["val_mean_iou"])
+            if not 0 <= score <= 1:
+                raise ValueError(score)
+            return score, meta.get("run")
         except Exception as error:
             raise UserError(f"{path}, the best snapshot so far, is damaged ({type(error).__name__}); move it away") from None
 

@@ -1,7 +1,7 @@
 """Every published DeepLab-ResNet weights file: recognised, brought to the canonical names, put into a net, and written back."""
 
 from deeplab.weights.apply import LoadReport, apply_weights, build_net, load_net
-from deeplab.weights.contents import CONFIG, Weights, WeightsError
+from deeplab.weights.contents import CONFIG, VERSION, Weights, WeightsError, check_version
 from deeplab.weights.files import check_sums
 from deeplab.weights.load import ABN, TRUNKS, load_weights
 from deeplab.weights.write import EXPORTS, export
@@ -11,12 +11,14 @@ __all__ = [
     "CONFIG",
     "EXPORTS",
     "TRUNKS",
+    "VERSION",
     "LoadReport",
     "Weights",
     "WeightsError",
     "apply_weights",
     "build_net",
     "check_sums",
+    "check_version",
     "export",
     "load_net",
     "load_weights",

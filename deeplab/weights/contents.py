@@ -16,6 +16,11 @@ CONFIG: dict[str, Any] = {
     "stem": str,
 }
 """What a file may tell about its net, and the types: what :func:`deeplab.nets.make_net` takes."""
+VERSION = 2
+"""Of the format of our own files, ``meta["version"]``; it rises where an older program would misread one.
+
+1: the loss function is named without its module, which an older program compares with nothing but bare names.
+"""
 SNAPSHOT = "snapshot"
 """The scheme of our own files."""
 NO_PLACE = "no place in the net"
@@ -81,3 +86,12 @@ def some(names: Iterable[str]) -> str:
     names = ["".join(sign if sign.isprintable() else "?" for sign in name) for name in names]
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
+
+
+def check_version(meta: Mapping[Any, Any]) -> None:
+    """Raise :class:`WeightsError` if one of our own files, by its meta, is of a format that this program does not know."""
+    version = meta.get("version", 1)
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise WeightsError(
+            f"it is of format {version!r}, and this program knows 1 to {VERSION}; use the program that wrote it, or a newer one"
+        )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deeplab.weights.caffemodel import CaffeModel, caffe_state
-from deeplab.weights.contents import CONFIG, NO_PLACE, OTHER_HEAD, SNAPSHOT, Weights, WeightsError, some
+from deeplab.weights.contents import CONFIG, NO_PLACE, OTHER_HEAD, SNAPSHOT, Weights, WeightsError, check_version, some
 from deeplab.weights.names import (
     HEAD_KEY,
     canonical_from_caffe,
@@ -55,6 +55,8 @@ def from_torch(content: Mapping[Any, Any], meta: Mapping[str, Any], trunk: str) 
     Args:
         trunk: see :func:`deeplab.weights.load_weights`.
     """
+    if ours := bool(meta.keys() & {"backbone", "stride_in_3x3"}):
+        check_version(meta)
     skipped = {str(key): f"no tensor ({type(value).__name__})" for key, value in content.items() if not torch.is_tensor(value)}
     tensors = [key for key in content if str(key) not in skipped]
     skipped |= {str(key): NO_PLACE for key in tensors if not is_name(key)}  # such as AveragedModel's n_averaged
@@ -75,7 +77,7 @@ def from_torch(content: Mapping[Any, Any], meta: Mapping[str, Any], trunk: str) 
         notes.append(f"the head of another net ({some(head)}) is left out: only the trunk is used, the head is untrained")
     if foreign:
         weights = _from_kazuto(state)
-    elif meta.keys() & {"backbone", "stride_in_3x3"}:
+    elif ours:
         config |= {name: meta[name] for name in CONFIG if meta.get(name) is not None}
         _refuse_odd_config(config)
         weights = Weights(state, SNAPSHOT, config, dict(meta), seen_voc_val=str(meta.get("seen_voc_val") or ""))
