@@ -1,7 +1,7 @@
 """Score a net on labelled pictures. The options, with their defaults: ``python evaluate.py --help``."""
 
 from utils.command import run_command
-from utils.evaluation_options import evaluation_parser
+from utils.evaluation.options import evaluation_parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -13,7 +13,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--submission packs the masks of pictures without labels, and takes no --save-... and no --report")
     if args.window and args.input_size:
         parser.error("--window cuts pictures into tiles of one size; leave --input-size out")
-    from utils import evaluation, submission
+    from utils.evaluation import run as evaluation
+    from utils.evaluation import submission
 
     return submission.run(args) if args.submission else evaluation.run(args)
 

@@ -1,7 +1,7 @@
 """Train DeepLab-v2, DeepLabv3 or PSPNet on one scale. The options, with their defaults: ``python train.py --help``."""
 
 from utils.command import run_command
-from utils.options import training_parser
+from utils.training.options import training_parser
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """Train on three scales and their maximum. The options, with their defaults: ``python train_msc.py --help``."""
 
 from utils.command import run_command
-from utils.options import training_parser
+from utils.training.options import training_parser
 
 
 def main(argv: list[str] | None = None) -> int:

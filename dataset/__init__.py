@@ -12,7 +12,7 @@ from dataset.classes import (
     read_class_names,
     voc_palette,
 )
-from dataset.files import DatasetError, read_image
+from dataset.images import DatasetError, read_image
 from dataset.labels import read_label
 from dataset.lists import read_ids, read_list
 from dataset.sampler import StepSampler

@@ -6,9 +6,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from dataset.classes import CITYSCAPES_CLASSES, CITYSCAPES_COLORS, IGNORE_LABEL, Color
-from dataset.files import DatasetError
-from dataset.listing import LABEL_SUFFIXES, PICTURE_SUFFIXES, Listing
-from dataset.lists import Entry, read_list
+from dataset.images import DatasetError
+from dataset.lists import LABEL_SUFFIXES, PICTURE_SUFFIXES, Entry, Listing, read_list
 from dataset.voc import VOCSegmentation
 
 NUM_IDS = 34  # label ids 0..33; -1, the license plate, is 255 in a file

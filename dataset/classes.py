@@ -7,7 +7,8 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from dataset.files import DatasetError, read_lines
+from dataset.images import DatasetError
+from dataset.lists import read_lines
 
 Color: TypeAlias = tuple[int, int, int]
 """Red, green, blue, 0..255."""

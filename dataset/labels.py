@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from dataset.classes import IGNORE_LABEL, Color, voc_colors
-from dataset.files import LARGEST, PNG_SIGNATURE, DatasetError, png_damage
+from dataset.images import LARGEST, PNG_SIGNATURE, DatasetError, png_damage
 
 TO_INDICES = "scripts/masks_to_indices.py"
 _LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")

@@ -9,10 +9,9 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from dataset.classes import IGNORE_LABEL, Color, read_class_colors, read_class_names
-from dataset.files import DatasetError, read_image, read_picture
+from dataset.images import DatasetError, read_image, read_picture
 from dataset.labels import read_label
-from dataset.listing import LABEL_SUFFIXES, PICTURE_SUFFIXES, Listing
-from dataset.lists import IMAGE_DIR, Entry, below, read_ids, read_list
+from dataset.lists import IMAGE_DIR, LABEL_SUFFIXES, PICTURE_SUFFIXES, Entry, Listing, below, read_ids, read_list
 
 __all__ = [
     "TRAIN_LISTS",

@@ -4,12 +4,12 @@ from deeplab.batch_norm import BATCH_NORM_MODES, conv_bn, kept_statistics
 from deeplab.crf import CRFParams, dense_crf
 from deeplab.deeplabv2 import ASPP, ATROUS_RATES, DeepLabV2, deeplabv2
 from deeplab.deeplabv3 import DeepLabV3
+from deeplab.inference import predict, predict_classes, predict_windows
 from deeplab.loss import LOSS_SIZES, multi_scale_loss, resize_labels, single_scale_loss
-from deeplab.multiscale import fuse_max, multiscale_logits, predict, predict_classes
+from deeplab.multiscale import fuse_max, multiscale_logits
 from deeplab.nets import NETS, Net, make_net
 from deeplab.pspnet import PSPNet
 from deeplab.resnet import BACKBONES, fold_batch_norm
-from deeplab.window import predict_windows
 
 __all__ = [
     "ASPP",

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deeplab.batch_norm import FoldedNet
-from deeplab.multiscale import check_input
+from deeplab.inference import check_input
 from deeplab.resnet import DilatedResNet, check_classes
 
 ATROUS_RATES = (6, 12, 18, 24)  # ASPP-L of the paper

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from deeplab.auxiliary import DROPOUT, FEATURES, ChannelDropout, NetWithAuxiliary, conv_bn_leaky
 from deeplab.batch_norm import Folded, Pair
+from deeplab.toolbox import DROPOUT, FEATURES, ChannelDropout, NetWithAuxiliary, conv_bn_leaky
 
 RATES = (12, 24, 36)  # of output stride 8
 

@@ -161,3 +161,18 @@ def multi_scale_loss(
 def _both(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
     """What a net gives in training: its logits, and those of an auxiliary head if it has one."""
     return output if isinstance(output, tuple) else (output, None)
+
+
+LossFunction = Callable[..., dict[str, Tensor]]
+
+
+class Objective(nn.Module):
+    """The net and its loss as one module, so that DistributedDataParallel sees one forward pass whatever the scales."""
+
+    def __init__(self, net: nn.Module, loss_function: LossFunction, **options: object) -> None:
+        super().__init__()
+        self.net, self.loss_function, self.options = net, loss_function, options
+
+    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """(N, 3, H, W) mean-subtracted BGR and (N, H, W) int64 -> the losses, scalars, ``"loss"`` among them."""
+        return self.loss_function(self.net, images, labels, **self.options)

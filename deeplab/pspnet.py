@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deeplab.auxiliary import DROPOUT, FEATURES, ChannelDropout, NetWithAuxiliary, conv_bn_leaky
 from deeplab.batch_norm import Folded, Pair
+from deeplab.toolbox import DROPOUT, FEATURES, ChannelDropout, NetWithAuxiliary, conv_bn_leaky
 
 BINS = (1, 2, 3, 6)  # a side
 

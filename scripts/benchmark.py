@@ -32,9 +32,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.device import select_device
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.command import Parser, positive, run_command, size, target_text
+from utils.argtypes import positive, size, target_text
+from utils.command import Parser, run_command
 from utils.options import BACKBONE_NAMES, NET_NAMES, add_device_options
 
 if TYPE_CHECKING:  # the parts import torch, which --help need not wait for
@@ -95,13 +98,13 @@ def run(args: argparse.Namespace, scratch: Path) -> int:
     from scripts.bench.memory import memory_rows, print_memory
     from scripts.bench.prediction import crf, evaluate
     from scripts.bench.training import data, msc, train
-    from utils import distributed
-    from utils.files import OUTPUT_MARK, Output, check_outputs, save_json
+    from utils.files import save_json
+    from utils.outputs import OUTPUT_MARK, Output, check_outputs
 
     if args.json:
         path = Path(args.json)
         check_outputs([Output("--json", path.parent, path.name, "the figures")], [])
-    device = distributed.select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
+    device = select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
     result: dict[str, Any] = {"made_by": OUTPUT_MARK, "options": dict(vars(args)), "device": measure.describe(device)}
     result["parts"] = {}
     args.device, args.data_dir = str(device), str(scratch / "images")  # for the processes that measure memory

@@ -19,8 +19,9 @@ from typing import IO, TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.command import Parser, UserError, run_command
-from utils.files import OUTPUT_MARK, Output, check_outputs, mark_zip, write_atomically
+from utils.files import write_atomically
 from utils.options import add_abn_option
+from utils.outputs import OUTPUT_MARK, Output, check_outputs, mark_zip
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +82,7 @@ def contract(num_classes: int, meta: dict[str, Any], with_preprocessing: bool) -
 
 
 def with_preprocessing(net: "torch.nn.Module") -> "torch.nn.Module":
-    """``net`` between pictures as files hold them and classes; the same numbers as ``deeplab.multiscale.predict_classes``."""
+    """``net`` between pictures as files hold them and classes; the same numbers as ``deeplab.inference.predict_classes``."""
     import torch.nn.functional as F
     from torch import Tensor, arange, nn, uint8
 

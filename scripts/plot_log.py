@@ -13,8 +13,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.command import Parser, UserError, run_command, target
-from utils.files import OUTPUT_MARK, Output, check_outputs, write_atomically
+from utils.argtypes import target
+from utils.command import Parser, UserError, run_command
+from utils.files import write_atomically
+from utils.outputs import OUTPUT_MARK, Output, check_outputs
 
 CURVES = {"loss": "loss", "lr": "base rate", "val_mean_iou": "mean IoU"}
 
@@ -51,7 +53,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: there is no log, or nothing in it.
     """
-    from utils.log import log_entries  # loads torch, which --help can do without
+    from utils.training.log import log_entries
 
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -65,7 +67,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def points(lines: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """The steps at which ``name`` was logged, and its values."""
-    from utils.log import is_number
+    from utils.training.log import is_number
 
     known = [(line["step"], line[name]) for line in lines if is_number(line.get(name))]
     return [step for step, _ in known], [value for _, value in known]

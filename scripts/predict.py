@@ -22,19 +22,23 @@ from typing import IO, TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from utils.device import select_device
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.command import Parser, UserError, below_one, default_processes, helpers, numbers, positive, run_command, target
-from utils.files import Output, check_outputs, mark_zip, write_atomically
+from utils.argtypes import below_one, helpers, numbers, positive, target
+from utils.command import Parser, UserError, default_processes, run_command
+from utils.files import write_atomically
 from utils.options import DATASETS, TRAINED_WEIGHTS, add_device_options, add_net_options, add_window_options
+from utils.outputs import Output, check_outputs, mark_zip
 
 if TYPE_CHECKING:
     import torch
 
     from deeplab import Net
     from deeplab.weights import Weights
-    from utils.crf_pool import CRFPool
-    from utils.samples import Picture
+    from utils.evaluation.crf_pool import CRFPool
+    from utils.evaluation.images import Picture
     from utils.visualize import Classes
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
@@ -91,7 +95,7 @@ def find_sources(arguments: Iterable[str]) -> tuple[list[Source], list[str]]:
     Raises:
         UserError: a path does not exist, or a folder or pattern stands for no picture.
     """
-    from dataset.listing import PICTURE_SUFFIXES
+    from dataset.lists import PICTURE_SUFFIXES
 
     found: dict[Path, Source] = {}
     lines = []
@@ -149,8 +153,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
 
     from utils import distributed
-    from utils.crf_pool import open_pool
-    from utils.prediction import check_same_work, to_device
+    from utils.evaluation.crf_pool import open_pool
+    from utils.evaluation.predict import check_same_work, to_device
 
     with ExitStack() as stack:
         # The pool comes first: where its processes are forked, they are copies of this still small one.
@@ -202,14 +206,13 @@ def open_work(args: argparse.Namespace) -> Work:
         UserError, WeightsError, DatasetError: something is missing, or does not fit.
     """
     from dataset.classes import CITYSCAPES_CLASSES
-    from utils import distributed
-    from utils.prediction import open_trained_net, snapshot_colors
+    from utils.evaluation.predict import open_trained_net, snapshot_colors
     from utils.visualize import Classes, class_names, make_palette
 
     sources, lines = find_sources(args.pictures)
     if args.probabilities and (videos := [source.path for source in sources if source.is_video]):
         raise UserError(f"--probabilities of a video ({videos[0]}) would fill the disk; leave it out, or take single frames")
-    device = distributed.select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
+    device = select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
     net, weights, loaded = open_trained_net(args)
     table = CITYSCAPES_CLASSES if args.dataset == "cityscapes" else ()
     if table and net.num_classes != len(table):
@@ -225,10 +228,10 @@ def segment(args: argparse.Namespace, work: Work, sources: list[Source], pool: "
     from tqdm import tqdm
 
     from utils import distributed
+    from utils.evaluation.images import Broken, Picture, ReadablePictures, only_one
+    from utils.evaluation.predict import checked, logits_stride, predict, prediction_options
+    from utils.evaluation.video import BrokenVideo, VideoFile, check_frames, open_video, read_frames
     from utils.loader import make_loader, running
-    from utils.prediction import checked, logits_stride, predict, prediction_options
-    from utils.samples import Broken, Picture, ReadablePictures, only_one
-    from utils.video import BrokenVideo, VideoFile, check_frames, open_video, read_frames
     from utils.visualize import blend, save_panel, save_picture, save_prediction
 
     net, device, classes = work.net, work.device, work.classes
@@ -296,7 +299,7 @@ def segment(args: argparse.Namespace, work: Work, sources: list[Source], pool: "
 
 def write_probabilities(path: Path, picture: "Picture", logits: "torch.Tensor", names: Sequence[str], stride: int) -> None:
     """Save the softmax of a picture's (C, h, w) logits, ``stride`` pixels apart, at its own size, in blocks of rows."""
-    from deeplab.multiscale import enlarge_rows
+    from deeplab.inference import enlarge_rows
 
     size = picture.image.shape[:2]
     probabilities = np.empty((len(logits), *size), dtype=np.float16)

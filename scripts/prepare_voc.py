@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataset import DatasetError, read_ids, read_list
 from scripts.data.masks import AUG_DIR, VOC_DIR, agrees, convert, read_ready, read_sbd, ready_masks, sbd_ids, set_aside
 from scripts.data.parallel import parallel_map
-from utils.command import Parser, default_processes, helpers, run_command, target
+from utils.argtypes import helpers, target
+from utils.command import Parser, default_processes, run_command
 from utils.files import remove_torn_files, write_atomically
 from utils.options import DATA_DIR
 

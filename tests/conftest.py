@@ -13,6 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from deeplab import deeplabv2
+from tests.helpers_nets import randomise_batch_norm
+from utils.checkpoint import make_meta, save_snapshot
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -88,3 +92,12 @@ def make_toy_voc(root: Path) -> Path:
     (root / "ImageSets/Segmentation/train.txt").write_text("\n".join(ids[:4]) + "\n")
     (root / "ImageSets/Segmentation/val.txt").write_text("\n".join(ids) + "\n")
     return root
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory) -> Path:
+    torch.manual_seed(1)
+    net = randomise_batch_norm(deeplabv2("resnet18", TOY_CLASSES))
+    path = tmp_path_factory.mktemp("snapshot") / "VOC12_scenes_7.pth"
+    save_snapshot(path, net, make_meta(net, ["ground", "red", "green", "blue"], 7, {}, seen_voc_val=""))
+    return path

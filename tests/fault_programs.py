@@ -19,7 +19,7 @@ from pathlib import Path
 import evaluate
 from scripts import download, prepare_voc
 from scripts.data.catalogue import Item
-from tests.test_prepare_voc import jpeg_bytes, mat_bytes, png_bytes, sbd_mask, voc_mask, write
+from tests.helpers_data import jpeg_bytes, mat_bytes, png_bytes, sbd_mask, voc_mask, write
 from utils.command import run_command
 
 

@@ -35,9 +35,10 @@ import train
 from deeplab.weights import check_sums
 from tests.conftest import ROOT, make_toy_voc
 from tests.fault_programs import Lost, Slow, bytes_of, fork, kill, make_archive, multiply, tools, undisturbed, unfinished
-from tests.test_training import SCRATCH, SMALL, log_lines
-from utils import evaluation, training  # noqa: F401
+from tests.helpers_runs import SCRATCH, SMALL, log_lines
 from utils.checkpoint import load_checkpoint
+from utils.evaluation import run as evaluation  # noqa: F401
+from utils.training import loop as training  # noqa: F401
 
 STEPS = 8
 RUN = [*SCRATCH, "--num-steps", str(STEPS), "--save-pred-every", "2", "--keep", "2", "--val-every", "4",

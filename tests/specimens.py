@@ -18,7 +18,7 @@ from safetensors.torch import save
 from scipy.io import savemat
 
 from dataset.classes import read_classes, voc_palette
-from dataset.files import read_picture
+from dataset.images import read_picture
 from dataset.labels import read_label
 from dataset.lists import read_list
 from deeplab.weights import load_weights
@@ -29,7 +29,7 @@ from tests.legacy_tar import tar_torch
 from tests.pngs import GREY, PALETTE, RGB, png
 from tests.published import caffe_bytes, kazuto_state, narrow_state, tensorflow_arrays
 from utils.checkpoint import load_checkpoint
-from utils.validation import _score_of
+from utils.training.validation import _score_of
 
 HEIGHT, WIDTH = 30, 40
 

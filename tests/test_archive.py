@@ -1,7 +1,6 @@
 """Unpacking: hostile, damaged, cut and foreign archives, and what was there before."""
 
 import contextlib
-import io
 import itertools
 import os
 import random
@@ -12,35 +11,14 @@ import pytest
 
 from scripts.data import archive
 from scripts.data.archive import unpack, unpacked
-from scripts.data.catalogue import Item
+from tests.helpers_archives import archive_item, names, tar_of
 from utils.command import UserError
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-def tar_of(path, members, mode="w:gz"):
-    """A tar of (name, content or (type, link target))."""
-    with tarfile.open(path, mode) as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            if isinstance(content, tuple):
-                info.type, info.linkname = content
-                tar.addfile(info)
-            else:
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
 
 
 def zip_of(path, members):
     with zipfile.ZipFile(path, "w") as package:
         for name, content in members:
             package.writestr(zipfile.ZipInfo(name), content)
-
-
-def archive_item(filename, **changes):
-    return Item("set", filename, "data", "", **{"unpack": "out", "holds": "out/d/x.txt"} | changes)
 
 
 @pytest.mark.parametrize(

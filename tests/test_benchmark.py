@@ -21,8 +21,8 @@ from scripts.bench import inputs, measure, prediction, reference
 from scripts.bench.inputs import make_images, open_images
 from scripts.bench.measure import Row, Runner, Table, measure_peak, run_table
 from utils.command import UserError
-from utils.files import is_output
 from utils.metrics import ConfusionMatrix
+from utils.outputs import is_output
 
 CPU = torch.device("cpu")
 TINY = ["--backbone", "resnet18", "--num-classes", "4", "--input-size", "65,65", "--device", "cpu"]

@@ -20,45 +20,21 @@ from dataset.classes import CITYSCAPES_CLASSES, CITYSCAPES_COLORS
 from deeplab import CRFParams, dense_crf, load_net, predict_windows
 from deeplab.nets import make_net
 from scripts import check_dataset, predict
-from tests.test_training import log_lines
+from tests.helpers_data import CITIES, LABEL, PICTURE, SIZE, make_toy_cityscapes, place, save
+from tests.helpers_runs import log_lines
 from utils import options
 from utils.command import UserError
-from utils.evaluation_options import evaluation_parser
-from utils.options import training_parser
-from utils.submission import CITYSCAPES_SERVER, pack
+from utils.evaluation.options import evaluation_parser
+from utils.evaluation.submission import CITYSCAPES_SERVER, pack
+from utils.training.options import training_parser
 
 # id -> train id, typed in by hand
 TRAIN_IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13, 27: 14,
              28: 15, 31: 16, 32: 17, 33: 18}  # fmt: skip
-SIZE = (48, 80)
-CITIES = {"train": ("aachen_000000_000019", "aachen_000001_000019", "bochum_000000_000313"),
-          "val": ("lindau_000000_000019", "munster_000000_000019"), "test": ("berlin_000000_000019",)}  # fmt: skip
-PICTURE, LABEL = "leftImg8bit/{0}/{1}/{2}_leftImg8bit.png", "gtFine/{0}/{1}/{2}_gtFine_labelIds.png"
-
-
-def place(pattern: str, split: str, id: str) -> str:
-    return pattern.format(split, id.split("_")[0], id)
 
 
 def to_train_ids(ids: np.ndarray) -> np.ndarray:
     return np.array([[TRAIN_IDS.get(value, 255) for value in row] for row in ids.tolist()], dtype=np.uint8)
-
-
-def save(path: Path, array: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path)
-
-
-def make_toy_cityscapes(root: Path) -> Path:
-    """Squares of all label ids on noise, in pictures of 48x80; the test pictures have no labels."""
-    rng = np.random.default_rng(0)
-    for split, ids in CITIES.items():
-        for id in ids:
-            save(root / place(PICTURE, split, id), rng.integers(0, 256, (*SIZE, 3), dtype=np.uint8))
-            labels = rng.permutation(np.resize(np.arange(34, dtype=np.uint8), 60)).reshape(6, 10)
-            if split != "test":
-                save(root / place(LABEL, split, id), np.kron(labels, np.ones((8, 8), np.uint8)))
-    return root
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from tests.test_evaluation import snapshot  # noqa: F401
+from tests.conftest import snapshot  # noqa: F401
 from utils.command import Parser, Shown, run_command, shown
 
 TRAIN = ["--backbone", "resnet18", "--num-classes", "4", "--restore-from", "none", "--num-steps", "1", "--device", "cpu"]
@@ -44,7 +44,13 @@ PATHS = [
     ("scripts.benchmark", ["memory", "--json=PATH"]),
 ]
 
-LAZY = ("multiprocessing.synchronize", "utils.submission", "utils.video", "scripts.bench.training", "torch.utils.tensorboard")
+LAZY = (
+    "multiprocessing.synchronize",
+    "utils.evaluation.submission",
+    "utils.evaluation.video",
+    "scripts.bench.training",
+    "torch.utils.tensorboard",
+)
 
 
 @pytest.fixture(autouse=True)

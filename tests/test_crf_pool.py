@@ -12,12 +12,15 @@ import pytest
 import torch
 
 from deeplab import dense_crf
-from deeplab.multiscale import enlarge
-from tests.conftest import ROOT, hear_ctrl_c
-from tests.test_evaluation import snapshot  # noqa: F401
+from deeplab.inference import enlarge
+from tests.conftest import (
+    ROOT,
+    hear_ctrl_c,
+    snapshot,  # noqa: F401
+)
 from utils.command import UserError
-from utils.crf_pool import CRFPool
-from utils.samples import Sample
+from utils.evaluation.crf_pool import CRFPool
+from utils.evaluation.images import Sample
 
 
 def pictures(count: int) -> list[tuple[Sample, torch.Tensor]]:

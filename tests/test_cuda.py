@@ -12,10 +12,10 @@ from deeplab import deeplabv2, fold_batch_norm, make_net, multi_scale_loss, pred
 from deeplab.loss import Ohem
 from scripts.bench.memory import step_memory
 from tests.conftest import TOY_CLASSES
-from tests.test_resnet import randomise_batch_norm
-from tests.test_training import SCRATCH, model, train, train_msc
-from utils.evaluation import score
-from utils.schedule import GuardedSGD
+from tests.helpers_nets import randomise_batch_norm
+from tests.helpers_runs import SCRATCH, model, train, train_msc
+from utils.evaluation.score import score
+from utils.training.optimizer import GuardedSGD
 
 pytestmark = pytest.mark.cuda
 CUDA = "cuda"

@@ -12,10 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import evaluate
 from deeplab import NETS, multi_scale_loss, predict_classes, predict_windows, single_scale_loss
 from deeplab.loss import Ohem
-from tests.test_device import STEP, VARIANTS, data_of, fake_cuda, on_meta  # noqa: F401
-from tests.test_training import SCRATCH, log_lines, train, train_msc
-from utils import distributed, evaluation
+from tests.helpers_devices import STEP, VARIANTS, data_of, fake_cuda, on_meta  # noqa: F401
+from tests.helpers_runs import SCRATCH, log_lines, train, train_msc
 from utils.command import run_command
+from utils.device import select_device
+from utils.evaluation import run as evaluation
 
 TIMES = {"images_per_s", "data_wait", "seconds", "memory_mb"}
 # What raises on CUDA under torch.use_deterministic_algorithms(True), by its documentation (kthvalue by the kernel alone, and
@@ -155,10 +156,10 @@ def test_without_the_option_there_is_none(toy_voc, tmp_path, on_meta):  # noqa: 
 
 def test_it_is_switched_on_and_off(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-    distributed.select_device("cpu", 0, deterministic=True)
+    select_device("cpu", 0, deterministic=True)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert torch.are_deterministic_algorithms_enabled()
-    distributed.select_device("cpu", 0)
+    select_device("cpu", 0)
     assert not torch.are_deterministic_algorithms_enabled()
 
 

@@ -1,27 +1,22 @@
 """What a GPU is spared, held without one: how much is launched, nothing read back, nothing sent but bytes."""
 
 import copy
-import sys
 from collections import Counter
-from contextlib import ExitStack, nullcontext
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from dataset import VOCSegmentation, read_ids
 from deeplab import deeplabv2, fold_batch_norm, multi_scale_loss, single_scale_loss
 from deeplab.weights.apply import apply_weights
-from deeplab.weights.contents import Weights
-from tests.test_resnet import naive_forward, randomise_batch_norm
-from tests.test_training import train, train_msc
-from utils import checkpoint, distributed, evaluation, prediction, training
+from deeplab.weights.weights import Weights
+from tests.helpers_devices import STEP, VARIANTS, data_of
+from tests.helpers_nets import naive_forward, randomise_batch_norm
+from tests.helpers_runs import train, train_msc
+from utils.evaluation import predict as prediction
+from utils.evaluation import run as evaluation
 
 LOSSES = {"one scale": single_scale_loss, "three scales": multi_scale_loss}
 
@@ -223,109 +218,6 @@ def test_a_compiled_net_is_compiled_once(mode):
 # ---- nothing waits for the device
 
 
-class Strict(TorchDispatchMode):
-    """Refuses what would make the host wait for a device, or the device for the host, where meta and fake tensors let it pass.
-
-    From the host to the device only bytes go, the pictures and their labels; back goes nothing, and no operator takes tensors
-    of both. Scalars of the host are the exception that torch itself makes: they travel with the launch.
-    """
-
-    def __init__(self, device: str) -> None:
-        super().__init__()
-        self.device, self.launches, self.sent = device, 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        here = [x for x in inputs if x.device.type != self.device and x.dim()]
-        there = [x for x in inputs if x.device.type == self.device]
-        name = func._schema.name
-        if here and there and not (name == "aten::copy_" and here[0] is args[1] and here[0].dtype == torch.uint8):
-            raise AssertionError(f"{name} takes tensors of two devices")
-        if name == "aten::_fused_sgd_" and self.device == "meta":  # which has no kernel for it, and nothing to compute
-            self.launches += 1
-            return None
-        result = func(*args, **kwargs)
-        outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
-        arrived = [x for x in outputs if x.device.type == self.device]
-        if there and len(arrived) < len(outputs):
-            raise AssertionError(f"{name} copies to the host")
-        if arrived and not there and here:
-            if any(x.dtype != torch.uint8 for x in here):
-                raise AssertionError(f"{name} sends {here[0].dtype} to the device")
-            self.sent += sum(x.nbytes for x in here)
-        self.launches += bool(arrived)
-        return result
-
-
-class NoConstants(TorchFunctionMode):
-    """Refuses tensors that are made of numbers of the host: each would be copied while both wait."""
-
-    def __init__(self, device: str) -> None:
-        super().__init__()
-        self.device = device
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func in (torch.tensor, torch.as_tensor, Tensor.new_tensor) and result.device.type == self.device:
-            raise AssertionError("a tensor is made on the device of numbers of the host")
-        return result
-
-
-class Unread(training.Meter):
-    """A meter that is asked for nothing, as between two lines of the log."""
-
-    def check(self) -> None:
-        pass
-
-    def means(self) -> dict[str, float]:
-        return {"loss": 0.0}
-
-
-@pytest.fixture
-def on_meta(monkeypatch):
-    """``on_meta(script, toy_voc, folder, *options)``: a real training run on meta tensors, watched from the first step on.
-
-    Returns:
-        The :class:`Strict` that watched.
-    """
-
-    def run(script, *arguments, **options) -> Strict:
-        strict, read = Strict("meta"), training.read
-        with ExitStack() as stack, monkeypatch.context() as patch:
-
-            def watched_read(*args):
-                patch.setattr(training, "read", read)
-                stack.enter_context(NoConstants("meta"))
-                stack.enter_context(strict)
-                return read(*args)
-
-            patch.setattr(training, "read", watched_read)
-            assert script(*arguments, **options) == 0
-        return strict
-
-    monkeypatch.setattr(training, "Meter", Unread)
-    monkeypatch.setattr(training, "check_weights", lambda *args: None)  # reads, once a snapshot
-    monkeypatch.setattr(checkpoint, "save_snapshot", lambda *args, **kwargs: None)
-    monkeypatch.setattr(distributed, "select_device", lambda *args: torch.device("meta"))
-    monkeypatch.setattr(distributed, "autocast", lambda device, amp: nullcontext())
-    sgd = sys.modules["torch.optim.sgd"]
-    monkeypatch.setattr(sgd, "_device_dtype_check_for_fused", lambda *args, **kwargs: None, raising=False)
-    return run
-
-
-STEP = ["--restore-from", "none", "--random-scale", "--random-mirror", "--num-steps", "2", "--log-every", "9"]
-VARIANTS = {
-    "plain": [],
-    "loss-size": ["--loss-size", "input"],
-    "iter-size": ["--iter-size", "2"],
-    "grad-checkpoint": ["--grad-checkpoint"],
-    "pspnet": ["--net", "pspnet", "--ohem"],
-    "deeplabv3": ["--net", "deeplabv3", "--one-scale-at-a-time", "--ohem"],
-    "one-scale-at-a-time": ["--one-scale-at-a-time", "--loss-size", "input", "--iter-size", "2"],
-}
-
-
 @pytest.mark.parametrize("mode", ["frozen", "stats", "full"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_training_step_waits_for_nothing(name, mode, toy_voc, tmp_path, on_meta):
@@ -367,24 +259,6 @@ def test_planted_faults_in_training_are_noticed(fault, toy_voc, tmp_path, on_met
 
     with pytest.raises((AssertionError, RuntimeError, NotImplementedError), match=r"meta|device|host"):
         on_meta(train, toy_voc, tmp_path, *STEP, loss=loss)
-
-
-@pytest.fixture
-def fake_cuda(monkeypatch):
-    """The real prediction on fake CUDA tensors, up to the copy that brings the classes to the host."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        monkeypatch.setattr(evaluation, "make_loader", lambda data, order, *args, **kwargs: [data[index] for (index,) in order])
-        monkeypatch.setattr(evaluation, "running", lambda samples: nullcontext(iter(samples)))
-        monkeypatch.setattr(evaluation, "to_host", lambda tensor: lambda: tensor)
-        monkeypatch.setattr(evaluation, "checked", lambda name, classes: np.zeros(classes.shape, dtype=np.uint8))
-        with torch.device("cuda"):
-            net = fold_batch_norm(deeplabv2("resnet18", 4).eval())
-        with Strict("cuda") as strict, NoConstants("cuda"):
-            yield net, strict
-
-
-def data_of(toy_voc) -> VOCSegmentation:
-    return VOCSegmentation(toy_voc, read_ids(toy_voc / "ImageSets/Segmentation/val.txt"), num_classes=4)
 
 
 @pytest.mark.parametrize(

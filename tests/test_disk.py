@@ -12,24 +12,18 @@ import torch
 from torch import nn
 
 from deeplab import deeplabv2, single_scale_loss
-from tests.test_resume import equal
-from tests.test_training import SCRATCH, log_lines, model, train
-from utils import checkpoint, files, validation
+from tests.helpers_runs import SCRATCH, equal, limit, log_lines, model, train
+from utils import checkpoint, files
 from utils.checkpoint import Snapshots
+from utils.evaluation.video import VideoFile
 from utils.files import DiskError
-from utils.lock import FolderLock
-from utils.log import RunLog
-from utils.schedule import GuardedSGD
-from utils.video import VideoFile
+from utils.training import validation
+from utils.training.lock import FolderLock
+from utils.training.log import RunLog
+from utils.training.optimizer import GuardedSGD
 
 resource = pytest.importorskip("resource")  # POSIX
 RUN = [*SCRATCH, "--num-steps", "4", "--save-pred-every", "1"]
-
-
-def limit(size: int | None) -> None:
-    """How long a file may become in this process from now on, in bytes; None lifts it."""
-    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size is None else size, hard))
 
 
 @pytest.fixture(autouse=True)

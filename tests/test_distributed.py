@@ -17,12 +17,26 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests.conftest import ROOT, make_toy_voc
-from tests.test_evaluation import scores, snapshot  # noqa: F401
-from tests.test_training import SCRATCH, SMALL, STEPS, command, log_lines, model, train, train_msc
+from tests.conftest import (
+    ROOT,
+    make_toy_voc,
+    snapshot,  # noqa: F401
+)
+from tests.helpers_runs import (
+    SCRATCH,
+    SMALL,
+    STEPS,
+    command,
+    log_lines,
+    model,
+    scores,
+    train,
+    train_msc,
+)
 from tests.two_ranks import FROZEN, HEADS, STOPPED, TWO_HEADS
 from utils import distributed
 from utils.command import UserError
+from utils.device import select_device
 
 
 def torchrun(script: str, *options, processes: int = 2) -> subprocess.CompletedProcess:
@@ -332,20 +346,20 @@ def four_cards(monkeypatch):
 def test_each_process_takes_a_card_of_its_own(environment, index, four_cards):
     """torchrun's and Slurm's word goes before --gpu, which is for a single process."""
     four_cards(**environment)
-    assert distributed.select_device("auto", 2) == torch.device("cuda", index)
-    assert distributed.select_device("cuda", 2) == torch.device("cuda", index)
+    assert select_device("auto", 2) == torch.device("cuda", index)
+    assert select_device("cuda", 2) == torch.device("cuda", index)
 
 
 def test_one_card_for_several_processes_is_refused(four_cards):
-    assert distributed.select_device("cuda:3", 0) == torch.device("cuda", 3)
+    assert select_device("cuda:3", 0) == torch.device("cuda", 3)
     with pytest.raises(UserError, match="CUDA device 4 was asked for, but this machine has 4"):
-        distributed.select_device("cuda", 4)
+        select_device("cuda", 4)
     four_cards(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
     with pytest.raises(UserError, match="--device cuda:0 would put 2 processes on one card"):
-        distributed.select_device("cuda:0", 0)
+        select_device("cuda:0", 0)
     four_cards(LOCAL_RANK="7")
     with pytest.raises(UserError, match="CUDA device 7"):
-        distributed.select_device("cuda", 0)
+        select_device("cuda", 0)
 
 
 def test_buffers_are_not_sent_around(monkeypatch):

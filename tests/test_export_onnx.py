@@ -10,12 +10,14 @@ import torch
 
 from dataset import to_input
 from deeplab import BACKBONES, NETS, fold_batch_norm, load_net
-from deeplab.multiscale import predict_classes
+from deeplab.inference import predict_classes
 from deeplab.resnet import BasicBlock
 from scripts import export_onnx
-from tests.conftest import ROOT
-from tests.test_evaluation import snapshot  # noqa: F401
-from tests.test_resnet import randomise_batch_norm
+from tests.conftest import (
+    ROOT,
+    snapshot,  # noqa: F401
+)
+from tests.helpers_nets import randomise_batch_norm
 from utils import files
 from utils.command import UserError
 

@@ -18,11 +18,12 @@ from PIL import Image
 from scripts.predict import write_probabilities
 from utils import files
 from utils.command import UserError
-from utils.files import OUTPUT_MARK, Output, check_outputs, remove_torn, remove_torn_files, save_json, write_atomically
-from utils.log import RunLog
-from utils.samples import Picture
-from utils.submission import CITYSCAPES_SERVER, VOC, pack
-from utils.video import VideoFile
+from utils.evaluation.images import Picture
+from utils.evaluation.submission import CITYSCAPES_SERVER, VOC, pack
+from utils.evaluation.video import VideoFile
+from utils.files import remove_torn, remove_torn_files, save_json, write_atomically
+from utils.outputs import OUTPUT_MARK, Output, check_outputs
+from utils.training.log import RunLog
 from utils.visualize import PALETTE, Classes, indexed_png, save_panel, save_picture, save_prediction
 
 

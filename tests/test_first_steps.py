@@ -12,13 +12,20 @@ import train as train_script
 from dataset import DatasetError, read_image, to_input
 from deeplab import DeepLabV2, load_net, predict_classes, single_scale_loss
 from scripts import check_dataset, predict
-from tests.conftest import save_palette_png
-from tests.test_evaluation import evaluate, snapshot  # noqa: F401
-from tests.test_resume import stopping
-from tests.test_training import log_lines, train
-from utils import evaluation, training
-from utils.evaluation_options import evaluation_parser
-from utils.options import training_parser
+from tests.conftest import (
+    save_palette_png,
+    snapshot,  # noqa: F401
+)
+from tests.helpers_runs import (
+    evaluate,
+    log_lines,
+    stopping,
+    train,
+)
+from utils.evaluation import run as evaluation
+from utils.evaluation.options import evaluation_parser
+from utils.training import loop as training
+from utils.training.options import training_parser
 
 BARE = ["--backbone", "resnet18", "--input-size", "33,41", "--batch-size", "2", "--device", "cpu", "--num-workers", "0",
         "--save-num-images", "0", "--num-steps", "1", "--learning-rate", "1e-3"]  # fmt: skip

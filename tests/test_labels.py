@@ -8,7 +8,7 @@ from PIL import Image, PngImagePlugin
 
 from dataset import DatasetError, read_class_names, read_label, voc_palette
 from dataset.classes import VOC_NAMES, read_class_colors
-from dataset.files import PNG_SIGNATURE
+from dataset.images import PNG_SIGNATURE
 from dataset.labels import BadLabel, check_palette, check_values, read_png
 from tests.pngs import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, chunk, interlaced_rows, png, rows_of
 

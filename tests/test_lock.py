@@ -11,11 +11,11 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
+from tests.helpers_runs import SCRATCH, log_lines, train
 from tests.test_disk import at
-from tests.test_training import SCRATCH, log_lines, train
-from utils import lock
 from utils.command import UserError
-from utils.lock import HOLDER, LOCK, FolderLock
+from utils.training import lock
+from utils.training.lock import HOLDER, LOCK, FolderLock
 
 RUN = [*SCRATCH, "--num-steps", "1"]
 HOLD = """

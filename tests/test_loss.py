@@ -10,7 +10,7 @@ from torch import nn
 from deeplab import LOSS_SIZES, deeplabv2, multi_scale_loss, resize_labels, single_scale_loss
 from deeplab.loss import Ohem, cross_entropy
 from deeplab.weights import ABN, TRUNKS
-from tests.test_multiscale import EveryEighth, naive_bilinear
+from tests.helpers_nets import EveryEighth, naive_bilinear
 from utils import options
 
 

@@ -7,36 +7,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deeplab import deeplabv2, fuse_max, multiscale_logits, predict
-from deeplab.multiscale import (
-    canvas_size,
-    enlarge,
-    enlarge_rows,
-    enlarge_to_classes,
-    predict_classes,
-    predict_grid,
-    scaled_size,
-)
-
-
-def naive_bilinear(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) at another size with the corners in place, one pixel at a time in float64."""
-    result = np.zeros(size)
-    for i in range(size[0]):
-        for j in range(size[1]):
-            y = i * (x.shape[0] - 1) / (size[0] - 1) if size[0] > 1 else 0.0
-            z = j * (x.shape[1] - 1) / (size[1] - 1) if size[1] > 1 else 0.0
-            y0, z0 = min(int(y), x.shape[0] - 2), min(int(z), x.shape[1] - 2)
-            top = x[y0, z0] * (1 - z + z0) + x[y0, z0 + 1] * (z - z0)
-            bottom = x[y0 + 1, z0] * (1 - z + z0) + x[y0 + 1, z0 + 1] * (z - z0)
-            result[i, j] = top * (1 - y + y0) + bottom * (y - y0)
-    return result
-
-
-class EveryEighth(nn.Module):
-    """A stand-in for the net whose logits are the picture itself at every 8th pixel: what is predicted can be worked out."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[..., ::8, ::8]
+from deeplab.inference import canvas_size, enlarge, enlarge_rows, enlarge_to_classes, predict_classes, predict_grid
+from deeplab.multiscale import scaled_size
+from tests.helpers_nets import EveryEighth, enlarged_sizes, naive_bilinear
 
 
 class NoFloat64(TorchDispatchMode):
@@ -182,20 +155,6 @@ def test_classes_of_a_picture_or_a_batch():
     assert torch.equal(predict_classes(lambda x: logits[:1], images[0]), classes[0])
     infinite = torch.full((2, 2, 2), float("inf"))
     assert (enlarge_to_classes(infinite, (9, 3)) == 255).all()
-
-
-def enlarged_sizes(monkeypatch) -> list[int]:
-    """A list that gets the number of elements of each result of ``F.interpolate`` from now on."""
-    sizes: list[int] = []
-    enlarge = torch.nn.functional.interpolate
-
-    def watched(*args, **kwargs):
-        result = enlarge(*args, **kwargs)
-        sizes.append(result.numel())
-        return result
-
-    monkeypatch.setattr(torch.nn.functional, "interpolate", watched)
-    return sizes
 
 
 def test_classes_are_taken_in_blocks_of_rows(monkeypatch):

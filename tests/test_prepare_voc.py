@@ -1,6 +1,5 @@
 """prepare_voc.py on a miniature VOC + SBD pair, from the raw files to an optimiser step."""
 
-import io
 import os
 import signal
 import subprocess
@@ -13,14 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.io import savemat
-from scipy.sparse import csc_matrix
 
 from dataset.classes import VOC_CLASSES
 from dataset.voc import DatasetError, VOCSegmentation, read_ids
 from scripts import prepare_voc
 from scripts.data.parallel import parallel_map
 from tests.conftest import hear_ctrl_c
+from tests.helpers_data import SIZES, TRAINVAL_AUG, jpeg_bytes, mat_bytes, png_bytes, sbd_mask, voc_mask, write
 from tests.pngs import PALETTE, png
 from utils.command import UserError
 
@@ -28,56 +26,6 @@ SCRIPT = Path(prepare_voc.__file__)
 VOC = {"train": ["2007_000032", "2008_000002"], "val": ["2007_000033", "2008_000007"]}
 SBD = {"train": ["2008_000002", "2008_000015", "2008_000007"], "val": ["2009_000001", "2007_000033"]}
 TRAIN_AUG = ["2007_000032", "2008_000002", "2008_000015", "2009_000001"]  # by hand: all but VOC's val
-TRAINVAL_AUG = ["2007_000032", "2007_000033", "2008_000002", "2008_000007", "2008_000015", "2009_000001"]
-SIZES = {image_id: (37 + 2 * k, 53 - 3 * k) for k, image_id in enumerate(TRAINVAL_AUG)}  # height, width
-
-
-def voc_mask(image_id):
-    """An aeroplane (1) with VOC's void border."""
-    mask = np.zeros(SIZES[image_id], dtype=np.uint8)
-    mask[8:24, 8:24] = 255
-    mask[10:22, 10:22] = 1
-    return mask
-
-
-def sbd_mask(image_id):
-    """A larger sofa (18) in its place; SBD has no border."""
-    mask = np.zeros(SIZES[image_id], dtype=np.uint8)
-    mask[7:25, 7:25] = 18
-    return mask
-
-
-def mat_bytes(mask, field="Segmentation", name="GTcls"):
-    boundaries = np.empty((20, 1), dtype=object)
-    for k in range(20):
-        boundaries[k, 0] = csc_matrix(mask.shape[:2])
-    buffer = io.BytesIO()
-    content = {"Boundaries": boundaries, field: mask, "CategoriesPresent": np.array([[18]], dtype=np.uint8)}
-    savemat(buffer, {name: content}, do_compression=True)
-    return buffer.getvalue()
-
-
-def png_bytes(mask):
-    """A palette PNG whose palette is written here by hand for the labels in use."""
-    image = Image.fromarray(mask)
-    palette = [0] * 768
-    palette[3:6], palette[54:57], palette[765:768] = (128, 0, 0), (0, 192, 0), (224, 224, 192)
-    image.putpalette(palette)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def jpeg_bytes(image_id):
-    buffer = io.BytesIO()
-    rng = np.random.default_rng(int(image_id[-6:]))
-    Image.fromarray(rng.integers(0, 256, (*SIZES[image_id], 3), dtype=np.uint8)).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def write(path, data):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data if isinstance(data, bytes) else data.encode())
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dataset import MEAN_BGR, PadCrop, RandomMirror, RandomScale, StepSampler, TrainTransform
+from deeplab.inference import canvas_size
 from deeplab.loss import resize_labels
-from deeplab.multiscale import canvas_size, scaled_size
+from deeplab.multiscale import scaled_size
 from deeplab.weights import WeightsError
 from deeplab.weights.names import (
     canonical_from_caffe,
@@ -24,7 +25,7 @@ from deeplab.weights.names import (
 )
 from tests.published import caffe_blocks, canonical_modules
 from utils.metrics import ConfusionMatrix
-from utils.schedule import poly_lr
+from utils.training.optimizer import poly_lr
 
 few = settings(deadline=None, max_examples=40, derandomize=True, database=None)
 side = st.integers(1, 60)

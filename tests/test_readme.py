@@ -1,7 +1,6 @@
 """The README's commands: each goes through its program's own parser, so that none rots."""
 
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.helpers_readme import TEXT, commands, script_and_options
 
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 # What is looked up, not run, with the reason.
 NOT_RUN = {
     "bash": "the two set-up scripts install packages; bash itself reads them",
@@ -32,22 +31,6 @@ argparse.ArgumentParser.parse_intermixed_args = ending(argparse.ArgumentParser.p
 script, *sys.argv = [sys.argv[1], *sys.argv[1:]]
 runpy.run_path(script, run_name="__main__")
 """
-
-
-def commands() -> list[str]:
-    """The commands of the README's bash blocks and of its inline code, with continued lines joined."""
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)).replace("\\\n", " ")
-    lines = [re.sub(r"\s+#.*", "", line).strip() for line in blocks.splitlines()]
-    inline = [" ".join(text.split()) for text in re.findall(r"(?<!`)`(?!`)([^`]+)`(?!`)", TEXT)]
-    starts = ("python ", "bash ", "torchrun ", "source ", "pip ", "srun ")
-    return list(dict.fromkeys(line for line in (*lines, *inline) if line.startswith(starts)))
-
-
-def script_and_options(command: str) -> tuple[str, list[str]]:
-    words = shlex.split(command)
-    place = next(i for i, word in enumerate(words) if word.endswith((".py", ".sh")))
-    options = [re.split(r"\|", word)[0].strip("[]") for word in words[place + 1 :]]  # one of the choices
-    return words[place], [word for word in options if word]
 
 
 def test_there_are_commands():

@@ -16,9 +16,9 @@ from PIL import Image
 
 from deeplab import deeplabv2, make_net
 from tests.conftest import ROOT, make_toy_voc
-from tests.test_cityscapes import make_toy_cityscapes
-from tests.test_readme import commands, script_and_options
-from tests.test_resnet import randomise_batch_norm
+from tests.helpers_data import make_toy_cityscapes
+from tests.helpers_nets import randomise_batch_norm
+from tests.helpers_readme import commands, script_and_options
 from utils.checkpoint import make_meta, save_snapshot
 
 HERE = ["--device", "cpu", "--num-workers", "0"]

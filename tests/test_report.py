@@ -12,12 +12,17 @@ import torch
 from PIL import Image
 
 from dataset import VOCSegmentation
-from tests.conftest import TOY_CLASSES, TOY_SIZES
-from tests.test_evaluation import evaluate, naive_scores, scores, snapshot  # noqa: F401
-from utils import report
+from tests.conftest import (
+    TOY_CLASSES,
+    TOY_SIZES,
+    snapshot,  # noqa: F401
+)
+from tests.helpers_nets import naive_scores
+from tests.helpers_runs import evaluate, scores
 from utils.command import UserError
-from utils.comparison import open_other
-from utils.samples import Sample
+from utils.evaluation import report
+from utils.evaluation.comparison import open_other
+from utils.evaluation.images import Sample
 from utils.visualize import Classes
 
 NASTY = ["<script>alert(1)</script>", 'red" onload="x', "green & {{ 7 * 7 }}", "blue"]

@@ -2,7 +2,6 @@ import re
 
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -10,41 +9,8 @@ from torchvision.ops import FrozenBatchNorm2d
 from deeplab import BACKBONES, BATCH_NORM_MODES, NETS, DeepLabV2, conv_bn, deeplabv2, fold_batch_norm
 from deeplab.batch_norm import fold, kept_statistics
 from deeplab.resnet import DilatedResNet
+from tests.helpers_nets import naive_forward, randomise_batch_norm
 from utils import options
-
-
-def randomise_batch_norm(net: nn.Module) -> nn.Module:
-    """Weights, biases and running statistics away from 1 and 0, so that a test notices when one is left out."""
-    generator = torch.Generator().manual_seed(3)
-    for module in net.modules():
-        if isinstance(module, (FrozenBatchNorm2d, nn.BatchNorm2d)):
-            for name, low, high in (("weight", 0.5, 1.5), ("bias", -1, 1), ("running_mean", -1, 1), ("running_var", 0.5, 2)):
-                value = getattr(module, name).data
-                value.copy_(torch.rand(value.shape, generator=generator, dtype=value.dtype) * (high - low) + low)
-    return net
-
-
-def naive_forward(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The net written out once more, with the batch norm of the textbook after each convolution."""
-
-    def norm(y, bn):
-        mean, var, weight, bias = (v[None, :, None, None] for v in (bn.running_mean, bn.running_var, bn.weight, bn.bias))
-        return (y - mean) / torch.sqrt(var + bn.eps) * weight + bias
-
-    def block(x, m):
-        shortcut = norm(m.downsample[0](x), m.downsample[1]) if m.downsample is not None else x
-        y = torch.relu(norm(m.conv1(x), m.bn1))
-        y = norm(m.conv2(y), m.bn2)
-        if hasattr(m, "conv3"):
-            y = norm(m.conv3(torch.relu(y)), m.bn3)
-        return torch.relu(y + shortcut)
-
-    x = torch.relu(norm(net.conv1(x), net.bn1))
-    x = F.max_pool2d(x, 3, 2, 1, ceil_mode=True)
-    for layer in (net.layer1, net.layer2, net.layer3, net.layer4):
-        for m in layer:
-            x = block(x, m)
-    return sum(F.conv2d(x, c.weight, c.bias, padding=r, dilation=r) for c, r in zip(net.layer5.conv2d_list, (6, 12, 18, 24)))
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])

@@ -18,8 +18,8 @@ from tests.conftest import ROOT
 from tests.legacy_tar import tar_torch
 from utils.checkpoint import _is_snapshot, load_checkpoint
 from utils.command import UserError
-from utils.start import _step_of
-from utils.validation import _score_of
+from utils.training.start import _step_of
+from utils.training.validation import _score_of
 
 
 class Evil:

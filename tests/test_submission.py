@@ -14,12 +14,14 @@ import evaluate as evaluate_script
 from dataset import DatasetError, voc_palette
 from deeplab import deeplabv2
 from scripts import predict
-from tests.conftest import TOY_SIZES
-from tests.test_evaluation import snapshot  # noqa: F401
-from tests.test_resnet import randomise_batch_norm
+from tests.conftest import (
+    TOY_SIZES,
+    snapshot,  # noqa: F401
+)
+from tests.helpers_nets import randomise_batch_norm
 from utils.checkpoint import make_meta, save_snapshot
 from utils.command import UserError
-from utils.submission import pack
+from utils.evaluation.submission import pack
 from utils.visualize import indexed_png
 
 

@@ -11,15 +11,15 @@ import torch
 import evaluate as evaluate_script
 import train_msc as train_msc_script
 from deeplab import NETS, load_net, make_net, multi_scale_loss, single_scale_loss
-from deeplab.auxiliary import ChannelDropout
+from deeplab.toolbox import ChannelDropout
 from deeplab.weights import load_weights
 from tests.conftest import TOY_CLASSES
-from tests.test_training import SMALL, log_lines, model, train
-from utils.checked_options import check_net_options, settle_options
+from tests.helpers_runs import SMALL, log_lines, model, train
 from utils.command import UserError
-from utils.options import training_parser
-from utils.start import options_of, resumed_options
-from utils.training import seed_dropout
+from utils.training.loop import seed_dropout
+from utils.training.options import settle_options, training_parser
+from utils.training.setup import check_net_options
+from utils.training.start import options_of, resumed_options
 
 NONE = ["--restore-from", "none", "--num-steps", "2"]
 

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from dataset import DatasetError
-from tests.test_evaluation import scores
-from tests.test_training import SCRATCH, log_lines, model, train
-from utils import validation
+from tests.helpers_runs import SCRATCH, log_lines, model, scores, train
 from utils.command import UserError
+from utils.training import validation
 
 OPTIONS = [*SCRATCH, "--num-steps", "4", "--save-pred-every", "4"]
 

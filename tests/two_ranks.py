@@ -24,13 +24,14 @@ import evaluate
 from deeplab import deeplabv2, single_scale_loss
 from scripts import predict
 from tests.conftest import TOY_CLASSES, save_palette_png
-from tests.test_disk import limit
-from tests.test_training import SCRATCH, STEPS, train, train_msc
-from utils import distributed, evaluation, submission
+from tests.helpers_runs import SCRATCH, STEPS, limit, train, train_msc
+from utils import distributed
 from utils.checkpoint import make_meta, save_snapshot
 from utils.command import run_command
+from utils.evaluation import run as evaluation
+from utils.evaluation import submission
 from utils.files import DiskError
-from utils.lock import FolderLock
+from utils.training.lock import FolderLock
 
 STOPPED = [*SCRATCH, "--batch-norm", "frozen", "--num-steps", "5", "--save-pred-every", "2", "--learning-rate", "1e-5"]
 FROZEN = ["--batch-norm", "frozen", "--learning-rate", "1e-4", "--num-steps", "3", "--batch-size", "2"]

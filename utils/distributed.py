@@ -7,7 +7,6 @@ https://docs.pytorch.org/docs/stable/elastic/run.html.
 import hashlib
 import inspect
 import os
-import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.command import UserError, put, sentence_of
+from utils.command import UserError, sentence_of
 
 Value = TypeVar("Value")
 _hosts: Any = None  # the group of the processes' CPUs: what goes through it waits for no GPU
@@ -39,97 +38,6 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this is the process that prints, logs and writes."""
     return rank() == 0
-
-
-def select_device(name: str, gpu: int, tf32: bool = True, deterministic: bool = False) -> torch.device:
-    """The device to run on, and how exactly it computes; to be called before anything is computed.
-
-    Args:
-        name: ``"auto"`` (CUDA where there is any, else the CPU) or a torch device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``,
-            ``"mps"``, ``"xpu"``.
-        gpu: index of the CUDA device where ``name`` does not give one. Several processes take one each, by their number on
-            the machine, whatever ``gpu`` is.
-        tf32: whether CUDA may round the factors of float32 convolutions to 10 bits; decided here, whatever torch's default.
-        deterministic: whether only algorithms are taken that give the same bits each time, as torch's documentation tells
-            (https://docs.pytorch.org/docs/stable/notes/randomness.html).
-
-    Raises:
-        UserError: the device does not exist here, or several processes are to share one.
-    """
-    torch.backends.cudnn.allow_tf32 = tf32
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # looked at when CUDA starts
-    if deterministic != torch.are_deterministic_algorithms_enabled():
-        torch.use_deterministic_algorithms(deterministic)
-    if name == "auto":
-        if not torch.cuda.is_available():
-            if is_main():
-                put(sys.stdout, f"no CUDA device found: running on the CPU with {torch.get_num_threads()} threads")
-            return torch.device("cpu")
-        name = "cuda"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name!r} is no torch device; write auto, cpu, cuda, cuda:N, mps or xpu") from None
-    if device.type == "cuda":
-        return _select_cuda(device, gpu)
-    available = {"cpu": True, "mps": torch.backends.mps.is_available(), "xpu": torch.xpu.is_available()}
-    if device.type not in available:
-        raise UserError(f"--device {name} is not supported; write auto, cpu, cuda, cuda:N, mps or xpu")
-    if not available[device.type]:
-        raise UserError(
-            f"--device {name}: this machine, or this build of torch, has no {device.type} device; try --device auto"
-        )
-    if device.type in ("mps", "xpu") and world_size() > 1:
-        raise UserError(f"--device {device.type} works in a single process only; leave torchrun out")
-    return device
-
-
-def _select_cuda(device: torch.device, gpu: int) -> torch.device:
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if world_size() > 1:
-        if device.index is not None:
-            raise UserError(
-                f"--device {device} would put {world_size()} processes on one card; write --device cuda, and choose the cards "
-                "with CUDA_VISIBLE_DEVICES"
-            )
-        index = _local_rank(count)
-    else:
-        index = gpu if device.index is None else device.index
-    if not 0 <= index < count:
-        raise UserError(
-            f"CUDA device {index} was asked for, but this machine has {count}; choose another with --gpu or --device"
-        )
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
-
-
-def _local_rank(count: int) -> int:
-    """This process's number on its machine: from torchrun, from Slurm, else by dealing the ranks out over ``count`` cards."""
-    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
-        if os.environ.get(name, "").isdecimal():
-            return int(os.environ[name])
-    return rank() % max(count, 1)
-
-
-def check_compiler(device: torch.device) -> None:
-    """Compile something tiny, so that a machine without a compiler is told before any work is done.
-
-    Raises:
-        UserError: torch.compile does not work here.
-    """
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
-    except Exception as error:  # of a dozen kinds, by what is missing
-        text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        advice = "install a C++ compiler (g++, or MSVC on Windows), or leave --compile out"
-        raise UserError(f"--compile: torch.compile does not work on this machine ({text.strip()[:200]}); {advice}") from None
-
-
-def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """The context of ``--amp``: ``"off"`` (float32), ``"bf16"`` or ``"fp16"``."""
-    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=amp != "off")
 
 
 def start(first: Callable[[], Value | None] = lambda: None) -> Value | None:

@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from dataset.classes import IGNORE_LABEL, Color, default_names, voc_palette
-from utils.files import OUTPUT_MARK, marked_jpeg, write_atomically
+from utils.files import write_atomically
+from utils.outputs import OUTPUT_MARK, marked_jpeg
 
 PALETTE = voc_palette()  # (256, 3) uint8 RGB; the void label 255 is a pale yellow
 OPACITY = 0.55  # of a colour that is laid over a picture

@@ -1,9 +1,9 @@
 """Every published DeepLab-ResNet weights file: recognised, brought to the canonical names, put into a net, and written back."""
 
 from deeplab.weights.apply import LoadReport, apply_weights, build_net, load_net
-from deeplab.weights.contents import CONFIG, VERSION, Weights, WeightsError, check_version
-from deeplab.weights.files import check_sums
 from deeplab.weights.load import ABN, TRUNKS, load_weights
+from deeplab.weights.read import check_sums
+from deeplab.weights.weights import CONFIG, VERSION, Weights, WeightsError, check_version
 from deeplab.weights.write import EXPORTS, export
 
 __all__ = [

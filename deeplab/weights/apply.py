@@ -12,9 +12,9 @@ from torch import Tensor
 
 from deeplab.nets import Net, make_net
 from deeplab.resnet import BACKBONES, Bottleneck
-from deeplab.weights.contents import NO_PLACE, Weights, WeightsError, group_by_reason, some
 from deeplab.weights.load import load_weights
 from deeplab.weights.names import in_head
+from deeplab.weights.weights import NO_PLACE, Weights, WeightsError, group_by_reason, some
 
 _STEMS = {"7x7": "one 7x7 convolution", "deep": "three 3x3 convolutions"}
 

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deeplab.weights.contents import NO_PLACE, WeightsError
 from deeplab.weights.names import canonical_from_caffe, in_caffe_trunk, refuse_extras
+from deeplab.weights.weights import NO_PLACE, WeightsError
 
 _TWIN = re.compile(r"_res(?:05|075)(?=_|$)")  # the copies of a layer for the 0.5x and 0.75x pictures
 _CUT_OFF = "it ends in the middle of a field: the file is cut off or no caffemodel; fetch it again"

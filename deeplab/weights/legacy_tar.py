@@ -18,8 +18,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from deeplab.weights.contents import WeightsError
 from deeplab.weights.kinds import PlainUnpickler, damaged, holds_objects
+from deeplab.weights.weights import WeightsError
 
 _TYPES = {
     "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "Long": torch.int64, "Int": torch.int32,

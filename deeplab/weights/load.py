@@ -11,8 +11,6 @@ import torch
 from deeplab.deeplabv2 import ATROUS_RATES
 from deeplab.resnet import BACKBONES, MARK, Bottleneck
 from deeplab.weights.caffemodel import CaffeModel
-from deeplab.weights.contents import NO_PLACE, SNAPSHOT, Weights, WeightsError, some
-from deeplab.weights.files import check_sums, read_numpy, read_safetensors, read_torch
 from deeplab.weights.kinds import file_kind
 from deeplab.weights.legacy_tar import read_tar_torch
 from deeplab.weights.names import (
@@ -28,7 +26,9 @@ from deeplab.weights.names import (
     toolbox_head_shapes,
     trunk_shapes,
 )
-from deeplab.weights.schemes import CONVERTED_TO_TENSORFLOW, from_caffe, from_tensorflow, from_torch, is_name, settle_abn
+from deeplab.weights.read import check_sums, read_numpy, read_safetensors, read_torch
+from deeplab.weights.recognise import CONVERTED_TO_TENSORFLOW, from_caffe, from_tensorflow, from_torch, is_name, settle_abn
+from deeplab.weights.weights import NO_PLACE, SNAPSHOT, Weights, WeightsError, some
 
 TRUNKS = ("auto", "torchvision", "caffe", "rgb-1x1", "bgr-3x3")
 """What a bare ResNet can be taken for."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deeplab.nets import make_net
 from deeplab.resnet import BACKBONES, Bottleneck, DilatedResNet
-from deeplab.weights.contents import WeightsError, some
+from deeplab.weights.weights import WeightsError, some
 
 HEAD_KEY = re.compile(r"layer5\.conv2d_list\.(\d+)\.(weight|bias)$")
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from deeplab.deeplabv2 import ATROUS_RATES
 from deeplab.resnet import BACKBONES, Bottleneck
-from deeplab.weights.contents import Weights, WeightsError
 from deeplab.weights.names import (
     HEAD_KEY,
     in_head,
@@ -17,8 +16,9 @@ from deeplab.weights.names import (
     toolbox_head_shapes,
     trunk_shapes,
 )
-from deeplab.weights.schemes import ABN_EPS
+from deeplab.weights.recognise import ABN_EPS
 from deeplab.weights.stem import STEM, to_rgb_input
+from deeplab.weights.weights import Weights, WeightsError
 
 EXPORTS = ("snapshot", "published", "kazuto", "torchvision-trunk", "safetensors")
 """The schemes that :func:`export` writes."""

@@ -23,7 +23,7 @@ from scripts.bench.inputs import make_images
 from scripts.bench.memory import step_memory
 from scripts.bench.training import our_step
 from utils.command import UserError, run_command
-from utils.meter import MUCH_WAITING
+from utils.training.monitor import MUCH_WAITING
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MINUTES = 8.0

@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.benchmark import Measurement, TaskSpec, timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils import distributed
 from utils.command import usable_cores
+from utils.device import select_device
 
 DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
@@ -163,7 +163,7 @@ def measure_peak(make_table: Callable[[Namespace, torch.device], Table], name: s
         OSError: the resident set cannot be read here.
         RuntimeError: memory was short, so that the system took pages of libraries away, which the peak then lacks.
     """
-    device = distributed.select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
+    device = select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
     row = next(row for row in make_table(args, device).rows if row.name == name)
     cuda = device.type == "cuda"
     held, libraries = (0, 0) if cuda else (resident("VmRSS"), resident("RssFile"))

@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deeplab import fold_batch_norm
-from deeplab.multiscale import canvas_size
+from deeplab.inference import canvas_size
 from scripts.bench import reference
 from scripts.bench.inputs import open_images, our_modes, random_net, reference_net
 from scripts.bench.measure import Row, Runner, Table
 from utils.command import default_processes, usable_cores
-from utils.crf_pool import CRFPool
-from utils.evaluation import score
-from utils.prediction import to_device
-from utils.samples import Sample, Samples
+from utils.evaluation.crf_pool import CRFPool
+from utils.evaluation.images import Sample, Samples
+from utils.evaluation.predict import to_device
+from utils.evaluation.score import score
 
 
 def evaluate(args: Namespace, device: torch.device) -> Table:

@@ -16,9 +16,9 @@ from deeplab import multi_scale_loss, single_scale_loss
 from scripts.bench import reference
 from scripts.bench.inputs import open_images, our_modes, random_net, reference_net
 from scripts.bench.measure import Row, Runner, Table
-from utils.distributed import autocast
+from utils.device import autocast
 from utils.loader import make_loader
-from utils.schedule import GuardedSGD
+from utils.training.optimizer import GuardedSGD
 
 LEARNING_RATE = 0.0  # the arithmetic is the same, and the weights stay as they are, however many steps are taken
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dataset.classes import IGNORE_LABEL, VOC_CLASSES, Color, is_voc, read_classes, voc_palette
-from dataset.files import read_lines
 from dataset.labels import BadLabel, check_values, decode_label, read_png
+from dataset.lists import read_lines
 from utils.command import UserError
 
 TABLES = ("classes.txt", "labelmap.txt", "class_names.txt")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dataset.classes import IGNORE_LABEL, Color, voc_palette
-from dataset.files import DatasetError, read_picture
+from dataset.images import DatasetError, read_picture
 from dataset.labels import BadLabel, check_palette, check_values, read_png, single_channel, whole_table
 from dataset.voc import check_pair
 from scripts.data.causes import few

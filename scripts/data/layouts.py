@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataset.listing import PICTURE_SUFFIXES, Listing
-from dataset.lists import IMAGE_DIR, read_ids
+from dataset.lists import IMAGE_DIR, PICTURE_SUFFIXES, Listing, read_ids
 from utils.command import UserError
 from utils.files import write_atomically
 

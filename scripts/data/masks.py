@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from dataset.classes import IGNORE_LABEL, VOC_CLASSES, voc_colors
-from dataset.files import DatasetError
+from dataset.images import DatasetError
 from dataset.labels import BadLabel, check_palette, decode_label
 from scripts.data.archive import damage, open_zip, tar_members
 from utils.visualize import save_indexed_png

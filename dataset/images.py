@@ -1,0 +1,197 @@
+"""Pictures, and the text files beside them, read so that what is damaged is an error."""
+
+import io
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, features
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+LARGEST = 2**30  # pixels of a picture or label: OpenCV's own limit
+_ORIENTATION = 0x0112  # the EXIF tag
+_TIFF = (b"II*\0", b"MM\0*")
+
+
+class DatasetError(ValueError):
+    """A file of the data set is missing, broken or of the wrong kind: one sentence that names it."""
+
+    exit_status = 2
+
+    def __init__(self, message: str) -> None:
+        # A DataLoader worker sends its error as the text of a traceback; the sentence at its end is the one to show.
+        super().__init__(message.rsplit("DatasetError: ", 1)[-1].strip())
+
+
+def _read_bytes(path: str | Path, what: str) -> bytes:
+    try:
+        if Path(path).is_char_device():  # such as /dev/zero, which has no end
+            raise DatasetError(f"{what} {path} is a device; expected a file")
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise DatasetError(f"{what} {path} does not exist; check its name") from None
+    except OSError as error:
+        raise DatasetError(f"{what} {path} cannot be read ({error.strerror or error})") from None
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """A picture as (H, W, 3) uint8, blue-green-red, turned as its EXIF orientation says.
+
+    Raises:
+        DatasetError: the file is missing, cut off, too large or no picture.
+    """
+    return read_picture(path)[0]
+
+
+def read_picture(path: str | Path) -> tuple[np.ndarray, int]:
+    """:func:`read_image`, and the EXIF orientation of the file: 1 as stored, 2..4 mirrored or turned over, 5..8 on its side."""
+    data = _read_bytes(path, "the picture")
+    if data.startswith(b"\xff\xd8") and (damage := _jpeg_damage(data)):
+        raise DatasetError(f"the picture {path} {damage}; fetch it again")
+    if data.startswith(PNG_SIGNATURE) and (damage := png_damage(data)):
+        raise DatasetError(f"the picture {path} is damaged: {damage}; fetch or make it again")
+    if data.startswith(b"GIF8"):  # of which newer versions of OpenCV alone read the first picture, on a canvas of any size
+        raise DatasetError(f"the picture {path} is a GIF file; save it as PNG")
+    if data[4:12] == b"ftypavif" and not features.check("avif"):
+        raise DatasetError(f"the picture {path} is an AVIF file, which needs pillow>=11.3; install that, or save it as PNG")
+    try:
+        # Turned below: which formats OpenCV turns differs between its versions; TIFF it turns always.
+        flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+        image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flags) if data else None
+    except cv2.error as error:
+        if "pixels <=" not in str(error):
+            raise DatasetError(f"the picture {path} cannot be decoded by OpenCV ({error.err})") from None
+        raise DatasetError(f"the picture {path} has more than {LARGEST} pixels, which OpenCV refuses; cut it up") from None
+    if image is None:
+        if data.startswith(PNG_SIGNATURE) and (damage := png_damage(data, inflate=True)):
+            raise DatasetError(f"the picture {path} is damaged: {damage}; fetch or make it again")
+        raise DatasetError(f"the picture {path} is not a picture that OpenCV can decode ({len(data)} bytes)")
+    orientation = _orientation(data)
+    return image if data.startswith(_TIFF) else _turned(image, orientation), orientation
+
+
+def png_damage(data: bytes, inflate: bool = False) -> str:
+    """What is wrong with the chunks of a PNG, which Pillow and OpenCV do not all look at; "" where each fits its check sum.
+
+    A chunk is its length, its name, its contents and a CRC-32 of the latter two (PNG specification, section 5.3).
+
+    Args:
+        inflate: also count the bytes of the pixels, which Pillow does not: it leaves those that lack at 0. OpenCV counts.
+    """
+    view, position, pixels = memoryview(data), len(PNG_SIGNATURE), []
+    while (end := position + 12 + int.from_bytes(view[position : position + 4], "big")) <= len(data):
+        name = data[position + 4 : position + 8]
+        if zlib.crc32(view[position + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
+            return f"its part {repr(name)[2:-1]} does not fit its check sum"
+        if name == b"IDAT":
+            pixels.append(view[position + 8 : end - 4])
+        if name == b"IEND":
+            return _png_shortage(data, b"".join(pixels)) if inflate else ""
+        position = end
+    return f"its {len(data)} bytes end before the picture does"
+
+
+def _png_shortage(data: bytes, pixels: bytes) -> str:
+    """What is said of a PNG whose compressed ``pixels`` inflate to less than its header promises; "" of others.
+
+    A row is a filter byte and its values; an interlaced picture is seven smaller ones, of which some may be empty (PNG
+    specification, sections 7.2, 8.1 and 11.2.1). What comes behind the last row is left alone, as decoders do.
+    """
+    if not data.startswith(b"\0\0\0\rIHDR", len(PNG_SIGNATURE)):
+        return "it does not begin with its header"
+    width, height, bits, color_type, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
+    if width * height > LARGEST:
+        return ""  # refused for its size
+    promised = 0
+    for x, y, right, down in _ADAM7 if interlaced else ((0, 0, 1, 1),):
+        columns, rows = -((x - width) // right), -((y - height) // down)
+        promised += rows * (1 + -(-columns * bits * _CHANNELS.get(color_type, 1) // 8)) if columns > 0 else 0
+    inflater, held = zlib.decompressobj(), 0
+    try:
+        for start in range(0, len(pixels), _PIECE):
+            held += len(inflater.decompress(pixels[start : start + _PIECE]))
+            if held >= promised:
+                return ""
+    except zlib.error as error:
+        return f"its pixels cannot be inflated ({error})"
+    return f"its pixels end after {held} of {promised} bytes, for {width}x{height} pixels"
+
+
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))  # x, y, steps
+_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
+_PIECE = 4096  # compressed bytes, which inflate to 1032 times as many at most
+
+
+def _jpeg_damage(data: bytes) -> str:
+    """What is wrong with a JPEG, of which OpenCV fills the missing part with grey; "" where no marker tells it.
+
+    Huffman coding (SOF0..SOF2) takes a bit for each 8x8 block at least; arithmetic coding (SOF9, SOF10), which could take less
+    of a single colour, is hardly used.
+    """
+    marker = None
+    for marker, contents in _jpeg_segments(data):
+        height, width = struct.unpack(">HH", contents[1:5]) if marker in _FRAMES and len(contents) > 4 else (0, 0)
+        if height * width > 64 * 8 * len(data):
+            return f"is damaged: its {len(data)} bytes cannot hold the {width}x{height} pixels of its header"
+    return "" if marker == 0xD9 else f"is cut off: its {len(data)} bytes lack the JPEG end marker"
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """The segments of a JPEG file up to its end marker, as (marker, contents); contents are empty where there are none.
+
+    A segment gives its length, so that the end marker of a thumbnail inside one is stepped over; picture data after a "start of
+    scan" ends at the next marker (ITU-T T.81, annex B). There FF 00 is data, FF D0..D7 restart markers, and FF FF filling.
+    """
+    position = 2
+    while found := _MARKER.search(data, position):
+        marker, position = data[found.start() + 1], found.end()
+        length = int.from_bytes(data[position : position + 2], "big") if marker in _WITH_CONTENTS else 0
+        yield marker, data[position + 2 : position + length]
+        if marker == 0xD9:
+            return
+        position += length
+
+
+_FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_WITH_CONTENTS = {*range(0xC0, 0xD0), *range(0xDA, 0xF0), 0xFE}
+
+
+def _orientation(data: bytes) -> int:
+    """The EXIF orientation 1..8 in a picture file; 1 where it says nothing, or nothing that can be read."""
+    try:
+        value = _exif(data).get(_ORIENTATION)
+    except Exception:  # by where it is broken, Pillow raises SyntaxError, struct.error and others
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _exif(data: bytes) -> Image.Exif:
+    """The EXIF tags of a picture file, by Pillow."""
+    tags = Image.Exif()
+    if data.startswith(_TIFF):  # which is what EXIF data are in themselves; Pillow does not open all that OpenCV reads
+        tags.load(data)
+    elif not data.startswith(PNG_SIGNATURE) or b"eXIf" in data or b"Raw profile type exif" in data:
+        # Of a PNG without either, Pillow would decode the pixels to look behind them.
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # OpenCV has a limit of its own
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                tags = image.getexif()
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+    return tags
+
+
+def _turned(image: np.ndarray, orientation: int) -> np.ndarray:
+    """A picture (H, W, 3) as its EXIF orientation says that it is shown (Exif 2.3, section 4.6.4)."""
+    if orientation > 4:
+        image = image.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    return np.ascontiguousarray(image)

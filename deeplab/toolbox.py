@@ -1,0 +1,121 @@
+"""What DeepLabv3 and PSPNet share, as pytorch-segmentation-toolbox publishes them: a head, and an auxiliary one on stage 3.
+
+The parameter names are the published ones: ``head.0`` is the module that sees context, ``head.1`` the classifier, ``dsn`` the
+auxiliary head. The toolbox's normalisation, InPlace-ABN, multiplies by |weight| + eps, which ``deeplab.weights`` makes a plain
+batch norm's weight of; in the heads it ends in a leaky ReLU of slope 0.01, which stands here in :func:`conv_bn_leaky`.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from deeplab.batch_norm import Folded, FoldedNet, Pair, conv_bn
+from deeplab.inference import check_input
+from deeplab.resnet import DilatedResNet, check_classes
+
+FEATURES = 512  # channels before each classifier
+DROPOUT = 0.1  # of whole channels, before each classifier
+
+
+def conv_bn_leaky(x: Tensor, conv: nn.Conv2d, bn: nn.Module, folded: Folded | None) -> Tensor:
+    """:func:`deeplab.batch_norm.conv_bn` and the heads' leaky ReLU."""
+    return F.leaky_relu(conv_bn(x, conv, bn, folded), 0.01, inplace=True)
+
+
+class ChannelDropout(nn.Dropout2d):
+    """``Dropout2d`` that draws for the batch of all processes and takes what its own part of it is given.
+
+    Where all of them draw from one seed, their number then changes nothing. ``shard``: (number of this process, processes).
+    """
+
+    shard = (0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        number, processes = self.shard
+        kept = torch.rand(processes * x.shape[0], x.shape[1], 1, 1, device=x.device) >= self.p
+        return x * kept.chunk(processes)[number].to(x.dtype).div(1 - self.p)
+
+
+class NetWithAuxiliary(DilatedResNet):
+    """(N, 3, H, W) mean-subtracted BGR pictures -> (N, num_classes, h, w) logits; in training, those of both heads.
+
+    ``net.config`` holds the arguments that are needed to build the same net again; snapshots carry it.
+
+    Args:
+        backbone, batch_norm, batch_norm_eps, stride_in_3x3, stem: see :class:`DilatedResNet`; the defaults are the published.
+        num_classes: classes, 1..255 (255 is the void label).
+
+    Raises:
+        ValueError: an unknown backbone, batch-norm mode or stem, a class count out of range.
+    """
+
+    name: str
+    context: type[nn.Module]
+    """``head.0``: (in_channels, norm) -> a module (N, in_channels, h, w), folded -> (N, 512, h, w), with ``pairs()`` of its
+    convolutions and their batch norms, whose :func:`deeplab.batch_norm.fold` is ``folded``."""
+    defaults: Mapping[str, Any] = MappingProxyType(
+        {"learning_rate": 1e-2, "loss_size": "input", "batch_norm": "full", "aux_weight": 0.4}
+    )
+    """What training takes for options that nobody gave: the published values."""
+
+    def __init__(
+        self,
+        backbone: str = "resnet101",
+        num_classes: int = 19,
+        batch_norm: str = "full",
+        stride_in_3x3: bool = True,
+        batch_norm_eps: float = 1e-5,
+        stem: str = "deep",
+    ) -> None:
+        super().__init__(backbone, batch_norm, batch_norm_eps, stride_in_3x3, stem)
+        check_classes(num_classes)
+        self.num_classes = num_classes
+        self.head: Any = nn.Sequential(self.context(self.out_channels, self.norm), nn.Conv2d(FEATURES, num_classes, 1))
+        self.dsn: Any = nn.Sequential(
+            nn.Conv2d(self.out_channels // 2, FEATURES, 3, padding=1),
+            self.norm(FEATURES),
+            ChannelDropout(DROPOUT),
+            nn.Conv2d(FEATURES, num_classes, 1),
+        )
+        self.config = {
+            "net": self.name,
+            "backbone": backbone,
+            "num_classes": num_classes,
+            "stride_in_3x3": bool(stride_in_3x3),
+            "batch_norm_eps": float(batch_norm_eps),
+            "stem": stem,
+        }
+
+    def pairs(self) -> list[list[Pair]]:
+        return [*super().pairs(), self.head[0].pairs(), [(self.dsn[0], self.dsn[1])]]
+
+    def forward(self, images: Tensor, folded: FoldedNet | None = None, auxiliary: bool | None = None) -> Any:
+        """The logits of ``head``; with ``auxiliary``, by default in training, a pair: those of ``head`` and of ``dsn``."""
+        check_input(images)
+        folded = folded or self.fold()
+        third, fourth = self.features(images, folded)
+        logits = self.head[1](self.head[0](fourth, folded[-2]))
+        if not (self.training if auxiliary is None else auxiliary):
+            return logits
+        x = conv_bn_leaky(third, self.dsn[0], self.dsn[1], folded[-1][0])
+        return logits, self.dsn[3](self.dsn[2](x))
+
+    def reset_head(self) -> None:
+        """Give both heads their initial values, torch's own, which weights of a trunk alone leave open."""
+        for module in (*self.head.modules(), *self.dsn.modules()):
+            if isinstance(module, FrozenBatchNorm2d):
+                for buffer, value in ((module.weight, 1), (module.bias, 0), (module.running_mean, 0), (module.running_var, 1)):
+                    buffer.fill_(value)
+            elif isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
+                module.reset_parameters()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """All that learns, in one group, as published: ``{"params": [...], "lr_scale": 1, "decay_scale": 1}``."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "lr_scale": 1.0, "decay_scale": 1.0}]

@@ -1,0 +1,374 @@
+"""From the arrays of a file to :class:`Weights`: whose file it is, told by names and shapes, and what it means for the net."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deeplab.weights.caffemodel import CaffeModel, caffe_state
+from deeplab.weights.names import (
+    HEAD_KEY,
+    canonical_from_caffe,
+    canonical_from_kazuto,
+    find_net,
+    find_stem,
+    in_caffe_trunk,
+    other_head,
+    refuse_extras,
+    strip_wrappers,
+)
+from deeplab.weights.stem import PICTURE_VARIANCE_LIMIT, STEM, picture_variance, to_bgr_input
+from deeplab.weights.weights import CONFIG, NO_PLACE, OTHER_HEAD, SNAPSHOT, Weights, WeightsError, check_version, some
+
+CAFFE_EPS = 1e-5  # Caffe's default, and that of all published nets but the next
+ABN_EPS = 1e-5  # of the toolbox's InPlace-ABN, on the variance and on the weight
+TENSORFLOW_EPS = 1e-3  # TF-Slim's default, which DrSleep's nets do not override
+CONVERTED_TO_TENSORFLOW = ("deeplab_resnet.ckpt", "deeplab_resnet.npy", "deeplab_resnet.npz", "deeplab_resnet_init.npz")
+"""Caffe's arrays under TensorFlow's names, whatever program saved them last."""
+
+_COCO_HEAD = (
+    "a net trained on COCO with another head (one 1x1 convolution, 91 classes), which is left out: the head is untrained"
+)
+_TENSORFLOW_LEAVES = {
+    "weights": "weight", "biases": "bias", "gamma": "weight", "beta": "bias",
+    "moving_mean": "running_mean", "moving_variance": "running_var",
+}  # fmt: skip
+_DEEPLAB_PREFIX = re.compile(r"(^|\.)Scale[123]?\.")  # of isht7's multi-scale module, which only DeepLab nets were put into
+_INPUTS = {True: "torchvision's normalised RGB", False: "mean-subtracted BGR of 0..255"}
+_KINDS = {
+    "torchvision": "torchvision's (normalised RGB pictures, stride in the 3x3 convolutions)",
+    "caffe": "Caffe's (mean-subtracted BGR pictures of 0..255, stride in the first 1x1 convolutions)",
+    "rgb-1x1": "one over normalised RGB pictures with the stride in the first 1x1 convolutions",
+    "bgr-3x3": "one over mean-subtracted BGR pictures of 0..255 with the stride in the 3x3 convolutions",
+}
+_CLASSIFIER = ("fc.weight", "fc.bias")
+_PARAMETERS = ("weight", "bias", "running_mean", "running_var")
+
+
+def from_torch(content: Mapping[Any, Any], meta: Mapping[str, Any], trunk: str) -> Weights:
+    """A state_dict: our own snapshots say what they are, the others are told by their keys.
+
+    Args:
+        trunk: see :func:`deeplab.weights.load_weights`.
+    """
+    if ours := bool(meta.keys() & {"backbone", "stride_in_3x3"}):
+        check_version(meta)
+    skipped = {str(key): f"no tensor ({type(value).__name__})" for key, value in content.items() if not torch.is_tensor(value)}
+    tensors = [key for key in content if str(key) not in skipped]
+    skipped |= {str(key): NO_PLACE for key in tensors if not is_name(key)}  # such as AveragedModel's n_averaged
+    bare = strip_wrappers(filter(is_name, tensors))
+    for key in bare:
+        _refuse_odd(key, content[key])
+    prefix = next((key.removesuffix(name) for key, name in bare.items()), "")
+    state = _one_weight_set({name: content[key].detach() for key, name in bare.items()}, skipped)
+    state, notes = _main_head(state, skipped)
+    _refuse_other_nets(state)
+    config = {"stride_in_3x3": False, "batch_norm_eps": CAFFE_EPS}
+    foreign = any(".block1." in key for key in state)
+    head = [] if foreign else other_head(key for key in state if key not in _CLASSIFIER)
+    for key in head:
+        skipped[key] = OTHER_HEAD
+        del state[key]
+    if head:
+        notes.append(f"the head of another net ({some(head)}) is left out: only the trunk is used, the head is untrained")
+    if foreign:
+        weights = _from_kazuto(state)
+    elif ours:
+        config |= {name: meta[name] for name in CONFIG if meta.get(name) is not None}
+        _refuse_odd_config(config)
+        weights = Weights(state, SNAPSHOT, config, dict(meta), seen_voc_val=str(meta.get("seen_voc_val") or ""))
+    elif find_net(state) in ("deeplabv3", "pspnet"):
+        weights = _from_toolbox(state)
+    elif any(HEAD_KEY.match(key) for key in state) or any(map(_DEEPLAB_PREFIX.search, bare)):
+        scheme = f"DeepLab-ResNet with the prefix {prefix}" if prefix else "DeepLab-ResNet"
+        weights = Weights(state, scheme, config)
+        notes += _other_input(state)
+    else:
+        weights = _from_bare_trunk(state, trunk, head)
+    weights.skipped = skipped | weights.skipped
+    weights.notes += notes
+    return weights
+
+
+def is_name(key: Any) -> bool:
+    """Whether a key of a dictionary may be the name of a parameter."""
+    return isinstance(key, str) and "." in key
+
+
+def _refuse_odd(key: str, tensor: Tensor) -> None:
+    """Raise :class:`WeightsError` for a tensor that is no plain array, or holds whole numbers where weights are expected."""
+    kinds = {
+        "nested": tensor.is_nested,
+        "quantised": tensor.is_quantized,
+        "meta": tensor.is_meta,
+        "sparse": tensor.layout != torch.strided,
+        "complex": tensor.is_complex(),
+    }
+    if kind := next((name for name, true in kinds.items() if true), ""):
+        raise WeightsError(f"its {key} is a {kind} tensor; expected a plain one, with all its numbers: save it as such")
+    try:
+        tensor.new_empty(1).float()
+    except RuntimeError:  # packed types, such as two numbers of 4 bits in a byte
+        raise WeightsError(f"its {key} is of type {tensor.dtype}; expected floating point of 8 bits or more") from None
+    if key.endswith(_PARAMETERS) and not tensor.is_floating_point():
+        raise WeightsError(f"its {key} is of type {tensor.dtype}; expected floating point")
+
+
+def _refuse_odd_config(config: Mapping[str, Any]) -> None:
+    """Raise :class:`WeightsError` where a file tells of its net what no net can be."""
+    rates, eps = config.get("atrous_rates", ()), config["batch_norm_eps"]
+    wrong = [name for name, value in config.items() if not isinstance(value, CONFIG[name])]
+    if not wrong and not all(isinstance(rate, int) and rate > 0 for rate in rates):
+        wrong = ["atrous_rates"]
+    if not wrong and not 0 < eps < math.inf:
+        wrong = ["batch_norm_eps"]
+    if wrong:
+        raise WeightsError(f"its meta says {wrong[0]} {config[wrong[0]]!r:.40}, which no net has; save the file again")
+
+
+def _one_weight_set(state: dict[str, Tensor], skipped: dict[str, str]) -> dict[str, Tensor]:
+    """Take the one net out of a file with ``Scale1.``, ``Scale2.`` and ``Scale3.``; another state is returned as it is."""
+    if not state or not all(re.match(r"Scale[123]\.", key) for key in state):
+        return state
+    sets = [{key[7:]: value for key, value in state.items() if key.startswith(f"Scale{n}.")} for n in (1, 2, 3)]
+    for n, other in enumerate(sets[1:], 2):
+        unequal = [key for key in sets[0].keys() | other.keys() if not _same(sets[0].get(key), other.get(key))]
+        if unequal:
+            raise WeightsError(
+                f"it holds a weight set of its own for each of three scales, and they differ ({len(unequal)} tensors, such as "
+                f"{min(unequal)}); DeepLab-v2 shares one set between the scales, so use a file made after June 2017"
+            )
+        skipped.update((f"Scale{n}.{key}", "equal to those of Scale1") for key in other)
+    return sets[0]
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b)
+
+
+def _main_head(state: dict[str, Tensor], skipped: dict[str, str]) -> tuple[dict[str, Tensor], list[str]]:
+    """Name ``layer6`` of a two-level DeepLab-v2 ``layer5``, as the head is called here; the auxiliary head is left out.
+
+    Source: ``deeplab_multi.py`` of AdaptSegNet and ``deeplabv2.py`` of ADVENT, where ``layer5`` classifies layer3's features.
+    """
+    main = {key: f"layer5{key[6:]}" for key in state if HEAD_KEY.match(f"layer5{key[6:]}") and key.startswith("layer6.")}
+    if not main:
+        return state, []
+    auxiliary = [key for key in state if HEAD_KEY.match(key)]
+    inputs = {state[key].shape[1] for key in [*main, *auxiliary] if state[key].ndim == 4}
+    if auxiliary and len(inputs) == 1:
+        raise WeightsError(
+            "it has two heads, layer5 and layer6, over the same features, and programs that save such files (CLAN) add the "
+            "two; a DeepLab-v2 has one head, so add their weights and biases, as layer5, and save it"
+        )
+    if auxiliary and _input_channels(state, auxiliary) > _input_channels(state, main):  # the names the other way round
+        skipped.update((key, "an auxiliary head on the features of an earlier layer") for key in main)
+        note = "two-level DeepLab-v2: layer5 is its head, for it takes more channels; layer6, an auxiliary one, is left out"
+        return {key: value for key, value in state.items() if key not in main}, [note]
+    skipped.update((key, "the auxiliary head on the features of layer3") for key in auxiliary)
+    kind = "two-level DeepLab-v2: layer6 is its head, layer5 an auxiliary one that is left out"
+    notes = [
+        f"a {kind if auxiliary else 'DeepLab-v2 whose head is called layer6'}; ADVENT's code sums all branches of a head, "
+        "AdaptSegNet's only the first two: weights that it trained want --atrous-rates 6,12"
+    ]
+    kept = {main.get(key, key): value for key, value in state.items() if not HEAD_KEY.match(key)}
+    return kept, notes
+
+
+def _input_channels(state: Mapping[str, Tensor], head: Iterable[str]) -> int:
+    return max((state[key].shape[1] for key in head if state[key].ndim == 4), default=0)
+
+
+def _refuse_other_nets(state: Mapping[str, Tensor]) -> None:
+    """Raise :class:`WeightsError` for nets that cannot be turned into a DeepLab-v2, with the reason."""
+    if any(key.startswith("backbone.") for key in state) and any(key.startswith("classifier.") for key in state):
+        raise WeightsError(
+            "it is a torchvision segmentation net (DeepLabv3 or FCN), whose head and dilations are others than DeepLab-v2's; "
+            "start from torchvision's ImageNet resnet50, resnet101 or resnet152 instead"
+        )
+    conv1 = state.get("conv1.weight")
+    deep = find_stem(state) == "deep"
+    if conv1 is not None and tuple(conv1.shape[1:]) != ((3, 3, 3) if deep else (3, 7, 7)):
+        raise WeightsError(
+            f"its first convolution is {_shape(conv1)}; expected 64x3x7x7, or 64x3x3x3 and conv2 and conv3 after it"
+        )
+    if (conv1 is None or "layer1.0.conv1.weight" not in state) and not any(".block1." in key for key in state):
+        for prefix in (key.removesuffix("conv1.weight") for key in state if key.endswith(".conv1.weight")):
+            if f"{prefix}layer1.0.conv1.weight" in state:
+                other = [key for key in state if not key.startswith(prefix)]
+                raise WeightsError(
+                    f"it holds a ResNet under {prefix} beside parts of another net ({some(other[:2])} ...), which have no "
+                    f"place here; to start from the ResNet, save what is under {prefix} alone, without it, and give --trunk"
+                )
+        raise WeightsError(f"its keys ({some(state)}) are of no scheme known here; expected a DeepLab-v2 or ResNet state_dict")
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape))
+
+
+def _from_kazuto(state: Mapping[str, Tensor]) -> Weights:
+    if foreign := [key for key in state if re.match(r"(aspp\.stages|fc1|fc2|reduce|decoder)\.", key)]:
+        plus = "+" if any(re.match(r"(reduce|decoder|fc2\.conv\d)\.", key) for key in foreign) else ""
+        raise WeightsError(
+            f"it is kazuto1011's DeepLabv3{plus} ({some(foreign[:1])} ...), whose head and whose dilations in the last stage "
+            "are others than DeepLab-v2's; use one of its DeepLab-v2 files"
+        )
+    weights = Weights({}, "kazuto1011 DeepLab-v2", {"stride_in_3x3": False, "batch_norm_eps": CAFFE_EPS})
+    for key, tensor in state.items():
+        if name := canonical_from_kazuto(key):
+            weights.state[name] = tensor
+        elif key.startswith("fc.") and tensor.shape[:1] == (91,):
+            weights.skipped[key] = "the head of another net"
+            weights.notes = [_COCO_HEAD]
+        else:
+            weights.skipped[key] = NO_PLACE
+    refuse_extras(key for key in weights.skipped if re.match(r"layer[1-5]\.", key))
+    return weights
+
+
+def _from_toolbox(state: dict[str, Tensor]) -> Weights:
+    """A DeepLabv3 or PSPNet of pytorch-segmentation-toolbox (``CS_scenes_<step>.pth``), or one under its names."""
+    names = {"deeplabv3": "DeepLabv3", "pspnet": "PSPNet"}
+    return Weights(state, names[find_net(state)], {"stride_in_3x3": True, "batch_norm_eps": ABN_EPS})
+
+
+def settle_abn(weights: Weights, abn: str | None) -> None:
+    """Make plain batch norm's weights of those that the trunk of pytorch-segmentation-toolbox, under any head, was saved with.
+
+    Its InPlace-ABN keeps no batch counters and multiplies by |weight| + eps (``libs/src/bn.cu``). A frozen batch norm keeps
+    none either, and multiplies by its weight as it is; so did every batch norm before PyTorch 0.4.1, as in MIT's ImageNet nets,
+    which are told by their classifier.
+
+    Args:
+        abn: ``"abs"``, ``"signed"`` or None: see :func:`deeplab.weights.load_weights`.
+
+    Raises:
+        WeightsError: it can be either, and that matters; or ``abn`` is asked of a file that says what it is.
+    """
+    state = weights.state
+    if weights.scheme == SNAPSHOT or find_stem(state) != "deep":
+        if abn == "abs":
+            raise WeightsError(f"it is a {weights.scheme}, whose batch norms take their weights as they are; leave --abn out")
+        return
+    norms = [key.replace(".running_var", ".weight") for key in state if key.endswith(".running_var")]
+    norms = [key for key in norms if key in state]
+    counted = any(key.endswith(".num_batches_tracked") for key in state)
+    if abn is None and not counted and "fc.weight" not in weights.skipped:
+        if negative := [key for key in norms if bool((state[key] < 0).any())]:
+            raise WeightsError(
+                f"{len(negative)} of its batch norms have weights below zero ({negative[0]} ...), of which InPlace-ABN, as "
+                "in pytorch-segmentation-toolbox, takes the absolute value and a frozen batch norm the sign as well; nothing "
+                "in it says which it had: give --abn abs or --abn signed"
+            )
+        abn = "abs"
+    if abn == "abs":
+        weights.scheme += " of pytorch-segmentation-toolbox" if find_net(state) in ("deeplabv3", "pspnet") else ""
+        state.update({key: state[key].abs() + ABN_EPS for key in norms})
+        weights.notes.append("InPlace-ABN: the weights of its batch norms are |weight| + 1e-05")
+
+
+def _variance(state: Mapping[str, Tensor]) -> float:
+    """:func:`picture_variance`, or NaN where the first layer is not whole."""
+    count = state["conv1.weight"].shape[:1]
+    whole = all(key in state and state[key].shape == count for key in ("bn1.weight", "bn1.running_mean", "bn1.running_var"))
+    return picture_variance(state) if whole and 1 <= count[0] <= 64 else math.nan
+
+
+def _other_input(state: Mapping[str, Tensor]) -> list[str]:
+    """A sentence where the first layer of a DeepLab net saw other pictures than ours."""
+    if not (variance := _variance(state)) < PICTURE_VARIANCE_LIMIT:
+        return []
+    return [
+        f"warning: its first layer saw pictures of variance {variance:.3g}, as normalised RGB has, but gets BGR of 0..255: "
+        "where it was trained on other input, its predictions are worthless"
+    ]
+
+
+def _from_bare_trunk(state: dict[str, Tensor], trunk: str, head: list[str]) -> Weights:
+    """A ResNet under torchvision's names, made for torchvision's pictures or for Caffe's, whose ``head`` was left out.
+
+    Where the head tells that a segmentation net was made of it, its input does not tell its stride: ProDA's has RGB pictures
+    and the stride in the first 1x1.
+    """
+    weights = Weights(state, "", {"batch_norm_eps": CAFFE_EPS}, bare=True)
+    if "fc.weight" in state:
+        classes = next(iter(state["fc.weight"].shape), 0)
+        weights.notes.append(
+            f"a plain image classifier ({classes} classes), no segmentation net: only its trunk is used, the head is untrained"
+        )
+        for key in _CLASSIFIER:
+            if key in state:
+                weights.skipped[key] = "the image classifier"
+                del state[key]
+    elif not head:
+        weights.notes.append("a trunk without a head")
+    variance = _variance(state)
+    kind, why, deep = trunk, "as asked", find_stem(state) == "deep"
+    if trunk == "auto":
+        kind, other = ("caffe", "torchvision") if variance > PICTURE_VARIANCE_LIMIT else ("torchvision", "caffe")
+        why = f"by its first layer, which saw pictures of variance {variance:.3g}; --trunk {other} takes it for the other kind"
+        if head and not deep and "layer1.0.conv3.weight" in state:
+            one, three = ("caffe", "bgr-3x3") if kind == "caffe" else ("rgb-1x1", "torchvision")
+            raise WeightsError(
+                f"it is a ResNet under another net's head ({some(head[:2])} ...), of which only the trunk can be used, to "
+                "start training from, and nothing in it says where the stride of its stages sits: give train.py or "
+                f"convert_weights.py --trunk {one} if in the first 1x1 convolutions, --trunk {three} if in the 3x3"
+            )
+    rgb = kind in ("torchvision", "rgb-1x1")
+    weights.scheme = "torchvision ResNet" if kind == "torchvision" else "Caffe-like ResNet under torchvision's names"
+    weights.config["stride_in_3x3"] = kind in ("torchvision", "bgr-3x3") or (deep and kind != "rgb-1x1")
+    weights.notes.append(f"taken for {_KINDS[kind]}: {why}")
+    if deep:
+        where = "3x3" if weights.config["stride_in_3x3"] else "first 1x1"
+        weights.scheme = f"ResNet with a deep stem, over {'RGB' if rgb else 'BGR 0..255'}"
+        weights.notes[-1] = f"its input is taken for {_INPUTS[rgb]}: {why}; the stride of its stages for that of the {where}"
+    elif head or kind not in ("torchvision", "caffe"):
+        weights.scheme = f"ResNet over {'RGB' if rgb else 'BGR 0..255'}"
+    if rgb and not math.isnan(variance) and all(state[key].float().isfinite().all() for key in STEM):
+        weights.notes.append("its first layer is turned from RGB 0..1 to mean-subtracted BGR 0..255 input")
+        state.update(zip(STEM, to_bgr_input(*(state[key] for key in STEM))))
+    return weights
+
+
+def from_caffe(model: CaffeModel) -> Weights:
+    """An official caffemodel."""
+    state, skipped, eps = caffe_state(model)
+    weights = Weights(state, "Caffe DeepLab-v2", {"stride_in_3x3": False, "batch_norm_eps": eps}, skipped=skipped)
+    for layer, reason in list(skipped.items()):
+        if "fc" in layer and "InnerProduct" in reason:
+            skipped[layer] = "the image classifier"
+            weights.notes.append("a plain image classifier: only its trunk is used, the head is untrained")
+        elif "fc" in layer and "Convolution of 91x" in reason:
+            skipped[layer] = "the head of another net"
+            weights.notes.append(_COCO_HEAD)
+    return weights
+
+
+def from_tensorflow(arrays: Mapping[str, np.ndarray], converted: bool) -> Weights:
+    """caffe-tensorflow's names: Caffe's layers, Scale joined with batch norm, kernels height x width x in x out.
+
+    Args:
+        converted: the numbers are Caffe's own, trained with its epsilon; else TensorFlow trained them with its own.
+    """
+    eps = CAFFE_EPS if converted else TENSORFLOW_EPS
+    whose = "Caffe's own arrays, converted" if converted else "variables that TensorFlow trained"
+    weights = Weights({}, "caffe-tensorflow DeepLab-v2", {"stride_in_3x3": False, "batch_norm_eps": eps})
+    weights.notes.append(f"taken for {whose}: its batch norms were trained with an epsilon of {eps:g}, which is kept")
+    extras = []
+    for key, array in arrays.items():
+        layer, _, leaf = key.removesuffix(":0").rpartition("/")
+        module = canonical_from_caffe(layer)
+        if module is None or leaf not in _TENSORFLOW_LEAVES or array.dtype.kind != "f":
+            weights.skipped[key] = NO_PLACE
+            extras += [key] if module is None and in_caffe_trunk(layer) else []
+            continue
+        if array.ndim == 4:
+            array = array.transpose(3, 2, 0, 1)
+        weights.state[f"{module}.{_TENSORFLOW_LEAVES[leaf]}"] = torch.from_numpy(np.array(array, np.float32, order="C"))
+    refuse_extras(extras)
+    return weights

@@ -1,0 +1,325 @@
+"""Picture files: where a JPEG ends, what an EXIF tag does to a labelled picture, sizes that cannot be read."""
+
+import io
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image, features
+
+import evaluate as evaluate_script
+import train as train_script
+from dataset import DatasetError, VOCSegmentation, read_image
+from dataset.images import read_picture
+from scripts import predict as predict_script
+from tests.pngs import RGB, chunk, interlaced_rows, png, rows_of
+from utils.command import run_command
+
+GRID = np.add.outer(np.arange(40) * 3, np.arange(56) * 2).astype(np.uint8)  # no two corners alike
+PICTURE = np.stack([GRID, 255 - GRID, GRID // 2], axis=-1)
+
+
+def encoded(kind="JPEG", orientation=None, array=PICTURE, **options):
+    if orientation:
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def with_thumbnail(data: bytes) -> bytes:
+    """The JPEG with a whole one inside a segment of its own behind the first marker, as cameras write EXIF thumbnails."""
+    inner = b"Exif\0\0" + encoded(array=PICTURE[:8, :8])
+    return data[:2] + b"\xff\xe1" + (len(inner) + 2).to_bytes(2, "big") + inner + data[2:]
+
+
+def write(tmp_path, data, name="a.jpg"):
+    path = tmp_path / name
+    path.write_bytes(data)
+    return path
+
+
+VARIANTS = {
+    "baseline": encoded(),
+    "progressive": encoded(progressive=True),  # several scans
+    "restart markers": cv2.imencode(".jpg", PICTURE, [cv2.IMWRITE_JPEG_RST_INTERVAL, 1])[1].tobytes(),
+    "thumbnail": with_thumbnail(encoded()),
+    "fill bytes": encoded()[:-2] + b"\xff\xff\xff\xd9",
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("behind", [b"", b"\0" * 5000, b"video" * 2000, encoded()])
+def test_bytes_behind_the_end_of_a_jpeg_are_no_damage(tmp_path, name, behind):
+    whole = VARIANTS[name]
+    expected = cv2.imdecode(np.frombuffer(whole, dtype=np.uint8), cv2.IMREAD_COLOR)
+    assert np.array_equal(read_image(write(tmp_path, whole + behind)), expected)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("left", [0.5, 0.8, -2])
+def test_a_cut_jpeg_is_refused(tmp_path, name, left):
+    """Also where a thumbnail's end marker is left, and where zeros stand for the missing part, as on a broken disk."""
+    whole = VARIANTS[name]
+    cut = whole[: int(len(whole) * left)] if left > 0 else whole[:left]
+    for data in (cut, cut + b"\0" * 5000):
+        with pytest.raises(DatasetError, match=r"a\.jpg is cut off"):
+            read_image(write(tmp_path, data))
+
+
+def test_a_jpeg_cut_right_behind_its_thumbnail_is_refused(tmp_path):
+    whole = VARIANTS["thumbnail"]
+    end = whole.index(b"\xff\xd9") + 2
+    with pytest.raises(DatasetError, match="is cut off"):
+        read_image(write(tmp_path, whole[:end]))
+
+
+def test_the_end_marker_in_a_comment_is_none(tmp_path):
+    whole = VARIANTS["baseline"]
+    data = whole[:2] + b"\xff\xfe\x00\x08ab\xff\xd9cd" + whole[2:]
+    assert np.array_equal(read_image(write(tmp_path, data)), read_image(write(tmp_path, whole)))
+    with pytest.raises(DatasetError, match="is cut off"):
+        read_image(write(tmp_path, data[: len(data) // 2]))
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+CUT = {
+    "PNG": [{}],
+    "BMP": [{}],
+    "TIFF": [{}, {"compression": "tiff_lzw"}, {"compression": "tiff_adobe_deflate"}, {"compression": "jpeg"}],
+    "WEBP": [{}, {"lossless": True}],
+}
+
+
+@pytest.mark.parametrize(("kind", "options"), [(kind, options) for kind in CUT for options in CUT[kind]])
+@pytest.mark.parametrize("left", [0.5, 0.9, -1])
+def test_a_cut_picture_of_any_kind_is_refused(tmp_path, kind, options, left):
+    whole = encoded(kind, array=NOISE, **options)
+    assert read_image(write(tmp_path, whole)).shape == NOISE.shape
+    with pytest.raises(DatasetError, match=r"a\.jpg is "):
+        read_image(write(tmp_path, whole[: int(len(whole) * left)] if left > 0 else whole[:left]))
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_a_png_picture_whose_pixels_end_early_is_refused(tmp_path, interlaced):
+    rows = (interlaced_rows if interlaced else rows_of)(NOISE)
+    for stored, fits in ((rows, True), (rows + bytes(9), True), (rows[:-1], False), (rows[: len(rows) // 2], False)):
+        path = write(tmp_path, png(NOISE, color_type=RGB, rows=stored, interlaced=interlaced), "a.png")
+        if fits:
+            assert np.array_equal(read_image(path)[..., ::-1], NOISE)
+        else:
+            with pytest.raises(DatasetError, match=r"a\.png is damaged: its pixels end after"):
+                read_image(path)
+
+
+@pytest.mark.parametrize("frame", [0xC0, 0xC1, 0xC2, 0xC9, 0xCA])  # all kinds of coding that decoders know
+def test_a_small_jpeg_that_claims_to_be_large_is_not_decoded(tmp_path, monkeypatch, frame):
+    data = bytearray(encoded())
+    place = data.index(b"\xff\xc0")
+    data[place + 1] = frame
+    data[place + 5 : place + 9] = (28_000).to_bytes(2, "big") * 2
+    monkeypatch.setattr(cv2, "imdecode", None)
+    with pytest.raises(DatasetError, match=rf"its {len(data)} bytes cannot hold the 28000x28000 pixels of its header"):
+        read_image(write(tmp_path, data))
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True}])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_jpeg_of_one_colour_holds_all_its_pixels(tmp_path, mode, options):
+    """The smallest files that there are of their size."""
+    grey = np.full((3000, 3000), 128, np.uint8)
+    data = encoded(array=grey if mode == "L" else np.stack([grey] * 3, axis=-1), quality=1, **options)
+    assert read_image(write(tmp_path, data)).shape == (3000, 3000, 3)
+
+
+def test_a_gif_is_a_sentence_with_every_opencv(tmp_path):
+    with pytest.raises(DatasetError, match=r"a\.jpg is a GIF file; save it as PNG"):
+        read_image(write(tmp_path, encoded("GIF")))
+
+
+def labelled(tmp_path, picture, label_size, suffix=".jpg"):
+    for folder in ("JPEGImages", "SegmentationClass"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+    write(tmp_path / "JPEGImages", picture, f"a{suffix}")
+    write(tmp_path / "SegmentationClass", png(np.ones(label_size, dtype=int)), "a.png")
+    return VOCSegmentation(tmp_path, ["a"], num_classes=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "orientation"),
+    [
+        *((kind, orientation) for kind in ("JPEG", "PNG", "WEBP", "TIFF") for orientation in (None, *range(1, 9))),
+    ],
+)
+def test_orientation_of_a_labelled_picture(tmp_path, kind, orientation):
+    data = labelled(tmp_path, encoded(kind, orientation), (40, 56), suffix=f".{kind.lower()}")
+    if orientation in (None, 1):
+        assert data[0][0].shape == (40, 56, 3)
+    elif orientation < 5:
+        with pytest.raises(DatasetError, match=rf"has EXIF orientation {orientation}, .* turn the pixels .* drop the tag"):
+            data[0]
+    else:
+        with pytest.raises(DatasetError, match=rf"56x40 pixels, its picture 40x56; .* {orientation} swaps the sides"):
+            data[0]
+        data = labelled(tmp_path, encoded(kind, orientation), (56, 40), suffix=f".{kind.lower()}")
+        assert data[0][0].shape == (56, 40, 3)  # the label was drawn on the turned picture: the sizes tell
+
+
+def test_orientation_of_a_square_picture_cannot_be_told(tmp_path):
+    square = PICTURE[:, :40]
+    for orientation in range(2, 9):
+        with pytest.raises(DatasetError, match="its size does not tell"):
+            labelled(tmp_path, encoded(orientation=orientation, array=square), (40, 40))[0]
+    assert labelled(tmp_path, encoded(orientation=1, array=square), (40, 40))[0][0].shape == (40, 40, 3)
+
+
+SHOWN = {  # by numpy's own words; the n-th row and the n-th column of what is stored are at (TIFF 6.0, Orientation)
+    1: lambda image: image,
+    2: np.fliplr,
+    3: lambda image: np.rot90(image, 2),
+    4: np.flipud,
+    5: lambda image: np.fliplr(np.rot90(image, -1)),
+    6: lambda image: np.rot90(image, -1),
+    7: lambda image: np.flipud(np.rot90(image, -1)),
+    8: np.rot90,
+}
+TURNING = [("JPEG", {"quality": 95}), ("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})]
+if features.check("avif") and cv2.imdecode(np.frombuffer(encoded("AVIF"), np.uint8), cv2.IMREAD_COLOR) is not None:
+    TURNING.append(("AVIF", {"quality": 95}))
+
+
+@pytest.mark.parametrize(("kind", "options"), TURNING)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_turned_once_and_so_is_said(tmp_path, kind, options, orientation):
+    image, told = read_picture(write(tmp_path, encoded(kind, orientation, **options)))
+    expected = SHOWN[orientation](PICTURE[..., ::-1])
+    assert told == orientation
+    assert image.shape == expected.shape
+    assert np.abs(image.astype(int) - expected).mean() < 8
+
+
+def test_an_avif_that_pillow_cannot_open_is_not_read_as_upright(tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "check", lambda feature: False)
+    with pytest.raises(DatasetError, match=r"a\.jpg is an AVIF file, .* pillow>=11\.3"):
+        read_image(write(tmp_path, b"\0\0\0\x20ftypavif" + bytes(20)))
+
+
+def test_the_word_exif_in_a_comment_is_no_orientation(tmp_path):
+    """Of a PNG only the part of that name counts, wherever it stands."""
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    exif = chunk(b"eXIf", tags.tobytes().removeprefix(b"Exif\0\0"))
+    comment = chunk(b"tEXt", b"Comment\0eXIf" + tags.tobytes())
+    plain = png(GRID)
+    end = len(plain) - len(chunk(b"IEND", b""))
+    for extra, expected in ((comment, 1), (exif, 6), (comment + exif, 6), (exif + comment, 6)):
+        for data in (png(GRID, extra=extra), plain[:end] + extra + plain[end:]):  # in front of the pixels, behind them
+            image, told = read_picture(write(tmp_path, data, "a.png"))
+            assert told == expected
+            assert np.array_equal(image[..., 0], SHOWN[expected](GRID))
+
+
+def test_a_picture_larger_than_pillow_likes_is_turned(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    assert read_picture(write(tmp_path, encoded(orientation=6)))[0].shape == (56, 40, 3)
+    assert Image.MAX_IMAGE_PIXELS == 10
+    assert not recwarn
+
+
+def test_prediction_honours_the_tag(tmp_path):
+    upright, turned = (read_image(write(tmp_path, encoded(orientation=o, quality=95))) for o in (None, 6))
+    assert np.abs(np.rot90(upright, -1).astype(int) - turned).max() < 10
+
+
+def test_damaged_exif_is_no_orientation(tmp_path):
+    assert [read_picture(write(tmp_path, encoded(orientation=o)))[1] for o in (1, 2, 8, 9)] == [1, 2, 8, 1]
+    data = encoded(orientation=3)
+    start = data.index(b"Exif\0\0") + 6
+    data = data[:start] + b"XX" + data[start + 2 :]
+    assert labelled(tmp_path, data, (40, 56))[0][0].shape == (40, 56, 3)
+
+
+def test_a_picture_beyond_opencvs_limit_is_a_sentence(tmp_path):
+    path = write(tmp_path, png([[0, 0]], size=(40000, 30000)), "a.png")
+    with pytest.raises(DatasetError, match=r"a\.png has more than 1073741824 pixels, which OpenCV refuses"):
+        read_image(path)
+
+
+# Every kind of picture through training, evaluation and prediction
+
+
+def odd_pictures(root):
+    """A data set of one picture of each unusual kind, with labels of two classes; its ids."""
+    grey = Image.fromarray(GRID)
+    rgb = Image.fromarray(PICTURE)
+    kinds = {
+        "cmyk.jpg": rgb.convert("CMYK"),
+        "grey.jpg": grey,
+        "grey16.png": Image.fromarray(GRID.astype(np.uint16) * 257),
+        "alpha.png": rgb.convert("RGBA"),
+        "grey_alpha.png": grey.convert("LA"),
+        "palette.png": rgb.quantize(64),
+        "bits.png": grey.convert("1"),
+        "pixel.png": rgb.crop((0, 0, 1, 1)),
+        "line.png": rgb.resize((10_000, 1)),
+    }
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True)
+    for name, image in kinds.items():
+        image.save(root / "JPEGImages" / name)
+        label = np.arange(image.height * image.width).reshape(image.height, image.width) % 2
+        write(root / "SegmentationClass", png(label), f"{name.partition('.')[0]}.png")
+    ids = [name.partition(".")[0] for name in kinds]
+    for name in ("train", "val"):
+        (root / f"ImageSets/Segmentation/{name}.txt").write_text("\n".join(ids))
+    return ids
+
+
+def test_odd_pictures_hold_what_was_drawn(tmp_path):
+    data = VOCSegmentation(tmp_path, odd_pictures(tmp_path), num_classes=2)
+    found = {id: data[index][0] for index, id in enumerate(data.ids)}
+    grey = np.stack([GRID] * 3, axis=-1)
+    bgr = PICTURE[..., ::-1]
+    for id, expected, most in (
+        ("alpha", bgr, 0),
+        ("grey16", grey, 0),
+        ("grey_alpha", grey, 0),
+        ("grey", grey, 3),
+        ("cmyk", bgr, 20),
+        ("palette", bgr, 20),
+        ("pixel", bgr[:1, :1], 0),
+    ):
+        assert found[id].shape == expected.shape
+        assert np.abs(found[id].astype(int) - expected).mean() <= most, id
+    assert set(np.unique(found["bits"])) == {0, 255}
+    assert found["line"].shape == (1, 10_000, 3)
+
+
+def test_odd_pictures_are_trained_on_scored_and_predicted(tmp_path, monkeypatch):
+    ids = odd_pictures(tmp_path / "data")
+    folder = tmp_path / "run"
+    common = ["--data-dir", str(tmp_path / "data"), "--num-workers", "0", "--device", "cpu"]
+    small = ["--backbone", "resnet18", "--num-classes", "2", "--input-size", "33,41", "--batch-size", "9", "--num-steps", "2"]
+    train = [*common, *small, "--restore-from", "none", "--snapshot-dir", str(folder), "--random-scale", "--random-mirror"]
+    assert train_script.main([*train, "--save-num-images", "9", "--learning-rate", "1e-4"]) == 0
+    weights = ["--restore-from", str(folder / "VOC12_scenes_2.pth")]
+    assert not evaluate_script.main([*common, *weights, "--save-dir", str(tmp_path / "masks")])
+    pictures = [str(path) for path in sorted((tmp_path / "data/JPEGImages").iterdir())]
+    assert not predict_script.main([*weights, *pictures, "--device", "cpu", "--save-dir", str(tmp_path / "drawn")])
+    for place in ("masks", "drawn"):
+        assert {path.stem for path in (tmp_path / place).glob("**/*.png")} >= set(ids)
+
+
+def test_where_memory_runs_out_there_is_a_sentence(capsys):
+    for fill in (
+        lambda: torch.empty(1 << 52),
+        lambda: torch.empty(1 << 32, 1 << 32),
+        lambda: bytearray(1 << 52),
+        lambda: np.empty(1 << 52),
+    ):
+        with pytest.raises(SystemExit) as status:
+            run_command(fill)
+        assert status.value.code == 1
+        assert capsys.readouterr().err.count("\n") == 1

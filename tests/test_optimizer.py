@@ -1,0 +1,90 @@
+import pytest
+import torch
+
+from deeplab import deeplabv2
+from utils.training.optimizer import GuardedSGD, poly_lr, set_lr
+
+
+def test_poly_rate_by_hand():
+    assert poly_lr(2.5e-4, 0, 20000) == 2.5e-4
+    assert poly_lr(2.5e-4, 10000, 20000, 1.0) == 1.25e-4
+    assert poly_lr(1.0, 9, 10, 0.9) == pytest.approx(10**-0.9)
+    assert poly_lr(1.0, 3, 4, 2.0) == 0.0625
+    assert poly_lr(1.0, 1, 2) == 0.5**0.9
+
+
+@pytest.mark.parametrize("mode", ["frozen", "stats", "full"])
+def test_groups_are_the_published_ones(mode):
+    net = deeplabv2("resnet18", 3, batch_norm=mode)
+    groups = GuardedSGD(net, lr=1.0, weight_decay=5e-4).param_groups
+    assert [(g["lr_scale"], g["weight_decay"]) for g in groups] == [(1, 5e-4), (10, 5e-4), (20, 0)]
+    trunk, weights, biases = ({id(p) for p in g["params"]} for g in groups)
+    assert weights == {id(conv.weight) for conv in net.layer5.conv2d_list}
+    assert biases == {id(conv.bias) for conv in net.layer5.conv2d_list}
+    assert trunk | weights | biases == {id(p) for p in net.parameters() if p.requires_grad}
+    convolutions = 20  # of ResNet-18: 17 of 3x3 and 7x7, 3 projections
+    assert len(trunk) == convolutions * (3 if mode == "full" else 1)
+
+
+def test_published_momentum_and_decay():
+    group = GuardedSGD(deeplabv2("resnet18", 2), lr=1.0).param_groups[0]
+    assert (group["momentum"], group["weight_decay"]) == (0.9, 5e-4)
+
+
+def test_three_steps_of_sgd_by_hand():
+    """Momentum buffer v <- 0.9 v + (g + decay w), then w <- w - rate v, with each group's multiple of the rate."""
+    net = deeplabv2("resnet18", 2)
+    optimizer = GuardedSGD(net, lr=1.0, momentum=0.9, weight_decay=0.1)
+    conv = net.layer5.conv2d_list[0]
+    watched = [(net.conv1.weight, 1, 0.1), (conv.weight, 10, 0.1), (conv.bias, 20, 0.0)]
+    expected = [(p.detach().clone().double(), torch.zeros_like(p, dtype=torch.float64)) for p, _, _ in watched]
+    for step in range(3):
+        rate = poly_lr(0.01, step, 3)
+        set_lr(optimizer, rate)
+        for k, (parameter, scale, decay) in enumerate(watched):
+            parameter.grad = torch.full_like(parameter, 0.5 - step)
+            value, velocity = expected[k]
+            velocity = 0.9 * velocity + (0.5 - step) + decay * value
+            expected[k] = (value - rate * scale * velocity, velocity)
+        optimizer.step()
+    for (parameter, _, _), (value, _) in zip(watched, expected):
+        torch.testing.assert_close(parameter.detach().double(), value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_a_step_that_is_to_be_left_out_changes_nothing(momentum):
+    """Neither the first step, whose momentum would otherwise be what lay in memory, nor a later one."""
+    nets = [deeplabv2("resnet18", 2), deeplabv2("resnet18", 2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    guarded, plain = (
+        GuardedSGD(nets[0], 0.1, momentum),
+        torch.optim.SGD(nets[1].parameter_groups(), 0.1, momentum, weight_decay=5e-4),
+    )
+    plain.param_groups[2]["weight_decay"] = 0.0
+    for bad in (True, False, True, False, False):
+        for net in nets:
+            for parameter in net.parameters():
+                parameter.grad = torch.full_like(parameter, float("nan") if bad else 0.25)
+        guarded.bad = torch.tensor(float(bad))
+        guarded.step()
+        if not bad:
+            plain.step()
+    for (name, ours), theirs in zip(nets[0].named_parameters(), nets[1].parameters()):
+        torch.testing.assert_close(ours, theirs, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_loss_scaling_and_the_guard_leave_steps_out_together():
+    net = deeplabv2("resnet18", 2)
+    optimizer = GuardedSGD(net, 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    weight = net.layer5.conv2d_list[0].weight
+    start = weight.detach().clone()
+    for bad, gradient in ((0.0, float("inf")), (1.0, 1.0), (0.0, 1.0)):
+        scaler.scale(torch.zeros(()))  # makes the scale; its loss is the gradient that is set here
+        for parameter in net.parameters():
+            parameter.grad = torch.full_like(parameter, gradient * scaler.get_scale())
+        optimizer.bad = torch.tensor(bad)
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(weight, start) == (bad > 0 or gradient != 1.0)
+    torch.testing.assert_close(weight.detach(), start - 0.1 * (1.0 + 5e-4 * start))

@@ -1,0 +1,123 @@
+"""Value types of the command line: each reads one argument, or says in a sentence what it should have been."""
+
+import argparse
+import math
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+
+LARGEST_NUMBER = 2**31 - 1  # on a command line
+LARGEST_SIDE = 2**16 - 1  # of crops, canvases and tiles, pixels
+
+
+def target_text(text: str) -> str:
+    """An argparse type: where to write; an empty path, as of a variable that is not set, is refused."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; name a file or folder, or leave the option out")
+    return text
+
+
+def target(text: str) -> Path:
+    """An argparse type: :func:`target_text` as a path."""
+    return Path(target_text(text))
+
+
+def size(text: str) -> tuple[int, int]:
+    """An argparse type: ``"321,321"`` -> (321, 321), height and width in pixels."""
+    try:
+        height, width = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write HEIGHT,WIDTH, as in 321,321") from None
+    if max(height, width) > LARGEST_SIDE:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is too large; expected sides of at most {LARGEST_SIDE}")
+    if min(height, width) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; both sides must be at least 1")
+    return height, width
+
+
+def numbers(kind: type, text: str) -> tuple:
+    """Comma-separated numbers of one kind, as an argparse type: ``partial(numbers, float)`` reads ``"1,0.75"``."""
+    try:
+        values = tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers; separate them by commas") from None
+    if not all(0 < value <= LARGEST_NUMBER for value in values):
+        raise argparse.ArgumentTypeError(
+            f"{text[:60]!r} holds a number that is not above 0 and finite, or above {LARGEST_NUMBER}"
+        )
+    return values
+
+
+def scale_range(text: str) -> tuple[float, float]:
+    """An argparse type: ``"0.5,1.5"`` -> (0.5, 1.5)."""
+    values = numbers(float, text)
+    if len(values) != 2 or values[0] > values[1]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a range; write LOW,HIGH, as in 0.5,1.5")
+    return values
+
+
+def number(text: str) -> float:
+    """An argparse type: a finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; expected a finite number of at least 0")
+    return value
+
+
+def below_one(text: str) -> float:
+    """An argparse type: a number from 0 up to, but without, 1."""
+    value = number(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; expected at least 0 and below 1")
+    return value
+
+
+def probability(text: str) -> float:
+    """An argparse type: a number above 0, up to 1."""
+    value = number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; expected above 0 and at most 1")
+    return value
+
+
+def share(text: str) -> Fraction:
+    """An argparse type: a share from 0 up to, but without, 1, as in ``"1/3"`` or ``"0.25"``."""
+    try:
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share; write one such as 1/3 or 0.25") from None
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; expected at least 0 and below 1")
+    return value
+
+
+def whole(low: int, high: int | None, text: str) -> int:
+    """A whole number from ``low`` to ``high``, as an argparse type: ``partial(whole, 1, None)``."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if value < low:
+        raise argparse.ArgumentTypeError(f"{value} is too small; expected at least {low}")
+    if value > (high := high or LARGEST_NUMBER):
+        raise argparse.ArgumentTypeError(f"{text[:40]} is too large; expected at most {high}")
+    return value
+
+
+positive = partial(whole, 1, None)
+not_negative = partial(whole, 0, None)
+label_value = partial(whole, 0, 255)
+helpers = partial(whole, 0, 1024)  # processes
+
+
+def class_count(text: str) -> int:
+    """An argparse type: a number of classes, 2..255."""
+    value = positive(text)
+    if value == 1:
+        raise argparse.ArgumentTypeError("1 is too small: with a single class the loss is always 0; count the background too")
+    if value > 255:
+        raise argparse.ArgumentTypeError(f"{value} is too large; expected at most 255, as 255 is the void label")
+    return value

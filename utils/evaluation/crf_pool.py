@@ -1,0 +1,147 @@
+"""The dense CRF on a net's logits, and processes for it that work while the net goes on."""
+
+import ctypes
+import multiprocessing
+import sys
+from argparse import Namespace
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deeplab.crf import dense_crf, find_densecrf
+from deeplab.inference import OUTPUT_STRIDE, enlarge_rows
+from utils.command import UserError
+from utils.evaluation.images import AnyPicture, Picture
+from utils.processes import start_helper
+
+
+def refine(image: np.ndarray, logits: Tensor, prune: float = 0.0, stride: int = OUTPUT_STRIDE) -> np.ndarray:
+    """The class of each pixel after the dense CRF with its published settings.
+
+    Args:
+        image: (H, W, 3) uint8 BGR.
+        logits: (C, k_h + 1, k_w + 1) float32 on the CPU, on the stride-8 grid.
+        prune: see :func:`deeplab.dense_crf`.
+        stride: of the logits, see :func:`deeplab.inference.enlarge`.
+
+    Returns:
+        (H, W) uint8.
+    """
+    size = image.shape[:2]
+    probabilities = np.empty((len(logits), *size), dtype=np.float32)
+    for rows, block in enlarge_rows(logits[None], size, stride=stride):
+        probabilities[:, rows] = block[0].softmax(dim=0).numpy()
+    refined = dense_crf(np.ascontiguousarray(image[:, :, ::-1]), probabilities, prune=prune)
+    return refined.argmax(axis=0).astype(np.uint8)
+
+
+class CRFPool:
+    """Processes that refine predictions: pydensecrf holds Python's lock, so threads of one process would take turns.
+
+    Each process has a thread here that hands it a picture and its logits and waits for the classes. They travel through a pipe,
+    and the logits on their small grid: containers have little shared memory. Use it as a context; leaving it ends the processes
+    whatever they are at.
+
+    Args:
+        workers: the number of processes, of about 0.5 GB each for PASCAL VOC.
+        prune, stride: see :func:`refine`.
+
+    Raises:
+        CRFUnavailable: pydensecrf is not installed.
+    """
+
+    def __init__(self, workers: int, prune: float = 0.0, stride: int = OUTPUT_STRIDE) -> None:
+        find_densecrf()
+        self.capacity = workers + 2  # pictures that are on their way at a time
+        self.idle: SimpleQueue[Connection] = SimpleQueue()
+        self.threads = ThreadPoolExecutor(workers)
+        self.processes: list[multiprocessing.Process] = []
+        try:
+            for _ in range(workers):
+                self._start_process(prune, stride)
+        except BaseException:  # a stop request among them: Python's end would wait for those that are there
+            self.close()
+            raise
+
+    def _start_process(self, prune: float, stride: int) -> None:
+        ours, theirs = multiprocessing.Pipe()
+        process = multiprocessing.Process(target=_serve, args=(theirs, prune, stride), daemon=True)
+        process.start()
+        theirs.close()  # so that reading from ours ends with the process
+        self.processes.append(process)
+        self.idle.put(ours)
+
+    def __enter__(self) -> "CRFPool":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes."""
+        self.threads.shutdown(wait=False, cancel_futures=True)
+        for process in self.processes:
+            process.kill()  # it ignores the signal of terminate()
+        for process in self.processes:
+            process.join()
+
+    def refine(self, pictures: Iterable[tuple[AnyPicture, Tensor]]) -> Iterator[tuple[AnyPicture, np.ndarray]]:
+        """Pictures with their (C, k_h + 1, k_w + 1) logits, see :func:`refine` -> with their (H, W) uint8 classes; in order.
+
+        Raises:
+            UserError: a process was killed.
+        """
+        running: deque[tuple[AnyPicture, Future[np.ndarray]]] = deque()
+        for picture, logits in pictures:
+            running.append((picture, self.threads.submit(self._refine, picture, logits.numpy())))
+            while running and (len(running) > self.capacity or running[0][1].done()):
+                done, future = running.popleft()
+                yield done, future.result()
+        for done, future in running:
+            yield done, future.result()
+
+    def _refine(self, picture: Picture, logits: np.ndarray) -> np.ndarray:
+        connection = self.idle.get()
+        try:
+            connection.send((picture.image, logits))
+            return connection.recv()
+        except (EOFError, OSError):
+            advice = "if memory ran out, take fewer with --crf-workers"
+            raise UserError(f"a process of the CRF was killed at picture {picture.id}; {advice}") from None
+        finally:
+            self.idle.put(connection)
+
+
+def open_pool(args: Namespace) -> CRFPool:
+    """The pool that the command line asks for; with ``--window`` its pictures come with logits at full size."""
+    return CRFPool(args.crf_workers, args.crf_prune, 1 if args.window else OUTPUT_STRIDE)
+
+
+def _serve(connection: Connection, prune: float, stride: int) -> None:
+    """What a process of the pool does. The package of the CRF brings torch, which also enlarges the logits."""
+    start_helper()
+    torch.set_num_threads(1)
+    _keep_memory()
+    while True:
+        try:
+            image, logits = connection.recv()
+            connection.send(refine(image, torch.from_numpy(logits), prune, stride))
+        except (EOFError, OSError, MemoryError):  # the main process is gone, or will be told by the end of this one
+            return
+
+
+def _keep_memory() -> None:
+    """Have glibc keep the large blocks that the CRF allocates again for each picture.
+
+    Returned to the system each time, they are mapped and zeroed again, which takes a sixth of the time (mallopt(3): M_MMAP_MAX
+    is -4, M_TRIM_THRESHOLD -1).
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None:
+        mallopt(-4, 0)
+        mallopt(-1, 2**31 - 1)

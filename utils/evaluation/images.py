@@ -1,0 +1,137 @@
+"""Pictures, with or without labels, on their way to a prediction: from the loader's workers into batches of one padded size."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from dataset import DatasetError, VOCSegmentation, read_image
+from deeplab.inference import OUTPUT_STRIDE, canvas_size
+from utils.command import UserError
+
+MAX_WAITING = 64  # pictures that may wait for others of their padded size
+
+
+@dataclass
+class Picture:
+    """A picture on its way to a prediction. As an array it comes through a worker's pipe, not through shared memory."""
+
+    id: str
+    image: np.ndarray  # H W 3 uint8 BGR
+
+    def pin_memory(self) -> "Picture":
+        """The same in memory from which a GPU copies while the host goes on; called by the loader."""
+        return Picture(self.id, _pinned(self.image))
+
+
+@dataclass
+class Sample(Picture):
+    """A picture with its label."""
+
+    label: np.ndarray  # H W uint8, 255 void
+    prediction: np.ndarray = field(init=False)  # H W uint8, once the net has seen it
+
+    def pin_memory(self) -> "Sample":
+        return Sample(self.id, _pinned(self.image), _pinned(self.label))
+
+
+AnyPicture = TypeVar("AnyPicture", bound=Picture)
+Item = TypeVar("Item")
+
+
+def _pinned(array: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(array).pin_memory().numpy()
+
+
+class Samples(Dataset[Sample]):
+    """The data set as :class:`Sample` entries, for a loader."""
+
+    def __init__(self, data: VOCSegmentation) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(self.data.ids[index], *self.data.load(index))
+
+
+class Pictures(Dataset[Picture]):
+    """Picture files as :class:`Picture` entries, for a loader.
+
+    Args:
+        files: (id, path) of each.
+    """
+
+    def __init__(self, files: Sequence[tuple[str, Path]]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Picture:
+        name, path = self.files[index]
+        return Picture(name, read_image(path))
+
+
+@dataclass
+class Broken:
+    """A picture that cannot be read, and the sentence that says why."""
+
+    id: str
+    reason: str
+
+
+class ReadablePictures(Dataset[Picture | Broken]):
+    """:class:`Pictures` in which one that is broken does not end what is done with the others."""
+
+    def __init__(self, files: Sequence[tuple[str, Path]]) -> None:
+        self.pictures = Pictures(files)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Picture | Broken:
+        try:
+            return self.pictures[index]
+        except DatasetError as error:
+            return Broken(self.pictures.files[index][0], str(error))
+
+
+def only_one(items: list[Item]) -> Item:
+    """A batch of one picture as that picture; for a loader, whose workers find it by its name."""
+    return items[0]
+
+
+def group_by_canvas(
+    pictures: Iterable[AnyPicture], fixed: tuple[int, int] | None, batch_size: int, stride: int = OUTPUT_STRIDE
+) -> Iterator[tuple[list[AnyPicture], tuple[int, int]]]:
+    """Gather pictures of one padded size, with ``stride`` 1 of one size, so that pictures of mixed sizes run in batches.
+
+    Yields:
+        Up to ``batch_size`` pictures and their canvas (H, W).
+
+    Raises:
+        UserError: a picture does not fit the fixed canvas.
+    """
+    waiting: dict[tuple[int, int], list[AnyPicture]] = {}
+    count_waiting = 0
+    for picture in pictures:
+        size = picture.image.shape[:2]
+        if fixed and (size[0] > fixed[0] or size[1] > fixed[1]):
+            advice = "enlarge --input-size, or leave it out to use each picture's own size"
+            raise UserError(
+                f"picture {picture.id} of {size[0]}x{size[1]} does not fit --input-size {fixed[0]}x{fixed[1]}; {advice}"
+            )
+        canvas = canvas_size(fixed or size, stride)
+        waiting.setdefault(canvas, []).append(picture)
+        count_waiting += 1
+        if len(waiting[canvas]) == batch_size or count_waiting == MAX_WAITING:
+            fullest = max(waiting, key=lambda key: len(waiting[key]))
+            count_waiting -= len(waiting[fullest])
+            yield waiting.pop(fullest), fullest
+    yield from ((group, canvas) for canvas, group in waiting.items())

@@ -1,0 +1,69 @@
+"""The command line of evaluate.py."""
+
+from functools import partial
+
+from utils.argtypes import below_one, class_count, numbers, positive, size, target_text
+from utils.command import GivenParser, default_processes
+from utils.options import TRAINED_WEIGHTS, add_data_options, add_device_options, add_net_options, add_window_options
+
+
+def evaluation_parser(description: str) -> GivenParser:
+    """The command line of evaluate.py, with the published flags and defaults."""
+    parser = GivenParser(description=description)
+    add_data_options(parser, "val", None)
+    add_net_options(parser)
+    group = parser.add_argument_group("weights")
+    group.add_argument("--restore-from", default=TRAINED_WEIGHTS, help="a snapshot or published weights (default: %(default)s)")
+    group.add_argument("--num-classes", type=class_count, help="default: that of the weights file")
+
+    group = parser.add_argument_group("prediction")
+    group.add_argument("--scales", type=partial(numbers, float), default=(1.0,), help="fused as --fuse says (default: 1)")
+    add_window_options(group)
+    group.add_argument("--mirror", action="store_true", help="average with the prediction of the mirrored picture")
+    group.add_argument(
+        "--input-size",
+        type=size,
+        metavar="H,W",
+        help="a fixed canvas, as published: 505,505 (default: each picture's own size)",
+    )
+    group.add_argument("--batch-size", type=positive, default=1, help="pictures of one padded size at once (default: 1)")
+    group.add_argument("--crf", action="store_true", help="refine with the dense CRF; reports the scores before and after")
+    group.add_argument(
+        "--crf-workers",
+        type=positive,
+        default=default_processes(32),
+        help="processes for the CRF, of about 0.5 GB each, for 19 classes on 2048x1024 pixels 3 GB (default: this process's "
+        "share of the cores, at most 32; here %(default)s)",
+    )
+    group.add_argument(
+        "--crf-prune",
+        type=below_one,
+        default=0.0,
+        metavar="P",
+        help="leave classes out of a picture's CRF whose probability is nowhere above P (default: 0, keep all)",
+    )
+
+    group = parser.add_argument_group("output")
+    text = "write the predictions here as <id>.png: class indices with a palette, for Cityscapes train ids"
+    group.add_argument("--save-dir", type=target_text, help=text)
+    group.add_argument(
+        "--save-panels",
+        type=target_text,
+        metavar="DIR",
+        help="write picture | label | prediction | errors here as <id>.png",
+    )
+    group.add_argument("--save-json", type=target_text, metavar="FILE", help="write the scores here")
+    group.add_argument(
+        "--report",
+        type=target_text,
+        metavar="DIR",
+        help="write a page with scores, confusions and pictures here: DIR/index.html",
+    )
+    text = "predict the test list, without labels, and pack the masks for the server: FILE.tgz for VOC, FILE.zip with regular "
+    text += "label ids for Cityscapes"
+    group.add_argument("--submission", type=target_text, metavar="FILE", help=text)
+    group.add_argument(
+        "--compare", type=target_text, metavar="DIR", help="an earlier report, beside which the new one puts its scores"
+    )
+    add_device_options(parser)
+    return parser

@@ -1,0 +1,204 @@
+"""How evaluate.py and scripts/predict.py make a trained net's predictions: the same pictures give them the same classes."""
+
+import hashlib
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dataset import to_input
+from dataset.classes import Color
+from deeplab import Net, fold_batch_norm
+from deeplab.inference import NO_CLASS, OUTPUT_STRIDE, OVERLAP, enlarge_to_classes, predict_grid, predict_windows
+from deeplab.weights import Weights
+from utils import distributed
+from utils.checkpoint import load_init
+from utils.command import UserError
+from utils.device import autocast, check_compiler
+from utils.evaluation.images import AnyPicture, group_by_canvas
+from utils.options import TRAINED_WEIGHTS, shared_options
+
+
+class NotFinite(UserError):
+    """The net's logits are no numbers."""
+
+    exit_status = 1
+
+
+def open_trained_net(args: Namespace) -> tuple[Net, Weights, list[str]]:
+    """The net of ``--restore-from``, ready to predict, its weights file and lines that say what was loaded.
+
+    Raises:
+        UserError: there is no such file, no head in it, or one that does not fit: nothing is predicted with a parameter that no
+            file gave.
+    """
+    path = args.restore_from
+    if path == TRAINED_WEIGHTS and not Path(TRAINED_WEIGHTS).exists():
+        advice = "train with `python train.py`, see `python scripts/download.py list`, or pass --restore-from"
+        raise UserError(f"{TRAINED_WEIGHTS} does not exist: {advice}")
+    net, weights, report = load_init(path, args.abn, net=args.net, backbone=args.backbone, atrous_rates=args.atrous_rates)
+    rates, asked = weights.config.get("atrous_rates"), net.config.get("atrous_rates")
+    if report.missing and rates and asked and list(rates) != list(asked):
+        of_file, of_option = (",".join(map(str, values)) for values in (rates, asked))
+        raise UserError(
+            f"the head of {path} has the rates {of_file}, but --atrous-rates says {of_option}; leave the option out"
+        )
+    theirs = weights.config.get("net")
+    if theirs and theirs != net.config["net"]:
+        raise UserError(f"{path} holds the head of a {theirs}, which --net {args.net} cannot use; leave the option out")
+    if report.missing:
+        raise UserError(f"{path} ({weights.scheme}) holds no usable head; train it first with train.py")
+    if args.num_classes not in (None, net.num_classes):
+        raise UserError(
+            f"{path} is a net for {net.num_classes} classes, which --num-classes {args.num_classes} cannot change; "
+            f"train a net for {args.num_classes} classes with train.py, or name another file"
+        )
+    fold_batch_norm(net.eval())
+    return net, weights, [f"{path}: {weights.scheme}", *report.lines()]
+
+
+def check_same_work(args: Namespace, device: torch.device, weights: Weights, data: Mapping[str, Any]) -> None:
+    """Make sure that all processes have the same options, net and ``data``, see :func:`utils.distributed.check_same`.
+
+    Raises:
+        UserError: on all of them, with the first difference.
+    """
+    if distributed.world_size() == 1:
+        return
+    total = hashlib.sha256(repr((weights.config, weights.meta)).encode())
+    for name, tensor in weights.state.items():
+        total.update(name.encode())
+        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    found = {"kinds of device": device.type, "weights, by their check sum": total.hexdigest()[:16]}
+    distributed.check_same({**shared_options(args), **found, **data})
+
+
+def to_device(net: nn.Module, device: torch.device, compiled: bool) -> None:
+    """Bring a net to where it predicts, and compile it if asked for."""
+    net.to(device).to(memory_format=torch.channels_last)
+    if compiled:
+        check_compiler(device)
+        compile_for_prediction(net, device)
+
+
+def compile_for_prediction(net: nn.Module, device: torch.device) -> None:
+    """Compile a folded net in place: for pictures of any size at once, and on a CPU with its weights as constants."""
+    if device.type == "cpu":
+        net.compile(dynamic=True, options={"freezing": True})
+    else:
+        net.compile()
+
+
+def snapshot_colors(weights: Weights) -> dict[int, Color]:
+    """The colours of the classes of the data set that a snapshot was trained on; empty where the file does not tell."""
+    colors = weights.meta.get("colors") or []
+    return {label: (red, green, blue) for label, (red, green, blue) in enumerate(colors)}
+
+
+def predict(
+    net: Callable[[Tensor], Tensor],
+    pictures: Iterable[AnyPicture],
+    device: torch.device,
+    *,
+    canvas: tuple[int, int] | None = None,
+    batch_size: int = 1,
+    window: tuple[int, int] | None = None,
+    **options: Any,
+) -> Iterator[tuple[AnyPicture, Tensor, Tensor]]:
+    """Predict a stream of pictures, in batches of one padded size; the host waits for no device.
+
+    Args:
+        net: on ``device``, in eval mode; (N, 3, H, W) -> (N, C, h, w).
+        canvas: (H, W) to which every picture is padded; None takes each picture's own size.
+        batch_size: pictures of one padded size at once; with a window, of one size.
+        window: (H, W) of the tiles that pictures are cut into; None predicts them whole.
+        options: the others of :func:`predict_batch`.
+
+    Yields:
+        A picture, its (C, h, w) float32 logits, :func:`logits_stride` apart, and its (H, W) uint8 classes, to be
+        :func:`checked`.
+
+    Raises:
+        UserError: a picture does not fit ``canvas``.
+    """
+    stride = logits_stride(window)
+    for group, size in group_by_canvas(pictures, canvas, batch_size, stride):
+        images = [picture.image for picture in group]
+        for picture, logits in zip(group, predict_batch(net, images, size, device, window=window, **options)):
+            yield picture, logits, enlarge_to_classes(logits, picture.image.shape[:2], stride)
+
+
+def prediction_options(args: Namespace) -> dict[str, Any]:
+    """What the command line says of :func:`predict`, but for a canvas."""
+    return {name: getattr(args, name) for name in ("scales", "fuse", "mirror", "window", "overlap", "batch_size", "amp")}
+
+
+def logits_stride(window: tuple[int, int] | None) -> int:
+    """How many pixels the logits of :func:`predict` are apart: 8, or 1 with a window, whose tiles are summed at full size."""
+    return 1 if window else OUTPUT_STRIDE
+
+
+def predict_batch(
+    net: Callable[[Tensor], Tensor],
+    images: Sequence[np.ndarray],
+    canvas: tuple[int, int],
+    device: torch.device,
+    *,
+    scales: Sequence[float] = (1.0,),
+    fuse: str = "max",
+    mirror: bool = False,
+    window: tuple[int, int] | None = None,
+    overlap: Fraction = OVERLAP,
+    amp: str = "off",
+) -> Tensor:
+    """The logits of pictures on the stride-8 grid of one canvas, with a window at each of its pixels: (N, C, h, w) float32.
+
+    Args:
+        images: (H, W, 3) uint8 BGR each.
+        canvas: (H, W) to which they are padded; with a window their size.
+        scales, fuse, mirror: see :func:`deeplab.inference.predict_grid`.
+        window, overlap: see :func:`deeplab.predict_windows`.
+        amp: ``"off"``, ``"bf16"`` or ``"fp16"``.
+    """
+    batch = torch.zeros(len(images), 3, *canvas, device=device).contiguous(memory_format=torch.channels_last)
+    for padded, image in zip(batch, images):
+        height, width = image.shape[:2]
+        padded[:, :height, :width] = to_input(torch.from_numpy(image).to(device, non_blocking=True))
+    with autocast(device, amp):
+        if window:
+            return predict_windows(net, batch, window, overlap, scales, mirror, fuse)
+        return predict_grid(net, batch, scales, mirror, fuse).float()
+
+
+def to_host(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy a tensor to the host; what is returned waits until it is there, and for nothing that came later."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu
+    copy, there = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
+    there.record()
+
+    def wait() -> Tensor:
+        there.synchronize()
+        return copy
+
+    return wait
+
+
+def checked(name: str, classes: Tensor) -> np.ndarray:
+    """A picture's (H, W) uint8 classes, brought to the host.
+
+    Raises:
+        NotFinite: its logits were not finite, which :func:`deeplab.inference.enlarge_to_classes` tells by NO_CLASS.
+    """
+    prediction = classes.cpu().numpy()
+    if prediction[0, 0] == NO_CLASS:
+        raise NotFinite(
+            f"the net's logits are not finite for picture {name}: its numbers overflow; leave --amp out if it was given, "
+            "or take weights that are not damaged"
+        )
+    return prediction

@@ -1,0 +1,263 @@
+"""The report of an evaluation: a folder with a page, its pictures and the counts that another report is compared with."""
+
+import io
+import math
+import platform
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from operator import methodcaller
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+
+from dataset.classes import IGNORE_LABEL
+from deeplab.weights import Weights
+from utils.command import UserError
+from utils.evaluation.comparison import DATA, OtherReport, scores_of
+from utils.evaluation.images import Sample
+from utils.files import save_json, write_atomically
+from utils.metrics import ConfusionMatrix
+from utils.outputs import OUTPUT_MARK, Output, is_output, marked_jpeg
+from utils.visualize import PALETTE, WRONG, Classes, blend, marked_png, scale, wrong_pixels
+
+PREDICTED = ("scales", "fuse", "mirror", "window", "overlap", "crf", "amp", "input_size")  # the options on the page
+BYTES = 150e6  # of all pictures together
+MOST_PICTURES = 5000  # of larger sets every second, third, ... is shown
+SIDES = (1000, 700, 500, 400, 300, 220, 160, 110)  # pixels; the first that keeps within a picture's share of the bytes is taken
+THUMBNAIL_SIDE = 240
+ERROR_COLORS = np.array([(255, 255, 255), WRONG, PALETTE[IGNORE_LABEL]], dtype=np.uint8)  # right, wrong, void
+
+
+class Report:
+    """Writes the pictures of a report while they are predicted, and in the end its page.
+
+    Under torchrun each process writes the pictures of its share, and the main one the page.
+
+    Args:
+        folder: made if it is missing.
+        ids: of all pictures; their place is the number of their files.
+        classes: their names and colours.
+        ignore_label: a class that is void.
+        crf: predictions come refined, and as they were before.
+        other: the report to compare with.
+    """
+
+    def __init__(
+        self, folder: Path, ids: Sequence[str], classes: Classes, ignore_label: int, crf: bool, other: OtherReport | None
+    ) -> None:
+        self.folder, self.classes, self.ignore_label, self.crf, self.other = folder, classes, ignore_label, crf, other
+        every = math.ceil(len(ids) / MOST_PICTURES)
+        self.shown = {id: number for number, id in list(enumerate(ids))[::every]}
+        self.share = BYTES / max(len(self.shown), 1)
+        self.records: list[dict[str, Any]] = []
+
+    def add(self, sample: Sample, prediction: np.ndarray) -> None:
+        """Count a picture and write its files; ``prediction`` is (H, W) uint8, after the CRF where there is one."""
+        counted = ConfusionMatrix(len(self.classes.names), ignore_label=self.ignore_label)
+        counted.update(torch.from_numpy(sample.label), torch.from_numpy(prediction))
+        matrix = counted.matrix.numpy()
+        rows, columns = matrix.nonzero()
+        entries = np.stack((rows, columns, matrix[rows, columns]), axis=1).tolist()
+        record: dict[str, Any] = {"id": sample.id, "matrix": entries}
+        if sample.id in self.shown:
+            number = self.shown[sample.id]
+            record.update(number=number, size=sample.label.shape, layers=self._write_pictures(number, sample, prediction))
+        self.records.append(record)
+
+    def _write_pictures(self, number: int, sample: Sample, prediction: np.ndarray) -> list[str]:
+        """Write the picture, its thumbnail and the masks to lay over it; the names of the masks."""
+        masks = {"label": sample.label, "prediction": sample.prediction}
+        masks |= {"crf": prediction} if self.crf else {}
+        errors = wrong_pixels(sample.label, prediction).astype(np.uint8)
+        errors[sample.label == IGNORE_LABEL] = 2
+        image = sample.image[:, :, ::-1]
+        small = min(1.0, THUMBNAIL_SIDE / max(sample.label.shape))
+        mixed = blend(np.ascontiguousarray(scale(image, small)), scale(prediction, small), self.classes.palette)
+        fixed = {"_thumbnail.jpg": _jpeg(mixed, 72)}
+        if self.other and (others := self.other.mask(sample.id)):
+            fixed["_other.png"] = others
+        for side in SIDES:
+            factor = min(1.0, side / max(sample.label.shape))
+            files = {".jpg": _jpeg(scale(image, factor), 82)}
+            files |= {f"_{name}.png": _mask(scale(mask, factor), self.classes.palette) for name, mask in masks.items()}
+            files["_errors.png"] = _mask(scale(errors, factor), ERROR_COLORS, bytes([60, 255, 255]))
+            if sum(map(len, (*files.values(), *fixed.values()))) <= self.share:
+                break
+        for ending, data in {**files, **fixed}.items():
+            write_atomically(self.folder / "pictures" / f"{number:06d}{ending}", methodcaller("write", data), sync=False)
+        return [name for name in (*masks, "errors", "other") if f"_{name}.png" in {**files, **fixed}]
+
+    def write(self, records: Iterable[dict[str, Any]], result: dict[str, Any], head: Mapping[str, Any]) -> None:
+        """Write the page and its data.
+
+        Args:
+            records: those of all processes.
+            result: what ``--save-json`` saves.
+            head: title, subtitle, notes and facts of the page.
+        """
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+        unique = {record["id"]: record for record in records}  # a list may hold an id twice
+        records = [unique[id] for id in sorted(unique)]
+        colors = self.classes.palette[: len(self.classes.names)].tolist()
+        saved = {"made_by": OUTPUT_MARK, "scores": result, "names": list(self.classes.names), "colors": colors}
+        save_json(self.folder / DATA, saved | {"pictures": records})
+        environment = Environment(
+            loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=False
+        )
+        environment.filters.update(
+            percent=_percent, signed=_signed, number=lambda value: "" if value is None else f"{value:.6f}"
+        )
+        page = environment.get_template("report.html").render(**head, **self._content(records, result), made_by=OUTPUT_MARK)
+        write_atomically(self.folder / "index.html", lambda file: file.write(page.encode()))
+
+    def _content(self, records: list[dict[str, Any]], result: dict[str, Any]) -> dict[str, Any]:
+        """What the page shows of the scores and the pictures."""
+        titles = [title for title in ("scores", "before_crf", "after_crf") if title in result]
+        parts = [result[title] for title in titles]
+        matrix = np.array(parts[-1]["confusion_matrix"])
+        colors = ["rgb({}, {}, {})".format(*color) for color in self.classes.palette[: len(matrix)].tolist()]
+        names = {"mean_iou": "mean IoU %", "pixel_accuracy": "pixel accuracy %", "mean_accuracy": "mean accuracy %"}
+        names["frequency_weighted_iou"] = "frequency-weighted IoU %"
+        pictures = [self._picture(record) for record in records if "number" in record]
+        pictures.sort(key=lambda picture: (picture["iou"] is None, picture["iou"], picture["number"]))
+        text = "Worst mean IoU first, of a picture's own classes. Click one to enlarge it; then the arrow keys go on, and the "
+        text += "digits switch what lies over it."
+        if len(pictures) < len(records):
+            text += f" {len(pictures):,} of the {len(records):,} pictures are shown; all are counted."
+        return {
+            "columns": [title.replace("_", " ").replace("crf", "CRF") for title in titles] if len(titles) > 1 else ["score"],
+            "totals": [{"name": name, "numbers": [part[key] for part in parts]} for key, name in names.items()],
+            "classes": [
+                {
+                    "name": entry["name"],
+                    "color": colors[i],
+                    "ious": [part["classes"][i]["iou"] for part in parts],
+                    "accuracy": entry["accuracy"],
+                    "pixels": int(matrix[i].sum()),
+                }
+                for i, entry in enumerate(parts[-1]["classes"])
+            ],
+            "matrix": _heat_map(matrix, self.classes.names),
+            "comparison": self.other and self.other.compare(records, self.classes, self.ignore_label, colors),
+            "pictures": pictures,
+            "pictures_text": text,
+        }
+
+    def _picture(self, record: dict[str, Any]) -> dict[str, Any]:
+        """A picture as the page shows it."""
+        scores = scores_of([record["matrix"]], len(self.classes.names), self.ignore_label)
+        known = [(i, iou) for i, iou in enumerate(scores.class_iou.tolist()) if not math.isnan(iou)]
+        iou = None if math.isnan(scores.mean_iou) else scores.mean_iou
+        before = self.other.iou(record["id"], self.ignore_label) if self.other else None
+        stem = f"pictures/{record['number']:06d}"
+        return {
+            "id": record["id"],
+            "number": record["number"],
+            "iou": iou,
+            "change": None if iou is None or before is None else iou - before,
+            "ious": " ".join(f"{i}:{value:.4f}" for i, value in known),
+            "ratio": round(record["size"][1] / record["size"][0], 4),
+            "layers": " ".join(("picture", *record["layers"])),
+            "files": {"picture": f"{stem}.jpg", "thumbnail": f"{stem}_thumbnail.jpg"},
+        }
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the folder of a report, and clear the pictures of an earlier report from it.
+
+    Raises:
+        UserError: it holds something else, or nothing can be written there.
+    """
+    try:
+        files = [path for path in folder.rglob("[!.]*") if not path.is_dir() or path.is_symlink()]
+        if foreign := next((path for path in files if not is_output(path)), None):
+            raise UserError(
+                f"--report {folder} holds other files ({foreign.relative_to(folder)}); choose an empty or new folder, or move "
+                "what no report has written"
+            )
+        (folder / "pictures").mkdir(parents=True, exist_ok=True)
+        for path in (folder / "pictures").glob("[0-9]*"):
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"--report {folder} cannot be written ({error.strerror or error}); choose another folder") from None
+
+
+def planned(folder: Path) -> list[Output]:
+    """The files of a report, one of the pictures for all."""
+    return [Output("--report", folder, name, f"the report's {name}") for name in ("index.html", DATA, "pictures/000000.jpg")]
+
+
+def head_of(args: Namespace, weights: Weights, data_list: Path, count: int, notes: Sequence[str]) -> dict[str, Any]:
+    """The head of the page, and how its numbers were made."""
+    packages = ("torch", "torchvision", "numpy", "opencv-python-headless", "pillow", "pydensecrf2")
+    versions = [f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in packages), platform.platform()]
+    meta = {name: value for name, value in weights.meta.items() if name not in ("args", "classes", "colors", "mean")}
+    facts = [
+        ("command", shlex.join(["python", *sys.argv])),
+        ("weights", f"{args.restore_from}: {weights.scheme}"),
+        ("net", ", ".join(f"{name} {value}" for name, value in {**weights.config, **meta}.items() if value not in (None, ""))),
+        ("trained with", ", ".join(f"{name} {value}" for name, value in weights.meta.get("args", {}).items())),
+        ("pictures", f"{count:,} of {data_list}"),
+        ("predicted", ", ".join(f"{name} {getattr(args, name)}" for name in PREDICTED)),
+        ("versions", ", ".join(versions)),
+    ]
+    return {
+        "title": f"{Path(args.restore_from).name} on {data_list.name}",
+        "subtitle": f"{count:,} pictures of {args.data_dir}",
+        "notes": list(notes),
+        "facts": [(name, value) for name, value in facts if value],
+    }
+
+
+def _heat_map(matrix: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of the confusion matrix, of the classes that occur in labels or predictions."""
+    present = np.flatnonzero(matrix.sum(axis=0) + matrix.sum(axis=1)).tolist()
+    totals = np.maximum(matrix.sum(axis=1), 1)
+    return [
+        {
+            "name": names[i],
+            "cells": [
+                {"name": names[j], "count": int(matrix[i, j]), "share": float(matrix[i, j] / totals[i])} for j in present
+            ],
+        }
+        for i in present
+    ]
+
+
+def _jpeg(image_rgb: np.ndarray, quality: int) -> bytes:
+    return marked_jpeg(cv2.imencode(".jpg", image_rgb[:, :, ::-1], (cv2.IMWRITE_JPEG_QUALITY, quality))[1].tobytes())
+
+
+def _mask(labels: np.ndarray, palette: np.ndarray, alpha: bytes = b"") -> bytes:
+    """Labels as a small palette PNG, whose first colours may be transparent."""
+    picture, file = Image.fromarray(np.ascontiguousarray(labels)), io.BytesIO()
+    picture.putpalette(palette.tobytes())
+    picture.save(file, "PNG", optimize=False, pnginfo=marked_png(), **({"transparency": alpha} if alpha else {}))
+    return file.getvalue()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except Exception:  # not installed, or by another way
+        return "?"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{100 * value:.2f}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.6f}"
+
+
+def _signed(value: float) -> str:
+    return "–" if math.isnan(value) else f"{100 * value:+.2f}"

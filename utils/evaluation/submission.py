@@ -1,0 +1,189 @@
+"""What the evaluation servers of PASCAL VOC and Cityscapes take: the masks of the test pictures, packed as they say."""
+
+import io
+import tarfile
+import zipfile
+from argparse import Namespace
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from dataset import DATASETS, VOC_CLASSES, DatasetError
+from dataset.classes import CITYSCAPES_CLASSES, NamedClass
+from deeplab import Net
+from deeplab.weights import Weights
+from utils import distributed
+from utils.checkpoint import dataset_of
+from utils.command import UserError
+from utils.device import select_device
+from utils.evaluation.crf_pool import open_pool
+from utils.evaluation.images import Pictures, only_one
+from utils.evaluation.predict import check_same_work, checked, open_trained_net, predict, prediction_options, to_device
+from utils.files import write_atomically
+from utils.loader import list_of, make_loader, running
+from utils.options import CITYSCAPES, settle_dataset
+from utils.outputs import OUTPUT_MARK, Output, check_outputs, marked_gzip
+from utils.visualize import indexed_png
+
+
+class Server(NamedTuple):
+    """What a server takes.
+
+    Attributes:
+        title: of the data set.
+        classes: their ids are the values in the masks.
+        mode: of the masks, in Pillow's words: P with a palette, L grey.
+        folder: of the masks in the archive.
+        suffixes: of the archive.
+        advice: what to do with it.
+    """
+
+    title: str
+    classes: tuple[NamedClass, ...]
+    mode: str
+    folder: str
+    suffixes: tuple[str, ...]
+    advice: str
+
+    def mask(self, labels: np.ndarray) -> bytes:
+        """The PNG file of a picture's (H, W) uint8 classes: its values are the server's ids."""
+        ids = np.array([row.id for row in self.classes], dtype=np.uint8)[labels]
+        if self.mode == "P":
+            return indexed_png(ids)
+        file = io.BytesIO()
+        Image.fromarray(ids).save(file, "PNG")
+        return file.getvalue()
+
+
+VOC = Server(  # comp6: any training data but the test set
+    "VOC", VOC_CLASSES, "P", "results/VOC2012/Segmentation/comp6_test_cls/", (".tgz", ".tar.gz"),
+    "upload it as comp6 of the segmentation challenge",
+)  # fmt: skip
+# Found by <city>_<sequence>_<frame>*.png, in regular label ids (cityscapesScripts, evalPixelLevelSemanticLabeling.py).
+CITYSCAPES_SERVER = Server(
+    "Cityscapes", CITYSCAPES_CLASSES, "L", "", (".zip",), "upload it to the pixel-level semantic labeling task"
+)
+
+
+def run(args: Namespace) -> int:
+    """Predict the test list and pack the masks as ``--submission``; no labels are needed.
+
+    Raises:
+        UserError: the net has other classes than the server, or the name is that of another kind of file.
+    """
+    path = Path(args.submission)
+    with ExitStack() as stack:
+        # The pool comes first: where its processes are forked, they are copies of this still small one.
+        pool = distributed.start(lambda: stack.enter_context(open_pool(args)) if args.crf else None)
+        net, device, weights, lines, server, data_list, files = distributed.everywhere(lambda: open_work(args, path))
+        check_same_work(args, device, weights, {"pictures": [f"{id} {file.name}" for id, file in files.items()]})
+        output = Output("--submission", path.parent, path.name, "the submission")
+        folder = Path(args.data_dir) / args.image_dir
+        distributed.everywhere(lambda: check_outputs([output], [*files.values(), args.restore_from, data_list], [folder]))
+        distributed.everywhere(lambda: to_device(net, device, args.compile))
+        if distributed.is_main():
+            print(*lines, f"{len(files)} pictures of {data_list}", sep="\n")
+
+        share = list(files.items())[distributed.rank() :: distributed.world_size()]
+        loader = make_loader(Pictures(share), [[index] for index in range(len(share))], args.num_workers, device, only_one)
+        masks: dict[str, bytes] = {}
+        bar = tqdm(total=len(share), unit="image", disable=not distributed.is_main(), dynamic_ncols=True)
+
+        def predict_share() -> None:
+            with torch.inference_mode(), running(loader) as pictures, bar:
+                predicted = predict(net, pictures, device, canvas=args.input_size, **prediction_options(args))
+                classes = ((picture, logits, checked(picture.id, labels)) for picture, logits, labels in predicted)
+                plain = ((picture, labels) for picture, _, labels in classes)
+                refined = pool.refine((picture, logits.cpu()) for picture, logits, _ in classes) if pool else plain
+                for picture, labels in refined:
+                    masks[picture.id] = server.mask(labels)
+                    bar.update()
+
+        distributed.everywhere(predict_share)
+    parts = distributed.gather(masks)
+
+    def write() -> None:
+        pack(path, {id: mask for part in parts for id, mask in part.items()}, files, server)
+        print(f"{path}: {len(files)} masks, each of its picture's size; {server.advice}")
+
+    distributed.from_main(write)
+    distributed.stop()
+    return 0
+
+
+def open_work(args: Namespace, path: Path) -> tuple[Net, torch.device, Weights, list[str], Server, Path, dict[str, Path]]:
+    """What this process predicts: the net and its device, its file, lines about that, the server, the list, its pictures."""
+    device = select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
+    net, weights, lines = open_trained_net(args)
+    settle_dataset(args, CITYSCAPES, dataset_of(weights.meta))
+    server = VOC if args.dataset == "voc" else CITYSCAPES_SERVER
+    if net.num_classes != (count := len(server.classes)):
+        raise UserError(
+            f"{args.restore_from} has {net.num_classes} classes; the server expects {server.title}'s {count}; see --dataset"
+        )
+    if not path.name.endswith(server.suffixes):
+        kind = "zip" if server.mode == "L" else "gzipped tar"
+        raise UserError(
+            f"--submission {path}: the server of {server.title} takes {kind} files; end the name in {server.suffixes[0]}"
+        )
+    data_list = list_of(args, "test")
+    return net, device, weights, lines, server, data_list, test_files(args, data_list)
+
+
+def test_files(args: Namespace, data_list: Path) -> dict[str, Path]:
+    """The pictures of the list by their ids.
+
+    Raises:
+        DatasetError: a picture is not there; an id that the server's layout has no place for.
+    """
+    root = Path(args.data_dir)
+    files: dict[str, Path] = {}
+    for id, image, _ in DATASETS[args.dataset].read_list(data_list, args.image_dir):
+        if "/" in id:
+            raise DatasetError(f"the list of image ids {data_list} holds {id}; the server takes ids without folders")
+        place = root / image if image else root / args.image_dir / f"{id}.jpg"
+        if files.setdefault(id, place) != place:
+            raise DatasetError(
+                f"the list of image ids {data_list} holds {id} twice, for {files[id]} and {place}; leave one out"
+            )
+        if not files[id].is_file():
+            raise DatasetError(f"the picture {files[id]} does not exist; the test pictures are a download of their own")
+    return files
+
+
+def pack(path: Path, masks: Mapping[str, bytes], files: Mapping[str, Path], server: Server = VOC) -> None:
+    """Write the archive, once every id and size is as the server checks them.
+
+    Raises:
+        UserError: a mask is missing, or has another size than its picture or a value that is no class's id.
+    """
+    if missing := files.keys() - masks.keys():
+        raise UserError(f"{len(missing)} pictures have no mask, {min(missing)} among them; run all processes again")
+    ids = {row.id for row in server.classes}
+    for id in sorted(files):
+        with Image.open(files[id]) as picture, Image.open(io.BytesIO(masks[id])) as mask:
+            if mask.size != picture.size or mask.mode != server.mode or not ids.issuperset(np.unique(mask).tolist()):
+                raise UserError(
+                    f"the mask of {files[id]} is {mask.size} {mask.mode}; expected {picture.size} {server.mode} with the "
+                    f"labels {', '.join(map(str, sorted(ids)))}"
+                )
+    archive = io.BytesIO()
+    if server.mode == "L":
+        with zipfile.ZipFile(archive, "w") as packed:  # PNGs are compressed already
+            packed.comment = OUTPUT_MARK.encode()
+            for id in sorted(files):
+                packed.writestr(f"{files[id].stem}.png", masks[id])
+    else:
+        with tarfile.open(fileobj=archive, mode="w") as tar:
+            for id in sorted(files):
+                entry = tarfile.TarInfo(f"{server.folder}{id}.png")
+                entry.size = len(masks[id])
+                tar.addfile(entry, io.BytesIO(masks[id]))
+    data = archive.getvalue() if server.mode == "L" else marked_gzip(archive.getvalue())
+    write_atomically(path, lambda file: file.write(data))

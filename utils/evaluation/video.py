@@ -1,0 +1,177 @@
+"""Video files as pictures, and pictures as a video file."""
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import cv2
+import numpy as np
+
+from utils.command import UserError
+from utils.evaluation.images import Picture
+from utils.files import DiskError, temporary_beside
+from utils.outputs import mark_mp4
+
+
+class BrokenVideo(UserError):
+    """A video that cannot be read, or not to its end."""
+
+
+def open_video(path: Path) -> tuple[cv2.VideoCapture, float]:
+    """A video file and its frames a second.
+
+    Raises:
+        BrokenVideo: OpenCV cannot read it, or it is cut off.
+    """
+    try:
+        missing = cut_off(path)
+    except OSError as error:
+        raise BrokenVideo(f"the video {path} cannot be read ({error.strerror})") from None
+    if missing:
+        raise BrokenVideo(f"the video {path} is cut off: {missing}; fetch it again")
+    video = cv2.VideoCapture(str(path))
+    if not video.isOpened() or not video.grab():
+        raise BrokenVideo(f"the video {path} cannot be decoded by OpenCV; convert it, for instance to H.264 in .mp4")
+    video.release()
+    video = cv2.VideoCapture(str(path))
+    return video, video.get(cv2.CAP_PROP_FPS) or 25.0
+
+
+def read_frames(video: cv2.VideoCapture) -> Iterator[Picture]:
+    """The frames, whose ids are their numbers from 000000; decoded as they are asked for."""
+    number = 0
+    while True:
+        more, image = video.read()
+        if not more:
+            return
+        yield Picture(f"{number:06d}", image)
+        number += 1
+
+
+def check_frames(path: Path, video: cv2.VideoCapture, decoded: int) -> None:
+    """Make sure that a video of which ``decoded`` frames came had no more of them.
+
+    Raises:
+        BrokenVideo: its container counts more, or none came at all.
+    """
+    expected = max(1, round(video.get(cv2.CAP_PROP_FRAME_COUNT))) if describe(path)[1] else 1
+    if decoded < expected:
+        raise BrokenVideo(
+            f"the video {path} is damaged: {decoded} of {expected} frames can be decoded; fetch it again, or if a player shows "
+            f"all of it, convert it: ffmpeg -i {path.name} new.mp4"
+        )
+
+
+def cut_off(path: Path) -> str:
+    """ "900 of its 1000 bytes are there", for a video file that its own header says to be longer; "" for others."""
+    promised, size = describe(path)[0], path.stat().st_size
+    return f"{size} of its {promised} bytes are there" if promised > size else ""
+
+
+def describe(path: Path) -> tuple[int, bool]:
+    """The bytes that the container of a video says to have, 0 where it says nothing, and whether it counts its frames.
+
+    MP4 and MOV are boxes of a size and a name (ISO/IEC 14496-12, section 4.2), and count unless they come in fragments. AVI
+    counts. Matroska and WebM are a header and a segment (RFC 8794, RFC 9559), whose frames OpenCV guesses from the time they
+    take, as it does for other kinds.
+    """
+    with open(path, "rb") as file:
+        head = file.read(12)
+        if head.startswith(b"\x1a\x45\xdf\xa3"):
+            file.seek(4)
+            file.seek(_ebml_size(file) + 4, os.SEEK_CUR)  # the segment's id
+            return _ebml_size(file) + file.tell(), False
+        if head[4:8] not in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
+            return 0, head.startswith(b"RIFF") and head.endswith(b"AVI ")
+        start, promised, names, total = 0, 0, set(), os.fstat(file.fileno()).st_size
+        while start < total:
+            file.seek(start)
+            box = file.read(16).ljust(16, b"\0")
+            size, name = int.from_bytes(box[:4], "big"), box[4:8]
+            size = int.from_bytes(box[8:], "big") if size == 1 else size
+            start += size
+            names.add(name)
+            if name in (b"mdat", b"moov", b"moof"):  # there may be anything behind the last one
+                promised = start
+            if size < 8:  # 0: to the end of the file
+                break
+        return promised, b"moof" not in names
+
+
+def _ebml_size(file: IO[bytes]) -> int:
+    """A size of EBML, whose first byte begins with as many zeros as bytes follow, then a 1; 0 where all other bits are set,
+    which stands for a size that is not known.
+    """
+    first = file.read(1)
+    length = 8 - (first or b"\1")[0].bit_length()
+    bits = 7 * (length + 1)
+    value = int.from_bytes(first + file.read(length), "big") & ((1 << bits) - 1)
+    return 0 if value == (1 << bits) - 1 else value
+
+
+class VideoFile:
+    """A context that writes frames of one size to an .mp4 file, which is there whole or not at all. Sound is not kept.
+
+    Raises:
+        BrokenVideo: the frames change their size.
+        DiskError: not all frames are in the file, of which OpenCV says nothing.
+        UserError: OpenCV cannot write videos here.
+    """
+
+    def __init__(self, path: Path, frames_per_second: float) -> None:
+        self.path, self.rate = path, frames_per_second
+        self.temporary = temporary_beside(path, ".mp4")
+        self.writer: cv2.VideoWriter | None = None
+        self.size, self.count = (0, 0), 0  # width and height, and the number of frames written
+
+    def write(self, image_rgb: np.ndarray) -> None:
+        """Append a frame, (H, W, 3) uint8 RGB; an odd side gets another row or column, as the format asks for even ones."""
+        height, width = image_rgb.shape[:2]
+        if height % 2 or width % 2:
+            image_rgb = np.pad(image_rgb, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        size = image_rgb.shape[1], image_rgb.shape[0]
+        if self.writer is None:
+            self.size = size
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.temporary.touch(exist_ok=False)  # a new file, through no link
+            except OSError as error:
+                raise DiskError(f"{self.path} cannot be written ({error.strerror}); choose another folder") from None
+            self.writer = cv2.VideoWriter(str(self.temporary), cv2.VideoWriter.fourcc(*"mp4v"), self.rate, size)
+            if not self.writer.isOpened():
+                raise UserError(f"{self.path}: this build of OpenCV cannot write MPEG-4 videos; install opencv-python-headless")
+        if size != self.size:
+            shown = " to ".join(f"{width}x{height}" for width, height in (self.size, size))
+            raise BrokenVideo(f"the frames for {self.path} change their size from {shown}; convert the video to one size")
+        self.count += 1
+        self.writer.write(np.ascontiguousarray(image_rgb[:, :, ::-1]))
+
+    def __enter__(self) -> "VideoFile":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self.writer:
+            self.writer.release()
+        try:
+            if kind is None and self.writer:
+                self._finish()
+                os.replace(self.temporary, self.path)
+        except OSError as error:
+            raise DiskError(f"{self.path} cannot be written ({error.strerror}); free space or choose another folder") from None
+        finally:
+            with suppress(OSError):
+                self.temporary.unlink()
+
+    def _finish(self) -> None:
+        """Mark the written file; raise :class:`DiskError` unless it holds all its frames."""
+        video = cv2.VideoCapture(str(self.temporary))
+        count = round(video.get(cv2.CAP_PROP_FRAME_COUNT))
+        video.set(cv2.CAP_PROP_POS_FRAMES, self.count - 1)
+        if count != self.count or not video.grab() or cut_off(self.temporary):
+            text = f"it was written with {max(count, 0)} of {self.count} frames; free space or choose another folder"
+            raise DiskError(f"{self.path} cannot be written: {text}")
+        video.release()
+        mark_mp4(self.temporary)  # which brings it to the disk

@@ -1,0 +1,14 @@
+"""One training run, for train.py and train_msc.py: ``training.run(args, loss_function)``."""
+
+from argparse import Namespace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deeplab.loss import LossFunction
+
+
+def run(args: Namespace, loss_function: "LossFunction") -> int:
+    """Train as ``args`` say; see :func:`utils.training.loop.run`, which is loaded here, as torch takes seconds."""
+    from utils.training import loop
+
+    return loop.run(args, loss_function)
