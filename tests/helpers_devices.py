@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 from dataset import VOCSegmentation, read_ids
 from deeplab import deeplabv2, fold_batch_norm
-from utils import checkpoint, distributed
-from utils.evaluation import run as evaluation
+from utils import checkpoint
+from utils.evaluation import score
 from utils.training import loop as training
+from utils.training import setup
 
 
 class Strict(TorchDispatchMode):
@@ -103,8 +104,8 @@ def on_meta(monkeypatch):
     monkeypatch.setattr(training, "Meter", Unread)
     monkeypatch.setattr(training, "check_weights", lambda *args: None)  # reads, once a snapshot
     monkeypatch.setattr(checkpoint, "save_snapshot", lambda *args, **kwargs: None)
-    monkeypatch.setattr(distributed, "select_device", lambda *args: torch.device("meta"))
-    monkeypatch.setattr(distributed, "autocast", lambda device, amp: nullcontext())
+    monkeypatch.setattr(setup, "select_device", lambda *args: torch.device("meta"))
+    monkeypatch.setattr(training, "autocast", lambda device, amp: nullcontext())
     sgd = sys.modules["torch.optim.sgd"]
     monkeypatch.setattr(sgd, "_device_dtype_check_for_fused", lambda *args, **kwargs: None, raising=False)
     return run
@@ -126,10 +127,10 @@ VARIANTS = {
 def fake_cuda(monkeypatch):
     """The real prediction on fake CUDA tensors, up to the copy that brings the classes to the host."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        monkeypatch.setattr(evaluation, "make_loader", lambda data, order, *args, **kwargs: [data[index] for (index,) in order])
-        monkeypatch.setattr(evaluation, "running", lambda samples: nullcontext(iter(samples)))
-        monkeypatch.setattr(evaluation, "to_host", lambda tensor: lambda: tensor)
-        monkeypatch.setattr(evaluation, "checked", lambda name, classes: np.zeros(classes.shape, dtype=np.uint8))
+        monkeypatch.setattr(score, "make_loader", lambda data, order, *args, **kwargs: [data[index] for (index,) in order])
+        monkeypatch.setattr(score, "running", lambda samples: nullcontext(iter(samples)))
+        monkeypatch.setattr(score, "to_host", lambda tensor: lambda: tensor)
+        monkeypatch.setattr(score, "checked", lambda name, classes: np.zeros(classes.shape, dtype=np.uint8))
         with torch.device("cuda"):
             net = fold_batch_norm(deeplabv2("resnet18", 4).eval())
         with Strict("cuda") as strict, NoConstants("cuda"):

@@ -11,7 +11,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from dataset import MEAN_BGR
 from deeplab import deeplabv2
-from tests.conftest import TOY_CLASSES
+from tests.helpers import TOY_CLASSES
 
 
 def naive_logits(snapshot: Path, toy_voc: Path, i: int) -> np.ndarray:

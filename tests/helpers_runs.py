@@ -14,7 +14,7 @@ from torch.torch_version import TorchVersion
 
 import train_msc as train_msc_script
 from deeplab import single_scale_loss
-from tests.conftest import ROOT, TOY_CLASSES
+from tests.helpers import ROOT, TOY_CLASSES
 from utils.evaluation import run as evaluation
 from utils.evaluation.options import evaluation_parser
 from utils.training import loop as training

@@ -11,7 +11,6 @@ from importlib import import_module
 import pytest
 import torch
 
-from tests.conftest import snapshot  # noqa: F401
 from utils.command import Parser, Shown, run_command, shown
 
 TRAIN = ["--backbone", "resnet18", "--num-classes", "4", "--restore-from", "none", "--num-steps", "1", "--device", "cpu"]
@@ -65,7 +64,7 @@ def _as_it_was(monkeypatch):
 
 
 @pytest.fixture
-def ordinary_user(toy_voc, snapshot, tmp_path, monkeypatch):  # noqa: F811
+def ordinary_user(toy_voc, snapshot, tmp_path, monkeypatch):
     """In a folder of their own with a folder that they may not enter; root becomes somebody else."""
     for name in (*dict(PATHS), *LAZY):  # which Python's own folder may hide from the other user
         import_module(name)
@@ -126,7 +125,7 @@ def test_what_the_system_refuses_is_a_sentence_and_a_bug_is_a_bug(capsys):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a device that is always full")
 @pytest.mark.parametrize("name", ["evaluate", "scripts.check_dataset"])
-def test_results_that_cannot_be_printed_are_a_sentence(name, toy_voc, snapshot, monkeypatch, capsys):  # noqa: F811
+def test_results_that_cannot_be_printed_are_a_sentence(name, toy_voc, snapshot, monkeypatch, capsys):
     words = {"evaluate": ["--data-dir", toy_voc, "--restore-from", snapshot, "--device", "cpu", "--num-workers", "0"]}
     words = words.get(name, ["--data-dir", toy_voc, "--num-classes", "4", "--workers", "0"])
     with open("/dev/full", "w") as full:
@@ -193,7 +192,7 @@ def test_folders_and_devices_where_a_file_is_read(toy_voc, tmp_path, monkeypatch
         assert (status, message in text) == (2, True), (name, words, text)
 
 
-def test_no_name_steers_the_terminal(toy_voc, snapshot, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_no_name_steers_the_terminal(toy_voc, snapshot, tmp_path, monkeypatch, capsys):
     evil = "a\x1b]0;owned\x07\x9b2J\x7f"
     content = torch.load(snapshot, weights_only=True)
     content["meta"]["classes"] = ["ground", evil, "green\x1b[8m", "blue"]

@@ -13,11 +13,7 @@ import torch
 
 from deeplab import dense_crf
 from deeplab.inference import enlarge
-from tests.conftest import (
-    ROOT,
-    hear_ctrl_c,
-    snapshot,  # noqa: F401
-)
+from tests.helpers import ROOT, hear_ctrl_c
 from utils.command import UserError
 from utils.evaluation.crf_pool import CRFPool
 from utils.evaluation.images import Sample
@@ -77,7 +73,7 @@ def test_a_pool_that_cannot_start_leaves_no_process(monkeypatch):
     assert [process.is_alive() for process in started] == [False]
 
 
-def command(toy_voc: Path, snapshot: Path, out: Path, pictures: int, num_workers: int) -> list[str]:  # noqa: F811
+def command(toy_voc: Path, snapshot: Path, out: Path, pictures: int, num_workers: int) -> list[str]:
     (toy_voc / "list.txt").write_text("toy_0\ntoy_1\n" * (pictures // 2))
     options = ["--data-dir", toy_voc, "--data-list", toy_voc / "list.txt", "--restore-from", snapshot, "--device", "cpu"]
     options += ["--crf", "--crf-workers", 1, "--num-workers", num_workers, "--save-dir", out]
@@ -85,7 +81,7 @@ def command(toy_voc: Path, snapshot: Path, out: Path, pictures: int, num_workers
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_the_real_command_under_every_start_method(toy_voc, snapshot, tmp_path, method):  # noqa: F811
+def test_the_real_command_under_every_start_method(toy_voc, snapshot, tmp_path, method):
     arguments = [sys.executable, ROOT / "tests/start_method.py", method, *command(toy_voc, snapshot, tmp_path / "out", 2, 1)]
     result = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert result.returncode == 0, result.stderr
@@ -110,7 +106,7 @@ def group_is_gone(group: int) -> bool:
         (signal.SIGKILL, False, -signal.SIGKILL),
     ],
 )
-def test_a_stopped_evaluation_leaves_nothing_behind(toy_voc, snapshot, tmp_path, number, to_group, status):  # noqa: F811
+def test_a_stopped_evaluation_leaves_nothing_behind(toy_voc, snapshot, tmp_path, number, to_group, status):
     """Whether the signal comes from ``kill`` or, as from a terminal or Slurm, to the whole group of processes."""
     arguments = [sys.executable, *command(toy_voc, snapshot, tmp_path / "out", 10000, 1)]
     options = {"start_new_session": True, "preexec_fn": hear_ctrl_c, "stderr": subprocess.PIPE, "text": True}

@@ -11,7 +11,7 @@ from dataset import VOCSegmentation, read_ids, to_input
 from deeplab import deeplabv2, fold_batch_norm, make_net, multi_scale_loss, predict, single_scale_loss
 from deeplab.loss import Ohem
 from scripts.bench.memory import step_memory
-from tests.conftest import TOY_CLASSES
+from tests.helpers import TOY_CLASSES
 from tests.helpers_nets import randomise_batch_norm
 from tests.helpers_runs import SCRATCH, model, train, train_msc
 from utils.evaluation.score import score

@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import evaluate
 from deeplab import NETS, multi_scale_loss, predict_classes, predict_windows, single_scale_loss
 from deeplab.loss import Ohem
-from tests.helpers_devices import STEP, VARIANTS, data_of, fake_cuda, on_meta  # noqa: F401
+from tests.helpers_devices import STEP, VARIANTS, data_of
 from tests.helpers_runs import SCRATCH, log_lines, train, train_msc
 from utils.command import run_command
 from utils.device import select_device
-from utils.evaluation import run as evaluation
+from utils.evaluation import score
 
 TIMES = {"images_per_s", "data_wait", "seconds", "memory_mb"}
 # What raises on CUDA under torch.use_deterministic_algorithms(True), by its documentation (kthvalue by the kernel alone, and
@@ -94,17 +94,17 @@ def test_the_same_command_leaves_the_same_bytes(toy_voc, tmp_path):
     ("name", "mode"),
     [("loss-size", "frozen"), ("grad-checkpoint", "frozen"), ("one-scale-at-a-time", "full")],
 )
-def test_a_training_step_has_an_exact_way_on_cuda(name, mode, toy_voc, tmp_path, on_meta):  # noqa: F811
+def test_a_training_step_has_an_exact_way_on_cuda(name, mode, toy_voc, tmp_path, on_meta):
     """On meta tensors torch takes the operators that it takes on CUDA."""
     torch.use_deterministic_algorithms(True)
     with Exact():
         on_meta(train_msc, toy_voc, tmp_path, *STEP, "--batch-norm", mode, *VARIANTS[name])
 
 
-def test_an_evaluation_has_an_exact_way_on_cuda(toy_voc, fake_cuda):  # noqa: F811
+def test_an_evaluation_has_an_exact_way_on_cuda(toy_voc, fake_cuda):
     torch.use_deterministic_algorithms(True)
     with Exact():
-        evaluation.score(fake_cuda[0], data_of(toy_voc), torch.device("cuda"), scales=(1.0, 0.5), mirror=True)
+        score.score(fake_cuda[0], data_of(toy_voc), torch.device("cuda"), scales=(1.0, 0.5), mirror=True)
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -149,7 +149,7 @@ def test_what_has_none_is_noticed(operation):
         operation(torch.zeros(2, 3, 9, 9, device="meta", requires_grad=True)).sum().backward()
 
 
-def test_without_the_option_there_is_none(toy_voc, tmp_path, on_meta):  # noqa: F811
+def test_without_the_option_there_is_none(toy_voc, tmp_path, on_meta):
     with pytest.raises(AssertionError, match="upsample_bilinear2d_backward"), Exact():
         on_meta(train, toy_voc, tmp_path, *STEP, "--loss-size", "input")
 

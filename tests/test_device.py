@@ -16,7 +16,7 @@ from tests.helpers_devices import STEP, VARIANTS, data_of
 from tests.helpers_nets import naive_forward, randomise_batch_norm
 from tests.helpers_runs import train, train_msc
 from utils.evaluation import predict as prediction
-from utils.evaluation import run as evaluation
+from utils.evaluation import score
 
 LOSSES = {"one scale": single_scale_loss, "three scales": multi_scale_loss}
 
@@ -274,7 +274,7 @@ def test_prediction_and_counting_wait_for_nothing(options, toy_voc, fake_cuda):
     """Each picture travels as bytes at its own size, with its label."""
     net, strict = fake_cuda
     data, seen = data_of(toy_voc), []
-    evaluation.score(net, data, torch.device("cuda"), **options, finish=lambda sample, classes: seen.append(sample.id))
+    score.score(net, data, torch.device("cuda"), **options, finish=lambda sample, classes: seen.append(sample.id))
     assert sorted(seen) == sorted(data.ids)
     sizes = [data.load(index)[1].size for index in range(len(data))]
     assert strict.sent == 4 * sum(sizes)
@@ -291,7 +291,7 @@ def test_the_device_is_a_batch_ahead(toy_voc, monkeypatch):
 
     monkeypatch.setattr(prediction, "predict_batch", launched)
     options = {"canvas": (65, 65), "batch_size": 2}
-    evaluation.score(net, data, torch.device("cpu"), **options, finish=lambda sample, classes: order.append(sample.id))
+    score.score(net, data, torch.device("cpu"), **options, finish=lambda sample, classes: order.append(sample.id))
     ids, go = iter(data.ids), ["launch"] * 2
     assert order == [*go, *go, next(ids), next(ids), *go, next(ids), next(ids), next(ids), next(ids)]
 
@@ -307,4 +307,4 @@ def test_planted_faults_in_prediction_are_noticed(fault, toy_voc, fake_cuda):
     }
     net.layer5.register_forward_hook(lambda module, args, logits: faults[fault](logits))
     with pytest.raises((AssertionError, RuntimeError), match=r"device|host|_local_scalar_dense"):
-        evaluation.score(net, data_of(toy_voc), torch.device("cuda"))
+        score.score(net, data_of(toy_voc), torch.device("cuda"))

@@ -17,11 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests.conftest import (
-    ROOT,
-    make_toy_voc,
-    snapshot,  # noqa: F401
-)
+from tests.helpers import ROOT, make_toy_voc
 from tests.helpers_runs import (
     SCRATCH,
     SMALL,
@@ -201,7 +197,7 @@ def test_two_processes_validate_as_evaluate_does(two_ranks, tmp_path):
     assert torch.load(folder / "half/last.ckpt", weights_only=True)["step"] == 1
 
 
-def test_two_processes_count_the_same_matrix(toy_voc, snapshot, tmp_path):  # noqa: F811
+def test_two_processes_count_the_same_matrix(toy_voc, snapshot, tmp_path):
     options = [
         "--data-dir",
         toy_voc,

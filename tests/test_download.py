@@ -23,7 +23,7 @@ from scripts import download
 from scripts.data import download as fetching
 from scripts.data.catalogue import CATALOGUE, Item
 from scripts.data.download import ChecksumError, DownloadError, check, fetch, is_text
-from tests.conftest import ROOT, hear_ctrl_c
+from tests.helpers import ROOT, hear_ctrl_c
 from tests.helpers_archives import archive_item, names, tar_of
 
 PAYLOAD = random.Random(7).randbytes(300_001)

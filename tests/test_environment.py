@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 BASH = shutil.which("bash")
 PYTHON = """#!{bash}

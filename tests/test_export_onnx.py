@@ -13,10 +13,7 @@ from deeplab import BACKBONES, NETS, fold_batch_norm, load_net
 from deeplab.inference import predict_classes
 from deeplab.resnet import BasicBlock
 from scripts import export_onnx
-from tests.conftest import (
-    ROOT,
-    snapshot,  # noqa: F401
-)
+from tests.helpers import ROOT
 from tests.helpers_nets import randomise_batch_norm
 from utils import files
 from utils.command import UserError
@@ -35,7 +32,7 @@ def logits_and_classes(net, batch: np.ndarray) -> tuple[torch.Tensor, torch.Tens
 
 
 @pytest.mark.parametrize("with_preprocessing", [False, True])
-def test_torch_export(with_preprocessing, snapshot, tmp_path):  # noqa: F811
+def test_torch_export(with_preprocessing, snapshot, tmp_path):
     options = ["--with-preprocessing"] if with_preprocessing else []
     assert export_onnx.main([str(snapshot), str(tmp_path / "net.pt2"), *options]) == 0
     extra = {"contract.json": ""}
@@ -53,7 +50,7 @@ def test_torch_export(with_preprocessing, snapshot, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("with_preprocessing", [False, True])
-def test_onnx_runtime(with_preprocessing, snapshot, tmp_path):  # noqa: F811
+def test_onnx_runtime(with_preprocessing, snapshot, tmp_path):
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     options = ["--with-preprocessing"] if with_preprocessing else []
@@ -102,7 +99,7 @@ def test_every_net_at_sizes_that_were_not_traced(name, with_preprocessing, tmp_p
                 torch.testing.assert_close(torch.as_tensor(found), logits, rtol=1e-4, atol=1e-4 * float(logits.std()))
 
 
-def test_what_cannot_be_exported_is_a_sentence(snapshot, tmp_path, monkeypatch):  # noqa: F811
+def test_what_cannot_be_exported_is_a_sentence(snapshot, tmp_path, monkeypatch):
     for source, target, message in (
         (snapshot, tmp_path / "net.tflite", r"ends in \'\.tflite\'; expected \.onnx, or \.pt2"),
         (snapshot, tmp_path / "net.pth", "expected .onnx"),
@@ -121,7 +118,7 @@ def test_what_cannot_be_exported_is_a_sentence(snapshot, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("a.*"))
 
 
-def test_a_torch_that_is_too_old_is_a_sentence(snapshot, tmp_path, monkeypatch):  # noqa: F811
+def test_a_torch_that_is_too_old_is_a_sentence(snapshot, tmp_path, monkeypatch):
     monkeypatch.delattr("torch.export.Dim.AUTO")
     with pytest.raises(UserError, match=r"cannot leave the sizes of pictures open; install torch 2\.6"):
         export_onnx.main([str(snapshot), str(tmp_path / "net.pt2")])

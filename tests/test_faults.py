@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 faults = pytest.importorskip("tests.faults") if sys.platform != "win32" else pytest.skip("forks", allow_module_level=True)
 

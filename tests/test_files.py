@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from scripts.predict import write_probabilities
-from utils import files
+from utils import files, outputs
 from utils.command import UserError
 from utils.evaluation.images import Picture
 from utils.evaluation.submission import CITYSCAPES_SERVER, VOC, pack
@@ -38,7 +38,7 @@ def test_good_outputs_make_their_folders_and_may_exist(tmp_path):
     save_prediction(tmp_path / "old/a.png", mask)
     classes = Classes(["a", "b"], PALETTE)
     save_panel(tmp_path / "old/p.png", np.zeros((3, 4, 3), dtype=np.uint8), mask, mask, classes)
-    save_json(tmp_path / "old/scores.json", {"made_by": files.OUTPUT_MARK, "restore_from": "net.pth"})
+    save_json(tmp_path / "old/scores.json", {"made_by": OUTPUT_MARK, "restore_from": "net.pth"})
     outputs = out(tmp_path / "old", "a.png", "p.png", "scores.json", "b.png")
     outputs += out(tmp_path / "new/deep", "city/a.png", option="--save-panels")
     before = {path: path.read_bytes() for path in (tmp_path / "old").iterdir()}
@@ -93,7 +93,7 @@ def write_each_kind(folder: Path) -> list[Path]:
 def test_each_kind_carries_the_mark_where_other_programs_read_it(tmp_path):
     written = write_each_kind(tmp_path)
     assert len(written) == 8
-    assert all(map(files.is_output, written))
+    assert all(map(outputs.is_output, written))
     with Image.open(tmp_path / "a.png") as mask, Image.open(tmp_path / "a.jpg") as photo:
         assert mask.info["Software"] == OUTPUT_MARK
         assert photo.info["comment"] == OUTPUT_MARK.encode()
@@ -140,9 +140,9 @@ def test_what_holds_an_output_is_none(tmp_path):
     )
     found = sorted(mine.iterdir())
     assert len(found) == 9
-    assert not any(map(files.is_output, found))
+    assert not any(map(outputs.is_output, found))
     os.mkfifo(mine / "pipe.json")  # whose reader would wait
-    assert not files.is_output(mine / "pipe.json")
+    assert not outputs.is_output(mine / "pipe.json")
 
 
 def test_a_link_that_leads_nowhere_is_the_users(tmp_path):
@@ -252,15 +252,15 @@ def test_two_outputs_of_one_name_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"\(--save-dir\) and .* \(--save-panels\) would both be written to .*a\.png"):
         check_outputs(out(tmp_path, "a.png") + panels, [])
     check_outputs(out(tmp_path, "a.png", "A.png"), [])
-    monkeypatch.setattr(files, "_ignores_case", lambda folder: True)
+    monkeypatch.setattr(outputs, "_ignores_case", lambda folder: True)
     with pytest.raises(UserError, match=r"would both be written to .*A\.png"):
         check_outputs(out(tmp_path, "a.png", "A.png"), [])
 
 
 def test_whether_case_counts_is_asked_of_the_file_system(tmp_path):
     (tmp_path / "a").touch()
-    assert files._ignores_case(tmp_path / "not/yet/there") == (tmp_path / "A").exists()
-    assert not files._ignores_case(Path("/"))
+    assert outputs._ignores_case(tmp_path / "not/yet/there") == (tmp_path / "A").exists()
+    assert not outputs._ignores_case(Path("/"))
 
 
 def test_places_that_cannot_be_written_are_told_first(tmp_path):

@@ -12,10 +12,7 @@ import train as train_script
 from dataset import DatasetError, read_image, to_input
 from deeplab import DeepLabV2, load_net, predict_classes, single_scale_loss
 from scripts import check_dataset, predict
-from tests.conftest import (
-    save_palette_png,
-    snapshot,  # noqa: F401
-)
+from tests.helpers import save_palette_png
 from tests.helpers_runs import (
     evaluate,
     log_lines,
@@ -42,7 +39,7 @@ def meta(folder, name="last.ckpt"):
     return torch.load(folder / name, weights_only=True)["meta"]
 
 
-def test_what_is_missing_is_told_before_the_first_step(toy_voc, tmp_path, snapshot):  # noqa: F811
+def test_what_is_missing_is_told_before_the_first_step(toy_voc, tmp_path, snapshot):
     (toy_voc / "JPEGImages/toy_3.jpg").unlink()
     (toy_voc / "SegmentationClassAug/toy_1.png").unlink()
     message = "no picture for toy_3 in .*JPEGImages, .*; no label for toy_1 in .*SegmentationClassAug"
@@ -90,7 +87,7 @@ def test_from_scratch_batch_norm_learns(toy_voc, tmp_path, capsys):
     assert meta(tmp_path / "frozen")["args"]["batch_norm"] == "frozen"
 
 
-def test_classes_that_no_label_has_are_named_once(toy_voc, tmp_path, capsys, snapshot):  # noqa: F811
+def test_classes_that_no_label_has_are_named_once(toy_voc, tmp_path, capsys, snapshot):
     for path in (toy_voc / "SegmentationClassAug").iterdir():
         label = np.array(Image.open(path))
         save_palette_png(path, np.where(label == 2, 1, label).astype(np.uint8))
@@ -151,7 +148,7 @@ def test_the_last_words_of_a_run(toy_voc, tmp_path, capsys):
     )
 
 
-def test_broken_pictures_do_not_end_a_prediction(toy_voc, snapshot, tmp_path, capsys):  # noqa: F811
+def test_broken_pictures_do_not_end_a_prediction(toy_voc, snapshot, tmp_path, capsys):
     folder = toy_voc / "JPEGImages"
     (folder / "toy_1.jpg").write_bytes(b"no picture")
     (folder / "toy_3.jpg").write_bytes((folder / "toy_3.jpg").read_bytes()[:-40])
@@ -167,7 +164,7 @@ def test_broken_pictures_do_not_end_a_prediction(toy_voc, snapshot, tmp_path, ca
     assert {path.stem for path in (tmp_path / "out").iterdir()} == {"toy_0", "toy_2", "toy_4", "toy_5"}
 
 
-def test_a_picture_to_a_mask_in_python(toy_voc, snapshot, tmp_path):  # noqa: F811
+def test_a_picture_to_a_mask_in_python(toy_voc, snapshot, tmp_path):
     net = load_net(snapshot)
     mask = predict_classes(net, to_input(read_image(toy_voc / "JPEGImages/toy_1.jpg")))
     words = [

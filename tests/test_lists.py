@@ -9,7 +9,7 @@ from PIL import Image
 from dataset import DatasetError, VOCSegmentation, find_list, read_class_names, read_ids, read_list
 from dataset.classes import read_class_colors
 from scripts.data.colours import read_table
-from tests.conftest import TOY_CLASSES
+from tests.helpers import TOY_CLASSES
 
 
 def listing(tmp_path, text, encoding="utf-8"):

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from tests.helpers_runs import SCRATCH, log_lines, train
 from tests.test_disk import at
 from utils.command import UserError

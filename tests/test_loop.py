@@ -12,7 +12,7 @@ from PIL import Image
 import train as train_script
 from dataset import DatasetError, VOCSegmentation
 from deeplab import multi_scale_loss, single_scale_loss
-from tests.conftest import TOY_CLASSES, save_palette_png
+from tests.helpers import TOY_CLASSES, save_palette_png
 from tests.helpers_runs import SCRATCH, SMALL, STEPS, TORCH, command, log_lines, model, train, train_msc
 from utils import visualize
 from utils.command import UserError, run_command

@@ -10,7 +10,7 @@ import torch
 
 from deeplab import deeplabv2
 from scripts.bench.memory import LiveBytes, step_memory
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 CASES = {
     "resnet18 full": ("resnet18", 4, (161, 161), 6, {"batch_norm": "full"}),

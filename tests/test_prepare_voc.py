@@ -17,7 +17,7 @@ from dataset.classes import VOC_CLASSES
 from dataset.voc import DatasetError, VOCSegmentation, read_ids
 from scripts import prepare_voc
 from scripts.data.parallel import parallel_map
-from tests.conftest import hear_ctrl_c
+from tests.helpers import hear_ctrl_c
 from tests.helpers_data import SIZES, TRAINVAL_AUG, jpeg_bytes, mat_bytes, png_bytes, sbd_mask, voc_mask, write
 from tests.pngs import PALETTE, png
 from utils.command import UserError

@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from utils.processes import STOP_SIGNALS, kill_helpers, start_helper
 
 MAIN = """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from tests.helpers_readme import TEXT, commands, script_and_options
 
 # What is looked up, not run, with the reason.

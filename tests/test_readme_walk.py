@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from deeplab import deeplabv2, make_net
-from tests.conftest import ROOT, make_toy_voc
+from tests.helpers import ROOT, make_toy_voc
 from tests.helpers_data import make_toy_cityscapes
 from tests.helpers_nets import randomise_batch_norm
 from tests.helpers_readme import commands, script_and_options

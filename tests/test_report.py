@@ -12,11 +12,7 @@ import torch
 from PIL import Image
 
 from dataset import VOCSegmentation
-from tests.conftest import (
-    TOY_CLASSES,
-    TOY_SIZES,
-    snapshot,  # noqa: F401
-)
+from tests.helpers import TOY_CLASSES, TOY_SIZES
 from tests.helpers_nets import naive_scores
 from tests.helpers_runs import evaluate, scores
 from utils.command import UserError
@@ -55,7 +51,7 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def nasty(snapshot, tmp_path_factory) -> Path:  # noqa: F811
+def nasty(snapshot, tmp_path_factory) -> Path:
     """A net whose classes have names that a page could take for something else."""
     content = torch.load(snapshot, weights_only=True)
     content["meta"].update(classes=NASTY, colors=[[1, 2, 3], [200, 0, 0], [0, 200, 0], [0, 0, 200]], args={"note": "<i>"})
@@ -117,7 +113,7 @@ def test_the_page_stands_alone_and_tells_the_saved_scores(toy_voc, nasty, tmp_pa
     assert f"torch {torch.__version__.split('+')[0]}" in page.text
 
 
-def test_the_counts_of_the_pictures_add_up(toy_voc, snapshot, tmp_path):  # noqa: F811
+def test_the_counts_of_the_pictures_add_up(toy_voc, snapshot, tmp_path):
     """A picture's IoU is that of its own pixels; the small matrices together are the large one."""
     result = scores(toy_voc, snapshot, tmp_path, "--report", str(tmp_path / "r"), "--save-dir", str(tmp_path / "masks"))
     data = json.loads((tmp_path / "r/report.json").read_text())
@@ -139,7 +135,7 @@ def test_the_counts_of_the_pictures_add_up(toy_voc, snapshot, tmp_path):  # noqa
     assert total.tolist() == result["scores"]["confusion_matrix"]
 
 
-def test_two_evaluations_side_by_side(toy_voc, snapshot, tmp_path):  # noqa: F811
+def test_two_evaluations_side_by_side(toy_voc, snapshot, tmp_path):
     """One has five pictures, the other six: differences are over those that both have."""
     five = toy_voc / "five.txt"
     five.write_text("".join(f"toy_{i}\n" for i in range(5)))
@@ -163,7 +159,7 @@ def test_two_evaluations_side_by_side(toy_voc, snapshot, tmp_path):  # noqa: F81
         assert other == (tmp_path / f"a/pictures/{number:06d}_prediction.png").read_bytes()
 
 
-def test_what_cannot_be_reported_or_compared_is_a_sentence(toy_voc, snapshot, nasty, tmp_path):  # noqa: F811
+def test_what_cannot_be_reported_or_compared_is_a_sentence(toy_voc, snapshot, nasty, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.txt").write_text("mine")
     evaluate(toy_voc, snapshot, "--report", str(tmp_path / "a"))
@@ -214,7 +210,7 @@ def test_pictures_keep_to_their_bytes(tmp_path, monkeypatch):
     assert len(page.records) == 8
 
 
-def test_a_picture_of_void_has_no_iou(toy_voc, snapshot, tmp_path):  # noqa: F811
+def test_a_picture_of_void_has_no_iou(toy_voc, snapshot, tmp_path):
     Image.fromarray(np.full(TOY_SIZES[2], 255, np.uint8)).save(toy_voc / "SegmentationClassAug/toy_2.png")
     evaluate(toy_voc, snapshot, "--report", str(tmp_path / "r"))
     ious = Page(tmp_path / "r").find("a", "data-iou")

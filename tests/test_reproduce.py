@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from deeplab import deeplabv2
-from tests.conftest import ROOT, make_toy_voc
+from tests.helpers import ROOT, make_toy_voc
 from tests.helpers_nets import randomise_batch_norm
 from tests.published import caffe_bytes, random_net
 from utils.checkpoint import make_meta, save_snapshot

@@ -11,7 +11,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 import utils.command
 from dataset import MEAN_BGR, VOCSegmentation, read_label
 from deeplab import CRFParams, deeplabv2, dense_crf
-from tests.conftest import TOY_CLASSES, TOY_SIZES, save_palette_png
+from tests.helpers import TOY_CLASSES, TOY_SIZES, save_palette_png
 from tests.helpers_nets import naive_logits, naive_scores
 from tests.helpers_runs import command, evaluate, scores
 from utils.checkpoint import make_meta, save_snapshot

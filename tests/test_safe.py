@@ -14,7 +14,7 @@ import torch
 from deeplab.weights import WeightsError, load_weights
 from scripts.data.archive import unpack
 from scripts.data.catalogue import Item
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from tests.legacy_tar import tar_torch
 from utils.checkpoint import _is_snapshot, load_checkpoint
 from utils.command import UserError

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 from scripts import predict
-from tests.conftest import snapshot  # noqa: F401
 from tests.helpers_nets import naive_logits
 from tests.helpers_runs import evaluate
 from utils import distributed
@@ -18,7 +17,7 @@ from utils.evaluation.video import BrokenVideo, VideoFile, check_frames, describ
 from utils.visualize import GAP, blend
 
 
-def run(snapshot: Path, *options: object) -> None:  # noqa: F811
+def run(snapshot: Path, *options: object) -> None:
     assert predict.main([*map(str, options), "--restore-from", str(snapshot), "--device", "cpu", "--num-workers", "0"]) == 0
 
 
@@ -29,7 +28,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     "options", [(), ("--scales", "1,0.5", "--mirror"), ("--crf", "--crf-workers", "1"), ("--batch-size", "3")]
 )
-def test_masks_are_those_of_the_evaluation(toy_voc, snapshot, tmp_path, options):  # noqa: F811
+def test_masks_are_those_of_the_evaluation(toy_voc, snapshot, tmp_path, options):
     evaluate(toy_voc, snapshot, "--save-dir", str(tmp_path / "masks"), *options)
     run(snapshot, toy_voc / "JPEGImages", "--save-dir", tmp_path / "out", "--panels", *options)
     masks, out = contents(tmp_path / "masks"), contents(tmp_path / "out")
@@ -38,7 +37,7 @@ def test_masks_are_those_of_the_evaluation(toy_voc, snapshot, tmp_path, options)
     assert Image.open(tmp_path / "out/toy_1_panel.png").width == 2 * 3 * 47 + GAP
 
 
-def test_a_folder_without_what_is_no_picture(toy_voc, snapshot, tmp_path, capsys):  # noqa: F811
+def test_a_folder_without_what_is_no_picture(toy_voc, snapshot, tmp_path, capsys):
     folder = toy_voc / "JPEGImages"
     (folder / "._toy_0.jpg").write_bytes(b"what macOS leaves on foreign disks")
     (folder / ".DS_Store").touch()
@@ -56,7 +55,7 @@ def test_a_folder_without_what_is_no_picture(toy_voc, snapshot, tmp_path, capsys
         predict.main([str(tmp_path / "nowhere")])
 
 
-def test_a_turned_photo_is_predicted_as_it_is_looked_at(toy_voc, snapshot, tmp_path):  # noqa: F811
+def test_a_turned_photo_is_predicted_as_it_is_looked_at(toy_voc, snapshot, tmp_path):
     """EXIF orientation 6: the camera was held upright; the mask is that of the picture with its pixels turned."""
     pixels = cv2.imread(str(toy_voc / "JPEGImages/toy_0.jpg"))
     exif = Image.Exif()
@@ -69,7 +68,7 @@ def test_a_turned_photo_is_predicted_as_it_is_looked_at(toy_voc, snapshot, tmp_p
     assert (turned == upright).all()
 
 
-def test_photos_are_never_written_over(snapshot, tmp_path, monkeypatch):  # noqa: F811
+def test_photos_are_never_written_over(snapshot, tmp_path, monkeypatch):
     pics = tmp_path / "pics"
     pics.mkdir()
     for name in ("a.png", "b.png"):
@@ -96,7 +95,7 @@ def test_photos_are_never_written_over(snapshot, tmp_path, monkeypatch):  # noqa
     assert contents(tmp_path) == before
 
 
-def test_films_arrays_and_frames_of_others_are_never_written_over(snapshot, tmp_path, monkeypatch):  # noqa: F811
+def test_films_arrays_and_frames_of_others_are_never_written_over(snapshot, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_video(tmp_path / "film.avi.mp4", [np.zeros((48, 64, 3), np.uint8)] * 3)
     (tmp_path / "film.avi.mp4").rename("film.avi")
@@ -124,7 +123,7 @@ def test_films_arrays_and_frames_of_others_are_never_written_over(snapshot, tmp_
         run(snapshot, "x.jpg", "--probabilities", "--save-dir", ".")
 
 
-def test_patterns_keep_sub_folders(toy_voc, snapshot, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_patterns_keep_sub_folders(toy_voc, snapshot, tmp_path, monkeypatch, capsys):
     photos = tmp_path / "photos"
     for folder in ("a", "b/c"):
         (photos / folder).mkdir(parents=True)
@@ -140,7 +139,7 @@ def test_patterns_keep_sub_folders(toy_voc, snapshot, tmp_path, monkeypatch, cap
         predict.main(["photos/*.tiff"])
 
 
-def test_overlays_have_the_colours_of_the_snapshot(toy_voc, snapshot, tmp_path):  # noqa: F811
+def test_overlays_have_the_colours_of_the_snapshot(toy_voc, snapshot, tmp_path):
     content = torch.load(snapshot, weights_only=True)
     content["meta"]["colors"] = [[9, 9, 9], [200, 0, 0], [0, 200, 0], [0, 0, 200]]
     torch.save(content, tmp_path / "net.pth")
@@ -157,7 +156,7 @@ def test_overlays_have_the_colours_of_the_snapshot(toy_voc, snapshot, tmp_path):
 
 
 @pytest.mark.parametrize("crf", [False, True])
-def test_probabilities_are_the_softmax_of_the_net(crf, toy_voc, snapshot, tmp_path):  # noqa: F811
+def test_probabilities_are_the_softmax_of_the_net(crf, toy_voc, snapshot, tmp_path):
     options = ["--crf", "--crf-workers", 1] if crf else []
     run(snapshot, toy_voc / "JPEGImages/toy_1.jpg", "--save-dir", tmp_path, "--probabilities", *options)
     saved = np.load(tmp_path / "toy_1.npz")
@@ -168,7 +167,7 @@ def test_probabilities_are_the_softmax_of_the_net(crf, toy_voc, snapshot, tmp_pa
     assert saved["classes"].tolist() == ["ground", "red", "green", "blue"]
 
 
-def test_a_run_that_was_cut_off_goes_on(toy_voc, snapshot, tmp_path, capsys):  # noqa: F811
+def test_a_run_that_was_cut_off_goes_on(toy_voc, snapshot, tmp_path, capsys):
     """What has all its outputs is left alone; what lacks one is made again."""
     options = [toy_voc / "JPEGImages", "--save-dir", tmp_path / "out", "--panels", "--batch-size", 4]
     run(snapshot, *options)
@@ -184,7 +183,7 @@ def test_a_run_that_was_cut_off_goes_on(toy_voc, snapshot, tmp_path, capsys):  #
     assert "4 were there already" in out
 
 
-def test_processes_share_the_pictures(toy_voc, snapshot, tmp_path, monkeypatch):  # noqa: F811
+def test_processes_share_the_pictures(toy_voc, snapshot, tmp_path, monkeypatch):
     """As torchrun starts them, one after another here: together all, none twice, whatever is there already."""
     run(snapshot, toy_voc / "JPEGImages", "--save-dir", tmp_path / "one")
     monkeypatch.setattr(distributed, "start", lambda first: first())  # the others are not there
@@ -197,7 +196,7 @@ def test_processes_share_the_pictures(toy_voc, snapshot, tmp_path, monkeypatch):
     assert contents(tmp_path / "four") == contents(tmp_path / "one")
 
 
-def test_pictures_of_every_kind(toy_voc, snapshot, tmp_path):  # noqa: F811
+def test_pictures_of_every_kind(toy_voc, snapshot, tmp_path):
     """Grey, with alpha, with a palette and CMYK are the same picture as in RGB."""
     rgb = Image.open(toy_voc / "JPEGImages/toy_0.jpg").convert("L").convert("RGB")
     rgb.save(tmp_path / "rgb.png")
@@ -219,7 +218,7 @@ def test_pictures_of_every_kind(toy_voc, snapshot, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_a_broken_picture_does_not_end_the_others(workers, toy_voc, snapshot, tmp_path, capsys):  # noqa: F811
+def test_a_broken_picture_does_not_end_the_others(workers, toy_voc, snapshot, tmp_path, capsys):
     (toy_voc / "JPEGImages/toy_1.jpg").write_bytes(b"broken")
     options = [toy_voc / "JPEGImages", "--save-dir", tmp_path, "--restore-from", snapshot, "--device", "cpu"]
     assert predict.main([*map(str, options), "--num-workers", workers]) == 1
@@ -239,7 +238,7 @@ def write_video(path: Path, frames: list[np.ndarray], codec: str = "mp4v") -> No
 
 
 @pytest.mark.parametrize("options", [(), ("--batch-size", 2), ("--crf", "--crf-workers", 1)])
-def test_a_video_becomes_masks_and_a_video(options, snapshot, tmp_path):  # noqa: F811
+def test_a_video_becomes_masks_and_a_video(options, snapshot, tmp_path):
     rng = np.random.default_rng(0)
     frames = [np.full((48, 64, 3), 40 * i, np.uint8) + rng.integers(0, 30, (48, 64, 3), dtype=np.uint8) for i in range(3)]
     write_video(tmp_path / "film.mp4", frames)
@@ -255,7 +254,7 @@ def test_a_video_becomes_masks_and_a_video(options, snapshot, tmp_path):  # noqa
     run(snapshot, tmp_path / "film.mp4", "--save-dir", tmp_path / "out", "--skip-existing")
 
 
-def test_videos_that_cannot_be_taken_are_a_sentence(snapshot, tmp_path, capsys):  # noqa: F811
+def test_videos_that_cannot_be_taken_are_a_sentence(snapshot, tmp_path, capsys):
     (tmp_path / "film.mp4").write_bytes(b"no video")
     options = [tmp_path / "film.mp4", "--save-dir", tmp_path / "out", "--restore-from", snapshot, "--device", "cpu"]
     assert predict.main([*map(str, options)]) == 1
@@ -341,7 +340,7 @@ def test_what_a_container_says_by_hand(tmp_path, data, expected):
     assert (promised, counts) == expected
 
 
-def test_of_a_damaged_video_no_video_is_left(snapshot, tmp_path, capsys):  # noqa: F811
+def test_of_a_damaged_video_no_video_is_left(snapshot, tmp_path, capsys):
     """A good one beside it is done, and once it is mended, it is done as well."""
     write_video(tmp_path / "film.avi", NOISE[:6], "MJPG")
     write_video(tmp_path / "good.mp4", NOISE[:2])

@@ -15,7 +15,7 @@ from PIL import Image
 
 from deeplab import make_net, multi_scale_loss, single_scale_loss
 from deeplab.weights import WeightsError, load_weights
-from tests.conftest import ROOT, save_palette_png
+from tests.helpers import ROOT, save_palette_png
 from tests.helpers_runs import SCRATCH, equal, log_lines, model, scores, stopping, train, train_msc
 from utils import distributed
 from utils.checkpoint import load_checkpoint, make_meta

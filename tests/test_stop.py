@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from tests.helpers_runs import SCRATCH, SMALL, log_lines, train
 from tests.test_disk import at
 from utils import checkpoint

@@ -14,10 +14,7 @@ import evaluate as evaluate_script
 from dataset import DatasetError, voc_palette
 from deeplab import deeplabv2
 from scripts import predict
-from tests.conftest import (
-    TOY_SIZES,
-    snapshot,  # noqa: F401
-)
+from tests.helpers import TOY_SIZES
 from tests.helpers_nets import randomise_batch_norm
 from utils.checkpoint import make_meta, save_snapshot
 from utils.command import UserError
@@ -66,7 +63,7 @@ def test_the_archive_is_as_the_server_expects(test_set, voc_net, tmp_path, optio
             assert np.asarray(mask).max() <= 20
 
 
-def test_what_the_server_would_refuse_is_never_packed(test_set, voc_net, snapshot, tmp_path, capsys):  # noqa: F811
+def test_what_the_server_would_refuse_is_never_packed(test_set, voc_net, snapshot, tmp_path, capsys):
     files = {"toy_0": test_set / "JPEGImages/toy_0.jpg"}
     good = np.zeros(TOY_SIZES[0], np.uint8)
     for masks, message in (

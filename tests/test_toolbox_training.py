@@ -13,7 +13,7 @@ import train_msc as train_msc_script
 from deeplab import NETS, load_net, make_net, multi_scale_loss, single_scale_loss
 from deeplab.toolbox import ChannelDropout
 from deeplab.weights import load_weights
-from tests.conftest import TOY_CLASSES
+from tests.helpers import TOY_CLASSES
 from tests.helpers_runs import SMALL, log_lines, model, train
 from utils.command import UserError
 from utils.training.loop import seed_dropout

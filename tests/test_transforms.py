@@ -14,7 +14,7 @@ from dataset import (
     read_ids,
     to_input,
 )
-from tests.conftest import TOY_CLASSES
+from tests.helpers import TOY_CLASSES
 from utils.loader import make_loader
 
 

@@ -21,7 +21,7 @@ from dataset import (
     voc_palette,
 )
 from dataset.classes import VOC_NAMES
-from tests.conftest import TOY_CLASSES, TOY_SIZES, save_palette_png
+from tests.helpers import TOY_CLASSES, TOY_SIZES, save_palette_png
 from utils.loader import make_loader, running
 
 

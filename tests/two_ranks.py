@@ -23,7 +23,7 @@ from PIL import Image
 import evaluate
 from deeplab import deeplabv2, single_scale_loss
 from scripts import predict
-from tests.conftest import TOY_CLASSES, save_palette_png
+from tests.helpers import TOY_CLASSES, save_palette_png
 from tests.helpers_runs import SCRATCH, STEPS, limit, train, train_msc
 from utils import distributed
 from utils.checkpoint import make_meta, save_snapshot

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and never over what the user brought."""
+"""Files that are written whole or not at all."""
 
 import errno
 import hashlib
@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from utils.command import UserError
-from utils.outputs import _KINDS
-
-_KINDS |= {".jpeg": _KINDS[".jpg"], ".npz": _KINDS[".zip"], ".pt2": _KINDS[".zip"], ".gz": _KINDS[".tgz"]}
 
 LONGEST_PATH = 4095  # bytes, on Linux
 _KEPT = 100  # bytes of a name that its temporary file keeps

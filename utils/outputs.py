@@ -29,6 +29,7 @@ _KINDS: dict[str, tuple[bytes, bytes, tuple[int, ...]]] = {  # suffix: how a fil
     ".tgz": (rb"\x1f\x8b\x08\x10.{6}%s\0" % _MARK, b"", _ALL),  # a header with a comment alone (RFC 1952)
     ".mp4": (rb".{4}ftyp", _MP4_BOX, (-len(_MP4_BOX),)),
 }
+_KINDS |= {".jpeg": _KINDS[".jpg"], ".npz": _KINDS[".zip"], ".pt2": _KINDS[".zip"], ".gz": _KINDS[".tgz"]}
 
 _JSON = rb'\s*\{\s*"made_by"\s*:\s*"%s"' % _MARK  # of all other suffixes
 
