@@ -1,9 +1,10 @@
 """The command lines of train.py, train_msc.py and evaluate.py: the options that they share, and their defaults."""
 
 import argparse
+from collections.abc import Mapping
 from fractions import Fraction
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from utils.argtypes import (
     helpers,
@@ -39,6 +40,24 @@ OF_A_MACHINE = {
     "num_workers", "crf_workers", "given",
 }  # fmt: skip
 OUTPUTS = {"save_dir", "save_panels", "save_json", "report", "compare", "submission", "resume"}  # all have them, or none
+
+
+class Options:
+    """Settled options, read by attribute: the same on every process, and nothing sets one afterwards."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        vars(self).update(values)
+
+    def replace(self, **changes: Any) -> "Options":
+        """A copy in which some options are others."""
+        return Options(vars(self) | changes)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"options are settled, so {name} cannot be set; see replace()")
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
 
 
 def shared_options(args: argparse.Namespace) -> dict[str, Any]:
