@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from dataset.classes import CITYSCAPES_CLASSES, CITYSCAPES_COLORS, IGNORE_LABEL, Color
+from dataset.classes import CITYSCAPES_CLASSES, CITYSCAPES_COLORS, IGNORE_LABEL, ClassFile, Color
 from dataset.images import DatasetError
 from dataset.lists import LABEL_SUFFIXES, PICTURE_SUFFIXES, Entry, Listing, read_list
 from dataset.voc import VOCSegmentation
@@ -72,8 +72,8 @@ class CityscapesSegmentation(VOCSegmentation):
                 )
         return [entry._replace(id=_split(str(entry.image), image_dir)[1]) for entry in entries]
 
-    def read_classes(self) -> tuple[Sequence[str] | None, Mapping[int, Color]]:
-        """The names and the colours of the classes."""
+    def names_and_colors(self, classes: ClassFile | None) -> tuple[Sequence[str] | None, Mapping[int, Color]]:
+        """The names and the colours of the classes, which no file changes."""
         return self.NAMES, CITYSCAPES_COLORS
 
     def find_label(self, listing: Listing, entry: Entry, label_dirs: Sequence[str]) -> str:

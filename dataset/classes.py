@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -87,6 +88,7 @@ def voc_colors(num_classes: int) -> dict[int, Color]:
     return {**{row.id: row.color for row in VOC_CLASSES}, IGNORE_LABEL: VOID_COLOR}
 
 
+_VOID = re.compile("void|ignored?|unlabell?ed", re.IGNORECASE)  # what a line for the ignore label is called
 _COLORED = re.compile(r"(.+?)[ \t]+(\d+)[ \t]+(\d+)[ \t]+(\d+)", re.ASCII)
 
 
@@ -112,24 +114,57 @@ def read_classes(path: str | Path) -> list[tuple[str, Color | None]]:
     return rows
 
 
-def _dataset_classes(root: str | Path, num_classes: int | None = None) -> list[tuple[str, Color | None]] | None:
-    """The rows of ``<root>/classes.txt``, or None where there is no such file; DatasetError for another number of them."""
-    path = Path(root) / "classes.txt"
-    if not path.is_file():
-        return None
-    rows = read_classes(path)
-    if num_classes not in (None, len(rows)):
-        advice = f"leave --num-classes out to take the {len(rows)}, or mend the file"
-        if rows and _VOID.fullmatch(last := rows[-1][0]):
-            advice = (
-                f"delete its last line, {last}, which is no class; where the masks hold {len(rows) - 1} for void, "
-                f"--ignore-label {len(rows) - 1} says so"
+@dataclass(frozen=True)
+class ClassFile:
+    """``<root>/classes.txt`` as it was read: ``rows`` holds a name and perhaps a colour per class, None without a file."""
+
+    path: Path
+    rows: list[tuple[str, Color | None]] | None
+
+    def count(self, ignore_label: int = IGNORE_LABEL) -> int | None:
+        """How many classes there are, None without a file; DatasetError for one class, more than 255, or a line for void."""
+        if self.rows is None:
+            return None
+        count = len(self.rows)
+        if count == ignore_label + 1 and _VOID.fullmatch(last := self.rows[-1][0]):
+            raise DatasetError(
+                f"{self.path} names {last} as its last class, but --ignore-label {ignore_label} says that it is none: "
+                "delete that line"
             )
-        raise DatasetError(f"{path} names {len(rows)} classes; expected {num_classes}: {advice}")
-    return rows
+        if not 2 <= count <= IGNORE_LABEL:
+            raise DatasetError(f"{self.path} names {count} classes; expected 2 to {IGNORE_LABEL}, the background among them")
+        return count
+
+    def names(self, num_classes: int) -> list[str] | None:
+        """The class names, None without a file; DatasetError for another number of them."""
+        if self.rows is None:
+            return None
+        if (count := len(self.rows)) != num_classes:
+            advice = f"leave --num-classes out to take the {count}, or mend the file"
+            if count and _VOID.fullmatch(last := self.rows[-1][0]):
+                advice = (
+                    f"delete its last line, {last}, which is no class; where the masks hold {count - 1} for void, "
+                    f"--ignore-label {count - 1} says so"
+                )
+            raise DatasetError(f"{self.path} names {count} classes; expected {num_classes}: {advice}")
+        return [name for name, _ in self.rows]
+
+    def colors(self, num_classes: int) -> dict[int, Color]:
+        """The colours of the classes in label files, by class index; the ignore label has VOC's unless a class has that.
+
+        They are those of the file, else VOC's where the classes are VOC's, else none. DatasetError as for ``names``.
+        """
+        names = self.names(num_classes)
+        colors = {index: color for index, (_, color) in enumerate(self.rows or ()) if color}
+        if colors:
+            return colors if VOID_COLOR in colors.values() else {**colors, IGNORE_LABEL: VOID_COLOR}
+        return voc_colors(num_classes) if names is None or is_voc(names) else {}
 
 
-_VOID = re.compile("void|ignored?|unlabell?ed", re.IGNORECASE)
+def read_class_file(root: str | Path) -> ClassFile:
+    """``<root>/classes.txt``, see :func:`read_classes`, read once for all that is asked of it."""
+    path = Path(root) / "classes.txt"
+    return ClassFile(path, read_classes(path) if path.is_file() else None)
 
 
 def count_classes(root: str | Path, ignore_label: int = IGNORE_LABEL) -> int | None:
@@ -138,22 +173,7 @@ def count_classes(root: str | Path, ignore_label: int = IGNORE_LABEL) -> int | N
     Raises:
         DatasetError: the file cannot be read, names one class or more than 255, or ends with a line for the void label.
     """
-    rows = _dataset_classes(root)
-    if rows is None:
-        return None
-    path = Path(root) / "classes.txt"
-    if len(rows) == ignore_label + 1 and _VOID.fullmatch(last := rows[-1][0]):
-        raise DatasetError(
-            f"{path} names {last} as its last class, but --ignore-label {ignore_label} says that it is none: delete that line"
-        )
-    if not 2 <= len(rows) <= IGNORE_LABEL:
-        raise DatasetError(f"{path} names {len(rows)} classes; expected 2 to {IGNORE_LABEL}, the background among them")
-    return len(rows)
-
-
-def default_names(num_classes: int) -> list[str]:
-    """What classes are called that nobody named: VOC's names for 21, else their numbers."""
-    return list(VOC_NAMES) if num_classes == len(VOC_NAMES) else [f"class {i}" for i in range(num_classes)]
+    return read_class_file(root).count(ignore_label)
 
 
 def read_class_names(root: str | Path, num_classes: int) -> list[str] | None:
@@ -162,30 +182,17 @@ def read_class_names(root: str | Path, num_classes: int) -> list[str] | None:
     Raises:
         DatasetError: the file cannot be read, or holds another number of names.
     """
-    rows = _dataset_classes(root, num_classes)
-    return None if rows is None else [name for name, _ in rows]
+    return read_class_file(root).names(num_classes)
+
+
+def default_names(num_classes: int) -> list[str]:
+    """What classes are called that nobody named: VOC's names for 21, else their numbers."""
+    return list(VOC_NAMES) if num_classes == len(VOC_NAMES) else [f"class {i}" for i in range(num_classes)]
 
 
 def is_voc(names: Sequence[str]) -> bool:
     """Whether names are those of VOC's classes but for case and signs: labelme writes ``_background_``."""
     return [re.sub("[^a-z]", "", name.lower()) for name in names] == list(VOC_NAMES)
-
-
-def read_class_colors(root: str | Path, num_classes: int) -> dict[int, Color]:
-    """The colours that tell the classes in label files, by class index; void has VOC's unless a class has that.
-
-    They are those of ``<root>/classes.txt``, else VOC's where the classes are VOC's, else none.
-
-    Raises:
-        DatasetError: the file cannot be read, or holds another number of names.
-    """
-    rows = _dataset_classes(root, num_classes)
-    if rows is None:
-        return voc_colors(num_classes)
-    colors = {index: color for index, (_, color) in enumerate(rows) if color}
-    if colors:
-        return colors if VOID_COLOR in colors.values() else {**colors, IGNORE_LABEL: VOID_COLOR}
-    return voc_colors(num_classes) if is_voc([name for name, _ in rows]) else {}
 
 
 def one_class_warning(present: Iterable[int]) -> str | None:

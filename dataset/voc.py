@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch.utils.data import Dataset
 
-from dataset.classes import IGNORE_LABEL, Color, read_class_colors, read_class_names
+from dataset.classes import IGNORE_LABEL, ClassFile, Color, read_class_file, read_class_names
 from dataset.images import DatasetError, read_image, read_picture
 from dataset.labels import read_label
 from dataset.lists import IMAGE_DIR, LABEL_SUFFIXES, PICTURE_SUFFIXES, Entry, Listing, below, read_ids, read_list
@@ -78,6 +78,7 @@ class VOCSegmentation(Dataset):
         ignore_label: a value that means void, beside 255.
         transform: a function of (image, label, draw); None returns ``(image, label)`` as read.
         advice: what to do where a file is wrong, for the end of the message.
+        classes: ``classes.txt`` where it was read before; None reads it.
 
     Attributes:
         image_folder: ``image_dir`` as it was given, below ``root``.
@@ -109,6 +110,7 @@ class VOCSegmentation(Dataset):
         ignore_label: int = IGNORE_LABEL,
         transform: Callable | None = None,
         advice: str = "",
+        classes: ClassFile | None = None,
     ) -> None:
         self.root = Path(root)
         self.image_folder = image_dir = image_dir or self.IMAGE_DIR
@@ -119,7 +121,7 @@ class VOCSegmentation(Dataset):
         self.advice = advice
         if not self.root.is_dir():
             raise DatasetError(f"the data set folder {self.root} does not exist; pass --data-dir")
-        self.names, self.colors = self.read_classes()
+        self.names, self.colors = self.names_and_colors(classes)
 
         entries = [Entry(entry) if isinstance(entry, str) else entry for entry in ids]
         if image_dir != self.IMAGE_DIR:
@@ -161,9 +163,10 @@ class VOCSegmentation(Dataset):
         """The entries of such a list, see :func:`dataset.lists.read_list`."""
         return read_list(path, image_dir)
 
-    def read_classes(self) -> tuple[Sequence[str] | None, Mapping[int, Color]]:
-        """The names and the colours of the classes."""
-        return read_class_names(self.root, self.num_classes), read_class_colors(self.root, self.num_classes)
+    def names_and_colors(self, classes: ClassFile | None) -> tuple[Sequence[str] | None, Mapping[int, Color]]:
+        """The names and the colours of the classes, those of ``classes.txt``."""
+        classes = classes or read_class_file(self.root)
+        return classes.names(self.num_classes), classes.colors(self.num_classes)
 
     def find_label(self, listing: Listing, entry: Entry, label_dirs: Sequence[str]) -> str:
         """Where the label of an entry that names none is, or should be."""

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset import DATASETS, VOC_CLASSES, VOCSegmentation, count_classes, default_names, find_list
-from dataset.classes import IGNORE_LABEL, Color
+from dataset import DATASETS, VOC_CLASSES, VOCSegmentation, default_names, find_list
+from dataset.classes import IGNORE_LABEL, Color, read_class_file
 from scripts.data.causes import cityscapes_causes, few, likely_causes
 from scripts.data.inspection import MOST, Inspection, inspect
 from scripts.data.parallel import parallel_map
@@ -219,10 +219,11 @@ def main(argv: list[str] | None = None) -> int:
     kind = DATASETS[args.dataset]
     candidates = kind.lists("train", args.image_dir)
     lists = [find_list(args.data_dir, name, candidates, kind.SOURCE) for name in args.data_list or [None]]
-    num_classes = len(kind.NAMES) or args.num_classes or count_classes(args.data_dir, args.ignore_label) or len(VOC_CLASSES)
+    classes = None if kind.NAMES else read_class_file(args.data_dir)
+    num_classes = len(kind.NAMES) or args.num_classes or (classes and classes.count(args.ignore_label)) or len(VOC_CLASSES)
     entries = {str(path): kind.read_list(path, args.image_dir) for path in lists}
     union = [entry for found in entries.values() for entry in found]
-    data = kind(args.data_dir, union, args.image_dir, args.label_dir, num_classes, args.ignore_label)
+    data = kind(args.data_dir, union, args.image_dir, args.label_dir, num_classes, args.ignore_label, classes=classes)
     names = data.names or (default_names(num_classes) if num_classes == 21 else None)
     print(f"{', '.join(entries)}: {len(data)} ids, {num_classes} classes")
 

@@ -26,7 +26,7 @@ from utils import options
 from utils.command import UserError
 from utils.evaluation.options import evaluation_parser
 from utils.evaluation.submission import CITYSCAPES_SERVER, pack
-from utils.training.options import training_parser
+from utils.training.options import CITYSCAPES_TRAINING, training_parser
 
 # id -> train id, typed in by hand
 TRAIN_IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13, 27: 14,
@@ -221,14 +221,14 @@ def test_runs_on_two_data_sets(city, run, tmp_path, capsys):
 
 
 def test_defaults_hang_on_the_data_set():
-    def settled(*words: str, parser=None, trained_on: str = "voc", defaults=options.CITYSCAPES_TRAINING) -> dict:
+    def settled(*words: str, parser=None, trained_on: str = "voc", defaults=CITYSCAPES_TRAINING) -> dict:
         parser = parser or training_parser("", batch_size=10, iter_size=1, snapshot_dir="snapshots")
         args = parser.parse_args([*words])
         options.settle_dataset(args, defaults, trained_on)
         return vars(args)
 
     names = ("data_dir", "image_dir", "num_classes", "input_size", "scale_range")
-    kind, defaults = CityscapesSegmentation, options.CITYSCAPES_TRAINING
+    kind, defaults = CityscapesSegmentation, CITYSCAPES_TRAINING
     assert (defaults["image_dir"], defaults["num_classes"]) == (kind.IMAGE_DIR, len(kind.NAMES))
     voc, cityscapes = settled(), settled("--dataset", "cityscapes")
     assert [voc[name] for name in names] == ["data/VOCdevkit/VOC2012", "JPEGImages", 21, (321, 321), (0.5, 1.5)]

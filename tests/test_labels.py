@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from dataset import DatasetError, read_class_names, read_label, voc_palette
-from dataset.classes import VOC_NAMES, read_class_colors
+from dataset.classes import VOC_NAMES, read_class_file
 from dataset.images import PNG_SIGNATURE
 from dataset.labels import BadLabel, check_palette, check_values, read_png
 from tests.pngs import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, chunk, interlaced_rows, png, rows_of
@@ -182,7 +182,7 @@ def test_void_may_have_its_colour_at_a_second_void_label(tmp_path):
 
 def test_the_colours_of_classes_txt_tell_a_re_ordered_palette(tmp_path):
     (tmp_path / "classes.txt").write_text("sky 10 20 30\nwide road\t40 50  60\n")
-    colors = read_class_colors(tmp_path, 2)
+    colors = read_class_file(tmp_path).colors(2)
     assert colors == {0: (10, 20, 30), 1: (40, 50, 60), 255: VOID}
     own = [(10, 20, 30), (40, 50, 60)]
     assert read(tmp_path, png([[0, 1]], 1, PALETTE, own), 2, colors=colors).tolist() == [[0, 1]]
@@ -198,18 +198,18 @@ def test_the_colours_of_classes_txt_tell_a_re_ordered_palette(tmp_path):
 def test_names_may_be_followed_by_a_colour(tmp_path):
     (tmp_path / "classes.txt").write_text("sky 1 2 3\nroad 66\nland use 1990 4 5 6\nwater 300 0 0\n", encoding="utf-8-sig")
     assert read_class_names(tmp_path, 4) == ["sky", "road 66", "land use 1990", "water 300 0 0"]
-    assert read_class_colors(tmp_path, 4) == {0: (1, 2, 3), 2: (4, 5, 6), 255: VOID}
+    assert read_class_file(tmp_path).colors(4) == {0: (1, 2, 3), 2: (4, 5, 6), 255: VOID}
 
 
 def test_vocs_colours_stand_for_vocs_classes_alone(tmp_path):
     voc = {**dict(enumerate(VOC[:21])), 255: VOID}
-    assert read_class_colors(tmp_path, 21) == voc
-    assert read_class_colors(tmp_path, 20) == {}
+    assert read_class_file(tmp_path).colors(21) == voc
+    assert read_class_file(tmp_path).colors(20) == {}
     names = ["_background_", "Aeroplane", *VOC_NAMES[2:11], "dining-table", *VOC_NAMES[12:16], "potted plant", *VOC_NAMES[17:]]
     (tmp_path / "classes.txt").write_text("\n".join(names))
-    assert read_class_colors(tmp_path, 21) == voc
+    assert read_class_file(tmp_path).colors(21) == voc
     (tmp_path / "classes.txt").write_text("\n".join(f"kind {i}" for i in range(21)))
-    assert read_class_colors(tmp_path, 21) == {}
+    assert read_class_file(tmp_path).colors(21) == {}
 
 
 @pytest.mark.parametrize(

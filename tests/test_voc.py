@@ -20,7 +20,8 @@ from dataset import (
     read_label,
     voc_palette,
 )
-from dataset.classes import VOC_NAMES
+from dataset.classes import VOC_NAMES, read_class_file
+from dataset.lists import read_lines
 from tests.helpers import TOY_CLASSES, TOY_SIZES, save_palette_png
 from utils.loader import make_loader, running
 
@@ -148,6 +149,22 @@ def test_class_names(tmp_path):
     assert read_class_names(tmp_path, 2) == ["sky", "road"]
     with pytest.raises(DatasetError, match="names 2 classes; expected 3: leave --num-classes out to take the 2, or mend"):
         read_class_names(tmp_path, 3)
+
+
+def test_the_file_of_classes_is_read_once(tmp_path, toy_voc, monkeypatch):
+    root = shutil.copytree(toy_voc, tmp_path / "voc")
+    (root / "classes.txt").write_text("\n".join(f"kind {i} {i} 0 {i}" for i in range(TOY_CLASSES)))
+    reads = []
+    monkeypatch.setattr("dataset.classes.read_lines", lambda path, what: reads.append(path) or read_lines(path, what))
+    alone = VOCSegmentation(root, ["toy_0"], num_classes=TOY_CLASSES)
+    assert reads == [root / "classes.txt"]
+    classes = read_class_file(root)
+    (root / "classes.txt").write_text("changed\n")
+    given = VOCSegmentation(root, ["toy_0"], num_classes=TOY_CLASSES, classes=classes)
+    assert len(reads) == 2  # one more, by read_class_file
+    assert given.names == alone.names == [f"kind {i}" for i in range(TOY_CLASSES)]
+    assert given.colors == alone.colors
+    assert given.colors[1] == (1, 0, 1)
 
 
 def test_how_many_classes(tmp_path):

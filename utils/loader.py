@@ -19,6 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from dataset import DATASETS, IGNORE_LABEL, CityscapesSegmentation, VOCSegmentation, find_list
+from dataset.classes import ClassFile
 from utils.command import UserError
 from utils.processes import start_helper
 
@@ -37,12 +38,17 @@ def list_of(args: Namespace, split: str, num_classes: int | None = None) -> Path
 
 
 def open_dataset(
-    args: Namespace, split: str, num_classes: int, transform: Callable | None = None
+    args: Namespace,
+    split: str,
+    num_classes: int,
+    transform: Callable | None = None,
+    classes: ClassFile | None = None,
 ) -> tuple[VOCSegmentation, Path]:
     """The data set of ``--data-dir`` and ``--data-list``, all of whose files are there, and the list that was used.
 
     Args:
         split: ``"train"`` or ``"val"``, whose list is used where ``--data-list`` names none.
+        classes: ``classes.txt`` where it was read before; None reads it.
 
     Raises:
         DatasetError: no such folder or list, files are missing, ``classes.txt`` does not fit.
@@ -52,7 +58,7 @@ def open_dataset(
     ignore_label = IGNORE_LABEL if args.ignore_label is None else args.ignore_label
     options = (args.image_dir, args.label_dir, num_classes, ignore_label, transform)
     advice = _check_command(args, data_list, num_classes, ignore_label)
-    data = DATASETS[args.dataset](args.data_dir, entries, *options, advice)
+    data = DATASETS[args.dataset](args.data_dir, entries, *options, advice, classes)
     data.check_files()
     return data, data_list
 
