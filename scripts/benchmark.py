@@ -32,8 +32,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.device import select_device
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.argtypes import positive, size, target_text
@@ -98,6 +96,7 @@ def run(args: argparse.Namespace, scratch: Path) -> int:
     from scripts.bench.memory import memory_rows, print_memory
     from scripts.bench.prediction import crf, evaluate
     from scripts.bench.training import data, msc, train
+    from utils.device import select_device
     from utils.files import save_json
     from utils.outputs import OUTPUT_MARK, Output, check_outputs
 

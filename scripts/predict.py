@@ -22,8 +22,6 @@ from typing import IO, TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from utils.device import select_device
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.argtypes import below_one, helpers, numbers, positive, target
@@ -206,6 +204,7 @@ def open_work(args: argparse.Namespace) -> Work:
         UserError, WeightsError, DatasetError: something is missing, or does not fit.
     """
     from dataset.classes import CITYSCAPES_CLASSES
+    from utils.device import select_device
     from utils.evaluation.predict import open_trained_net, snapshot_colors
     from utils.visualize import Classes, class_names, make_palette
 

@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import train as train_script
 from dataset import DatasetError, read_image, to_input
 from deeplab import DeepLabV2, load_net, predict_classes, single_scale_loss
 from scripts import check_dataset, predict
-from tests.helpers import save_palette_png
+from tests.helpers import ROOT, save_palette_png
 from tests.helpers_runs import (
     evaluate,
     log_lines,
@@ -198,3 +200,13 @@ def test_help_tells_which_pictures_are_found(capsys):
     assert ".jpg, .jpeg, .png, .bmp, .tif or .webp" in text
     assert "full from scratch" in text
     assert "as many as classes.txt in --data-dir has lines" in text
+
+
+def test_help_of_a_script_comes_without_torch():
+    """From another folder than the repository, which Python then does not look in by itself."""
+    for name in ("evaluate", "train", "scripts/benchmark", "scripts/convert_weights", "scripts/predict"):
+        words = [sys.executable, "-X", "importtime", ROOT / f"{name}.py", "--help"]
+        result = subprocess.run(words, capture_output=True, text=True, cwd=ROOT.parent, timeout=60)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.startswith("usage: ")
+        assert not re.search(r"\| +torch$", result.stderr, re.MULTILINE), name
