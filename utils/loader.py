@@ -4,8 +4,6 @@ import multiprocessing
 import os
 import shlex
 import shutil
-import signal
-import threading
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +21,6 @@ from dataset.classes import ClassFile
 from utils.command import UserError
 from utils.processes import start_helper
 
-PATIENCE = 3.0  # seconds that workers have to end by themselves
 SHARED_MEMORY = Path("/dev/shm")
 MORE_SHARED_MEMORY = "give it more with `docker run --shm-size=1g` or `--ipc=host`"
 
@@ -119,8 +116,7 @@ def running(loader: DataLoader) -> Iterator[Iterator]:
     """The batches of ``loader``, as a context whose end, by whatever way, is also the end of its workers.
 
     The workers ignore SIGTERM, so that a signal to the whole process group does not take them from a main process that still
-    wants to finish its step and save. torch ends workers that linger by SIGTERM and then waits for them without limit; so what
-    is left after ``PATIENCE`` seconds is killed here.
+    wants to finish its step and save. torch and multiprocessing end workers by SIGTERM; those that are stuck are killed here.
 
     Raises:
         UserError: the workers ran out of shared memory, or one was killed.
@@ -128,7 +124,11 @@ def running(loader: DataLoader) -> Iterator[Iterator]:
     before = multiprocessing.active_children()
     try:
         batches = iter(loader)
-    except OSError as error:  # the semaphores of the workers' queues lie in shared memory, too
+    except BaseException as error:
+        _kill([process for process in multiprocessing.active_children() if process not in before])
+        if not isinstance(error, OSError):
+            raise
+        # The semaphores of the workers' queues lie in shared memory, too.
         text = f"no workers can be started ({error.strerror or error}): {MORE_SHARED_MEMORY}, or add --num-workers 0"
         raise UserError(text) from None
     workers = [process for process in multiprocessing.active_children() if process not in before]
@@ -137,28 +137,14 @@ def running(loader: DataLoader) -> Iterator[Iterator]:
     except RuntimeError as error:
         raise _users_error(error) or error from None
     finally:
-        if workers:
-            _end(batches, workers)
-
-
-def _end(batches: Iterator, workers: list) -> None:
-    def kill() -> None:
-        for worker in workers:
-            worker.kill()
-
-    timer = threading.Timer(PATIENCE, kill)
-    # torch's own handler would raise here for a worker that was killed.
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if hasattr(signal, "SIGCHLD") else None
-    timer.start()
-    try:
-        batches._shutdown_workers()  # type: ignore[attr-defined]  # what the iterator does when it is garbage; nothing public
-    finally:
-        timer.cancel()
-        kill()
-        for worker in workers:
-            worker.join()
-        if handler is not None:
-            signal.signal(signal.SIGCHLD, handler)
+        try:
+            # Private: what torch does once the iterator is garbage, which it is not while a traceback refers to it. It ends the
+            # thread that pins memory before the workers that this reads from, and then waits 5 to 10 seconds for each worker.
+            with suppress(RuntimeError):  # a worker was killed meanwhile
+                if workers:
+                    batches._shutdown_workers()  # type: ignore[attr-defined]
+        finally:
+            _kill(workers)
 
 
 def fitting_workers(num_workers: int, batch_bytes: int) -> tuple[int, str]:
@@ -200,6 +186,13 @@ def _users_error(error: RuntimeError) -> UserError | None:
             "--num-workers, or find the file with scripts/check_dataset.py"
         )
     return None
+
+
+def _kill(workers: list) -> None:
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join()
 
 
 def _start_worker(_: int) -> None:
