@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from dataset import MEAN_BGR
 from deeplab import deeplabv2, make_net
 from deeplab.weights import WeightsError, apply_weights, export, load_weights, stem
-from deeplab.weights.names import trunk_shapes
+from deeplab.weights.names import net_shapes
 from tests.helpers_weights import HEAD, load_into_new_net, save
 from tests.published import (
     BN_LEAVES,
@@ -177,7 +177,7 @@ def test_numpy_pickle_of_python_2(tmp_path):
     path = tmp_path / "deeplab_resnet_init.npy"
     path.write_bytes(b"\x93NUMPY\x01\0" + struct.pack("<H", len(header) + 1) + header + b"\n" + pickled)
     weights = load_weights(path)
-    assert len(weights.state) == len(trunk_shapes("resnet101"))  # its head is random by what is known of the file
+    assert len(weights.state) == len(net_shapes("resnet101"))  # its head is random by what is known of the file
     conv = torch.from_numpy(arrays["res4b22_branch2b"]["weights"]).permute(3, 2, 0, 1)
     assert torch.equal(weights.state["layer3.22.conv2.weight"], conv)
     assert weights.seen_voc_val == ""
@@ -435,7 +435,7 @@ def test_trunk_names_and_shapes_are_those_of_torchvision():
         with torch.device("meta"):
             theirs = getattr(torchvision.models, backbone)().state_dict()
         theirs = {k: tuple(v.shape) for k, v in theirs.items() if not k.startswith("fc.") and "num_batches" not in k}
-        assert trunk_shapes(backbone) == theirs
+        assert net_shapes(backbone) == theirs
         names = {f"{m}.{leaf}" for m, bn in canonical_modules(backbone) for leaf in (BN_LEAVES if bn else ("weight",))}
         assert names == set(theirs)
 

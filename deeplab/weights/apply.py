@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from deeplab.nets import Net, make_net
 from deeplab.resnet import BACKBONES, Bottleneck
 from deeplab.weights.load import load_weights
-from deeplab.weights.names import in_head
+from deeplab.weights.names import IN_HEAD
 from deeplab.weights.weights import NO_PLACE, Weights, WeightsError, group_by_reason, some
 
 _STEMS = {"7x7": "one 7x7 convolution", "deep": "three 3x3 convolutions"}
@@ -134,24 +133,12 @@ def apply_weights(net: Net, weights: Weights, restore_last: bool = True) -> Load
         else:
             report.skipped[key] = reason
     for key in weights.state:
-        if key in target and (key in head or not in_head(key)):
+        if key in target and (key in head or not IN_HEAD.match(key)):
             report.loaded.append(key)
         elif not key.endswith(".num_batches_tracked"):
             report.skipped.setdefault(key, "branches that this net does not have" if head else "the head")
     taken = set(report.loaded)
     report.missing = [key for key in target if key not in taken and not key.endswith(".num_batches_tracked")]
-    _refuse_misfits(report, weights, target)
-    with torch.no_grad():
-        for key in report.loaded:
-            target[key].copy_(weights.state[key])
-    report.loaded = [key for key in report.loaded if not key.endswith(".num_batches_tracked")]
-    if head_line:
-        report.notes.append(head_line)
-    return report
-
-
-def _refuse_misfits(report: LoadReport, weights: Weights, target: Mapping[str, Tensor]) -> None:
-    """Raise :class:`WeightsError` where a shape differs or a part of the trunk is not in the file."""
     clashes = [key for key in report.loaded if weights.state[key].shape != target[key].shape]
     if clashes:
         key, more = clashes[0], f" (and {len(clashes) - 1} more such)" if len(clashes) > 1 else ""
@@ -159,12 +146,19 @@ def _refuse_misfits(report: LoadReport, weights: Weights, target: Mapping[str, T
             f"{weights.path}: {key} is {tuple(weights.state[key].shape)} in the file and {tuple(target[key].shape)} in the "
             f"net{more}; nothing was loaded"
         )
-    lost = [key for key in report.missing if not in_head(key)]
+    lost = [key for key in report.missing if not IN_HEAD.match(key)]
     if lost:
         raise WeightsError(
             f"{weights.path}: it lacks {len(lost)} of the trunk's tensors ({some(lost)}); "
             "nothing was loaded, fetch or save the file again"
         )
+    with torch.no_grad():
+        for key in report.loaded:
+            target[key].copy_(weights.state[key])
+    report.loaded = [key for key in report.loaded if not key.endswith(".num_batches_tracked")]
+    if head_line:
+        report.notes.append(head_line)
+    return report
 
 
 def _check_build(net: Net, weights: Weights) -> None:
@@ -203,7 +197,7 @@ def _choose_head(net: Net, weights: Weights, restore_last: bool) -> tuple[set[st
     if classes is None:
         return set(), ""
     ours: Mapping[str, Any] = net.config
-    head = {key for key in weights.state if in_head(key)}
+    head = {key for key in weights.state if IN_HEAD.match(key)}
     if not restore_last:
         return set(), f"the file's head ({classes} classes) is left out, as asked"
     if theirs != ours["net"]:

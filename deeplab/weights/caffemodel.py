@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deeplab.weights.names import canonical_from_caffe, in_caffe_trunk, refuse_extras
+from deeplab.weights.names import IN_CAFFE_BACKBONE, canonical_from_caffe, refuse_extras
 from deeplab.weights.weights import NO_PLACE, WeightsError
 
 _TWIN = re.compile(r"_res(?:05|075)(?=_|$)")  # the copies of a layer for the 0.5x and 0.75x pictures
@@ -133,7 +133,7 @@ def caffe_state(model: CaffeModel) -> tuple[dict[str, Tensor], dict[str, str], f
         _add_layer(state, module, layer)
         if layer.eps is not None:
             epsilons.setdefault(layer.eps, name)
-    refuse_extras(name for name, reason in skipped.items() if reason.startswith(NO_PLACE) and in_caffe_trunk(name))
+    refuse_extras(name for name, reason in skipped.items() if reason.startswith(NO_PLACE) and IN_CAFFE_BACKBONE.match(name))
     if len(epsilons) > 1:
         found = ", ".join(f"{eps:g} in {name}" for eps, name in epsilons.items())
         raise WeightsError(f"its batch norms have different epsilons ({found}); expected one for the whole net")

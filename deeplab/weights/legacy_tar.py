@@ -18,7 +18,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from deeplab.weights.kinds import PlainUnpickler, damaged, holds_objects
+from deeplab.weights.read import PlainUnpickler, damaged, holds_objects
 from deeplab.weights.weights import WeightsError
 
 _TYPES = {

@@ -11,23 +11,31 @@ import torch
 from deeplab.deeplabv2 import ATROUS_RATES
 from deeplab.resnet import BACKBONES, MARK, Bottleneck
 from deeplab.weights.caffemodel import CaffeModel
-from deeplab.weights.kinds import file_kind
 from deeplab.weights.legacy_tar import read_tar_torch
 from deeplab.weights.names import (
     HEAD_KEY,
+    IN_BACKBONE,
+    IN_HEAD,
+    TOOLBOX,
     find_backbone,
     find_net,
     find_stem,
     head_shape,
-    in_head,
-    in_trunk,
     is_counter,
+    net_shapes,
     refuse_extras,
-    toolbox_head_shapes,
-    trunk_shapes,
 )
-from deeplab.weights.read import check_sums, read_numpy, read_safetensors, read_torch
-from deeplab.weights.recognise import CONVERTED_TO_TENSORFLOW, from_caffe, from_tensorflow, from_torch, is_name, settle_abn
+from deeplab.weights.read import check_sums, file_kind, read_numpy, read_safetensors, read_torch
+from deeplab.weights.recognise import (
+    CONVERTED_TO_TENSORFLOW,
+    from_caffe,
+    from_snapshot,
+    from_tensorflow,
+    from_torch,
+    is_name,
+    is_ours,
+    settle_abn,
+)
 from deeplab.weights.weights import NO_PLACE, SNAPSHOT, Weights, WeightsError, some
 
 TRUNKS = ("auto", "torchvision", "caffe", "rgb-1x1", "bgr-3x3")
@@ -76,15 +84,28 @@ def load_weights(path: str | Path, trunk: str = "auto", abn: str | None = None) 
     if trunk not in TRUNKS or abn not in (None, *ABN):
         raise ValueError(f"trunk {trunk!r} or abn {abn!r} is unknown; choose of {', '.join(TRUNKS)} and {', '.join(ABN)}")
     try:
-        weights = _read(path, trunk)
+        kind, sums = file_kind(path), check_sums(path)
+        if kind == "caffe":
+            weights = _settled(from_caffe(CaffeModel(path)), path.name)
+        elif kind in ("npy", "npz"):
+            arrays, nested = read_numpy(path, kind)
+            weights = from_tensorflow(arrays, converted=nested or path.name in CONVERTED_TO_TENSORFLOW)
+            weights = _settled(weights, path.name)
+        else:
+            state, meta = _read_state(path, kind)
+            weights = from_snapshot(state, meta) or _settled(from_torch(state, meta, trunk), path.name)
         weights.path = str(path)
-        style = "torchvision" if weights.config.get("stride_in_3x3") else "caffe"
+        weights.notes += [sums] if sums else []
+        config = weights.config
+        style = "torchvision" if config["stride_in_3x3"] else "caffe"
         if trunk not in ("auto", style) and not weights.bare:
             raise WeightsError(f"it is a {weights.scheme}, which is {style}'s in kind and not {trunk}'s; leave --trunk out")
-        found = _keep_the_net(weights)
-        classes = _judge_head(weights, path.name)
-        _compare_with_meta(weights, found | classes)
-        settle_abn(weights, abn)
+        if weights.scheme != SNAPSHOT and config["stem"] == "deep":
+            settle_abn(weights, abn)
+        elif abn == "abs":
+            raise WeightsError(f"it is a {weights.scheme}, whose batch norms take their weights as they are; leave --abn out")
+        if BACKBONES[config["backbone"]][0] is not Bottleneck:
+            del config["stride_in_3x3"]  # a basic block has no 1x1 convolution, so there is no choice
         _refuse_bad_numbers(weights)
     except WeightsError as error:
         text = "".join(sign if sign.isprintable() else "?" for sign in str(error))  # names in a damaged file hold anything
@@ -96,33 +117,22 @@ def load_weights(path: str | Path, trunk: str = "auto", abn: str | None = None) 
     return weights
 
 
-def _read(path: Path, trunk: str) -> Weights:
-    kind = file_kind(path)
-    sums = check_sums(path)
-    if kind == "caffe":
-        weights = from_caffe(CaffeModel(path))
-    elif kind in ("npy", "npz"):
-        arrays, nested = read_numpy(path, kind)
-        weights = from_tensorflow(arrays, converted=nested or path.name in CONVERTED_TO_TENSORFLOW)
-    elif kind == "safetensors":
+def _read_state(path: Path, kind: str) -> tuple[Mapping[Any, Any], Mapping[str, Any]]:
+    """The one state_dict in a torch or safetensors file, however deep, and the meta that goes with it in our own files.
+
+    A bare state_dict of our nets has that meta in its ``_metadata``, which ``torch.save`` keeps.
+    """
+    if kind == "safetensors":
         tensors, meta = read_safetensors(path)
-        old = [key for key in tensors if key.startswith("origin.")]  # written until the stem's rounding was let go
-        weights = from_torch({key: value for key, value in tensors.items() if key not in old}, meta, trunk)
-    else:
-        content = read_tar_torch(path) if kind == "tar torch" else read_torch(path, old=kind == "old torch")
-        weights = from_torch(*_find_state(content), trunk)
-    weights.notes += [sums] if sums else []
-    return weights
-
-
-def _find_state(content: Any) -> tuple[Mapping[Any, Any], Mapping[str, Any]]:
-    """The one state_dict in what ``torch.save`` was given, however deep, and the meta that goes with it in our own files."""
+        # "origin." was written until the stem's rounding was let go
+        return {key: value for key, value in tensors.items() if not key.startswith("origin.")}, meta
+    content = read_tar_torch(path) if kind == "tar torch" else read_torch(path, old=kind == "old torch")
     if not isinstance(content, (Mapping, list, tuple)):
         raise WeightsError(f"it holds a {type(content).__name__}; expected a state_dict")
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
-        meta = content.get("meta")
-        if isinstance(meta, Mapping) and meta.keys() & {"backbone", "stride_in_3x3"}:
-            return content["model"], meta
+        ours = content.get("meta")
+        if isinstance(ours, Mapping) and is_ours(ours):
+            return content["model"], ours
     found = list(_state_dicts((), content))
     if not found:
         keys = some(map(str, content)) if isinstance(content, Mapping) else f"a {type(content).__name__}"
@@ -134,15 +144,11 @@ def _find_state(content: Any) -> tuple[Mapping[Any, Any], Mapping[str, Any]]:
             f"it holds {len(found)} state_dicts ({some(names)}), and which is meant only you can say; save that one alone, "
             f"as in torch.save(torch.load(PATH){index}, OUT)"
         )
-    return found[0][1], _marked(found[0][1])
-
-
-def _marked(state: Mapping[Any, Any]) -> Mapping[str, Any]:
-    """What our nets say of themselves in the metadata of their state_dict, whatever they were wrapped in; {} of others."""
+    state = found[0][1]
     metadata = getattr(state, "_metadata", None)
     entries = metadata.values() if isinstance(metadata, Mapping) else ()
     marks = [entry[MARK] for entry in entries if isinstance(entry, Mapping) and isinstance(entry.get(MARK), Mapping)]
-    return marks[0] if len(marks) == 1 else {}
+    return state, marks[0] if len(marks) == 1 else {}
 
 
 def _state_dicts(where: tuple[Any, ...], value: Any) -> Iterator[tuple[tuple[Any, ...], Mapping[Any, Any]]]:
@@ -159,18 +165,20 @@ def _state_dicts(where: tuple[Any, ...], value: Any) -> Iterator[tuple[tuple[Any
         yield from _state_dicts((*where, key), entry)
 
 
-def _keep_the_net(weights: Weights) -> dict[str, str]:
-    """Leave in ``state`` what the net has a place for, as float32; its backbone and its stem."""
+def _settled(weights: Weights, filename: str) -> Weights:
+    """Weights with nothing in ``state`` but what a net of ours has a place for, as float32, and with that net in ``config``."""
     state = weights.state
     if not state:
         raise WeightsError("none of its entries has a name that is known here; expected the layers of a DeepLab-ResNet")
-    backbone = find_backbone(state)
-    stem = find_stem(state)
-    shapes = trunk_shapes(backbone, stem)
-    if find_net(state) in ("deeplabv3", "pspnet"):
-        shapes |= toolbox_head_shapes(find_net(state), backbone, _classes(state))
+    net, backbone, stem, classes = find_net(state), find_backbone(state), find_stem(state), 1
+    if net in TOOLBOX:
+        classifier = state.get("head.1.weight")
+        classes = classifier.shape[0] if classifier is not None and classifier.ndim == 4 else 0
+        if not 1 <= classes <= 255:
+            raise WeightsError("its head lacks a classifier (head.1.weight) of 1..255 classes; fetch or save the file again")
+    shapes = net_shapes(backbone, stem, net, classes)
     foreign = [key for key in state if not (key in shapes or HEAD_KEY.match(key) or is_counter(key, shapes))]
-    refuse_extras(key for key in foreign if in_trunk(key))
+    refuse_extras(key for key in foreign if IN_BACKBONE.match(key))
     for key in foreign:
         weights.skipped[key] = NO_PLACE
         del state[key]
@@ -180,73 +188,50 @@ def _keep_the_net(weights: Weights) -> dict[str, str]:
             raise WeightsError(f"its {key} is {tuple(tensor.shape)}; expected at most {most} numbers")
         if tensor.is_floating_point():
             state[key] = tensor.float()
-    return {"backbone": backbone, "stem": stem}
+    found: dict[str, Any] = {"backbone": backbone, "stem": stem}
+    if net in TOOLBOX:
+        heads = {key: shape for key, shape in shapes.items() if IN_HEAD.match(key)}
+        if lost := [key for key in heads if key not in state]:
+            raise WeightsError(f"its heads lack {len(lost)} tensors ({some(lost)}); fetch or save the file again")
+        for key, shape in heads.items():
+            if tuple(state[key].shape) != shape:
+                raise WeightsError(f"its {key} is {tuple(state[key].shape)}; expected {shape}, as a {net} has")
+        found |= {"net": net, "num_classes": classes}
+    elif classes := _judge_head(weights, filename):
+        found |= {"net": net, "num_classes": classes}
+    for name, value in found.items():
+        if weights.config.setdefault(name, value) != value:
+            raise WeightsError(f"its meta says {name} {weights.config[name]}, but its tensors are those of {name} {value}")
+    return weights
 
 
-def _classes(state: Mapping[str, torch.Tensor]) -> int:
-    """Of a DeepLabv3 or PSPNet."""
-    classifier = state.get("head.1.weight")
-    count = classifier.shape[0] if classifier is not None and classifier.ndim == 4 else 0
-    if not 1 <= count <= 255:
-        raise WeightsError("its head lacks a classifier (head.1.weight) of 1..255 classes; fetch or save the file again")
-    return count
-
-
-def _judge_head(weights: Weights, filename: str) -> dict[str, Any]:
-    """Drop a head that was never trained or does not tell its rates; ``{"net": ..., "num_classes": n}`` of one that is kept,
-    else {}."""
-    net = find_net(weights.state)
-    if net in ("deeplabv3", "pspnet"):
-        return {"net": net, "num_classes": _check_toolbox_head(weights, net)}
+def _judge_head(weights: Weights, filename: str) -> int:
+    """The classes of a DeepLab-v2's head; 0 without one, or where it was never trained or gives no rates and is left out."""
     count, classes = head_shape(weights.state)
     if count and not 1 <= classes <= 255:
         raise WeightsError(f"its head has {classes} classes; expected 1..255")
+    head = [key for key in weights.state if IN_HEAD.match(key)]
     reason = ""
     if count and weights.scheme != SNAPSHOT:
         if any(fnmatch.fnmatchcase(filename, pattern) for pattern in _UNTRAINED_HEADS):
             reason = "the head of this initial file was never trained"
-        elif not any(tensor.any() for key, tensor in weights.state.items() if in_head(key)):
+        elif not any(weights.state[key].any() for key in head):
             reason = "its head is all zeros (never trained)"
         elif count not in (4, 2):
             reason = f"its head has {count} convolutions and does not tell their rates"
     if reason:
-        head = [key for key in weights.state if in_head(key)]
         weights.skipped.update((key, reason) for key in head)
         weights.notes.append(f"{reason}, so it is left out")
         for key in head:
             del weights.state[key]
     if reason or not count:
-        weights.config.pop("net", None)
-        weights.config.pop("num_classes", None)
-        weights.config.pop("atrous_rates", None)
-        return {}
-    weights.config.setdefault("atrous_rates", ATROUS_RATES[:count])
-    rates = weights.config["atrous_rates"] = list(weights.config["atrous_rates"])
+        for name in ("net", "num_classes", "atrous_rates"):
+            weights.config.pop(name, None)
+        return 0
+    rates = weights.config["atrous_rates"] = list(weights.config.get("atrous_rates", ATROUS_RATES[:count]))
     if len(rates) != count:
         raise WeightsError(f"its meta tells of the rates {rates}, but its head has {count} convolutions")
-    return {"net": net, "num_classes": classes}
-
-
-def _check_toolbox_head(weights: Weights, net: str) -> int:
-    """Both heads are whole; the number of classes."""
-    count = _classes(weights.state)
-    shapes = toolbox_head_shapes(net, find_backbone(weights.state), count)
-    if lost := [key for key in shapes if key not in weights.state]:
-        raise WeightsError(f"its heads lack {len(lost)} tensors ({some(lost)}); fetch or save the file again")
-    for key, shape in shapes.items():
-        if tuple(weights.state[key].shape) != shape:
-            raise WeightsError(f"its {key} is {tuple(weights.state[key].shape)}; expected {shape}, as a {net} has")
-    return count
-
-
-def _compare_with_meta(weights: Weights, found: dict[str, Any]) -> None:
-    """What the tensors say goes into ``config``, unless the file's meta says otherwise: then one of them is wrong."""
-    config = weights.config
-    for name, value in found.items():
-        if config.setdefault(name, value) != value:
-            raise WeightsError(f"its meta says {name} {config[name]}, but its tensors are those of {name} {value}")
-    if BACKBONES[config["backbone"]][0] is not Bottleneck:
-        config.pop("stride_in_3x3", None)  # a basic block has no 1x1 convolution, so there is no choice
+    return classes
 
 
 def _refuse_bad_numbers(weights: Weights) -> None:

@@ -1,8 +1,7 @@
-"""The published naming schemes of DeepLab-ResNet weights, and their way to the canonical names and back.
+"""The published naming schemes of DeepLab-ResNet weights, in one table, and what names and shapes alone say about a net.
 
-Canonical are the names of the published PyTorch files: torchvision's for the trunk (``conv1``, ``bn1``, ``layer1.0.conv1``,
-``layer1.0.downsample.0`` ...) and ``layer5.conv2d_list.0`` to ``.3`` for the head. Everything here is about names and shapes;
-no file is read and no number looked at.
+Canonical are the names of the published PyTorch files: torchvision's for the backbone (``conv1``, ``bn1``, ``layer1.0.conv1``,
+``layer1.0.downsample.0`` ...) and ``layer5.conv2d_list.0`` to ``.3`` for the head. No file is read here, no number looked at.
 """
 
 import re
@@ -12,23 +11,55 @@ import torch
 from torch import Tensor
 
 from deeplab.nets import make_net
-from deeplab.resnet import BACKBONES, Bottleneck, DilatedResNet
+from deeplab.resnet import BACKBONES, Bottleneck
 from deeplab.weights.weights import WeightsError, some
 
+TOOLBOX = ("deeplabv3", "pspnet")
+"""The nets of pytorch-segmentation-toolbox."""
 HEAD_KEY = re.compile(r"layer5\.conv2d_list\.(\d+)\.(weight|bias)$")
+"""In a DeepLab-v2's head."""
+IN_HEAD = re.compile(rf"{HEAD_KEY.pattern}|(head|dsn)\.")
+"""In the head of any of the nets, auxiliary ones included."""
+IN_BACKBONE = re.compile(r"(conv[123]|bn[123]|layer[1-4])\.")
+IN_CAFFE_BACKBONE = re.compile(r"(res|bn|scale)[2-5][a-z]\d*_?\w*$")
+"""Caffe's layers inside the stages, whether or not our nets have them."""
 
 _WRAPPERS = ("module.", "_orig_mod.", "Scale.", "base.")  # DataParallel, torch.compile, isht7's and kazuto1011's MSC modules
 _INNER_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")  # around a part
 _FIRST_BLOCK = re.compile(r"(.*\.)(?:layer1\.0\.conv1|layer2\.block1\.reduce\.conv)\.weight$")
-_TRUNK_KEY = re.compile(r"(conv[123]|bn[123]|layer[1-4])\.")
-_TOOLBOX_HEAD = re.compile(r"(head|dsn)\.")
-_BLOCK_KEY = re.compile(r"layer([1-4])\.(\d+)\.")
-_KAZUTO_BLOCK = re.compile(r"layer([2-5])\.block(\d+)\.(reduce|conv3x3|increase|shortcut)\.(conv|bn)\.(\w+)$")
-_KAZUTO_UNITS = {"reduce": 1, "conv3x3": 2, "increase": 3}
-_CANONICAL_BLOCK = re.compile(r"layer([1-4])\.(\d+)\.(?:(conv|bn)([123])|downsample\.([01]))\.(\w+)$")
-_CAFFE_BLOCK = re.compile(r"(res|bn|scale)([2-5])([a-z])(\d*)_branch(1|2a|2b|2c)$")
-_CAFFE_HEAD = re.compile(r"fc1_.+_c([0-3])$")
-_CAFFE_TRUNK = re.compile(r"(res|bn|scale)[2-5][a-z]\d*_?\w*$")
+
+_MODULES = (
+    # s and t: the stage, from 1 and from 2; n and m: the block or branch, from 0 and from 1; x: Caffe's name of the block:
+    # a, b, c ... in short stages, and a, b1, b2 ... in ResNet-101's and -152's
+    # canonical                   kazuto1011/deeplab-pytorch           Caffe (its Scale layers are called as its batch norms)
+    ("conv1",                     "layer1.conv1.conv",                 "conv1"),
+    ("bn1",                       "layer1.conv1.bn",                   "bn_conv1"),
+    ("layer{s}.{n}.conv1",        "layer{t}.block{m}.reduce.conv",     "res{t}{x}_branch2a"),
+    ("layer{s}.{n}.bn1",          "layer{t}.block{m}.reduce.bn",       "bn{t}{x}_branch2a"),
+    ("layer{s}.{n}.conv2",        "layer{t}.block{m}.conv3x3.conv",    "res{t}{x}_branch2b"),
+    ("layer{s}.{n}.bn2",          "layer{t}.block{m}.conv3x3.bn",      "bn{t}{x}_branch2b"),
+    ("layer{s}.{n}.conv3",        "layer{t}.block{m}.increase.conv",   "res{t}{x}_branch2c"),
+    ("layer{s}.{n}.bn3",          "layer{t}.block{m}.increase.bn",     "bn{t}{x}_branch2c"),
+    ("layer{s}.{n}.downsample.0", "layer{t}.block{m}.shortcut.conv",   "res{t}{x}_branch1"),
+    ("layer{s}.{n}.downsample.1", "layer{t}.block{m}.shortcut.bn",     "bn{t}{x}_branch1"),
+    ("layer5.conv2d_list.{n}",    "aspp.c{n}",                         "fc1_*_c{n}"),
+)  # fmt: skip
+"""Sources: kazuto1011's ``libs/models/{resnet,deeplabv2}.py``, the prototxts of the official DeepLab-v2 archive."""
+_TENSORFLOW_LEAVES = {
+    "weights": "weight", "biases": "bias", "gamma": "weight", "beta": "bias",
+    "moving_mean": "running_mean", "moving_variance": "running_var",
+}  # fmt: skip
+_MOST = 40  # blocks in a stage; ResNet-152 has 36
+_ALL = [
+    [name.format(s=stage, t=stage + 1, n=block, m=block + 1, x=x) for name in row]
+    for row in _MODULES
+    for stage in range(1, 5)
+    for block in range(_MOST)
+    for x in (chr(ord("a") + block), f"b{block}")
+]
+_TO_KAZUTO = {ours: kazuto for ours, kazuto, _ in _ALL}
+_FROM_KAZUTO = {kazuto: ours for ours, kazuto, _ in _ALL}
+_FROM_CAFFE = {caffe: ours for ours, _, caffe in _ALL}
 
 
 def strip_wrappers(keys: Iterable[str]) -> dict[str, str]:
@@ -46,59 +77,38 @@ def strip_wrappers(keys: Iterable[str]) -> dict[str, str]:
 def canonical_from_kazuto(key: str) -> str | None:
     """``layer3.block2.reduce.conv.weight`` -> ``layer2.1.conv1.weight``; None for a key that has no place in the net.
 
-    Source: kazuto1011/deeplab-pytorch, ``libs/models/{resnet,deeplabv2}.py``. Its ``layer1`` is the stem, and a leading
-    ``base.`` must be gone.
+    A leading ``base.`` must be gone.
     """
-    if match := re.match(r"layer1\.conv1\.(conv|bn)\.(\w+)$", key):
-        return f"{match[1]}1.{match[2]}"
-    if match := re.match(r"aspp\.c(\d+)\.(weight|bias)$", key):
-        return f"layer5.conv2d_list.{match[1]}.{match[2]}"
-    if not (match := _KAZUTO_BLOCK.match(key)):
-        return None
-    stage, block, unit, kind, leaf = match.groups()
-    where = f"layer{int(stage) - 1}.{int(block) - 1}"
-    if unit == "shortcut":
-        return f"{where}.downsample.{int(kind == 'bn')}.{leaf}"
-    return f"{where}.{kind}{_KAZUTO_UNITS[unit]}.{leaf}"
+    module, _, leaf = key.rpartition(".")
+    return f"{_FROM_KAZUTO[module]}.{leaf}" if module in _FROM_KAZUTO else None
 
 
 def kazuto_from_canonical(key: str) -> str:
     """The way back of :func:`canonical_from_kazuto`, with the ``base.`` of the released files."""
-    if match := HEAD_KEY.match(key):
-        return f"base.aspp.c{match[1]}.{match[2]}"
-    if match := re.match(r"(conv|bn)1\.(\w+)$", key):
-        return f"base.layer1.conv1.{match[1]}.{match[2]}"
-    if not (match := _CANONICAL_BLOCK.match(key)):
+    module, _, leaf = key.rpartition(".")
+    if module not in _TO_KAZUTO:
         raise ValueError(f"{key!r} is no canonical name")
-    stage, block, kind, number, shortcut, leaf = match.groups()
-    if shortcut is not None:
-        unit, kind = "shortcut", ("conv", "bn")[int(shortcut)]
-    else:
-        unit = next(name for name, n in _KAZUTO_UNITS.items() if n == int(number))
-    return f"base.layer{int(stage) + 1}.block{int(block) + 1}.{unit}.{kind}.{leaf}"
+    return f"base.{_TO_KAZUTO[module]}.{leaf}"
 
 
 def canonical_from_caffe(layer: str) -> str | None:
     """``res3b1_branch2a`` -> ``layer2.1.conv1``, ``bn...`` and ``scale...`` -> ``layer2.1.bn1``; None for other layers.
 
-    Source: the prototxts of the official DeepLab-v2 archive. The blocks of a stage are a, b1, b2, ... in ResNet-101 and -152
-    and a, b, c, ... in short stages. The head is ``fc1_<name>_c0`` to ``_c3``; the official name is ``voc12``.
+    The head is ``fc1_<name>_c0`` to ``_c3``; the official name is ``voc12``.
     """
-    if layer in ("conv1", "bn_conv1", "scale_conv1"):
-        return "conv1" if layer == "conv1" else "bn1"
-    if match := _CAFFE_HEAD.match(layer):
-        return f"layer5.conv2d_list.{match[1]}"
-    if not (match := _CAFFE_BLOCK.match(layer)):
-        return None
-    kind, stage, letter, digits, branch = match.groups()
-    where = f"layer{int(stage) - 1}.{int(digits) if digits else ord(letter) - ord('a')}"
-    if branch == "1":
-        return f"{where}.downsample.{int(kind != 'res')}"
-    return f"{where}.{'conv' if kind == 'res' else 'bn'}{'abc'.index(branch[1]) + 1}"
+    layer = re.sub(r"^fc1_.+_c(?=[0-3]$)", "fc1_*_c", layer)
+    return _FROM_CAFFE.get(re.sub("^scale", "bn", layer))
+
+
+def canonical_from_tensorflow(variable: str) -> str | None:
+    """``res3b1_branch2a/weights`` -> ``layer2.1.conv1.weight``: Caffe's layers and TensorFlow's leaves; None for others."""
+    layer, _, leaf = variable.removesuffix(":0").rpartition("/")
+    module = canonical_from_caffe(layer)
+    return f"{module}.{_TENSORFLOW_LEAVES[leaf]}" if module and leaf in _TENSORFLOW_LEAVES else None
 
 
 def refuse_extras(keys: Iterable[str]) -> None:
-    """Raise :class:`WeightsError` for parameters inside the trunk that a plain ResNet has no place for."""
+    """Raise :class:`WeightsError` for parameters inside the backbone that a plain ResNet has no place for."""
     if extras := list(keys):
         raise WeightsError(
             f"its trunk holds tensors that a plain ResNet lacks ({some(extras)}), so it is another net "
@@ -106,20 +116,10 @@ def refuse_extras(keys: Iterable[str]) -> None:
         )
 
 
-def in_trunk(key: str) -> bool:
-    """Whether a canonical name lies in the trunk."""
-    return _TRUNK_KEY.match(key) is not None
-
-
-def in_caffe_trunk(layer: str) -> bool:
-    """Whether a Caffe name is that of a layer inside the trunk's blocks, whether or not our net has it."""
-    return _CAFFE_TRUNK.match(layer) is not None
-
-
-def is_counter(key: str, trunk: Iterable[str]) -> bool:
-    """Whether this is the batch counter of a batch norm in ``trunk``; old PyTorch files and frozen nets have none."""
+def is_counter(key: str, names: Iterable[str]) -> bool:
+    """Whether this is the batch counter of a batch norm in ``names``; old PyTorch files and frozen nets have none."""
     module, _, leaf = key.rpartition(".")
-    return leaf == "num_batches_tracked" and f"{module}.running_var" in trunk
+    return leaf == "num_batches_tracked" and f"{module}.running_var" in names
 
 
 def find_backbone(keys: Iterable[str]) -> str:
@@ -129,7 +129,7 @@ def find_backbone(keys: Iterable[str]) -> str:
         WeightsError: no backbone has this number of blocks.
     """
     keys = list(keys)
-    blocks = {(int(match[1]), int(match[2])) for key in keys if (match := _BLOCK_KEY.match(key))}
+    blocks = {(int(match[1]), int(match[2])) for key in keys if (match := re.match(r"layer([1-4])\.(\d+)\.", key))}
     depths = tuple(1 + max((block for stage, block in blocks if stage == wanted), default=-1) for wanted in (1, 2, 3, 4))
     bottleneck = any(re.match(r"layer[1-4]\.\d+\.conv3\.", key) for key in keys)
     for name, (block, expected) in BACKBONES.items():
@@ -150,15 +150,15 @@ def find_net(keys: Iterable[str]) -> str:
 
 
 def other_head(keys: Iterable[str]) -> list[str]:
-    """What lies outside the trunk and belongs to a head that none of our nets has; one of ours with more in it is none.
+    """What lies outside the backbone and belongs to a head that none of our nets has; one of ours with more in it is none.
 
     Examples are ProDA's ``layer5.conv2d_list.0.0.weight``, CCNet's ``head.conva.0.weight``, and ``bn_pretrain``, a batch norm
     that ProDA puts before the head.
     """
-    outside = [key for key in keys if not in_trunk(key)]
+    outside = [key for key in keys if not IN_BACKBONE.match(key)]
     net = find_net(outside)
-    if net in ("deeplabv3", "pspnet"):
-        known, starts = set(toolbox_head_shapes(net, "resnet18", 1)), ("head.", "dsn.")
+    if net in TOOLBOX:
+        known, starts = set(filter(IN_HEAD.match, net_shapes("resnet18", "deep", net))), ("head.", "dsn.")
     elif any(map(HEAD_KEY.match, outside)):
         known, starts = {key for key in outside if HEAD_KEY.match(key)}, ("layer5.", "bn_pretrain.")
     else:
@@ -172,26 +172,15 @@ def find_stem(keys: Iterable[str]) -> str:
     return "deep" if "conv3.weight" in keys else "7x7"
 
 
-def in_head(key: str) -> bool:
-    """Whether a canonical name lies in the head of one of the nets, or in an auxiliary head."""
-    return bool(HEAD_KEY.match(key) or _TOOLBOX_HEAD.match(key))
+def net_shapes(backbone: str, stem: str = "7x7", net: str = "", num_classes: int = 1) -> dict[str, tuple[int, ...]]:
+    """Every parameter and running statistic of a backbone and of a DeepLabv3's or PSPNet's heads: canonical name -> shape.
 
-
-def trunk_shapes(backbone: str, stem: str = "7x7") -> dict[str, tuple[int, ...]]:
-    """Every parameter and running statistic of a trunk, without the batch counters: canonical name -> shape."""
+    Without the batch counters, and without a DeepLab-v2's head, which may have any number of branches.
+    """
     with torch.device("meta"):
-        return _shapes(DilatedResNet(backbone, stem=stem).state_dict())
-
-
-def toolbox_head_shapes(net: str, backbone: str, num_classes: int) -> dict[str, tuple[int, ...]]:
-    """The same of the heads of a DeepLabv3 or PSPNet."""
-    with torch.device("meta"):
-        state = make_net({"net": net, "backbone": backbone, "num_classes": num_classes}).state_dict()
-    return {key: shape for key, shape in _shapes(state).items() if in_head(key)}
-
-
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in state.items() if not key.endswith(".num_batches_tracked")}
+        options = {"net": net or "deeplabv2", "backbone": backbone, "stem": stem, "num_classes": num_classes}
+        state = make_net(options).state_dict()
+    return {key: tuple(value.shape) for key, value in state.items() if not HEAD_KEY.match(key)}
 
 
 def head_shape(state: Mapping[str, Tensor]) -> tuple[int, int]:

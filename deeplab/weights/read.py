@@ -1,13 +1,17 @@
-"""From a file to the plain dictionary of arrays in it: torch, safetensors and numpy files.
+"""From a file to the plain dictionary of arrays in it: torch, safetensors and numpy files; what else a file is, in words.
 
 Nothing in a file is ever run: torch files are read with ``weights_only=True``, old pickles by unpicklers that know tensors or
 arrays and nothing else. Zip files (torch since 1.6, ``.npz``) hold a check sum for each member, and it is compared before they
 are read. Torch files before 1.6, ``.npy``, safetensors and caffemodels hold none: damage to their numbers cannot be seen.
 """
 
+import io
 import json
 import mmap
+import pickle
+import pickletools
 import re
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import IO, Any
@@ -16,10 +20,137 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deeplab.weights.kinds import PlainUnpickler, damaged, holds_objects, pickled_classes
 from deeplab.weights.weights import WeightsError, some
 
 _CHUNK = 1 << 20
+_TABLE_MAGIC = bytes.fromhex("57fb808b247547db")  # ends a LevelDB table: TensorFlow's .ckpt (V1) and .index (V2) files
+_TAR_TORCH = {"pickle", "storages", "tensors"}  # the members of a torch file before PyTorch 0.1.10, beside sys_info
+_TENSORFLOW = (
+    "it is a TensorFlow checkpoint, which only TensorFlow reads; give the .npy file it was made from, or save its variables "
+    "there: r = tf.train.load_checkpoint(PATH); np.savez(OUT, **{n: r.get_tensor(n) for n in r.get_variable_to_shape_map()})"
+)
+_PICKLE = (
+    "it is a plain Python pickle{}, which is not read, since reading it could run foreign code; where you trust it, read it "
+    "yourself and save its arrays as a state_dict with torch.save"
+)
+_UNPACK = "it is {} archive; unpack it and name the weights file in it"
+_FIRST_BYTES = (  # a pattern of the first 1,024 bytes -> the kind of a file that is read here, or a sentence about another
+    (rb"PK", "zip"),
+    (rb"\x93NUMPY", "npy"),
+    (rb".{,7}" + re.escape(bytes.fromhex("8a0a6cfc9c46f9206aa850192e")), "old torch"),  # the pickled magic number
+    (rb".{3}[\0-\7]\0{4}\{", "safetensors"),  # the length of its header, and the header
+    (rb".{257}ustar", "tar"),
+    (rb"\x1f\x8b", _UNPACK.format("a gzip")),
+    (rb"BZh", _UNPACK.format("a bzip2")),
+    (rb"\xfd7zXZ", _UNPACK.format("an xz")),
+    (rb"\x28\xb5\x2f\xfd", _UNPACK.format("a zstd")),
+    (rb"7z\xbc\xaf", _UNPACK.format("a 7z")),
+    (rb"Rar!", _UNPACK.format("a rar")),
+    (rb"version https://git-lfs", "it is a git-lfs pointer, not the file itself; run `git lfs pull` where it came from"),
+    (rb"MATLAB 5\.0 MAT-file", "it is a MATLAB file; save its arrays as a PyTorch state_dict"),
+    (rb"MATLAB 7\.3 MAT-file", "it is a MATLAB file (7.3, HDF5); save its arrays as a PyTorch state_dict"),
+    (
+        rb"\x89HDF\r\n\x1a\n",
+        "it is an HDF5 file, as Keras and some Caffe builds write; save its weights as a PyTorch state_dict or, with Caffe, "
+        "as a binary .caffemodel",
+    ),
+    (rb"GGUF", "it is a GGUF file, which holds language models"),
+    (rb"%PDF", "it is a PDF document, not weights"),
+    (rb"\x89PNG", "it is a PNG picture, not weights"),
+    (rb"\xff\xd8\xff", "it is a JPEG picture, not weights"),
+    (
+        rb"[\xef\xbb\xbf \t\r\n]*<",
+        "it is a web page, not weights: the server (Google Drive does so) answered with a page; fetch it in a browser",
+    ),
+    (rb"\x80[\2-\5].*torch", _PICKLE.format(", a whole model perhaps")),
+    (rb"\x80[\2-\5]", _PICKLE.format("")),
+    (rb'(?=.*\n).*"weight_map"', "it is the index of a safetensors file in several parts; save them as one file"),
+    (
+        rb"\x08.*(onnx|pytorch)",
+        "it is an ONNX graph, not a state_dict; save the state_dict() of the net that it was exported from",
+    ),
+)
+_ZIP_MEMBERS = (  # a pattern that some member's name matches -> the kind, or the sentence
+    (r"(^|/)(archive_format|serialized_exported_program\.json)$", "it is a program of torch.export, not a state_dict"),
+    (
+        r"(^|/)(code/|constants\.pkl$|model\.json$)",
+        "it is a TorchScript program, not a state_dict; save torch.jit.load(PATH).state_dict()",
+    ),
+    (
+        r"(^|/)\.data/extern_modules$",
+        "it is a torch.package archive, which holds code; save the net's state_dict() from it",
+    ),
+    (r"^model\.weights\.h5$", "it is a Keras model; save its weights as a PyTorch state_dict"),
+    (r"/data\.pkl$", "torch"),
+)
+
+
+def file_kind(path: Path) -> str:
+    """``"torch"``, ``"old torch"`` (before 1.6), ``"tar torch"`` (before 0.1.10), ``"safetensors"``, ``"npy"``, ``"npz"`` or
+    ``"caffe"``: by the first bytes, not by the name.
+
+    Raises:
+        WeightsError: the file is none of them; the message says what it is, as far as that can be seen.
+    """
+    if Path(f"{path}.index").is_file() or re.search(r"\.data-\d+-of-\d+$", path.name):
+        raise WeightsError(_TENSORFLOW)
+    if not path.exists():
+        raise WeightsError("there is no such file; `python scripts/download.py list` shows what can be fetched")
+    if path.is_dir():
+        raise WeightsError("it is a folder; name the weights file in it")
+    if not path.is_file():
+        raise WeightsError("it is a device or a pipe, no file; copy the weights into a file first")
+    with open(path, "rb") as file:
+        head = file.read(1024)
+        size = file.seek(0, io.SEEK_END)
+        file.seek(max(0, size - 8))
+        tail = file.read()
+    if not head.strip(b"\0"):
+        raise WeightsError(f"it {'begins with nothing but zeros' if size else 'is empty'}; fetch or copy it again")
+    what = next((what for pattern, what in _FIRST_BYTES if re.match(pattern, head, re.DOTALL)), "")
+    if what in ("zip", "tar"):
+        return _archive_kind(path, what)
+    if what in ("npy", "old torch", "safetensors"):
+        return what
+    if what:
+        raise WeightsError(what)
+    if path.suffix == ".caffemodel":  # no first bytes of its own
+        return "caffe"
+    if tail == _TABLE_MAGIC:
+        raise WeightsError(_TENSORFLOW)
+    start = head[:12].decode("ascii", "backslashreplace").encode("unicode_escape").decode()
+    text = "a text file, no weights" if re.fullmatch(rb"[\t\r\n -~]+", head) else "no weights file that is known here"
+    raise WeightsError(
+        f"it is {text} (it has {size} bytes and begins with {start!r}); "
+        "expected a .pth, .safetensors, .caffemodel, .npy or .npz file"
+    )
+
+
+def _archive_kind(path: Path, kind: str) -> str:
+    """:func:`file_kind` of a ``"zip"`` or ``"tar"``, by the names of its members."""
+    try:
+        if kind == "zip":
+            with zipfile.ZipFile(path) as package:
+                names = package.namelist()
+        else:
+            with tarfile.open(path, "r:") as archive:
+                names = archive.getnames()
+    except Exception as error:
+        raise WeightsError(damaged(error)) from None
+    if kind == "zip":
+        what = next((what for pattern, what in _ZIP_MEMBERS if any(re.search(pattern, name) for name in names)), "")
+        if what == "torch":
+            return what
+        if what:
+            raise WeightsError(what)
+        if names and all(name.endswith(".npy") for name in names):
+            return "npz"
+    elif set(names) >= _TAR_TORCH:
+        return "tar torch"
+    elif "sys_info" in names:
+        lost = ", ".join(sorted(_TAR_TORCH - set(names)))
+        raise WeightsError(f"it is a torch file of before PyTorch 0.1.10 that is cut off (no {lost}); fetch it again")
+    raise WeightsError(_UNPACK.format(f"a {kind}").replace(" archive;", f" archive ({some(names)});"))
 
 
 def check_sums(path: str | Path) -> str:
@@ -37,7 +168,9 @@ def check_sums(path: str | Path) -> str:
             return ""
     try:
         with zipfile.ZipFile(path) as archive:
-            entries, count = len(archive.infolist()), _counted(archive)
+            assert archive.fp is not None
+            archive.fp.seek(archive.start_dir)  # zipfile reads the entries as far as it can, the directory's end counts them
+            entries, count = len(archive.infolist()), int.from_bytes(archive.fp.read().rpartition(b"PK\5\6")[2][6:8], "little")
             if count not in (entries, 0xFFFF):  # which stands for 65,535 and more
                 raise zipfile.BadZipFile(f"its directory has {entries} of {count} entries")
             members = [info for info in archive.infolist() if info.file_size]
@@ -51,13 +184,6 @@ def check_sums(path: str | Path) -> str:
     if bad:
         raise WeightsError(f"it is damaged: {some(bad)} in it does not fit its check sum; fetch or copy it again")
     return ""
-
-
-def _counted(archive: zipfile.ZipFile) -> int:
-    """How many entries the end of a zip file says that its directory has; zipfile reads them as far as it can."""
-    assert archive.fp is not None
-    archive.fp.seek(archive.start_dir)
-    return int.from_bytes(archive.fp.read().rpartition(b"PK\5\6")[2][6:8], "little")
 
 
 def _sum_fits(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bool:
@@ -89,7 +215,7 @@ def read_torch(path: Path, old: bool) -> Any:
         match = re.search(r"GLOBAL (\S+)", str(error))
         if match is None:
             raise WeightsError(damaged(error)) from None
-        if any(name.startswith("torch.nn.modules.") for name in _classes(path, old)):
+        if any(name.startswith("torch.nn.modules.") for name in _pickled_classes(path, old)):
             raise WeightsError(
                 f"it holds a whole net as a Python object ({match[1]}), and loading it would run foreign code; where you trust "
                 "it, load it with the program that saved it and save the net's state_dict()"
@@ -103,16 +229,19 @@ def _mapped(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _classes(path: Path, old: bool) -> list[str]:
-    if old:
-        with open(path, "rb") as file:
+def _pickled_classes(path: Path, old: bool) -> list[str]:
+    """The classes and functions that a torch file names, ``module.name`` each; [] where it is damaged. Nothing is run."""
+    try:
+        if old:
+            pickles: Any = _mapped(path)
             for _ in range(3):  # the magic number, the version and the machine
-                pickled_classes(file)
-            return pickled_classes(file)
-    with zipfile.ZipFile(path) as archive:
-        name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-        with archive.open(name) as member:
-            return pickled_classes(member)
+                list(pickletools.genops(pickles))
+        else:
+            with zipfile.ZipFile(path) as archive:
+                pickles = archive.open(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
+        return [str(value).replace(" ", ".") for opcode, value, _ in pickletools.genops(pickles) if opcode.name == "GLOBAL"]
+    except Exception:
+        return []
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -184,6 +313,14 @@ def _read_npy(file: IO[bytes] | mmap.mmap) -> Any:
     return value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
 
 
+class PlainUnpickler(pickle._Unpickler):
+    """Python's own unpickler: the one in C allocates as many places as a number in the file says, tens of GB where that is
+    damaged. It knows no bytearray, for which Python's does the same, and which no weights file holds.
+    """
+
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}  # noqa: RUF012
+
+
 class _ArrayUnpickler(PlainUnpickler):
     """An unpickler for which numpy arrays, their dtypes and their scalars are the only classes there are."""
 
@@ -207,3 +344,18 @@ def _flatten(prefix: str, value: Any, found: dict[str, np.ndarray]) -> None:
             _flatten(f"{prefix}/{key}" if prefix else str(key), entry, found)
     else:
         found[prefix] = np.asarray(value)
+
+
+def damaged(error: Exception) -> str:
+    """The sentence for a file that its reader gave up on."""
+    text = str(error).strip().split("\n")[0][:120].rstrip(".")
+    text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return f"it is cut off or damaged ({text}); fetch or copy it again"
+
+
+def holds_objects(name: str) -> str:
+    """The sentence for a pickle with other things than tensors and plain values: ``name`` is the first of them."""
+    return (
+        f"it holds Python objects ({name}) beside tensors, and loading them could run foreign code; "
+        "where you trust it, load it yourself and save only its state_dict()"
+    )

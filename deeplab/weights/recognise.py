@@ -9,14 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deeplab.nets import make_net
 from deeplab.weights.caffemodel import CaffeModel, caffe_state
 from deeplab.weights.names import (
     HEAD_KEY,
+    IN_CAFFE_BACKBONE,
+    TOOLBOX,
     canonical_from_caffe,
     canonical_from_kazuto,
+    canonical_from_tensorflow,
     find_net,
     find_stem,
-    in_caffe_trunk,
     other_head,
     refuse_extras,
     strip_wrappers,
@@ -33,10 +36,6 @@ CONVERTED_TO_TENSORFLOW = ("deeplab_resnet.ckpt", "deeplab_resnet.npy", "deeplab
 _COCO_HEAD = (
     "a net trained on COCO with another head (one 1x1 convolution, 91 classes), which is left out: the head is untrained"
 )
-_TENSORFLOW_LEAVES = {
-    "weights": "weight", "biases": "bias", "gamma": "weight", "beta": "bias",
-    "moving_mean": "running_mean", "moving_variance": "running_var",
-}  # fmt: skip
 _DEEPLAB_PREFIX = re.compile(r"(^|\.)Scale[123]?\.")  # of isht7's multi-scale module, which only DeepLab nets were put into
 _INPUTS = {True: "torchvision's normalised RGB", False: "mean-subtracted BGR of 0..255"}
 _KINDS = {
@@ -45,50 +44,100 @@ _KINDS = {
     "rgb-1x1": "one over normalised RGB pictures with the stride in the first 1x1 convolutions",
     "bgr-3x3": "one over mean-subtracted BGR pictures of 0..255 with the stride in the 3x3 convolutions",
 }
+_TITLES = {"deeplabv3": "DeepLabv3", "pspnet": "PSPNet"}
 _CLASSIFIER = ("fc.weight", "fc.bias")
+_PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _PARAMETERS = ("weight", "bias", "running_mean", "running_var")
 
 
+def from_snapshot(state: Mapping[Any, Any], meta: Mapping[str, Any]) -> Weights | None:
+    """One of our own files that holds the net of its meta, each tensor of it and no other: there is nothing to recognise.
+
+    Returns:
+        None for other files, such as one whose net was wrapped in another module; :func:`from_torch` looks at those.
+    """
+    if not is_ours(meta):
+        return None
+    config = _read_config(meta)
+    try:
+        with torch.device("meta"):
+            net = make_net(config, "full")
+    except (KeyError, TypeError, ValueError):  # there is no such net
+        return None
+    expected = net.state_dict()
+    needed = {key for key in expected if not key.endswith(".num_batches_tracked")}  # a frozen net counts no batches
+    if not needed <= state.keys() <= expected.keys():
+        return None
+    for key, tensor in state.items():
+        whole = torch.is_tensor(tensor) and not tensor.is_nested and tensor.layout == torch.strided and not tensor.is_meta
+        dtypes = _PLAIN if key in needed else (torch.int64,)
+        if not (whole and tensor.dtype in dtypes and tensor.shape == expected[key].shape):
+            return None
+    tensors = {key: tensor.detach().float() if key in needed else tensor for key, tensor in state.items()}
+    return Weights(tensors, SNAPSHOT, dict(net.config), dict(meta), seen_voc_val=str(meta.get("seen_voc_val") or ""))
+
+
+def is_ours(meta: Mapping[str, Any]) -> bool:
+    """Whether a file's meta is that of a snapshot."""
+    return bool(meta.keys() & {"backbone", "stride_in_3x3"})
+
+
+def _read_config(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What a snapshot's meta says about its net, by the names in ``CONFIG``.
+
+    Raises:
+        WeightsError: it is of an unknown version, or no net can be built like that.
+    """
+    check_version(meta)
+    config: dict[str, Any] = {"stride_in_3x3": False, "batch_norm_eps": CAFFE_EPS}
+    config |= {name: meta[name] for name in CONFIG if meta.get(name) is not None}
+    wrong = [name for name, value in config.items() if not isinstance(value, CONFIG[name])]
+    if not wrong and not all(isinstance(rate, int) and rate > 0 for rate in config.get("atrous_rates", ())):
+        wrong = ["atrous_rates"]
+    if not wrong and not 0 < config["batch_norm_eps"] < math.inf:
+        wrong = ["batch_norm_eps"]
+    if wrong:
+        raise WeightsError(f"its meta says {wrong[0]} {config[wrong[0]]!r:.40}, which no net has; save the file again")
+    return config
+
+
 def from_torch(content: Mapping[Any, Any], meta: Mapping[str, Any], trunk: str) -> Weights:
-    """A state_dict: our own snapshots say what they are, the others are told by their keys.
+    """Any state_dict: whose it is, its keys say.
 
     Args:
+        meta: of a snapshot that :func:`from_snapshot` leaves to this function, else {}.
         trunk: see :func:`deeplab.weights.load_weights`.
     """
-    if ours := bool(meta.keys() & {"backbone", "stride_in_3x3"}):
-        check_version(meta)
     skipped = {str(key): f"no tensor ({type(value).__name__})" for key, value in content.items() if not torch.is_tensor(value)}
     tensors = [key for key in content if str(key) not in skipped]
     skipped |= {str(key): NO_PLACE for key in tensors if not is_name(key)}  # such as AveragedModel's n_averaged
     bare = strip_wrappers(filter(is_name, tensors))
     for key in bare:
         _refuse_odd(key, content[key])
-    prefix = next((key.removesuffix(name) for key, name in bare.items()), "")
     state = _one_weight_set({name: content[key].detach() for key, name in bare.items()}, skipped)
     state, notes = _main_head(state, skipped)
     _refuse_other_nets(state)
-    config = {"stride_in_3x3": False, "batch_norm_eps": CAFFE_EPS}
-    foreign = any(".block1." in key for key in state)
-    head = [] if foreign else other_head(key for key in state if key not in _CLASSIFIER)
-    for key in head:
-        skipped[key] = OTHER_HEAD
-        del state[key]
-    if head:
-        notes.append(f"the head of another net ({some(head)}) is left out: only the trunk is used, the head is untrained")
-    if foreign:
+    if any(".block1." in key for key in state):
         weights = _from_kazuto(state)
-    elif ours:
-        config |= {name: meta[name] for name in CONFIG if meta.get(name) is not None}
-        _refuse_odd_config(config)
-        weights = Weights(state, SNAPSHOT, config, dict(meta), seen_voc_val=str(meta.get("seen_voc_val") or ""))
-    elif find_net(state) in ("deeplabv3", "pspnet"):
-        weights = _from_toolbox(state)
-    elif any(HEAD_KEY.match(key) for key in state) or any(map(_DEEPLAB_PREFIX.search, bare)):
-        scheme = f"DeepLab-ResNet with the prefix {prefix}" if prefix else "DeepLab-ResNet"
-        weights = Weights(state, scheme, config)
-        notes += _other_input(state)
     else:
-        weights = _from_bare_trunk(state, trunk, head)
+        head = other_head(key for key in state if key not in _CLASSIFIER)
+        for key in head:
+            skipped[key] = OTHER_HEAD
+            del state[key]
+        if head:
+            notes.append(f"the head of another net ({some(head)}) is left out: only the trunk is used, the head is untrained")
+        if is_ours(meta):
+            weights = Weights(state, SNAPSHOT, _read_config(meta), dict(meta))
+            weights.seen_voc_val = str(meta.get("seen_voc_val") or "")
+        elif (net := find_net(state)) in TOOLBOX:  # of pytorch-segmentation-toolbox (CS_scenes_<step>.pth), or under its names
+            weights = Weights(state, _TITLES[net], {"stride_in_3x3": True, "batch_norm_eps": ABN_EPS})
+        elif any(HEAD_KEY.match(key) for key in state) or any(map(_DEEPLAB_PREFIX.search, bare)):
+            prefix = next((key.removesuffix(name) for key, name in bare.items()), "")
+            scheme = f"DeepLab-ResNet with the prefix {prefix}" if prefix else "DeepLab-ResNet"
+            weights = Weights(state, scheme, {"stride_in_3x3": False, "batch_norm_eps": CAFFE_EPS})
+            notes += _other_input(state)
+        else:
+            weights = _from_bare_trunk(state, trunk, head)
     weights.skipped = skipped | weights.skipped
     weights.notes += notes
     return weights
@@ -118,36 +167,22 @@ def _refuse_odd(key: str, tensor: Tensor) -> None:
         raise WeightsError(f"its {key} is of type {tensor.dtype}; expected floating point")
 
 
-def _refuse_odd_config(config: Mapping[str, Any]) -> None:
-    """Raise :class:`WeightsError` where a file tells of its net what no net can be."""
-    rates, eps = config.get("atrous_rates", ()), config["batch_norm_eps"]
-    wrong = [name for name, value in config.items() if not isinstance(value, CONFIG[name])]
-    if not wrong and not all(isinstance(rate, int) and rate > 0 for rate in rates):
-        wrong = ["atrous_rates"]
-    if not wrong and not 0 < eps < math.inf:
-        wrong = ["batch_norm_eps"]
-    if wrong:
-        raise WeightsError(f"its meta says {wrong[0]} {config[wrong[0]]!r:.40}, which no net has; save the file again")
-
-
 def _one_weight_set(state: dict[str, Tensor], skipped: dict[str, str]) -> dict[str, Tensor]:
     """Take the one net out of a file with ``Scale1.``, ``Scale2.`` and ``Scale3.``; another state is returned as it is."""
     if not state or not all(re.match(r"Scale[123]\.", key) for key in state):
         return state
-    sets = [{key[7:]: value for key, value in state.items() if key.startswith(f"Scale{n}.")} for n in (1, 2, 3)]
-    for n, other in enumerate(sets[1:], 2):
-        unequal = [key for key in sets[0].keys() | other.keys() if not _same(sets[0].get(key), other.get(key))]
+    first, *others = [{key[7:]: value for key, value in state.items() if key.startswith(f"Scale{n}.")} for n in (1, 2, 3)]
+    for n, other in enumerate(others, 2):
+        unequal = list(first.keys() ^ other.keys())
+        for key in first.keys() & other.keys():
+            unequal += [] if first[key].dtype == other[key].dtype and torch.equal(first[key], other[key]) else [key]
         if unequal:
             raise WeightsError(
                 f"it holds a weight set of its own for each of three scales, and they differ ({len(unequal)} tensors, such as "
                 f"{min(unequal)}); DeepLab-v2 shares one set between the scales, so use a file made after June 2017"
             )
         skipped.update((f"Scale{n}.{key}", "equal to those of Scale1") for key in other)
-    return sets[0]
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b)
+    return first
 
 
 def _main_head(state: dict[str, Tensor], skipped: dict[str, str]) -> tuple[dict[str, Tensor], list[str]]:
@@ -193,9 +228,8 @@ def _refuse_other_nets(state: Mapping[str, Tensor]) -> None:
     conv1 = state.get("conv1.weight")
     deep = find_stem(state) == "deep"
     if conv1 is not None and tuple(conv1.shape[1:]) != ((3, 3, 3) if deep else (3, 7, 7)):
-        raise WeightsError(
-            f"its first convolution is {_shape(conv1)}; expected 64x3x7x7, or 64x3x3x3 and conv2 and conv3 after it"
-        )
+        shape = "x".join(map(str, conv1.shape))
+        raise WeightsError(f"its first convolution is {shape}; expected 64x3x7x7, or 64x3x3x3 and conv2 and conv3 after it")
     if (conv1 is None or "layer1.0.conv1.weight" not in state) and not any(".block1." in key for key in state):
         for prefix in (key.removesuffix("conv1.weight") for key in state if key.endswith(".conv1.weight")):
             if f"{prefix}layer1.0.conv1.weight" in state:
@@ -205,10 +239,6 @@ def _refuse_other_nets(state: Mapping[str, Tensor]) -> None:
                     f"place here; to start from the ResNet, save what is under {prefix} alone, without it, and give --trunk"
                 )
         raise WeightsError(f"its keys ({some(state)}) are of no scheme known here; expected a DeepLab-v2 or ResNet state_dict")
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape))
 
 
 def _from_kazuto(state: Mapping[str, Tensor]) -> Weights:
@@ -231,30 +261,20 @@ def _from_kazuto(state: Mapping[str, Tensor]) -> Weights:
     return weights
 
 
-def _from_toolbox(state: dict[str, Tensor]) -> Weights:
-    """A DeepLabv3 or PSPNet of pytorch-segmentation-toolbox (``CS_scenes_<step>.pth``), or one under its names."""
-    names = {"deeplabv3": "DeepLabv3", "pspnet": "PSPNet"}
-    return Weights(state, names[find_net(state)], {"stride_in_3x3": True, "batch_norm_eps": ABN_EPS})
-
-
 def settle_abn(weights: Weights, abn: str | None) -> None:
-    """Make plain batch norm's weights of those that the trunk of pytorch-segmentation-toolbox, under any head, was saved with.
+    """Turn the weights of InPlace-ABN, with which a foreign net with a deep stem may be saved, into plain batch norm's.
 
-    Its InPlace-ABN keeps no batch counters and multiplies by |weight| + eps (``libs/src/bn.cu``). A frozen batch norm keeps
-    none either, and multiplies by its weight as it is; so did every batch norm before PyTorch 0.4.1, as in MIT's ImageNet nets,
-    which are told by their classifier.
+    The InPlace-ABN of pytorch-segmentation-toolbox keeps no batch counters and multiplies by |weight| + eps
+    (``libs/src/bn.cu``). A frozen batch norm keeps none either, and multiplies by its weight as it is; so did every batch norm
+    before PyTorch 0.4.1, as in MIT's ImageNet nets, which their classifier gives away.
 
     Args:
         abn: ``"abs"``, ``"signed"`` or None: see :func:`deeplab.weights.load_weights`.
 
     Raises:
-        WeightsError: it can be either, and that matters; or ``abn`` is asked of a file that says what it is.
+        WeightsError: it can be either, and that matters.
     """
     state = weights.state
-    if weights.scheme == SNAPSHOT or find_stem(state) != "deep":
-        if abn == "abs":
-            raise WeightsError(f"it is a {weights.scheme}, whose batch norms take their weights as they are; leave --abn out")
-        return
     norms = [key.replace(".running_var", ".weight") for key in state if key.endswith(".running_var")]
     norms = [key for key in norms if key in state]
     counted = any(key.endswith(".num_batches_tracked") for key in state)
@@ -267,7 +287,7 @@ def settle_abn(weights: Weights, abn: str | None) -> None:
             )
         abn = "abs"
     if abn == "abs":
-        weights.scheme += " of pytorch-segmentation-toolbox" if find_net(state) in ("deeplabv3", "pspnet") else ""
+        weights.scheme += " of pytorch-segmentation-toolbox" if find_net(state) in TOOLBOX else ""
         state.update({key: state[key].abs() + ABN_EPS for key in norms})
         weights.notes.append("InPlace-ABN: the weights of its batch norms are |weight| + 1e-05")
 
@@ -359,16 +379,14 @@ def from_tensorflow(arrays: Mapping[str, np.ndarray], converted: bool) -> Weight
     whose = "Caffe's own arrays, converted" if converted else "variables that TensorFlow trained"
     weights = Weights({}, "caffe-tensorflow DeepLab-v2", {"stride_in_3x3": False, "batch_norm_eps": eps})
     weights.notes.append(f"taken for {whose}: its batch norms were trained with an epsilon of {eps:g}, which is kept")
-    extras = []
     for key, array in arrays.items():
-        layer, _, leaf = key.removesuffix(":0").rpartition("/")
-        module = canonical_from_caffe(layer)
-        if module is None or leaf not in _TENSORFLOW_LEAVES or array.dtype.kind != "f":
+        name = canonical_from_tensorflow(key)
+        if name is None or array.dtype.kind != "f":
             weights.skipped[key] = NO_PLACE
-            extras += [key] if module is None and in_caffe_trunk(layer) else []
             continue
         if array.ndim == 4:
             array = array.transpose(3, 2, 0, 1)
-        weights.state[f"{module}.{_TENSORFLOW_LEAVES[leaf]}"] = torch.from_numpy(np.array(array, np.float32, order="C"))
-    refuse_extras(extras)
+        weights.state[name] = torch.from_numpy(np.array(array, np.float32, order="C"))
+    layers = {key: key.removesuffix(":0").rpartition("/")[0] for key in weights.skipped}
+    refuse_extras(key for key, name in layers.items() if IN_CAFFE_BACKBONE.match(name) and not canonical_from_caffe(name))
     return weights

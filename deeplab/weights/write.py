@@ -8,14 +8,7 @@ from typing import Any
 
 from deeplab.deeplabv2 import ATROUS_RATES
 from deeplab.resnet import BACKBONES, Bottleneck
-from deeplab.weights.names import (
-    HEAD_KEY,
-    in_head,
-    is_counter,
-    kazuto_from_canonical,
-    toolbox_head_shapes,
-    trunk_shapes,
-)
+from deeplab.weights.names import HEAD_KEY, IN_HEAD, TOOLBOX, is_counter, kazuto_from_canonical, net_shapes
 from deeplab.weights.recognise import ABN_EPS
 from deeplab.weights.stem import STEM, to_rgb_input
 from deeplab.weights.weights import Weights, WeightsError
@@ -41,10 +34,7 @@ def export(weights: Weights, scheme: str) -> dict[str, Any]:
     if scheme not in EXPORTS:
         raise ValueError(f"scheme {scheme!r} is unknown; choose one of {', '.join(EXPORTS)}")
     config, state = weights.config, weights.state
-    shapes = trunk_shapes(config["backbone"], config.get("stem", "7x7"))
-    toolbox = config.get("net") in ("deeplabv3", "pspnet")
-    if toolbox:
-        shapes |= toolbox_head_shapes(config["net"], config["backbone"], config["num_classes"])
+    shapes = net_shapes(config["backbone"], config.get("stem", "7x7"), config.get("net", ""), config.get("num_classes", 1))
     wrong = [key for key, shape in shapes.items() if key not in state or tuple(state[key].shape) != shape]
     if wrong:
         raise WeightsError(f"{weights.path}: {len(wrong)} tensors of the net are missing or misshapen, such as {wrong[0]}")
@@ -63,10 +53,10 @@ def export(weights: Weights, scheme: str) -> dict[str, Any]:
     if reasons:
         raise WeightsError(f"{weights.path}: there is no way to {scheme}: {'; '.join(reasons)}")
     if scheme == "published":
-        return _with_abn_weights(state) if toolbox else state
+        return _with_abn_weights(state) if config.get("net") in TOOLBOX else state
     if scheme == "kazuto":
         return {kazuto_from_canonical(key): value for key, value in state.items()}
-    trunk = {key: value for key, value in state.items() if not in_head(key)}
+    trunk = {key: value for key, value in state.items() if not IN_HEAD.match(key)}
     return trunk | dict(zip(STEM, to_rgb_input(*(trunk[key] for key in STEM))))
 
 
@@ -87,7 +77,7 @@ def _reasons_against(weights: Weights, scheme: str) -> list[str]:
     to_trunk = scheme == "torchvision-trunk"
     rates = config.get("atrous_rates")
     deep = config.get("stem") == "deep"
-    if config.get("net") in ("deeplabv3", "pspnet") and not to_trunk:
+    if config.get("net") in TOOLBOX and not to_trunk:
         if scheme != "published":
             return [f"that net is a DeepLab-v2, this one a {config['net']}"]
         low = [key for key in _norm_weights(weights.state) if bool((weights.state[key] < ABN_EPS).any())]
