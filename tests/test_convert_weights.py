@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from dataset import MEAN_BGR
 from deeplab import DeepLabV2
-from deeplab.weights import EXPORTS, TRUNKS, WeightsError, load_weights
+from deeplab.weights import EXPORTS, TRUNKS, VERSION, WeightsError, load_weights
 from deeplab.weights.stem import STEM
 from scripts import convert_weights
 from tests.published import kazuto_state, random_net, seeded_and_tidy, tensorflow_arrays  # noqa: F401
@@ -61,7 +61,7 @@ def test_our_snapshot_there_and_back(tmp_path, scheme):
     elif scheme == "kazuto":
         assert_same_bits(load(there), kazuto_state(state, "resnet50"))
     else:
-        assert back["meta"] == meta | {"scheme": "snapshot", "mean": list(MEAN_BGR), "version": 1}
+        assert back["meta"] == meta | {"scheme": "snapshot", "mean": list(MEAN_BGR), "version": VERSION}
         with safe_open(there, "pt") as file:
             assert set(file.keys()) == set(state)
             assert json.loads(file.metadata()["meta"])["args"] == {"seed": [1, 2]}
@@ -189,18 +189,16 @@ def test_the_choices_are_those_of_the_package():
     assert convert_weights.TRUNKS == TRUNKS
 
 
-def test_command_line(tmp_path):
+def test_command_line(tmp_path, monkeypatch, capsys):
     path, _, _ = snapshot(tmp_path, backbone="resnet18")
-
-    def run(*args):
-        return subprocess.run([sys.executable, SCRIPT, *args], capture_output=True, text=True, cwd=tmp_path)
-
-    done = run(path, "out.safetensors")  # the suffix says which scheme
-    assert done.returncode == 0, done.stderr
-    assert "snapshot: 128 tensors; net deeplabv2, backbone resnet18, num_classes 3" in done.stdout
-    assert "do not score it on val: it saw val" in done.stdout
-    assert "wrote out.safetensors (safetensors, " in done.stdout
-    failed = run(path, "x.pth", "--to", "kazuto")
+    monkeypatch.chdir(tmp_path)
+    convert(path, "out.safetensors")  # the suffix says which scheme
+    lines = capsys.readouterr().out
+    assert "snapshot: 128 tensors; net deeplabv2, backbone resnet18, num_classes 3" in lines
+    assert "do not score it on val: it saw val" in lines
+    assert "wrote out.safetensors (safetensors, " in lines
+    command = [sys.executable, SCRIPT, path, "x.pth", "--to", "kazuto"]
+    failed = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert failed.returncode == 2
     assert failed.stderr.startswith("convert_weights.py: error: ")
     assert "built of bottleneck blocks, resnet18 is not" in failed.stderr

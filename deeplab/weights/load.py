@@ -28,12 +28,12 @@ from deeplab.weights.names import (
 from deeplab.weights.read import check_sums, file_kind, read_numpy, read_safetensors, read_torch
 from deeplab.weights.recognise import (
     CONVERTED_TO_TENSORFLOW,
+    OURS,
     from_caffe,
     from_snapshot,
     from_tensorflow,
     from_torch,
     is_name,
-    is_ours,
     settle_abn,
 )
 from deeplab.weights.weights import NO_PLACE, SNAPSHOT, Weights, WeightsError, some
@@ -131,7 +131,7 @@ def _read_state(path: Path, kind: str) -> tuple[Mapping[Any, Any], Mapping[str, 
         raise WeightsError(f"it holds a {type(content).__name__}; expected a state_dict")
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         ours = content.get("meta")
-        if isinstance(ours, Mapping) and is_ours(ours):
+        if isinstance(ours, Mapping) and ours.keys() & OURS:
             return content["model"], ours
     found = list(_state_dicts((), content))
     if not found:

@@ -33,6 +33,9 @@ TENSORFLOW_EPS = 1e-3  # TF-Slim's default, which DrSleep's nets do not override
 CONVERTED_TO_TENSORFLOW = ("deeplab_resnet.ckpt", "deeplab_resnet.npy", "deeplab_resnet.npz", "deeplab_resnet_init.npz")
 """Caffe's arrays under TensorFlow's names, whatever program saved them last."""
 
+OURS = {"backbone", "stride_in_3x3"}
+"""Either of these in its meta makes a file one of ours."""
+
 _COCO_HEAD = (
     "a net trained on COCO with another head (one 1x1 convolution, 91 classes), which is left out: the head is untrained"
 )
@@ -56,7 +59,7 @@ def from_snapshot(state: Mapping[Any, Any], meta: Mapping[str, Any]) -> Weights 
     Returns:
         None for other files, such as one whose net was wrapped in another module; :func:`from_torch` looks at those.
     """
-    if not is_ours(meta):
+    if not meta.keys() & OURS:
         return None
     config = _read_config(meta)
     try:
@@ -75,11 +78,6 @@ def from_snapshot(state: Mapping[Any, Any], meta: Mapping[str, Any]) -> Weights 
             return None
     tensors = {key: tensor.detach().float() if key in needed else tensor for key, tensor in state.items()}
     return Weights(tensors, SNAPSHOT, dict(net.config), dict(meta), seen_voc_val=str(meta.get("seen_voc_val") or ""))
-
-
-def is_ours(meta: Mapping[str, Any]) -> bool:
-    """Whether a file's meta is that of a snapshot."""
-    return bool(meta.keys() & {"backbone", "stride_in_3x3"})
 
 
 def _read_config(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,7 +124,7 @@ def from_torch(content: Mapping[Any, Any], meta: Mapping[str, Any], trunk: str) 
             del state[key]
         if head:
             notes.append(f"the head of another net ({some(head)}) is left out: only the trunk is used, the head is untrained")
-        if is_ours(meta):
+        if meta.keys() & OURS:
             weights = Weights(state, SNAPSHOT, _read_config(meta), dict(meta))
             weights.seen_voc_val = str(meta.get("seen_voc_val") or "")
         elif (net := find_net(state)) in TOOLBOX:  # of pytorch-segmentation-toolbox (CS_scenes_<step>.pth), or under its names
