@@ -237,6 +237,26 @@ def test_snapshot_checkpoint_and_safetensors(tmp_path):
     assert assert_same_logits(path, source).meta == meta
 
 
+@pytest.mark.parametrize("form", ["snapshot", "bare", "half", "frozen"])
+def test_our_own_files_go_straight(tmp_path, form, monkeypatch):
+    """In a wrapper the same net takes the way of foreign files, and comes out alike."""
+    source = random_net("resnet18", 3, atrous_rates=(2, 4), batch_norm="frozen" if form == "frozen" else "full")
+    state = source.state_dict()
+    if form == "half":
+        state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+    wrapped = {f"module.{key}": value for key, value in state.items()}
+    around = load_weights(save(tmp_path / "x.pth", {"model": wrapped, "meta": source.config}))
+    save(tmp_path / "x.pth", state if form == "bare" else {"model": state, "meta": source.config})
+    monkeypatch.setattr("deeplab.weights.load.from_torch", None)
+    straight = load_weights(tmp_path / "x.pth")
+    assert (straight.scheme, straight.config, straight.meta) == (around.scheme, around.config, source.config)
+    assert straight.state.keys() == around.state.keys()
+    assert all(torch.equal(value, around.state[key]) for key, value in straight.state.items())
+    assert straight.skipped == {}
+    assert straight.notes == []
+    assert all(value.dtype in (torch.float32, torch.int64) for value in straight.state.values())
+
+
 # torchvision
 
 

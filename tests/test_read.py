@@ -17,8 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from deeplab.weights import WeightsError, check_sums, load_weights
-from deeplab.weights.read import damaged
-from deeplab.weights.read import read_numpy
+from deeplab.weights.read import damaged, read_numpy
 from deeplab.weights.weights import Weights, some
 from tests.legacy_tar import tar_torch
 from tests.published import caffe_bytes, narrow_state, seeded_and_tidy, tensorflow_arrays  # noqa: F401
