@@ -245,7 +245,7 @@ def test_our_own_files_go_straight(tmp_path, form, monkeypatch):
     if form == "half":
         state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
     wrapped = {f"module.{key}": value for key, value in state.items()}
-    around = load_weights(save(tmp_path / "x.pth", {"model": wrapped, "meta": source.config}))
+    around = load_weights(save(tmp_path / "wrapped.pth", {"model": wrapped, "meta": source.config}))
     save(tmp_path / "x.pth", state if form == "bare" else {"model": state, "meta": source.config})
     monkeypatch.setattr("deeplab.weights.load.from_torch", None)
     straight = load_weights(tmp_path / "x.pth")
