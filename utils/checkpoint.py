@@ -192,22 +192,22 @@ def compare_meta(checkpoint: dict[str, Any]) -> None:
         raise Misfit("its numbers are not steps of snapshots")
 
 
-def compare_content(checkpoint: dict[str, Any], config: dict[str, Any], momentum: float, amp: str) -> None:
-    """Compare a checkpoint with what the run itself would build, before anything of it is loaded.
+def net_of_checkpoint(checkpoint: dict[str, Any], config: dict[str, Any], batch_norm: str, momentum: float, amp: str) -> Net:
+    """The net of a checkpoint, on the CPU. All of the file is compared with what the run would build before any is loaded.
 
     The hyperparameters in the optimiser's groups are not looked at: they are the run's, and their names differ between versions
     of torch.
 
     Args:
-        config: of the net, with ``batch_norm``.
-        momentum, amp: the run's.
+        config: of the net.
+        batch_norm, momentum, amp: the run's.
 
     Raises:
         Misfit: a name, a shape, a type, or a parameter's group differs.
     """
     try:
         with torch.device("meta"):
-            net = make_net(options := dict(config), options.pop("batch_norm"))
+            net = make_net(config, batch_norm)
     except Exception as error:  # of many kinds, by what is wrong in it
         raise Misfit(f"its meta describes no net ({type(error).__name__}: {shown(error)})") from None
     names = {id(parameter): name for name, parameter in net.named_parameters()}
@@ -235,10 +235,13 @@ def compare_content(checkpoint: dict[str, Any], config: dict[str, Any], momentum
         raise Misfit(
             f"its loss scaling has the scale {shown(scale)} after {shown(tracker)} steps; expected a finite number above 0"
         )
+    net.to_empty(device="cpu")
+    net.load_state_dict(checkpoint["model"])  # copied: tensors in a file may share their memory
+    return net
 
 
 def _contents(checkpoint: dict[str, Any], learning: dict[int, str]) -> dict[str, str]:
-    """Name -> kind of all that a checkpoint holds, as :func:`compare_content` expects it."""
+    """Name -> kind of all that a checkpoint holds, as :func:`net_of_checkpoint` expects it."""
     optimizer = checkpoint["optimizer"]
     found = {name: _kind(tensor) for name, tensor in checkpoint["model"].items()}
     for number, state in optimizer["state"].items():

@@ -5,7 +5,6 @@ import os
 import shlex
 import shutil
 import warnings
-from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,13 +18,14 @@ from torch.utils.data import DataLoader, Dataset
 from dataset import DATASETS, IGNORE_LABEL, CityscapesSegmentation, VOCSegmentation, find_list
 from dataset.classes import ClassFile
 from utils.command import UserError
+from utils.options import AnyOptions
 from utils.processes import start_helper
 
 SHARED_MEMORY = Path("/dev/shm")
 MORE_SHARED_MEMORY = "give it more with `docker run --shm-size=1g` or `--ipc=host`"
 
 
-def list_of(args: Namespace, split: str, num_classes: int | None = None) -> Path:
+def list_of(args: AnyOptions, split: str, num_classes: int | None = None) -> Path:
     """The list of ``--data-list``, else the one of ``"train"``, ``"val"`` or ``"test"``; see :func:`dataset.find_list`."""
     kind = DATASETS[args.dataset]
     source = kind.SOURCE
@@ -35,7 +35,7 @@ def list_of(args: Namespace, split: str, num_classes: int | None = None) -> Path
 
 
 def open_dataset(
-    args: Namespace,
+    args: AnyOptions,
     split: str,
     num_classes: int,
     transform: Callable | None = None,
@@ -82,7 +82,7 @@ def crop_warning(data: VOCSegmentation, crop: tuple[int, int]) -> str:
     )
 
 
-def _check_command(args: Namespace, data_list: Path, num_classes: int, ignore_label: int) -> str:
+def _check_command(args: AnyOptions, data_list: Path, num_classes: int, ignore_label: int) -> str:
     """The command that finds all that is wrong with a data set."""
     words = ["python", "scripts/check_dataset.py", "--data-dir", args.data_dir, "--data-list", data_list]
     words += ["--num-classes", num_classes]
@@ -90,7 +90,7 @@ def _check_command(args: Namespace, data_list: Path, num_classes: int, ignore_la
     return f"to find all such files, run {shlex.join(map(str, words + layout_words(args)))}"
 
 
-def layout_words(args: Namespace) -> list[str]:
+def layout_words(args: AnyOptions) -> list[str]:
     """The options by which another command reads the same data in ``--data-dir``."""
     words = ["--dataset", args.dataset] if args.dataset != "voc" else []
     words += ["--image-dir", args.image_dir] if args.image_dir != DATASETS[args.dataset].IMAGE_DIR else []

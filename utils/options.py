@@ -60,7 +60,10 @@ class Options:
         def __getattr__(self, name: str) -> Any: ...
 
 
-def shared_options(args: argparse.Namespace) -> dict[str, Any]:
+AnyOptions = argparse.Namespace | Options
+
+
+def shared_options(args: AnyOptions) -> dict[str, Any]:
     """The options that all processes of a command must have alike, by their flags."""
     options = {name: value for name, value in sorted(vars(args).items()) if name not in OF_A_MACHINE}
     options |= {name: "given" if options[name] else "not given" for name in OUTPUTS & options.keys()}
@@ -76,6 +79,23 @@ def add_dataset_option(parser: Any, default: str | None = "voc", more: str = "")
         help="voc: PASCAL VOC, or data of your own in its layout; cityscapes: the official folders, labelIds read as the 19 "
         f"train ids{more} (default: {default or 'the one that the net was trained on'})",
     )
+
+
+def dataset_defaults(args: AnyOptions, defaults: dict[str, Any], trained_on: str = "voc") -> Options:
+    """The options with their data set named and, for Cityscapes, ``defaults`` in place of what was not given.
+
+    Args:
+        trained_on: the data set where the command line names none.
+
+    Raises:
+        UserError: another number of classes was given.
+    """
+    options = Options({**vars(args), "dataset": args.dataset or trained_on})
+    if options.dataset != "cityscapes":
+        return options
+    if "num_classes" in options.given and options.num_classes != 19:
+        raise UserError(f"--dataset cityscapes has 19 classes; leave --num-classes {options.num_classes} out")
+    return options.replace(**{name: value for name, value in defaults.items() if name not in options.given})
 
 
 def settle_dataset(args: argparse.Namespace, defaults: dict[str, Any], trained_on: str = "voc") -> None:

@@ -1,7 +1,8 @@
 """The command line of train.py and train_msc.py, and what its options mean together."""
 
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from functools import partial
+from typing import Any
 
 from utils.argtypes import (
     below_one,
@@ -23,12 +24,16 @@ from utils.options import (
     LOSS_SIZES,
     TOOLBOX_TRAINING,
     TRUNKS,
+    Options,
     add_data_options,
     add_device_options,
     add_net_options,
-    settle_dataset,
+    dataset_defaults,
 )
 
+# The first torch whose compiled code moves running statistics once a step where activations are computed again: 2.9, 2.10 and
+# 2.14 do; 2.4 to 2.8 move them twice (2.4 with one compiler backend only).
+COUNTS_ONCE = "2.9"
 CITYSCAPES_TRAINING = CITYSCAPES | {"num_classes": 19, "input_size": (769, 769), "scale_range": (0.7, 2.1)}
 
 
@@ -150,20 +155,120 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
     return parser
 
 
-def settle_options(args: Namespace) -> None:
-    """Bring options that say the same thing in two ways to one, and defaults to those of the data set and the net.
+def settle(args: Namespace) -> Options:
+    """What the command line says by itself: what is said in two ways as one, and the defaults of its data set.
 
     Raises:
-        UserError: an option that says how another one works, without that one.
+        UserError: an option that says how another one works, without that one; another number of classes than the data set's.
     """
-    if not (args.ohem or args.resume) and (given := args.given & {"ohem_threshold", "ohem_keep"}):
-        raise UserError(f"--{min(given).replace('_', '-')} says how --ohem chooses its pixels; add --ohem, or leave it out")
-    settle_dataset(args, CITYSCAPES_TRAINING | ({} if args.net in (None, "deeplabv2") else TOOLBOX_TRAINING))
-    if args.is_training and args.batch_norm == "frozen":
-        args.batch_norm = "stats"
-        args.given = args.given | {"batch_norm"}
-    args.is_training = args.batch_norm == "stats"
-    if args.restore_from.lower() == "none":
-        args.restore_from = ""
-    if not args.restore_from and "batch_norm" not in args.given:
-        args.batch_norm = "full"
+    given = set(args.given)
+    if not (args.ohem or args.resume) and (alone := given & {"ohem_threshold", "ohem_keep"}):
+        raise UserError(f"--{min(alone).replace('_', '-')} says how --ohem chooses its pixels; add --ohem, or leave it out")
+    defaults = CITYSCAPES_TRAINING | ({} if args.net in (None, "deeplabv2") else TOOLBOX_TRAINING)
+    options = dataset_defaults(args, defaults)
+    batch_norm = options.batch_norm
+    if options.is_training and batch_norm == "frozen":
+        batch_norm = "stats"
+        given.add("batch_norm")
+    restore_from = "" if options.restore_from.lower() == "none" else options.restore_from
+    if not restore_from and "batch_norm" not in given:
+        batch_norm = "full"
+    is_training = batch_norm == "stats"
+    return options.replace(batch_norm=batch_norm, is_training=is_training, restore_from=restore_from, given=given)
+
+
+def check_options(options: Options, device: str) -> None:
+    """Refuse options that do not go together, whatever the net.
+
+    Raises:
+        UserError: the sentence names both.
+    """
+    from utils import distributed
+
+    processes = distributed.world_size()
+    if options.batch_size % processes:
+        raise UserError(f"--batch-size {options.batch_size} does not divide into {processes} processes; choose a multiple")
+    if options.sync_bn and device != "cuda":
+        raise UserError(f"--sync-bn works between CUDA devices only, and this run is on {device}; leave it out")
+
+
+def check_net_options(options: Options) -> None:
+    """Refuse options that do not go together with the net's, once these are settled (see :func:`utils.training.start.begin`).
+
+    Raises:
+        UserError: the sentence names both.
+    """
+    import torch
+    from torch.torch_version import TorchVersion
+
+    from deeplab.multiscale import scaled_size
+    from utils import distributed
+
+    processes = distributed.world_size()
+    if options.sync_bn and options.batch_norm == "frozen":
+        raise UserError("--sync-bn has nothing to do with frozen batch norm; add --batch-norm full")
+    if options.net == "deeplabv2" and options.aux_weight is not None:
+        raise UserError("--aux-weight is of an auxiliary head, which deeplabv2 has none of; leave it out")
+    alone = options.batch_size == (1 if options.sync_bn else processes)
+    if options.net != "deeplabv2" and options.batch_norm != "frozen" and alone:
+        raise UserError(
+            f"--batch-size {options.batch_size} is one image per process, whose mean features are one value per channel, of "
+            f"which --batch-norm {options.batch_norm} cannot take statistics; give {options.net} at least two per process"
+        )
+    # 6 pixels a side are a single position of the net's output, at the smallest scale that the loss takes.
+    smallest = scaled_size(options.input_size, 0.5 if "one_scale_at_a_time" in vars(options) else 1.0)
+    if options.batch_norm != "frozen" and options.batch_size == processes and max(smallest) <= 6:
+        raise UserError(
+            f"--input-size {options.input_size[0]},{options.input_size[1]} gives one position per image, of which --batch-norm "
+            f"{options.batch_norm} cannot take statistics; enlarge the crop or the batch"
+        )
+    three_scales = "one_scale_at_a_time" in vars(options) and not options.one_scale_at_a_time
+    if options.compile and options.grad_checkpoint and options.batch_norm != "frozen" and three_scales:
+        # torch keeps the running statistics of the first scale for its backward pass, and the second scale has moved them.
+        raise UserError(
+            f"--compile and --grad-checkpoint cannot both be had with --batch-norm {options.batch_norm} on three scales at "
+            "once; add --one-scale-at-a-time, or leave one of them out"
+        )
+    version = TorchVersion(torch.__version__)  # compares by numbers: 2.9 is older than 2.10
+    if options.compile and options.grad_checkpoint and options.batch_norm != "frozen" and version < COUNTS_ONCE:
+        raise UserError(
+            f"--compile and --grad-checkpoint with --batch-norm {options.batch_norm} need torch {COUNTS_ONCE}: "
+            f"torch {version} would move the running statistics twice a step; leave one of them out"
+        )
+    if options.compile and getattr(options, "one_scale_at_a_time", False) and version < "2.5":
+        raise UserError(f"--compile with --one-scale-at-a-time needs torch 2.5, and this is {version}; leave one of them out")
+
+
+def refuse_other_values(options: dict[str, Any]) -> None:
+    """Raise :class:`utils.checkpoint.Misfit` if options from a file are none that the command line could have given."""
+    from utils.checkpoint import Misfit, shown
+
+    for action in training_parser("", batch_size=1, iter_size=1, snapshot_dir="")._actions:
+        value = options.get(action.dest, action.default)
+        if type(value) is type(action.default) and value == action.default:
+            continue
+        if action.nargs == 0:  # a switch
+            found = type(value) is bool
+        elif not isinstance(value, int | float | str | list | tuple):
+            found = False
+        else:
+            try:
+                text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+                taken = action.type(text) if callable(action.type) else text
+            except (ArgumentTypeError, ValueError):
+                taken = None
+            found = taken is not None and plain(taken) == plain(value) and value in (action.choices or [value])
+        if not found:
+            raise Misfit(f"its option {flag(action.dest)} is {shown(value)}")
+    if any(not isinstance(name, str) for name in options):
+        raise Misfit("its options have no names")
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON keeps it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def flag(name: str) -> str:
+    """The option of a name: ``num_steps`` -> ``--num-steps``."""
+    return "--" + name.replace("_", "-")

@@ -1,16 +1,18 @@
 """Everything that the training loop needs, made in order."""
 
-import hashlib
 import shlex
 from argparse import Namespace
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.torch_version import TorchVersion
+from torch import nn
 
 from dataset import (
+    Crop,
     DatasetError,
     PadCrop,
     RandomMirror,
@@ -19,159 +21,247 @@ from dataset import (
     TrainTransform,
     VOCSegmentation,
 )
-from deeplab.loss import Ohem
-from deeplab.multiscale import scaled_size
+from deeplab import Net
+from deeplab.loss import LossFunction, Objective, Ohem
+from deeplab.toolbox import ChannelDropout
 from utils import distributed
-from utils.command import UserError
+from utils.checkpoint import Snapshots, make_meta
 from utils.device import check_compiler, select_device
-from utils.loader import crop_warning, layout_words, list_of, open_dataset
-from utils.training.monitor import Diverged as Diverged
-from utils.training.start import Start
+from utils.loader import crop_warning, fitting_workers, layout_words, list_of, make_loader, open_dataset, running
+from utils.options import Options, shared_options
+from utils.training.identity import compare_data, loss_name, new_run
+from utils.training.lock import FolderLock
+from utils.training.log import RunLog
+from utils.training.monitor import ClassWatch, DataWait, Meter
+from utils.training.optimizer import GuardedSGD
+from utils.training.options import check_net_options, check_options, settle
+from utils.training.start import begin, resume, run_folder
+from utils.training.stop import Ending
+from utils.training.validation import Validation
+from utils.visualize import Classes, class_names, make_palette
 
-# The first torch whose compiled code moves running statistics once a step where activations are computed again: 2.9, 2.10 and
-# 2.14 do; 2.4 to 2.8 move them twice (2.4 with one compiler backend only).
-COUNTS_ONCE = "2.9"
-
-
-PICTURES_TO_JUDGE = 200  # labels that are looked at before it is said which classes they lack
-
-
-def last_words(args: Namespace, data: VOCSegmentation, done: int, began: int, unscored: bool) -> str:
-    """What was saved, and what to do next; ``unscored`` tells that the last validation was not finished."""
-    folder = Path(args.snapshot_dir)
-    if done < args.num_steps:
-        saved = f"saved {folder / 'last.ckpt'} at step {done} of {args.num_steps}" if done > began else "no step was finished"
-        return f"{saved}; add --resume to go on" if done else f"{saved}, nothing was saved"
-    if unscored:
-        return f"all {done} steps are done and saved, but the last net is not scored; add --resume, which does that"
-    if done == began:
-        return f"nothing is left to do: all {done} steps are done; to train on, add a larger --num-steps"
-    words = ["python", "evaluate.py", "--data-dir", args.data_dir, "--restore-from", folder / f"{data.SHORT}_scenes_{done}.pth"]
-    if not any((data.root / name).exists() for name in data.lists("val", data.image_folder)):
-        words += ["--data-list", "LIST"]
-    return f"saved {words[5]}; next: {shlex.join(map(str, words + layout_words(args)))}"
+LABELS_TO_JUDGE = 200  # labels that are looked at before it is said which classes they lack
 
 
-def open_training_data(args: Namespace) -> tuple[VOCSegmentation, Path]:
-    """The training set with its augmentation, and the list of ids it comes from."""
-    transforms: list[Callable] = [RandomScale(*args.scale_range)] if args.random_scale else []
-    transforms += [RandomMirror()] if args.random_mirror else []
-    transforms += [PadCrop(args.input_size)]
-    return open_dataset(args, "train", args.num_classes, TrainTransform(args.random_seed, transforms))
+@dataclass
+class Run:
+    """What the loop needs.
+
+    Attributes:
+        options: settled.
+        start: steps that are done already.
+        saved: the last step that was saved, or was to be.
+        problem: what could not be written of it, else "".
+        objective: (images, labels) -> losses; the net and its loss, under DistributedDataParallel where there are several
+            processes.
+        ids: check sum of the training set's ids.
+        meta: what every snapshot of the run says, but for its step.
+        log: on the main process, None on the others.
+    """
+
+    options: Options
+    start: int
+    device: torch.device
+    net: Net
+    objective: nn.Module
+    optimizer: GuardedSGD
+    scaler: torch.amp.GradScaler
+    data: VOCSegmentation
+    batches: Iterator[Crop]
+    classes: Classes
+    ids: str
+    meta: dict[str, Any]
+    ending: Ending
+    lock: FolderLock
+    snapshots: Snapshots
+    losses: Meter
+    data_wait: DataWait
+    class_watch: ClassWatch
+    validation: Validation | None
+    log: RunLog | None
+    saved: int
+    problem: str = ""
+
+    def due(self, every: int, done: int) -> bool:
+        """Whether what is done every so many steps is due after ``done`` of them; after the last one it is."""
+        return done % every == 0 or done == self.options.num_steps
+
+    def meta_at(self, done: int, **more: Any) -> dict[str, Any]:
+        """The meta of a snapshot after ``done`` steps."""
+        return {**self.meta, "step": done, **more}
 
 
-def check_ids(ids: list[str], resumed: Start | None) -> str:
-    """A check sum of the ids in their order, which the draws depend on.
+def set_up(args: Namespace, loss_function: LossFunction, stack: ExitStack) -> Run:
+    """Settle the options, make everything, and compare it between the processes.
+
+    Args:
+        stack: closes what has to be closed when the run ends.
 
     Raises:
-        UserError: the run that is resumed has other ids.
+        UserError, DatasetError, WeightsError: nothing is trained, and nothing was written over.
     """
-    found = hashlib.sha256("\n".join(ids).encode()).hexdigest()
-    if resumed and resumed.checkpoint.get("ids") not in (None, found):
-        raise UserError(f"--resume: the list of {len(ids)} pictures is not the one that the run was begun with; pass that one")
-    return found
+    # The options, and where the run starts.
+    loss = loss_name(loss_function)
+    distributed.start()
+    asked = distributed.everywhere(lambda: settle(args))
+    distributed.check_same(shared_options(asked))
+    lock = FolderLock(run_folder(asked))
+    locked = distributed.from_main(lambda: stack.enter_context(lock))
+    resumed = resume(asked, loss)
+    options = resumed.options if resumed else asked
+    device = distributed.everywhere(lambda: choose_device(options))  # before any weights are read
+    start = resumed or begin(options, loss)
+    options = start.options
+    distributed.everywhere(lambda: check_net_options(options))
+
+    # The data.
+    data, data_list = distributed.everywhere(lambda: open_training_data(options))
+    ids = compare_data(data, device.type, start.checkpoint.get("ids"), start.classes if resumed else None)
+    run_id = start.run if resumed else new_run(options, data.ids, start.net)
+    names = data.names or start.classes
+    classes = Classes(class_names(options.num_classes, names), make_palette(data.colors))
+
+    # The net, its loss and the optimiser.
+    torch.backends.cudnn.benchmark = not options.deterministic  # the crops are all of one size
+    net = distributed.everywhere(lambda: start.net.to(device).to(memory_format=torch.channels_last).train())
+    net.grad_checkpoint = options.grad_checkpoint
+    if options.sync_bn:
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    for dropout in (module for module in net.modules() if isinstance(module, ChannelDropout)):
+        dropout.shard = (distributed.rank(), distributed.world_size())
+    optimizer = GuardedSGD(net, options.learning_rate, options.momentum, options.weight_decay)
+    if options.aux_weight == 0:  # the auxiliary head has no part in the loss, so DistributedDataParallel must not wait for it
+        net.dsn.requires_grad_(False)
+    scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
+    if start.checkpoint:
+        optimizer.load_momentum(start.checkpoint["optimizer"])
+        scale = {name: start.checkpoint["scaler"].get(name) for name in ("scale", "_growth_tracker")}
+        scaler.load_state_dict(scaler.state_dict() | scale)
+    snapshots = Snapshots(Path(options.snapshot_dir), options.keep, start.checkpoint.get("numbers") or [], data.SHORT)
+    planned = -(-options.num_steps // options.save_pred_every) - start.step // options.save_pred_every
+    space = distributed.from_main(lambda: snapshots.check_space(net, optimizer, planned))
+    if options.compile:
+        net.compile()
+    objective = distributed.wrap(Objective(net, loss_function, **loss_options(options)), device)
+
+    # The batches.
+    crop_bytes = 4 * options.input_size[0] * options.input_size[1]
+    workers, note = fitting_workers(options.num_workers, options.batch_size // distributed.world_size() * crop_bytes)
+    shards = {"shard": distributed.rank(), "num_shards": distributed.world_size()}
+    sampler = StepSampler(len(data), options.batch_size, options.random_seed, start.step * options.iter_size, **shards)
+    ending = stack.enter_context(Ending())  # from here on there is something to save, and workers have its handlers
+    loader = make_loader(data, sampler, workers, device)
+    batches = distributed.everywhere(lambda: stack.enter_context(running(loader)))
+
+    # What is watched, saved and said.
+    seen, colors = start.seen_voc_val or seen_val(data), classes.palette[: options.num_classes].tolist()
+    meta = make_meta(net, names, start.step, vars(options), seen_voc_val=seen, colors=colors, run=run_id)
+    validation = Validation(options, run_id) if options.val_every else None
+
+    def open_log() -> RunLog | None:
+        return stack.enter_context(RunLog(lock, vars(options), start.step)) if distributed.is_main() else None
+
+    if log := distributed.everywhere(open_log):
+        log.say(*head_lines(options, data, data_list), locked, *start.lines, note, space)
+    return Run(
+        options=options,
+        start=start.step,
+        saved=start.step,
+        device=device,
+        net=net,
+        objective=objective,
+        optimizer=optimizer,
+        scaler=scaler,
+        data=data,
+        batches=batches,
+        classes=classes,
+        ids=ids,
+        meta=meta,
+        ending=ending,
+        lock=lock,
+        snapshots=snapshots,
+        losses=Meter(device, lambda batch: describe(batch, options, data)),
+        data_wait=DataWait(device, workers),
+        class_watch=ClassWatch(min(LABELS_TO_JUDGE, len(data)), classes.names, options.ignore_label, fixed=bool(data.NAMES)),
+        validation=validation,
+        log=log,
+    )
 
 
-def head_lines(args: Namespace, data: VOCSegmentation, data_list: Path) -> list[str]:
+def choose_device(options: Options) -> torch.device:
+    """The device of this process, once options and data set are known to be there."""
+    device = select_device(options.device, options.gpu, not options.no_tf32, options.deterministic)
+    check_options(options, device.type)
+    if options.compile:
+        check_compiler(device)
+    list_of(options, "train", options.num_classes)
+    return device
+
+
+def open_training_data(options: Options) -> tuple[VOCSegmentation, Path]:
+    """The training set with its augmentation, and the list of ids that it comes from."""
+    transforms: list[Any] = [RandomScale(*options.scale_range)] if options.random_scale else []
+    transforms += [RandomMirror()] if options.random_mirror else []
+    transforms += [PadCrop(options.input_size)]
+    return open_dataset(options, "train", options.num_classes, TrainTransform(options.random_seed, transforms))
+
+
+def loss_options(options: Options) -> dict[str, object]:
+    """What a loss function takes beside net, images and labels."""
+    chosen: dict[str, object] = {"size": options.loss_size, "aux_weight": options.aux_weight or 0.0}
+    if options.ohem:
+        chosen["ohem"] = Ohem(options.ohem_threshold, options.ohem_keep)
+    if getattr(options, "one_scale_at_a_time", False):
+        chosen["one_scale_at_a_time"] = True
+    return chosen
+
+
+def head_lines(options: Options, data: VOCSegmentation, data_list: Path) -> list[str]:
     """What is about to happen."""
-    lines = [f"{len(data)} pictures of {data_list}; {args.batch_size * args.iter_size} pictures a step, {args.num_steps} steps"]
-    lines += [f"warning: {text}, so scores on that list will mean nothing" for text in [seen_val(data)] if text]
-    lines += [crop_warning(data, args.input_size)]
-    if distributed.world_size() > 1 and args.batch_norm != "frozen" and not args.sync_bn:
-        share = args.batch_size // distributed.world_size()
+    images = options.batch_size * options.iter_size
+    lines = [f"{len(data)} images of {data_list}; {images} images per step, {options.num_steps} steps"]
+    lines += [f"warning: {text}, so a mean IoU on that list will mean nothing" for text in [seen_val(data)] if text]
+    lines += [crop_warning(data, options.input_size)]
+    if distributed.world_size() > 1 and options.batch_norm != "frozen" and not options.sync_bn:
+        share = options.batch_size // distributed.world_size()
         lines.append(
-            f"note: with --batch-norm {args.batch_norm} each process takes batch statistics of its own {share} pictures, which "
-            "is another run than that of a single process; between GPUs, --sync-bn shares them"
+            f"note: with --batch-norm {options.batch_norm} each process takes batch statistics of its own {share} images, "
+            "which is another run than that of a single process; between GPUs, --sync-bn shares them"
         )
     return lines
 
 
-def describe(batch: int, args: Namespace, data: VOCSegmentation) -> str:
-    """The step of a batch, its pictures in all processes, and what else makes a loss explode."""
-    draws = StepSampler(len(data), args.batch_size, args.random_seed).batch(batch)
-    pictures = ", ".join(data.ids[index] for index, _ in draws)
-    how = f"--learning-rate {args.learning_rate:g}, --batch-norm {args.batch_norm}, weights {args.restore_from or 'none'}"
-    return f"step {batch // args.iter_size + 1}, pictures {pictures} ({how})"
-
-
 def seen_val(data: VOCSegmentation) -> str:
-    """Why scores on the validation list of ``data`` mean nothing after training on it; "" where they mean something."""
+    """Why a mean IoU on the validation list of ``data`` means nothing after training on it; "" where it means something."""
     for path in (data.root / name for name in data.lists("val", data.image_folder)):
         with suppress(DatasetError):  # no such list, or none that can be read
             if common := {entry.id for entry in data.read_list(path, data.image_folder)} & set(data.ids):
-                return f"{len(common)} of the pictures that it was trained on are on {path.name}"
+                return f"{len(common)} of the images that it was trained on are on {path.name}"
     return ""
 
 
-def check_options(args: Namespace, device: torch.device) -> None:
-    """Refuse options that do not go together, whatever the net.
-
-    Raises:
-        UserError: the sentence names both.
-    """
-    processes = distributed.world_size()
-    if args.batch_size % processes:
-        raise UserError(f"--batch-size {args.batch_size} does not divide into {processes} processes; choose a multiple")
-    if args.sync_bn and device.type != "cuda":
-        raise UserError(f"--sync-bn works between CUDA devices only, and this run is on {device.type}; leave it out")
-    if args.compile:
-        check_compiler(device)
+def describe(batch: int, options: Options, data: VOCSegmentation) -> str:
+    """The step of a batch, its images in all processes, and what else makes a loss explode."""
+    draws = StepSampler(len(data), options.batch_size, options.random_seed).batch(batch)
+    images = ", ".join(data.ids[index] for index, _ in draws)
+    weights = options.restore_from or "none"
+    how = f"--learning-rate {options.learning_rate:g}, --batch-norm {options.batch_norm}, weights {weights}"
+    return f"step {batch // options.iter_size + 1}, images {images} ({how})"
 
 
-def check_net_options(args: Namespace) -> None:
-    """Refuse options that do not go together with the net's, once these are settled (see :func:`utils.training.start.begin`).
-
-    Raises:
-        UserError: the sentence names both.
-    """
-    processes = distributed.world_size()
-    if args.sync_bn and args.batch_norm == "frozen":
-        raise UserError("--sync-bn has nothing to do with frozen batch norm; add --batch-norm full")
-    if args.net == "deeplabv2" and args.aux_weight is not None:
-        raise UserError("--aux-weight is of an auxiliary head, which deeplabv2 has none of; leave it out")
-    alone = args.batch_size == (1 if args.sync_bn else processes)
-    if args.net != "deeplabv2" and args.batch_norm != "frozen" and alone:
-        raise UserError(
-            f"--batch-size {args.batch_size} is one picture a process, whose mean features are one value a channel, of which "
-            f"--batch-norm {args.batch_norm} cannot take statistics; give {args.net} at least two pictures a process"
-        )
-    # 6 pixels a side are a single position of the net's output, at the smallest scale that the loss takes.
-    smallest = scaled_size(args.input_size, 0.5 if "one_scale_at_a_time" in args else 1.0)
-    if args.batch_norm != "frozen" and args.batch_size == processes and max(smallest) <= 6:
-        raise UserError(
-            f"--input-size {args.input_size[0]},{args.input_size[1]} gives one position a picture, of which --batch-norm "
-            f"{args.batch_norm} cannot take statistics; enlarge the crop or the batch"
-        )
-    three_scales = "one_scale_at_a_time" in args and not args.one_scale_at_a_time
-    if args.compile and args.grad_checkpoint and args.batch_norm != "frozen" and three_scales:
-        # torch keeps the running statistics of the first scale for its backward pass, and the second scale has moved them.
-        raise UserError(
-            f"--compile and --grad-checkpoint cannot both be had with --batch-norm {args.batch_norm} on three scales at once; "
-            "add --one-scale-at-a-time, or leave one of them out"
-        )
-    version = TorchVersion(torch.__version__)  # compares by numbers: 2.9 is older than 2.10
-    if args.compile and args.grad_checkpoint and args.batch_norm != "frozen" and version < COUNTS_ONCE:
-        raise UserError(
-            f"--compile and --grad-checkpoint with --batch-norm {args.batch_norm} need torch {COUNTS_ONCE}: "
-            f"torch {version} would move the running statistics twice a step; leave one of them out"
-        )
-    if args.compile and getattr(args, "one_scale_at_a_time", False) and version < "2.5":
-        raise UserError(f"--compile with --one-scale-at-a-time needs torch 2.5, and this is {version}; leave one of them out")
-
-
-def choose_device(args: Namespace) -> torch.device:
-    """The device of this process, once options and data set are known to be there: before any weights are read."""
-    device = select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
-    check_options(args, device)
-    list_of(args, "train", args.num_classes)
-    return device
-
-
-def loss_options(args: Namespace) -> dict[str, object]:
-    """What a loss function takes beside net, images and labels."""
-    options: dict[str, object] = {"size": args.loss_size, "aux_weight": args.aux_weight or 0.0}
-    if args.ohem:
-        options["ohem"] = Ohem(args.ohem_threshold, args.ohem_keep)
-    if getattr(args, "one_scale_at_a_time", False):
-        options["one_scale_at_a_time"] = True
-    return options
+def last_words(run: Run, done: int) -> str:
+    """What was saved, and what to do next."""
+    options, data, validation = run.options, run.data, run.validation
+    folder = Path(options.snapshot_dir)
+    if done < options.num_steps:
+        saved = f"saved {folder / 'last.ckpt'} at step {done} of {options.num_steps}"
+        saved = saved if done > run.start else "no step was finished"
+        return f"{saved}; add --resume to go on" if done else f"{saved}, nothing was saved"
+    if validation and validation.done < done:
+        return f"all {done} steps are done and saved, but the last net is not evaluated; add --resume, which does that"
+    if done == run.start:
+        return f"nothing is left to do: all {done} steps are done; to train on, add a larger --num-steps"
+    words = ["python", "evaluate.py", "--data-dir", options.data_dir, "--restore-from", str(run.snapshots.path(done))]
+    if not any((data.root / name).exists() for name in data.lists("val", data.image_folder)):
+        words += ["--data-list", "LIST"]
+    return f"saved {words[5]}; next: {shlex.join([*words, *layout_words(options)])}"

@@ -1,31 +1,41 @@
-"""Requests to stop: Ctrl-C, SIGTERM, SIGHUP of a closed terminal, and SIGUSR1, which Slurm's --signal and submitit send ahead
-of the time limit."""
+"""What ends a run before its last step: one small piece of state, on one process and on many."""
 
 import os
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from types import FrameType, TracebackType
 
+from dataset import Crop
 from utils import distributed
 from utils.processes import STOP_SIGNALS, is_heard
 
 LAUNCHER_SECONDS = 2.0  # torchrun sends Ctrl-C on to processes that have it from the terminal already
 
 
-class StopRequest:
-    """A context in which a signal is noted instead of obeyed, so that the loop can finish its step, save and end.
+class Ending:
+    """A context in which what ends a run is noted instead of obeyed, so that all processes finish the same step and save.
 
-    ``signal`` is the number of the first signal, 0 until one comes. A second Ctrl-C interrupts at once. Outside the main
-    thread, where Python lets nobody set handlers, nothing is noted.
+    Noted are Ctrl-C, SIGTERM, SIGHUP of a closed terminal and SIGUSR1, which Slurm's --signal and submitit send ahead of the
+    time limit, and what goes wrong while images are read. A second Ctrl-C interrupts at once. Outside the main thread, where
+    Python lets nobody set handlers, no signal is noted.
+
+    Attributes:
+        signal: number of the first signal in this process, 0 until one comes.
+        error: what went wrong in this process.
+        stopped: number of the signal that :meth:`is_due` found, over all processes.
+        failed: whether it found an error in one of them.
     """
 
     def __init__(self) -> None:
-        self.signal = 0
+        self.signal = self.stopped = 0
+        self.error: Exception | None = None
+        self.failed = False
         self._time = 0.0
         self._before: dict[int, object] = {}
 
-    def __enter__(self) -> "StopRequest":
+    def __enter__(self) -> "Ending":
         with suppress(ValueError):
             self._before = {number: signal.signal(number, self._note) for number in filter(is_heard, STOP_SIGNALS)}
         return self
@@ -33,6 +43,30 @@ class StopRequest:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal() itself returned
+
+    def read(self, batches: Iterator[Crop], count: int) -> list[Crop]:
+        """The next ``count`` batches; [] where one cannot be read, which is noted: raised at once, the others would wait."""
+        try:
+            return [next(batches) for _ in range(count)]
+        except Exception as error:  # an image, a label, a worker
+            self.error = error
+            return []
+
+    def is_due(self) -> bool:
+        """Whether something was noted in any process; all of them ask together and get the same answer."""
+        self.stopped, failed = distributed.agree(self.signal, int(self.error is not None))
+        self.failed = bool(failed)
+        return self.failed or self.stopped > 0
+
+    def raise_error(self) -> None:
+        """Raise what went wrong, here or in another process, unless the run was stopped: then it shows again on resuming."""
+        if self.failed and not self.stopped:
+            distributed.raise_any(self.error)
+
+    def status(self) -> int:
+        """The exit status: 0, or 128 + the number of the signal, of one that came after the last words as well."""
+        number = self.stopped or self.signal
+        return 128 + number if number else 0
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
