@@ -16,8 +16,9 @@ from dataset import VOCSegmentation, read_ids
 from deeplab import deeplabv2, fold_batch_norm
 from utils import checkpoint
 from utils.evaluation import score
-from utils.training import loop as training
-from utils.training import setup
+from utils.training import loop, setup
+from utils.training.monitor import Meter
+from utils.training.stop import Ending
 
 
 class Strict(TorchDispatchMode):
@@ -69,7 +70,7 @@ class NoConstants(TorchFunctionMode):
         return result
 
 
-class Unread(training.Meter):
+class Unread(Meter):
     """A meter that is asked for nothing, as between two lines of the log."""
 
     def check(self) -> None:
@@ -88,24 +89,24 @@ def on_meta(monkeypatch):
     """
 
     def run(script, *arguments, **options) -> Strict:
-        strict, read = Strict("meta"), training.read
+        strict, read = Strict("meta"), Ending.read
         with ExitStack() as stack, monkeypatch.context() as patch:
 
             def watched_read(*args):
-                patch.setattr(training, "read", read)
+                patch.setattr(Ending, "read", read)
                 stack.enter_context(NoConstants("meta"))
                 stack.enter_context(strict)
                 return read(*args)
 
-            patch.setattr(training, "read", watched_read)
+            patch.setattr(Ending, "read", watched_read)
             assert script(*arguments, **options) == 0
         return strict
 
-    monkeypatch.setattr(training, "Meter", Unread)
-    monkeypatch.setattr(training, "check_weights", lambda *args: None)  # reads, once a snapshot
+    monkeypatch.setattr(setup, "Meter", Unread)
+    monkeypatch.setattr(loop, "check_weights", lambda *args: None)  # reads, once a snapshot
     monkeypatch.setattr(checkpoint, "save_snapshot", lambda *args, **kwargs: None)
     monkeypatch.setattr(setup, "select_device", lambda *args: torch.device("meta"))
-    monkeypatch.setattr(training, "autocast", lambda device, amp: nullcontext())
+    monkeypatch.setattr(loop, "autocast", lambda device, amp: nullcontext())
     sgd = sys.modules["torch.optim.sgd"]
     monkeypatch.setattr(sgd, "_device_dtype_check_for_fused", lambda *args, **kwargs: None, raising=False)
     return run

@@ -195,7 +195,7 @@ def test_the_last_words_are_the_next_command(city, tmp_path, capsys, monkeypatch
     assert next_words[-2:] == ["--dataset", "cityscapes"]
     assert evaluate_script.main([*next_words, "--device", "cpu", "--num-workers", "0"]) == 0
     out = capsys.readouterr().out
-    assert "scores on Cityscapes val mean nothing here: 2 of the pictures that it was trained on are on val" in out
+    assert "scores on Cityscapes val mean nothing here: 2 of the images that it was trained on are on val" in out
     assert "traffic light" in out
 
 

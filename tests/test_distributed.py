@@ -127,7 +127,7 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_both(two_ranks):
     _, folder, results = two_ranks
     for kind, sentence in (result["nan"] for result in results):
         assert kind == "Diverged"
-        assert re.search(r"step 3, pictures toy_\d, toy_\d \(--learning-rate .*\): the snapshots are as they were", sentence)
+        assert re.search(r"step 3, images toy_\d, toy_\d \(--learning-rate .*\): the snapshots are as they were", sentence)
     assert {path.name for path in (folder / "nan").glob("*.pth")} == {"VOC12_scenes_2.pth"}
     state = torch.load(folder / "nan/last.ckpt", weights_only=True)
     assert state["step"] == 2

@@ -21,7 +21,7 @@ RUN = [*SCRATCH, "--num-steps", "1"]
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from utils.lock import FolderLock
+from utils.training.lock import FolderLock
 
 with FolderLock(Path(sys.argv[1])):
     if sys.argv[2:] and not os.fork():

@@ -1,7 +1,7 @@
 import json
 import os
 import sys
-from functools import partialmethod
+from functools import partialmethod, wraps
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +17,9 @@ from tests.helpers_runs import SCRATCH, SMALL, STEPS, TORCH, command, log_lines,
 from utils import visualize
 from utils.command import UserError, run_command
 from utils.loader import crop_warning
-from utils.training import loop as training
-from utils.training import validation
+from utils.training import setup, validation
 from utils.training.monitor import Diverged
-from utils.training.options import training_parser
-from utils.training.setup import COUNTS_ONCE
+from utils.training.options import COUNTS_ONCE, training_parser
 
 
 def test_accumulated_batches_equal_one_batch(toy_voc, tmp_path):
@@ -70,7 +68,7 @@ def test_what_a_run_leaves_behind(toy_voc, tmp_path):
 def test_workers_by_the_bytes_of_a_process_batch(toy_voc, tmp_path, monkeypatch):
     """Three bytes of colour and one of label a pixel."""
     asked = []
-    monkeypatch.setattr(training, "fitting_workers", lambda *words: asked.append(words) or (0, ""))
+    monkeypatch.setattr(setup, "fitting_workers", lambda *words: asked.append(words) or (0, ""))
     train(toy_voc, tmp_path, *SCRATCH, "--num-steps", "1", "--num-workers", "5", "--batch-size", "3", "--input-size", "25,33")
     assert asked == [(5, 3 * 25 * 33 * 4)]
     assert torch.backends.cudnn.benchmark  # all crops are of one size
@@ -81,10 +79,10 @@ def test_statistics_of_each_process_are_told(toy_voc, monkeypatch):
     parser = training_parser("", batch_size=10, iter_size=1, snapshot_dir="snapshots")
     for processes, options, told in ((1, [], False), (2, [], True), (2, ["--batch-norm", "frozen"], False)):
         args = parser.parse_args(["--data-dir", str(toy_voc), *SMALL, "--batch-norm", "full", "--batch-size", "6", *options])
-        data, data_list = training.open_training_data(args)
-        monkeypatch.setattr(training.distributed, "world_size", lambda processes=processes: processes)
-        (note,) = [line for line in training.head_lines(args, data, data_list) if "batch statistics" in line] or [""]
-        assert ("each process takes batch statistics of its own 3 pictures" in note) == bool(note) == told
+        data, data_list = setup.open_training_data(args)
+        monkeypatch.setattr(setup.distributed, "world_size", lambda processes=processes: processes)
+        (note,) = [line for line in setup.head_lines(args, data, data_list) if "batch statistics" in line] or [""]
+        assert ("each process takes batch statistics of its own 3 images" in note) == bool(note) == told
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(toy_voc, tmp_path):
@@ -98,7 +96,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(toy_voc, tmp_path):
     loss.calls = 0
     options = [*SCRATCH, "--num-steps", "5", "--iter-size", "2", "--save-pred-every", "2"]
     with pytest.raises(
-        Diverged, match=r"step 3, pictures toy_\d, toy_\d \(--learning-rate 0.001, --batch-norm full, w.* none\)"
+        Diverged, match=r"step 3, images toy_\d, toy_\d \(--learning-rate 0.001, --batch-norm full, w.* none\)"
     ) as error:
         train(toy_voc, tmp_path, *options, loss=loss)
     assert error.value.exit_status == 1
@@ -201,7 +199,7 @@ def test_the_command_line(script, toy_voc, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "s/VOC12_scenes_2.pth").exists()
-    assert "4 pictures of" in result.stdout + result.stderr
+    assert "4 images of" in result.stdout + result.stderr
 
 
 MISTAKES = {
@@ -232,7 +230,7 @@ MISTAKES = {
     "no mps": (["--device", "mps"], "has no mps device"),
     "no xpu": (["--device", "xpu"], "has no xpu device"),
     "other device": (["--device", "meta"], "--device meta is not supported"),
-    "one position": (["--input-size", "6,6", "--batch-size", "1"], "gives one position a picture"),
+    "one position": (["--input-size", "6,6", "--batch-size", "1"], "gives one position per image"),
 }
 
 
@@ -352,8 +350,8 @@ def test_compiled_steps_on_three_scales(options, toy_voc, tmp_path, monkeypatch)
     ],
 )
 def test_what_an_older_torch_compiles_wrong_is_refused(version, script, options, needs, toy_voc, tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.training.options.torch.__version__", version)
-    monkeypatch.setattr("utils.device.check_compiler", lambda device: None)
+    monkeypatch.setattr("torch.__version__", version)
+    monkeypatch.setattr(setup, "check_compiler", lambda device: None)
     with pytest.raises(UserError, match=needs):
         script(toy_voc, tmp_path, *SCRATCH, "--compile", *options)
     assert not list(tmp_path.glob("*.ckpt"))
@@ -399,6 +397,7 @@ def test_a_broken_picture_loses_nothing(toy_voc, tmp_path):
     picture = toy_voc / "JPEGImages/toy_1.jpg"
     content = picture.read_bytes()
 
+    @wraps(single_scale_loss)  # resuming compares losses by their names
     def loss(*args, **kwargs):
         loss.calls += 1
         if loss.calls == 3:
@@ -421,11 +420,11 @@ def test_training_on_validation_pictures_is_told_and_marked(toy_voc, tmp_path, c
     train(toy_voc, tmp_path / "honest", *SCRATCH, "--num-steps", "1")
     assert "mean nothing" not in capsys.readouterr().out
     train(toy_voc, tmp_path / "seen", *SCRATCH, "--num-steps", "1", "--data-list", str(toy_voc / "trainval.txt"))
-    told = "warning: 1 of the pictures that it was trained on are on val.txt, so scores on that list will mean nothing"
+    told = "warning: 1 of the images that it was trained on are on val.txt, so a mean IoU on that list will mean nothing"
     assert capsys.readouterr().out.count(told) == 1
     metas = [torch.load(tmp_path / name / "VOC12_scenes_1.pth", weights_only=True)["meta"] for name in ("honest", "seen")]
     assert metas[0]["seen_voc_val"] == ""
-    assert "1 of the pictures" in metas[1]["seen_voc_val"]
+    assert "1 of the images" in metas[1]["seen_voc_val"]
 
 
 def test_crops_larger_than_the_pictures_are_told(toy_voc):

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests.helpers_runs import SCRATCH, log_lines, train
-from utils.training import loop as training
 from utils.training import monitor as meter
 from utils.training.monitor import DataWait
+from utils.training.stop import Ending
 
 CPU = torch.device("cpu")
 
@@ -80,13 +80,13 @@ def test_the_warning_comes_once_and_names_what_to_raise(monkeypatch):
 
 def test_a_run_tells_of_slow_reading(toy_voc, tmp_path, monkeypatch, capsys):
     """In the log, at every line, and once in words."""
-    read = training.read
+    read = Ending.read
 
     def slow(*args):
         time.sleep(0.3)
         return read(*args)
 
-    monkeypatch.setattr(training, "read", slow)
+    monkeypatch.setattr(Ending, "read", slow)
     assert train(toy_voc, tmp_path, *SCRATCH, "--num-steps", "5") == 0
     assert all(0.1 < line["data_wait"] <= 1 for line in log_lines(tmp_path))
     assert capsys.readouterr().out.count("warning: the device waits for pictures") == 1

@@ -20,11 +20,12 @@ from tests.helpers_runs import SCRATCH, equal, log_lines, model, scores, stoppin
 from utils import distributed
 from utils.checkpoint import load_checkpoint, make_meta
 from utils.command import UserError
+from utils.options import Options
 from utils.training import log, start, validation
+from utils.training.identity import compare_losses, loss_name
 from utils.training.lock import FolderLock
 from utils.training.optimizer import GuardedSGD
-from utils.training.options import training_parser
-from utils.training.start import compare_losses, loss_name
+from utils.training.options import settle, training_parser
 
 RUN = [*SCRATCH, "--num-steps", "6", "--iter-size", "2", "--weight-decay", "0.01", "--momentum", "0.8", "--power", "0.5",
        "--input-size", "25,33", "--save-pred-every", "100"]  # fmt: skip
@@ -174,7 +175,8 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(toy_voc, tmp_path):
 
 @pytest.mark.parametrize(("step", "words"), [(-1, "sees none"), (0, "cannot read its own"), (4, "sees it at step 4")])
 def test_a_newer_checkpoint_in_another_process_is_told(toy_voc, tmp_path, monkeypatch, step, words):
-    monkeypatch.setattr(distributed, "gather", lambda own: [step, 9])
+    # What else is gathered are problems, which no process has here.
+    monkeypatch.setattr(distributed, "gather", lambda own: [step, 9] if type(own) is int else [own, own])
     with pytest.raises(UserError, match=rf"process 1 sees .*last\.ckpt at step 9, but process 0 {words}; give"):
         train(toy_voc, tmp_path, *RUN, "--resume")
 
@@ -289,7 +291,7 @@ def test_a_snapshot_of_format_1_is_evaluated(version1, toy_voc, tmp_path):
     assert np.abs(counted - expected).sum() <= 26  # of 13,001 pixels: other machines round otherwise
 
 
-def checkpoint_of(options: Namespace) -> dict:
+def checkpoint_of(options: Options) -> dict:
     """What a run with these options saves at step 3, but for the numbers in its tensors."""
     net = make_net({"backbone": "resnet18", "num_classes": 4}, options.batch_norm)
     optimizer = GuardedSGD(net, 0.1, options.momentum)
@@ -306,9 +308,9 @@ def checkpoint_of(options: Namespace) -> dict:
     }
 
 
-def parsed(*options: str) -> Namespace:
+def parsed(*options: str) -> Options:
     parser = training_parser("", batch_size=10, iter_size=1, snapshot_dir="snapshots")
-    return parser.parse_args(["--resume", "--batch-norm", "full", *options])
+    return settle(parser.parse_args(["--resume", "--batch-norm", "full", *options]))
 
 
 def taken(content, monkeypatch, *options: str):
@@ -403,7 +405,7 @@ def test_what_a_checkpoint_holds_is_compared_before_it_is_loaded(monkeypatch):
     """Every tensor, every group and every option of the run: what would load as another run, or crash, is a sentence."""
     content = checkpoint_of(parsed("--momentum", "0.8"))
     begun = taken(content, monkeypatch)
-    assert (begun.step, begun.run, begun.classes, begun.options["momentum"]) == (3, "1f", ["a", "b", "c", "d"], 0.8)
+    assert (begun.step, begun.run, begun.classes, begun.options.momentum) == (3, "1f", ["a", "b", "c", "d"], 0.8)
     nested = torch.nested.nested_tensor([torch.zeros(3), torch.zeros(5)])
     for place, value in [*ANOTHER_RUNS, (SLOT, nested), (WEIGHT, nested)]:
         with pytest.raises(UserError, match=r"last\.ckpt does not fit its run: its .*put a whole copy in its place, or begin"):
@@ -421,7 +423,7 @@ def test_what_differs_between_versions_of_torch_is_ignored(monkeypatch):
         state["momentum_buffer"] = torch.full(state["momentum_buffer"].shape, 0.25)
     content = edited(content, "optimizer/param_groups", groups)
     begun = taken(content, monkeypatch)
-    net = begun.build_net().to(memory_format=torch.channels_last)
+    net = begun.net.to(memory_format=torch.channels_last)
     optimizer = GuardedSGD(net, 0.5, 0.8, 0.01)
     before = [{**group, "params": None} for group in optimizer.param_groups]
     optimizer.load_momentum(begun.checkpoint["optimizer"])
@@ -430,7 +432,7 @@ def test_what_differs_between_versions_of_torch_is_ignored(monkeypatch):
     assert all(state["momentum_buffer"].stride() == parameter.stride() for parameter, state in optimizer.state.items())
     without = checkpoint_of(parsed("--momentum", "0"))
     assert without["optimizer"]["state"] == {}
-    assert taken(without, monkeypatch).options["momentum"] == 0
+    assert taken(without, monkeypatch).options.momentum == 0
 
 
 def test_tensors_of_a_file_that_share_memory_become_tensors_of_their_own(monkeypatch):
@@ -438,7 +440,7 @@ def test_tensors_of_a_file_that_share_memory_become_tensors_of_their_own(monkeyp
     shared = torch.zeros(1).expand(64)
     for name in ("bn1.weight", "bn1.bias", "layer1.0.bn1.weight"):
         content["model"][name] = shared
-    net = taken(content, monkeypatch).build_net()
+    net = taken(content, monkeypatch).net
     with torch.no_grad():
         net.bn1.weight[0] = 5.0
     assert [tensor.sum() for tensor in (net.bn1.weight, net.bn1.bias, net.layer1[0].bn1.weight)] == [5.0, 0.0, 0.0]
@@ -527,7 +529,7 @@ def test_other_class_names_and_another_runs_best_net_are_refused(toy_voc, tmp_pa
 def test_a_best_net_without_a_score_is_damaged(score, tmp_path):
     torch.save({"meta": {"val_mean_iou": score}}, tmp_path / "best.pth")
     with pytest.raises(UserError, match="the best snapshot so far, is damaged"):
-        validation._score_of(tmp_path / "best.pth")
+        validation.mean_iou_of(tmp_path / "best.pth")
 
 
 def test_a_damaged_log_is_cut_to_what_can_be_read(tmp_path):

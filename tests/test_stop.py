@@ -190,7 +190,9 @@ def test_a_stop_in_the_last_save(validated, toy_voc, tmp_path, monkeypatch, capf
     if not validated:
         assert "VOC12_scenes_2.pth; next: python evaluate.py" in said.out
         return
-    assert said.out.splitlines()[-1].startswith("all 2 steps are done and saved, but the last net is not scored; add --resume")
+    assert said.out.splitlines()[-1].startswith(
+        "all 2 steps are done and saved, but the last net is not evaluated; add --resume"
+    )
     assert torch.load(tmp_path / "best.pth", weights_only=True)["meta"]["step"] == 1
     assert [line["step"] for line in log_lines(tmp_path) if "val_mean_iou" in line] == [1]
     assert train(toy_voc, tmp_path, "--resume") == 0

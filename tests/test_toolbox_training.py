@@ -2,7 +2,6 @@
 
 import os
 import signal
-from argparse import Namespace
 from functools import wraps
 
 import pytest
@@ -16,10 +15,10 @@ from deeplab.weights import load_weights
 from tests.helpers import TOY_CLASSES
 from tests.helpers_runs import SMALL, log_lines, model, train
 from utils.command import UserError
+from utils.options import Options
+from utils.training.identity import kept_options, resumed_options
 from utils.training.loop import seed_dropout
-from utils.training.options import settle_options, training_parser
-from utils.training.setup import check_net_options
-from utils.training.start import options_of, resumed_options
+from utils.training.options import check_net_options, settle, training_parser
 
 NONE = ["--restore-from", "none", "--num-steps", "2"]
 
@@ -48,13 +47,11 @@ def test_the_net_says_its_defaults_and_options_win(toy_voc, tmp_path):
 def test_published_values_for_the_nets_on_cityscapes(batch_size, iter_size):
     """Facts of the toolbox: batch 8, 40,000 steps, crops of 769, scales 0.7 to 2.1. What is given, or a run's own, wins."""
 
-    def settled(*words: str) -> Namespace:
+    def settled(*words: str) -> Options:
         parser = training_parser("", batch_size=batch_size, iter_size=iter_size, snapshot_dir="snapshots")
-        args = parser.parse_args(list(words))
-        settle_options(args)
-        return args
+        return settle(parser.parse_args(list(words)))
 
-    def values(args: Namespace) -> tuple:
+    def values(args: Options) -> tuple:
         return args.batch_size, args.iter_size, args.num_steps
 
     for net in sorted(NETS.keys() - {"deeplabv2"}):
@@ -70,9 +67,9 @@ def test_published_values_for_the_nets_on_cityscapes(batch_size, iter_size):
         assert values(settled("--dataset", "cityscapes", "--net", net, *given)) == (4, 2, 7)
         assert values(settled("--net", net)) == (batch_size, iter_size, 20_000)
     args = settled("--dataset", "cityscapes", "--net", "pspnet", "--resume")
-    begun = {**options_of(args), "batch_size": 10, "iter_size": 1, "num_steps": 20_000}
+    begun = {**kept_options(args), "batch_size": 10, "iter_size": 1, "num_steps": 20_000}
     options, _ = resumed_options(args, {"args": begun, "net": "pspnet"}, 5, begun.get("loss", "single_scale_loss"))
-    assert (options["batch_size"], options["iter_size"], options["num_steps"]) == (10, 1, 20_000)
+    assert values(options) == (10, 1, 20_000)
     for words in (["--dataset", "cityscapes"], ["--dataset", "cityscapes", "--net", "deeplabv2"]):
         assert values(settled(*words)) == (batch_size, iter_size, 20_000)
 
@@ -188,7 +185,7 @@ def test_what_does_not_go_together_is_refused(options, words, toy_voc, tmp_path)
 
 
 def test_shared_statistics_need_some():
-    args = Namespace(sync_bn=True, batch_norm="frozen", net="deeplabv2", batch_size=2)
+    args = Options({"sync_bn": True, "batch_norm": "frozen", "net": "deeplabv2", "batch_size": 2})
     with pytest.raises(UserError, match="add --batch-norm full"):
         check_net_options(args)
 
