@@ -21,6 +21,7 @@ from dataset import (
     TrainTransform,
     VOCSegmentation,
 )
+from dataset.classes import ClassFile, read_class_file
 from deeplab import Net
 from deeplab.loss import LossFunction, Objective, Ohem
 from deeplab.toolbox import ChannelDropout
@@ -110,12 +111,13 @@ def set_up(args: Namespace, loss_function: LossFunction, stack: ExitStack) -> Ru
     resumed = resume(asked, loss)
     options = resumed.options if resumed else asked
     device = distributed.everywhere(lambda: choose_device(options))  # before any weights are read
-    start = resumed or begin(options, loss)
+    class_file = distributed.everywhere(lambda: read_class_file(options.data_dir))
+    start = resumed or begin(options, loss, class_file)
     options = start.options
     distributed.everywhere(lambda: check_net_options(options))
 
     # The data.
-    data, data_list = distributed.everywhere(lambda: open_training_data(options))
+    data, data_list = distributed.everywhere(lambda: open_training_data(options, class_file))
     ids = compare_data(data, device.type, start.checkpoint.get("ids"), start.classes if resumed else None)
     run_id = start.run if resumed else new_run(options, data.ids, start.net)
     names = data.names or start.classes
@@ -156,7 +158,7 @@ def set_up(args: Namespace, loss_function: LossFunction, stack: ExitStack) -> Ru
     # What is watched, saved and said.
     seen, colors = start.seen_voc_val or seen_val(data), classes.palette[: options.num_classes].tolist()
     meta = make_meta(net, names, start.step, vars(options), seen_voc_val=seen, colors=colors, run=run_id)
-    validation = Validation(options, run_id) if options.val_every else None
+    validation = Validation(options, class_file, run_id) if options.val_every else None
 
     def open_log() -> RunLog | None:
         return stack.enter_context(RunLog(lock, vars(options), start.step)) if distributed.is_main() else None
@@ -198,12 +200,12 @@ def choose_device(options: Options) -> torch.device:
     return device
 
 
-def open_training_data(options: Options) -> tuple[VOCSegmentation, Path]:
+def open_training_data(options: Options, classes: ClassFile | None = None) -> tuple[VOCSegmentation, Path]:
     """The training set with its augmentation, and the list of ids that it comes from."""
     transforms: list[Any] = [RandomScale(*options.scale_range)] if options.random_scale else []
     transforms += [RandomMirror()] if options.random_mirror else []
     transforms += [PadCrop(options.input_size)]
-    return open_dataset(options, "train", options.num_classes, TrainTransform(options.random_seed, transforms))
+    return open_dataset(options, "train", options.num_classes, TrainTransform(options.random_seed, transforms), classes)
 
 
 def loss_options(options: Options) -> dict[str, object]:

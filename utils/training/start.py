@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from dataset import DATASETS, count_classes, read_class_names
+from dataset import DATASETS
+from dataset.classes import ClassFile
 from deeplab import NETS, Net
 from deeplab.weights import CONFIG, build_net, load_weights
 from utils import distributed
@@ -98,16 +99,16 @@ def _step_of(path: Path) -> int:
         return 0
 
 
-def begin(options: Options, loss: str) -> Start:
+def begin(options: Options, loss: str, class_file: ClassFile) -> Start:
     """The start of a new run, made by process 0 for all: from ``--restore-from``, or from random values.
 
     Raises:
         UserError, WeightsError: nothing to restore from, weights that do not fit, or a folder that holds another run.
     """
-    return distributed.from_main(lambda: _begin(options, loss))
+    return distributed.from_main(lambda: _begin(options, loss, class_file))
 
 
-def _begin(options: Options, loss: str) -> Start:
+def _begin(options: Options, loss: str, class_file: ClassFile) -> Start:
     refuse_other_run(Path(options.snapshot_dir))
     torch.manual_seed(options.random_seed)
     weights = None
@@ -116,7 +117,7 @@ def _begin(options: Options, loss: str) -> Start:
             advice = "`python scripts/download.py list` shows how to get it"
             raise UserError(f"{INITIAL_WEIGHTS} does not exist: {advice}; --restore-from none trains from scratch")
         weights = load_weights(options.restore_from, options.trunk, options.abn)
-    num_classes, classes, line = _classes(options, weights.meta if weights else {})
+    num_classes, classes, line = _classes(options, class_file, weights.meta if weights else {})
     name = options.net or (weights.config if weights else {}).get("net", "deeplabv2")
     options = options.replace(**{key: value for key, value in NETS[name].defaults.items() if key not in options.given})
     net, report = build_net(
@@ -138,7 +139,7 @@ def _begin(options: Options, loss: str) -> Start:
     return Start(Options(settled), net, 0, seen, lines, classes)
 
 
-def _classes(options: Options, meta: dict[str, Any]) -> tuple[int, list[str] | None, str]:
+def _classes(options: Options, class_file: ClassFile, meta: dict[str, Any]) -> tuple[int, list[str] | None, str]:
     """How many classes a new run has, their names where somebody gave them, and a line that says who.
 
     Args:
@@ -147,12 +148,12 @@ def _classes(options: Options, meta: dict[str, Any]) -> tuple[int, list[str] | N
     if names := DATASETS[options.dataset].NAMES:
         return len(names), list(names), f"{len(names)} classes, those of {DATASETS[options.dataset].TITLE}"
     if "num_classes" in options.given:
-        return options.num_classes, read_class_names(options.data_dir, options.num_classes), f"{options.num_classes} classes"
-    if count := count_classes(options.data_dir, options.ignore_label):
+        return options.num_classes, class_file.names(options.num_classes), f"{options.num_classes} classes"
+    if count := class_file.count(options.ignore_label):
         return (
             count,
-            read_class_names(options.data_dir, count),
-            f"{count} classes, those of {Path(options.data_dir) / 'classes.txt'}",
+            class_file.names(count),
+            f"{count} classes, those of {class_file.path}",
         )
     if count := meta.get("num_classes"):
         return count, meta.get("classes"), f"{count} classes, those of {options.restore_from}"

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from dataset import to_input
+from dataset.classes import ClassFile
 from deeplab.inference import predict_classes
 from deeplab.weights import check_sums
 from utils import distributed
@@ -31,6 +32,7 @@ class Validation:
 
     Args:
         options: of the training; ``val_list`` names the images.
+        class_file: of the data set.
         run_id: what tells this run's files from another's.
 
     Attributes:
@@ -41,9 +43,10 @@ class Validation:
             of another run.
     """
 
-    def __init__(self, options: Options, run_id: str | None) -> None:
+    def __init__(self, options: Options, class_file: ClassFile, run_id: str | None) -> None:
         of_list = options.replace(data_list=options.val_list)
-        self.data, self.data_list = distributed.everywhere(lambda: open_dataset(of_list, "val", options.num_classes))
+        opened = distributed.everywhere(lambda: open_dataset(of_list, "val", options.num_classes, classes=class_file))
+        self.data, self.data_list = opened
         distributed.check_same({f"validation {name}": value for name, value in what_is_compared(self.data).items()})
         self.best_path = Path(options.snapshot_dir) / "best.pth"
         self.best, found = distributed.from_main(lambda: mean_iou_of(self.best_path))
