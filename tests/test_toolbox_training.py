@@ -175,7 +175,7 @@ def test_evaluation_and_prediction_take_the_net_from_the_snapshot(toy_voc, tmp_p
     [
         (["--aux-weight", "0.4"], "--aux-weight is of an auxiliary head, which deeplabv2 has none of"),
         (["--ohem-keep", "5"], "--ohem-keep says how --ohem chooses"),
-        (["--net", "pspnet", "--batch-size", "1"], "give pspnet at least two pictures a process"),
+        (["--net", "pspnet", "--batch-size", "1"], "give pspnet at least two"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options, words, toy_voc, tmp_path):
