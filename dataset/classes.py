@@ -1,4 +1,4 @@
-"""Names and colours of the classes, PASCAL VOC's, Cityscapes' and a data set's own, the void label and the mean colour."""
+"""The classes of PASCAL VOC, of Cityscapes and of a ``classes.txt``: names and colours; the ignore label; the mean colour."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -19,6 +19,9 @@ IGNORE_LABEL = 255
 
 MEAN_BGR = (104.00698793, 116.66876762, 122.67891434)
 """Mean colour of the ImageNet training pictures, blue-green-red, 0..255, as the published nets subtract it."""
+
+_VOID = re.compile("void|ignored?|unlabell?ed", re.IGNORECASE)  # what a line for the ignore label is called
+_COLORED = re.compile(r"(.+?)[ \t]+(\d+)[ \t]+(\d+)[ \t]+(\d+)", re.ASCII)
 
 
 class NamedClass(NamedTuple):
@@ -86,10 +89,6 @@ def voc_colors(num_classes: int) -> dict[int, Color]:
     if num_classes != len(VOC_CLASSES):
         return {}
     return {**{row.id: row.color for row in VOC_CLASSES}, IGNORE_LABEL: VOID_COLOR}
-
-
-_VOID = re.compile("void|ignored?|unlabell?ed", re.IGNORECASE)  # what a line for the ignore label is called
-_COLORED = re.compile(r"(.+?)[ \t]+(\d+)[ \t]+(\d+)[ \t]+(\d+)", re.ASCII)
 
 
 def read_classes(path: str | Path) -> list[tuple[str, Color | None]]:

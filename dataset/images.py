@@ -1,4 +1,4 @@
-"""Pictures, and the text files beside them, read so that what is damaged is an error."""
+"""Images, read so that a damaged one is an error and never a wrong value; and the error of every reader."""
 
 import io
 import re
@@ -15,6 +15,14 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 LARGEST = 2**30  # pixels of a picture or label: OpenCV's own limit
 _ORIENTATION = 0x0112  # the EXIF tag
 _TIFF = (b"II*\0", b"MM\0*")
+# of PNG files
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))  # x, y, steps
+_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
+_PIECE = 4096  # compressed bytes, which inflate to 1032 times as many at most
+# of JPEG files
+_FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_WITH_CONTENTS = {*range(0xC0, 0xD0), *range(0xDA, 0xF0), 0xFE}
 
 
 class DatasetError(ValueError):
@@ -27,7 +35,8 @@ class DatasetError(ValueError):
         super().__init__(message.rsplit("DatasetError: ", 1)[-1].strip())
 
 
-def _read_bytes(path: str | Path, what: str) -> bytes:
+def read_bytes(path: str | Path, what: str) -> bytes:
+    """The contents of a file; DatasetError where it cannot be read, with ``what`` it is: "the image"."""
     try:
         if Path(path).is_char_device():  # such as /dev/zero, which has no end
             raise DatasetError(f"{what} {path} is a device; expected a file")
@@ -49,7 +58,7 @@ def read_image(path: str | Path) -> np.ndarray:
 
 def read_picture(path: str | Path) -> tuple[np.ndarray, int]:
     """:func:`read_image`, and the EXIF orientation of the file: 1 as stored, 2..4 mirrored or turned over, 5..8 on its side."""
-    data = _read_bytes(path, "the picture")
+    data = read_bytes(path, "the picture")
     if data.startswith(b"\xff\xd8") and (damage := _jpeg_damage(data)):
         raise DatasetError(f"the picture {path} {damage}; fetch it again")
     if data.startswith(PNG_SIGNATURE) and (damage := png_damage(data)):
@@ -121,11 +130,6 @@ def _png_shortage(data: bytes, pixels: bytes) -> str:
     return f"its pixels end after {held} of {promised} bytes, for {width}x{height} pixels"
 
 
-_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))  # x, y, steps
-_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
-_PIECE = 4096  # compressed bytes, which inflate to 1032 times as many at most
-
-
 def _jpeg_damage(data: bytes) -> str:
     """What is wrong with a JPEG, of which OpenCV fills the missing part with grey; "" where no marker tells it.
 
@@ -154,11 +158,6 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
         if marker == 0xD9:
             return
         position += length
-
-
-_FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)
-_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
-_WITH_CONTENTS = {*range(0xC0, 0xD0), *range(0xDA, 0xF0), 0xFE}
 
 
 def _orientation(data: bytes) -> int:

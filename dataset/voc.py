@@ -8,24 +8,10 @@ from typing import Any, ClassVar
 import numpy as np
 from torch.utils.data import Dataset
 
-from dataset.classes import IGNORE_LABEL, ClassFile, Color, read_class_file, read_class_names
-from dataset.images import DatasetError, read_image, read_picture
+from dataset.classes import IGNORE_LABEL, ClassFile, Color, read_class_file
+from dataset.images import DatasetError, read_picture
 from dataset.labels import read_label
-from dataset.lists import IMAGE_DIR, LABEL_SUFFIXES, PICTURE_SUFFIXES, Entry, Listing, below, read_ids, read_list
-
-__all__ = [
-    "TRAIN_LISTS",
-    "VAL_LISTS",
-    "DatasetError",
-    "Entry",
-    "VOCSegmentation",
-    "find_list",
-    "read_class_names",
-    "read_ids",
-    "read_image",
-    "read_label",
-    "read_list",
-]
+from dataset.lists import IMAGE_DIR, LABEL_SUFFIXES, PICTURE_SUFFIXES, Entry, Listing, below, read_list
 
 LABEL_DIRS = ("SegmentationClassAug", "SegmentationClass")
 TRAIN_LISTS = ("ImageSets/SegmentationAug/train_aug.txt", "ImageSets/Segmentation/train.txt")

@@ -34,8 +34,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.argtypes import positive, size, target_text
-from utils.command import Parser, run_command
+from utils.argtypes import Parser, positive, size, target_text
+from utils.command import run_command
 from utils.options import BACKBONE_NAMES, NET_NAMES, add_device_options
 
 if TYPE_CHECKING:  # the parts import torch, which --help need not wait for

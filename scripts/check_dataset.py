@@ -24,11 +24,12 @@ from dataset.classes import IGNORE_LABEL, Color, read_class_file
 from scripts.data.causes import cityscapes_causes, few, likely_causes
 from scripts.data.inspection import MOST, Inspection, inspect
 from scripts.data.parallel import parallel_map
-from utils.argtypes import class_count, helpers, label_value, target_text
-from utils.command import GivenParser, default_processes, run_command
+from utils.argtypes import GivenParser, class_count, helpers, label_value, target_text
+from utils.command import run_command
 from utils.files import save_json
 from utils.options import CITYSCAPES, DATA_DIR, add_dataset_option, settle_dataset
 from utils.outputs import OUTPUT_MARK, Output, check_outputs
+from utils.processes import default_processes
 
 KINDS = (
     "missing picture",

@@ -29,7 +29,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.command import Parser, UserError, run_command
+from utils.argtypes import Parser
+from utils.command import UserError, run_command
 from utils.options import add_abn_option
 
 SCHEMES = ("snapshot", "published", "kazuto", "torchvision-trunk", "safetensors")

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts.data.archive import record_of, unpack, unpacked
 from scripts.data.catalogue import CATALOGUE, Item
 from scripts.data.download import ChecksumError, check, fetch, take
-from utils.argtypes import positive, target
-from utils.command import Parser, UserError, run_command
+from utils.argtypes import Parser, positive, target
+from utils.command import UserError, run_command
 
 
 def print_table(data_dir: Path, weights_dir: Path) -> None:

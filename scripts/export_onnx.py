@@ -18,7 +18,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.command import Parser, UserError, run_command
+from utils.argtypes import Parser
+from utils.command import UserError, run_command
 from utils.files import write_atomically
 from utils.options import add_abn_option
 from utils.outputs import OUTPUT_MARK, Output, check_outputs, mark_zip

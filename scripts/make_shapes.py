@@ -27,8 +27,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset.classes import IGNORE_LABEL
-from utils.argtypes import size, target
-from utils.command import Parser, UserError, run_command
+from utils.argtypes import Parser, size, target
+from utils.command import UserError, run_command
 from utils.visualize import save_indexed_png
 
 CLASSES = ("background", "disc", "square", "triangle", "ring", "star", "cross")

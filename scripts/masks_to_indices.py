@@ -38,9 +38,10 @@ from dataset.voc import LABEL_DIRS, TRAIN_LISTS, VAL_LISTS
 from scripts.data.colours import VOC, Table, find_table, read_labels
 from scripts.data.layouts import LISTS, Labelled, choose_lists, find_labelled, write_lines
 from scripts.data.parallel import parallel_map
-from utils.argtypes import below_one, helpers, not_negative, target
-from utils.command import Parser, UserError, default_processes, run_command
+from utils.argtypes import Parser, below_one, helpers, not_negative, target
+from utils.command import UserError, run_command
 from utils.files import remove_torn_files, write_atomically
+from utils.processes import default_processes
 from utils.visualize import save_indexed_png
 
 SHOWN = 50  # files in a message

@@ -13,8 +13,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.argtypes import target
-from utils.command import Parser, UserError, run_command
+from utils.argtypes import Parser, target
+from utils.command import UserError, run_command
 from utils.files import write_atomically
 from utils.outputs import OUTPUT_MARK, Output, check_outputs
 

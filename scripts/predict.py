@@ -24,11 +24,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.argtypes import below_one, helpers, numbers, positive, target
-from utils.command import Parser, UserError, default_processes, run_command
+from utils.argtypes import Parser, below_one, helpers, numbers, positive, target
+from utils.command import UserError, run_command
 from utils.files import write_atomically
 from utils.options import DATASETS, TRAINED_WEIGHTS, add_device_options, add_net_options, add_window_options
 from utils.outputs import Output, check_outputs, mark_zip
+from utils.processes import default_processes
 
 if TYPE_CHECKING:
     import torch

@@ -26,10 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataset import DatasetError, read_ids, read_list
 from scripts.data.masks import AUG_DIR, VOC_DIR, agrees, convert, read_ready, read_sbd, ready_masks, sbd_ids, set_aside
 from scripts.data.parallel import parallel_map
-from utils.argtypes import helpers, target
-from utils.command import Parser, default_processes, run_command
+from utils.argtypes import Parser, helpers, target
+from utils.command import run_command
 from utils.files import remove_torn_files, write_atomically
 from utils.options import DATA_DIR
+from utils.processes import default_processes
 
 SBD_FOLDER, SBD_ARCHIVE = Path("data/SBD/benchmark_RELEASE"), Path("data/SBD/benchmark.tgz")
 SBD_COUNT = 11355  # ids on SBD's train (8498) and val (2857) lists together

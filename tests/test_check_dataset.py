@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dataset import DatasetError, read_image
 from dataset.classes import voc_palette
-from dataset.voc import DatasetError, read_image
 from scripts import check_dataset
 from tests.pngs import PALETTE, RGB, png
 from utils.command import UserError

@@ -11,7 +11,8 @@ from importlib import import_module
 import pytest
 import torch
 
-from utils.command import Parser, Shown, run_command, shown
+from utils.argtypes import Parser
+from utils.command import Shown, run_command, shown
 
 TRAIN = ["--backbone", "resnet18", "--num-classes", "4", "--restore-from", "none", "--num-steps", "1", "--device", "cpu"]
 NET = ["--restore-from", "net.pth", "--device", "cpu"]

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dataset import DatasetError, VOCSegmentation, read_ids
 from dataset.classes import VOC_CLASSES
-from dataset.voc import DatasetError, VOCSegmentation, read_ids
 from scripts import prepare_voc
 from scripts.data.parallel import parallel_map
 from tests.helpers import hear_ctrl_c

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch.utils.data._utils.pin_memory import pin_memory
 
-import utils.command
+import utils.processes
 from dataset import MEAN_BGR, VOCSegmentation, read_label
 from deeplab import CRFParams, deeplabv2, dense_crf
 from tests.helpers import TOY_CLASSES, TOY_SIZES, save_palette_png
@@ -308,7 +308,7 @@ def test_what_travels_from_the_workers(toy_voc, monkeypatch):
 
 def test_crf_processes_share_the_cores(monkeypatch):
     for cores, processes, expected in ((1, "1", 1), (16, "4", 4), (128, "1", 32), (2, "8", 1)):
-        monkeypatch.setattr(utils.command, "usable_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(utils.processes, "usable_cores", lambda cores=cores: cores)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
         assert evaluation_parser("").parse_args([]).crf_workers == expected
 

@@ -1,13 +1,42 @@
-"""Value types of the command line: each reads one argument, or says in a sentence what it should have been."""
+"""The command line's parser, and its value types: each reads one argument, or says in a sentence what it should have been."""
 
 import argparse
 import math
+import sys
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 LARGEST_NUMBER = 2**31 - 1  # on a command line
 LARGEST_SIDE = 2**16 - 1  # of crops, canvases and tiles, pixels
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, which would read ``--option=--`` as no value at all."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        for word in sys.argv[1:] if args is None else args:
+            if word.startswith("-") and word.endswith("=--"):
+                self.error(f"{word}: '--' is no value; put ./ before the name of such a file")
+        return super().parse_known_args(args, namespace)
+
+
+class GivenParser(Parser):
+    """An argument parser whose namespaces tell which options were on the command line: ``args.given``, a set of names."""
+
+    def parse_args(  # type: ignore[override]  # narrower: no namespace is ever given
+        self, args: Sequence[str] | None = None
+    ) -> argparse.Namespace:
+        result = super().parse_args(args)
+        defaults = {name: self.get_default(name) for name in vars(result)}
+        not_given = object()
+        self.set_defaults(**dict.fromkeys(defaults, not_given))
+        again = super().parse_args(args)
+        self.set_defaults(**defaults)
+        result.given = {name for name, value in vars(again).items() if value is not not_given}
+        return result
 
 
 def target_text(text: str) -> str:

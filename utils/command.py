@@ -1,6 +1,5 @@
-"""How a command of this project is called and how it ends: errors that are the user's to mend, value types, exit statuses."""
+"""How a command of this project ends: errors that are the user's to mend, exit statuses, and what a terminal is shown."""
 
-import argparse
 import atexit
 import errno
 import os
@@ -8,14 +7,19 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 from utils.processes import STOP_SIGNALS, is_heard
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk, of its share
+# torch on the CPU, torch on CUDA, OpenCV
+_NO_MEMORY = re.compile(
+    r"Storage size calculation overflowed|tried to allocate \d+ bytes|CUDA out of memory|Failed to allocate \d+ bytes"
+)
+# gloo, NCCL
+_OTHER_GONE = re.compile(r"gloo[/\\]transport|Connection (closed|reset) by peer|ncclRemoteError|remote process exit")
 
 
 class UserError(Exception):
@@ -156,65 +160,5 @@ def _one_of_several() -> bool:
     return os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
 
 
-# torch on the CPU, torch on CUDA, OpenCV
-_NO_MEMORY = re.compile(
-    r"Storage size calculation overflowed|tried to allocate \d+ bytes|CUDA out of memory|Failed to allocate \d+ bytes"
-)
-# gloo, NCCL
-_OTHER_GONE = re.compile(r"gloo[/\\]transport|Connection (closed|reset) by peer|ncclRemoteError|remote process exit")
-
-
 def _exit_by_signal(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
-
-
-def usable_cores() -> int:
-    """The processor cores that this process may use, at least 1.
-
-    What the scheduler allows (affinity, as ``taskset`` and Slurm set it) and the quota of the control group (``docker --cpus``,
-    Kubernetes limits; version 2, https://docs.kernel.org/admin-guide/cgroup-v2.html), not what the machine has.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):  # no control groups, or "max": no quota
-        pass
-    return cores
-
-
-def default_processes(most: int) -> int:
-    """How many helper processes to start where nobody says: this process's share of the cores, at most ``most``.
-
-    The cores are shared by the processes that torchrun (LOCAL_WORLD_SIZE) or Slurm (SLURM_NTASKS_PER_NODE) started on this
-    machine. Windows cannot wait for more than 61 processes at a time.
-    """
-    siblings = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or "1"
-    share = usable_cores() // (int(siblings) if siblings.isdecimal() and int(siblings) else 1)
-    return max(1, min(share, most, 61 if sys.platform == "win32" else most))
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse's, which would read ``--option=--`` as no value at all."""
-
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        for word in sys.argv[1:] if args is None else args:
-            if word.startswith("-") and word.endswith("=--"):
-                self.error(f"{word}: '--' is no value; put ./ before the name of such a file")
-        return super().parse_known_args(args, namespace)
-
-
-class GivenParser(Parser):
-    """An argument parser whose namespaces tell which options were on the command line: ``args.given``, a set of names."""
-
-    def parse_args(  # type: ignore[override]  # narrower: no namespace is ever given
-        self, args: Sequence[str] | None = None
-    ) -> argparse.Namespace:
-        result = super().parse_args(args)
-        defaults = {name: self.get_default(name) for name in vars(result)}
-        not_given = object()
-        self.set_defaults(**dict.fromkeys(defaults, not_given))
-        again = super().parse_args(args)
-        self.set_defaults(**defaults)
-        result.given = {name for name, value in vars(again).items() if value is not not_given}
-        return result

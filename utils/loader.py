@@ -1,4 +1,4 @@
-"""From the command line's data options to a data set and its loader."""
+"""From the command line's data options to a data set, its loader, and the life of that loader's workers."""
 
 import multiprocessing
 import os

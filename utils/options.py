@@ -6,15 +6,9 @@ from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from utils.argtypes import (
-    helpers,
-    label_value,
-    not_negative,
-    numbers,
-    share,
-    size,
-)
-from utils.command import UserError, default_processes
+from utils.argtypes import helpers, label_value, not_negative, numbers, share, size
+from utils.command import UserError
+from utils.processes import default_processes
 
 DATA_DIR = "data/VOCdevkit/VOC2012"
 INITIAL_WEIGHTS = "weights/MS_DeepLab_resnet_pretrained_COCO_init.pth"

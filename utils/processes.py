@@ -1,15 +1,43 @@
-"""What the helper processes of a command do on stop requests and at the end of the main process."""
+"""The helper processes of a command: how many there are, and what they do on stop requests and at the end of the main one."""
 
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # Windows has the first two
 STOP_SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+
+
+def usable_cores() -> int:
+    """The processor cores that this process may use, at least 1.
+
+    What the scheduler allows (affinity, as ``taskset`` and Slurm set it) and the quota of the control group (``docker --cpus``,
+    Kubernetes limits; version 2, https://docs.kernel.org/admin-guide/cgroup-v2.html), not what the machine has.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no control groups, or "max": no quota
+        pass
+    return cores
+
+
+def default_processes(most: int) -> int:
+    """How many helper processes to start where nobody says: this process's share of the cores, at most ``most``.
+
+    The cores are shared by the processes that torchrun (LOCAL_WORLD_SIZE) or Slurm (SLURM_NTASKS_PER_NODE) started on this
+    machine. Windows cannot wait for more than 61 processes at a time.
+    """
+    siblings = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or "1"
+    share = usable_cores() // (int(siblings) if siblings.isdecimal() and int(siblings) else 1)
+    return max(1, min(share, most, 61 if sys.platform == "win32" else most))
 
 
 def is_heard(number: int) -> bool:

@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.benchmark import Measurement, TaskSpec, timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils.command import usable_cores
 from utils.device import select_device
+from utils.processes import usable_cores
 
 DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}

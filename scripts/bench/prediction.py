@@ -16,11 +16,11 @@ from deeplab.inference import canvas_size
 from scripts.bench import reference
 from scripts.bench.inputs import open_images, our_modes, random_net, reference_net
 from scripts.bench.measure import Row, Runner, Table
-from utils.command import default_processes, usable_cores
 from utils.evaluation.crf_pool import CRFPool
 from utils.evaluation.images import Sample, Samples
 from utils.evaluation.predict import to_device
 from utils.evaluation.score import score
+from utils.processes import default_processes, usable_cores
 
 
 def evaluate(args: Namespace, device: torch.device) -> Table:

@@ -2,9 +2,9 @@
 
 from functools import partial
 
-from utils.argtypes import below_one, class_count, numbers, positive, size, target_text
-from utils.command import GivenParser, default_processes
+from utils.argtypes import GivenParser, below_one, class_count, numbers, positive, size, target_text
 from utils.options import TRAINED_WEIGHTS, add_data_options, add_device_options, add_net_options, add_window_options
+from utils.processes import default_processes
 
 
 def evaluation_parser(description: str) -> GivenParser:

@@ -17,7 +17,8 @@ from dataset import (
     one_class_warning,
 )
 from utils import distributed
-from utils.command import UserError, usable_cores
+from utils.command import UserError
+from utils.processes import usable_cores
 
 
 class ClassWatch:

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from utils.argtypes import (
+    GivenParser,
     below_one,
     class_count,
     not_negative,
@@ -16,7 +17,7 @@ from utils.argtypes import (
     target_text,
     whole,
 )
-from utils.command import GivenParser, UserError
+from utils.command import UserError
 from utils.options import (
     BATCH_NORM_MODES,
     CITYSCAPES,
