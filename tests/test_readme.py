@@ -57,7 +57,7 @@ def test_scripts_and_options_that_are_named_exist():
     """``--option`` anywhere in the text is an option of some program, and what looks like a script is a file."""
     for name in re.findall(r"`((?:scripts/)?\w+\.(?:py|sh))`", TEXT):
         assert (ROOT / name).is_file() or list(ROOT.glob(f"*/{name}")), name
-    programs = [*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py"), *(ROOT / "utils").glob("*options.py")]
+    programs = [*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py"), *(ROOT / "utils").rglob("options.py")]
     known = set(re.findall(r'"(--[a-z0-9-]+)"', "".join(path.read_text(encoding="utf-8") for path in programs)))
     foreign = re.compile(r"`[^`]*\b(?:docker|sbatch|srun)\b[^`]*`|`--(?:shm-size|ipc|signal)[^`]*`")
     text = foreign.sub("", TEXT)
