@@ -33,8 +33,19 @@ import torch
 import deeplab  # noqa: F401  (what is imported here costs no child any time)
 import train
 from deeplab.weights import check_sums
-from tests.fault_programs import Lost, Slow, bytes_of, fork, kill, make_archive, multiply, tools, undisturbed, unfinished
 from tests.helpers import ROOT, make_toy_voc
+from tests.helpers_fault_programs import (
+    Lost,
+    Slow,
+    bytes_of,
+    fork,
+    kill,
+    make_archive,
+    multiply,
+    tools,
+    undisturbed,
+    unfinished,
+)
 from tests.helpers_runs import SCRATCH, SMALL, log_lines
 from utils.checkpoint import load_checkpoint
 from utils.evaluation import run as evaluation  # noqa: F401

@@ -3,9 +3,9 @@
     python tests/hostile.py --files 20000 --seed 1      # by hand; the suite runs a few hundred
     python tests/hostile.py --seed 1 --only 4711        # one file again
 
-Each file is a specimen (tests/specimens.py) with one to three changes. It is read in a forked process with a limit of its
-memory, so that a crash, a hang and a giant allocation are seen. A file in a format with check sums must be refused or give what
-was in the whole one.
+Each file is a specimen (tests/helpers_specimens.py) with one to three changes. It is read in a forked process with a limit of
+its memory, so that a crash, a hang and a giant allocation are seen. A file in a format with check sums must be refused or give
+what was in the whole one.
 """
 
 import argparse
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset import DatasetError
 from deeplab.weights import WeightsError
-from tests.specimens import Refused, Specimen, specimens
+from tests.helpers_specimens import Refused, Specimen, specimens
 from utils.command import UserError
 
 SECONDS = 10  # a file that takes longer hangs

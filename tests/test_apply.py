@@ -7,12 +7,12 @@ import torch
 
 from deeplab import deeplabv2
 from deeplab.weights import WeightsError, apply_weights, load_weights
-from tests.helpers_weights import HEAD, load_into_new_net, save
-from tests.published import (
+from tests.helpers_published import (
     narrow_state,
     random_net,
     seeded_and_tidy,  # noqa: F401
 )
+from tests.helpers_weights import HEAD, load_into_new_net, save
 
 
 def test_untrained_heads_are_dropped_with_a_line(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from deeplab.weights import WeightsError, load_weights
 from deeplab.weights.caffemodel import CaffeModel, caffe_state
 from deeplab.weights.names import canonical_from_caffe
-from tests.published import batch_norm_layer, blob, caffe_bytes, caffe_layers, layer, message, narrow_state, varint
+from tests.helpers_published import batch_norm_layer, blob, caffe_bytes, caffe_layers, layer, message, narrow_state, varint
 
 
 def read(data):

@@ -14,7 +14,7 @@ from PIL import Image
 from dataset import DatasetError, read_image
 from dataset.classes import voc_palette
 from scripts import check_dataset
-from tests.pngs import PALETTE, RGB, png
+from tests.helpers_pngs import PALETTE, RGB, png
 from utils.command import UserError
 
 SCRIPT = Path(check_dataset.__file__)

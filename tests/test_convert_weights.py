@@ -16,7 +16,7 @@ from deeplab import DeepLabV2
 from deeplab.weights import EXPORTS, TRUNKS, VERSION, WeightsError, load_weights
 from deeplab.weights.stem import STEM
 from scripts import convert_weights
-from tests.published import kazuto_state, random_net, seeded_and_tidy, tensorflow_arrays  # noqa: F401
+from tests.helpers_published import kazuto_state, random_net, seeded_and_tidy, tensorflow_arrays  # noqa: F401
 from utils.command import UserError
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "convert_weights.py"

@@ -82,7 +82,8 @@ def command(toy_voc: Path, snapshot: Path, out: Path, pictures: int, num_workers
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_the_real_command_under_every_start_method(toy_voc, snapshot, tmp_path, method):
-    arguments = [sys.executable, ROOT / "tests/start_method.py", method, *command(toy_voc, snapshot, tmp_path / "out", 2, 1)]
+    runner = [sys.executable, ROOT / "tests/helpers_start_method.py", method]
+    arguments = [*runner, *command(toy_voc, snapshot, tmp_path / "out", 2, 1)]
     result = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "after CRF" in result.stdout

@@ -13,7 +13,7 @@ import train as train_script
 from dataset import DatasetError, VOCSegmentation, read_image
 from dataset.images import read_picture
 from scripts import predict as predict_script
-from tests.pngs import RGB, chunk, interlaced_rows, png, rows_of
+from tests.helpers_pngs import RGB, chunk, interlaced_rows, png, rows_of
 from utils.command import run_command
 
 GRID = np.add.outer(np.arange(40) * 3, np.arange(56) * 2).astype(np.uint8)  # no two corners alike

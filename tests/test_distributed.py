@@ -29,7 +29,7 @@ from tests.helpers_runs import (
     train,
     train_msc,
 )
-from tests.two_ranks import FROZEN, HEADS, STOPPED, TWO_HEADS
+from tests.helpers_two_ranks import FROZEN, HEADS, STOPPED, TWO_HEADS
 from utils import distributed
 from utils.command import UserError
 from utils.device import select_device
@@ -44,13 +44,13 @@ def torchrun(script: str, *options, processes: int = 2) -> subprocess.CompletedP
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> tuple[Path, Path, list[dict]]:
-    """Everything that tests/two_ranks.py runs, in one pair of processes: the data, the folder, what each process says."""
+    """All that tests/helpers_two_ranks.py runs, in one pair of processes: the data, the folder, what each process says."""
     folder = tmp_path_factory.mktemp("two_ranks")
     toy = make_toy_voc(folder / "toy")
     # Running statistics that fit, so that the net behaves with frozen batch norm, too.
     train(toy, folder / "start", *SCRATCH, "--batch-norm", "stats", "--learning-rate", "0", "--num-steps", "25")
     pictures = {path: path.read_bytes() for name in ("JPEGImages", "SegmentationClassAug") for path in (toy / name).iterdir()}
-    result = torchrun("tests/two_ranks.py", toy, folder)
+    result = torchrun("tests/helpers_two_ranks.py", toy, folder)
     assert result.returncode == 0, result.stderr[-3000:]
     for path, content in pictures.items():
         path.write_bytes(content)

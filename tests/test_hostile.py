@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests import hostile
-from tests.specimens import Specimen, specimens
+from tests.helpers_specimens import Specimen, specimens
 
 EVERY = specimens()
 

@@ -10,7 +10,7 @@ from dataset import DatasetError, read_class_names, read_label, voc_palette
 from dataset.classes import VOC_NAMES, read_class_file
 from dataset.images import PNG_SIGNATURE
 from dataset.labels import BadLabel, check_palette, check_values, read_png
-from tests.pngs import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, chunk, interlaced_rows, png, rows_of
+from tests.helpers_pngs import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, chunk, interlaced_rows, png, rows_of
 
 BLACK, RED, PERSON, VOID = (0, 0, 0), (128, 0, 0), (192, 128, 128), (224, 224, 192)  # of VOC's 0, 1, 15, 255
 VOC = [tuple(color) for color in voc_palette().tolist()]

@@ -11,7 +11,7 @@ from PIL import Image
 from dataset import read_ids, read_label, voc_palette
 from scripts import check_dataset, masks_to_indices
 from scripts.data.layouts import write_lines
-from tests.pngs import GREY, PALETTE, RGB, png
+from tests.helpers_pngs import GREY, PALETTE, RGB, png
 from utils.command import UserError
 
 # Labels of 12 small pictures, none like another: row k is k written in four digits of base 4, class 3 as void where it says so.

@@ -7,8 +7,8 @@ import torch
 
 from deeplab.weights import WeightsError, load_weights
 from deeplab.weights.legacy_tar import read_tar_torch
-from tests.legacy_tar import tar_torch
-from tests.published import narrow_state, seeded_and_tidy  # noqa: F401
+from tests.helpers_legacy_tar import tar_torch
+from tests.helpers_published import narrow_state, seeded_and_tidy  # noqa: F401
 
 
 def assert_loads(path, state):

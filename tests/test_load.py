@@ -16,8 +16,7 @@ from dataset import MEAN_BGR
 from deeplab import deeplabv2, make_net
 from deeplab.weights import WeightsError, apply_weights, export, load_weights, stem
 from deeplab.weights.names import net_shapes
-from tests.helpers_weights import HEAD, load_into_new_net, save
-from tests.published import (
+from tests.helpers_published import (
     BN_LEAVES,
     caffe_bytes,
     canonical_modules,
@@ -29,6 +28,7 @@ from tests.published import (
     seeded_and_tidy,  # noqa: F401
     tensorflow_arrays,
 )
+from tests.helpers_weights import HEAD, load_into_new_net, save
 
 
 def assert_same_logits(path, source, atol=0.0):

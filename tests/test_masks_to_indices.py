@@ -10,7 +10,7 @@ from PIL import Image
 
 from dataset import DatasetError, read_label
 from scripts import masks_to_indices
-from tests.pngs import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, png
+from tests.helpers_pngs import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, png
 from utils.command import UserError
 
 SCRIPT = Path(masks_to_indices.__file__)

@@ -19,7 +19,7 @@ from scripts import prepare_voc
 from scripts.data.parallel import parallel_map
 from tests.helpers import hear_ctrl_c
 from tests.helpers_data import SIZES, TRAINVAL_AUG, jpeg_bytes, mat_bytes, png_bytes, sbd_mask, voc_mask, write
-from tests.pngs import PALETTE, png
+from tests.helpers_pngs import PALETTE, png
 from utils.command import UserError
 
 SCRIPT = Path(prepare_voc.__file__)

@@ -23,7 +23,7 @@ from deeplab.weights.names import (
     kazuto_from_canonical,
     strip_wrappers,
 )
-from tests.published import caffe_blocks, canonical_modules
+from tests.helpers_published import caffe_blocks, canonical_modules
 from utils.metrics import ConfusionMatrix
 from utils.training.optimizer import poly_lr
 

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from deeplab.weights import WeightsError, check_sums, load_weights
 from deeplab.weights.read import damaged, read_numpy
 from deeplab.weights.weights import Weights, some
-from tests.legacy_tar import tar_torch
-from tests.published import caffe_bytes, narrow_state, seeded_and_tidy, tensorflow_arrays  # noqa: F401
+from tests.helpers_legacy_tar import tar_torch
+from tests.helpers_published import caffe_bytes, narrow_state, seeded_and_tidy, tensorflow_arrays  # noqa: F401
 
 
 def save(path, content, **options):

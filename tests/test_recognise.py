@@ -12,7 +12,7 @@ import deeplab
 from deeplab.weights import WeightsError, apply_weights, build_net, load_net, load_weights
 from deeplab.weights.stem import picture_variance, to_bgr_input
 from scripts import convert_weights
-from tests.published import (
+from tests.helpers_published import (
     blob,
     caffe_bytes,
     kazuto_state,

@@ -16,7 +16,7 @@ import torch
 from deeplab import deeplabv2
 from tests.helpers import ROOT, make_toy_voc
 from tests.helpers_nets import randomise_batch_norm
-from tests.published import caffe_bytes, random_net
+from tests.helpers_published import caffe_bytes, random_net
 from utils.checkpoint import make_meta, save_snapshot
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="a script for bash")

@@ -15,7 +15,7 @@ from deeplab.weights import WeightsError, load_weights
 from scripts.data.archive import unpack
 from scripts.data.catalogue import Item
 from tests.helpers import ROOT
-from tests.legacy_tar import tar_torch
+from tests.helpers_legacy_tar import tar_torch
 from utils.checkpoint import _is_snapshot, load_checkpoint
 from utils.command import UserError
 from utils.training.start import _step_of

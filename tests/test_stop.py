@@ -55,7 +55,7 @@ def group_is_gone(process: subprocess.Popen) -> bool:
     ],
 )
 def test_a_signal_to_the_whole_group_saves(name, method, in_a_group, toy_voc, tmp_path):
-    process = begin(in_a_group, toy_voc, tmp_path, runner=("tests/start_method.py", method, "train.py"))
+    process = begin(in_a_group, toy_voc, tmp_path, runner=("tests/helpers_start_method.py", method, "train.py"))
     number = getattr(signal, name)
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)

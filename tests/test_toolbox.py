@@ -14,7 +14,7 @@ from deeplab import NETS, fold_batch_norm, load_net, make_net
 from deeplab.pspnet import BINS, pyramid
 from deeplab.weights import WeightsError, apply_weights, build_net, export, load_weights
 from scripts import convert_weights, export_onnx, predict
-from tests.published import random_net
+from tests.helpers_published import random_net
 from utils.evaluation.options import evaluation_parser
 from utils.evaluation.predict import open_trained_net
 from utils.training.options import training_parser

@@ -1,6 +1,6 @@
 """The training runs of test_distributed.py in two processes, one after another, so that they are started only once.
 
-    torchrun --nproc_per_node=2 tests/two_ranks.py TOY_VOC FOLDER
+    torchrun --nproc_per_node=2 tests/helpers_two_ranks.py TOY_VOC FOLDER
 
 Each run writes its snapshots below FOLDER, and each process what became of it to FOLDER/<rank>.json.
 """

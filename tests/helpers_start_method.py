@@ -1,4 +1,4 @@
-"""Run a command of the project under another start method: ``python tests/start_method.py spawn train.py --help``."""
+"""Run a command of the project under another start method: ``python tests/helpers_start_method.py spawn train.py --help``."""
 
 import multiprocessing
 import runpy

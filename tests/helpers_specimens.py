@@ -25,9 +25,9 @@ from deeplab.weights import load_weights
 from scripts.data.archive import unpack
 from scripts.data.catalogue import Item
 from scripts.data.masks import convert, read_ready, read_sbd, ready_masks, sbd_ids
-from tests.legacy_tar import tar_torch
-from tests.pngs import GREY, PALETTE, RGB, png
-from tests.published import caffe_bytes, kazuto_state, narrow_state, tensorflow_arrays
+from tests.helpers_legacy_tar import tar_torch
+from tests.helpers_pngs import GREY, PALETTE, RGB, png
+from tests.helpers_published import caffe_bytes, kazuto_state, narrow_state, tensorflow_arrays
 from utils.checkpoint import load_checkpoint
 from utils.training.validation import _score_of
 
