@@ -29,7 +29,7 @@ from tests.helpers_legacy_tar import tar_torch
 from tests.helpers_pngs import GREY, PALETTE, RGB, png
 from tests.helpers_published import caffe_bytes, kazuto_state, narrow_state, tensorflow_arrays
 from utils.checkpoint import load_checkpoint
-from utils.training.validation import _score_of
+from utils.training.validation import mean_iou_of
 
 HEIGHT, WIDTH = 30, 40
 
@@ -171,7 +171,7 @@ def weights() -> dict[str, Specimen]:
         "safetensors": Specimen("a.safetensors", save(small, {"meta": "{}", "format": "pt"}), read),
         "caffemodel": Specimen("a.caffemodel", caffe_bytes(middle, "resnet50", suffixes=("", "_res05"), eps=1e-5), read),
         "last.ckpt": Specimen("last.ckpt", saved(checkpoint), load_checkpoint, sums=True),
-        "best.pth": Specimen("best.pth", saved({"model": small, "meta": meta | {"val_mean_iou": 0.5}}), _score_of, sums=True),
+        "best.pth": Specimen("best.pth", saved({"model": small, "meta": meta | {"val_mean_iou": 0.5}}), mean_iou_of, sums=True),
     }
     inner = member_of(saved(checkpoint), "data.pkl")
     wrap = with_member(saved(checkpoint), "data.pkl")

@@ -19,7 +19,7 @@ from tests.helpers_legacy_tar import tar_torch
 from utils.checkpoint import _is_snapshot, load_checkpoint
 from utils.command import UserError
 from utils.training.start import _step_of
-from utils.training.validation import _score_of
+from utils.training.validation import mean_iou_of
 
 
 class Evil:
@@ -74,11 +74,11 @@ FILES = {  # name of the file -> how it is made, how it is loaded without care, 
         lambda p: np.load(p, allow_pickle=True)["conv1"],
         [load_weights],
     ),
-    "last.ckpt": (lambda p, evil: torch_file(p, checkpoint(evil)), plain, [load_weights, load_checkpoint, _score_of]),
+    "last.ckpt": (lambda p, evil: torch_file(p, checkpoint(evil)), plain, [load_weights, load_checkpoint, mean_iou_of]),
     "legacy.ckpt": (
         lambda p, evil: torch_file(p, checkpoint(evil), zipped=False),
         plain,
-        [load_weights, load_checkpoint, _score_of],
+        [load_weights, load_checkpoint, mean_iou_of],
     ),
 }
 
