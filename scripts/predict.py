@@ -13,7 +13,7 @@ import argparse
 import glob
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain, takewhile
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.argtypes import Parser, below_one, helpers, numbers, positive, target
 from utils.command import UserError, run_command
 from utils.files import write_atomically
-from utils.options import DATASETS, TRAINED_WEIGHTS, add_device_options, add_net_options, add_window_options
+from utils.options import DATASETS, TRAINED_WEIGHTS, Options, add_device_options, add_net_options, add_window_options
 from utils.outputs import Output, check_outputs, mark_zip
 from utils.processes import default_processes
 
@@ -85,6 +85,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_net_options(parser)
     add_device_options(parser)
+    parser.set_defaults(input_size=None)  # each picture's own size
     return parser.parse_intermixed_args(argv)  # pictures before and after the options
 
 
@@ -131,19 +132,19 @@ def _kind(entry: Path, suffixes: tuple[str, ...]) -> str:
     return "picture" if entry.suffix.lower() in (*suffixes, *VIDEO_SUFFIXES) else entry.suffix or "without suffix"
 
 
-def planned_outputs(source: Source, args: argparse.Namespace) -> list[Output]:
+def planned_outputs(source: Source, options: Options) -> list[Output]:
     """Every file that is made of a source; of a video, the last one to be finished, the first mask and those that are there."""
     if source.is_video:
-        there = (args.save_dir / source.name).glob("[0-9]*.png")
+        there = (options.save_dir / source.name).glob("[0-9]*.png")
         numbers = sorted({"000000", *(path.stem for path in there if path.stem.isdecimal())})
         endings = {f"mask of frame {number}": f"/{number}.png" for number in numbers} | {"video": ".mp4"}
     else:
         endings = {"mask": ".png"}
-        endings |= {"panel": "_panel.png"} if args.panels else {}
-        endings |= {"overlay": "_overlay.png"} if args.overlays else {}
-        endings |= {"probabilities": ".npz"} if args.probabilities else {}
+        endings |= {"panel": "_panel.png"} if options.panels else {}
+        endings |= {"overlay": "_overlay.png"} if options.overlays else {}
+        endings |= {"probabilities": ".npz"} if options.probabilities else {}
     return [
-        Output("--save-dir", args.save_dir, f"{source.name}{ending}", f"the {kind} of {source.path}")
+        Output("--save-dir", options.save_dir, f"{source.name}{ending}", f"the {kind} of {source.path}")
         for kind, ending in endings.items()
     ]
 
@@ -160,8 +161,8 @@ def main(argv: list[str] | None = None) -> int:
         pool = distributed.start(lambda: stack.enter_context(open_pool(args)) if args.crf else None)
         work = distributed.everywhere(lambda: open_work(args))
         pictures = [f"{source.name}{source.path.suffix}" for source in work.sources]
-        check_same_work(args, work.device, work.weights, {"pictures": pictures})
-        outputs = distributed.everywhere(lambda: {source: planned_outputs(source, args) for source in work.sources})
+        check_same_work(work.options, work.device, work.weights, {"pictures": pictures})
+        outputs = distributed.everywhere(lambda: {source: planned_outputs(source, work.options) for source in work.sources})
         read = [*(source.path for source in work.sources), args.restore_from]
         distributed.everywhere(lambda: check_outputs(chain.from_iterable(outputs.values()), read))  # before any of them writes
         distributed.everywhere(lambda: to_device(work.net, work.device, args.compile))
@@ -171,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
         left = [source for source in mine if source not in set(done)]
         if distributed.is_main():
             print(*work.lines, sep="\n")
-        broken = distributed.everywhere(lambda: segment(args, work, left, pool))
+        broken = distributed.everywhere(lambda: segment(work, left, pool))
     counts = distributed.gather((len(done), len(left) - len(broken)))
     broken = list(chain.from_iterable(distributed.gather(broken)))
     if distributed.is_main():
@@ -187,10 +188,11 @@ class Work(NamedTuple):
     """What a process predicts, and with what.
 
     Attributes:
-        lines: what to tell before.
+        lines: what to print before.
     """
 
-    sources: "list[Source]"
+    options: Options
+    sources: list[Source]
     net: "Net"
     weights: "Weights"
     device: "torch.device"
@@ -205,103 +207,71 @@ def open_work(args: argparse.Namespace) -> Work:
         UserError, WeightsError, DatasetError: something is missing, or does not fit.
     """
     from dataset.classes import CITYSCAPES_CLASSES
-    from utils.device import select_device
     from utils.evaluation.predict import open_trained_net, snapshot_colors
     from utils.visualize import Classes, class_names, make_palette
 
     sources, lines = find_sources(args.pictures)
     if args.probabilities and (videos := [source.path for source in sources if source.is_video]):
         raise UserError(f"--probabilities of a video ({videos[0]}) would fill the disk; leave it out, or take single frames")
-    device = select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
-    net, weights, loaded = open_trained_net(args)
+    net, weights, device, loaded = open_trained_net(args)
     table = CITYSCAPES_CLASSES if args.dataset == "cityscapes" else ()
     if table and net.num_classes != len(table):
         raise UserError(f"{args.restore_from} has {net.num_classes} classes, not Cityscapes' {len(table)}; leave --dataset out")
     names = class_names(net.num_classes, weights.meta.get("classes"), [row.name for row in table])
     colors = snapshot_colors(weights) or {index: row.color for index, row in enumerate(table)}
-    return Work(sources, net, weights, device, Classes(names, make_palette(colors)), [*loaded, *lines])
+    return Work(Options(vars(args)), sources, net, weights, device, Classes(names, make_palette(colors)), [*loaded, *lines])
 
 
-def segment(args: argparse.Namespace, work: Work, sources: list[Source], pool: "CRFPool | None") -> list[str]:
-    """Predict pictures and videos, and write what is asked for; why some could not be read."""
-    import torch
+def segment(work: Work, sources: list[Source], pool: "CRFPool | None") -> list[str]:
+    """Predict images and videos, and write what is asked for; why some could not be read."""
     from tqdm import tqdm
 
     from utils import distributed
-    from utils.evaluation.images import Broken, Picture, ReadablePictures, only_one
-    from utils.evaluation.predict import checked, logits_stride, predict, prediction_options
+    from utils.evaluation.images import ReadablePictures, readable, reading
+    from utils.evaluation.predict import logits_stride, prediction_options, predictions
     from utils.evaluation.video import BrokenVideo, VideoFile, check_frames, open_video, read_frames
-    from utils.loader import make_loader, running
     from utils.visualize import blend, save_panel, save_picture, save_prediction
 
-    net, device, classes = work.net, work.device, work.classes
-
-    def predictions(pictures: Iterable[Picture], keep: Callable) -> Iterator[tuple[Picture, np.ndarray]]:
-        """Each picture with its (H, W) uint8 classes; ``keep`` is called with the picture and its logits."""
-
-        def of_net() -> Iterator[tuple[Picture, torch.Tensor, np.ndarray]]:
-            for picture, logits, labels in predict(net, pictures, device, **prediction_options(args)):
-                mask = checked(picture.id, labels)
-                keep(picture, logits)
-                yield picture, logits, mask
-
-        if pool:
-            yield from pool.refine((picture, logits.cpu()) for picture, logits, _ in of_net())
-        else:
-            yield from ((picture, mask) for picture, _, mask in of_net())
-
-    broken = []
-
-    def readable(stream: Iterable[Picture | Broken]) -> Iterator[Picture]:
-        for picture in stream:
-            if isinstance(picture, Broken):
-                broken.append(picture.reason)
-            else:
-                yield picture
-
-    files = {str(source.path): args.save_dir / source.name for source in sources}
-
-    def save_probabilities(picture: Picture, logits: torch.Tensor) -> None:
-        if args.probabilities:
-            path = files[picture.id].with_name(f"{files[picture.id].name}.npz")
-            write_probabilities(path, picture, logits, classes.names, logits_stride(args.window))
-
-    pictures = ReadablePictures([(str(source.path), source.path) for source in sources if not source.is_video])
-    workers = min(args.num_workers, len(pictures))
-    loader = make_loader(pictures, [[index] for index in range(len(pictures))], workers, device, only_one)
+    options, net, device, classes, broken = work.options, work.net, work.device, work.classes, list[str]()
+    prediction = {**prediction_options(options), "pool": pool}
+    targets = {str(source.path): str(options.save_dir / source.name) for source in sources}
+    videos = [source.path for source in sources if source.is_video]
+    images = ReadablePictures([(str(source.path), source.path) for source in sources if not source.is_video])
+    workers = min(options.num_workers, len(images))
     bar = tqdm(total=len(sources), unit="file", disable=None if distributed.is_main() else True, dynamic_ncols=True)
-    with torch.inference_mode(), bar:
-        with running(loader) as stream:
-            for picture, mask in predictions(readable(stream), save_probabilities):
-                target, image = files[picture.id], picture.image[:, :, ::-1]
-                if args.panels:
-                    save_panel(target.with_name(f"{target.name}_panel.png"), image, None, mask, classes)
-                if args.overlays:
-                    overlay = blend(np.ascontiguousarray(image), mask, classes.palette)
-                    save_picture(target.with_name(f"{target.name}_overlay.png"), overlay)
-                save_prediction(target.with_name(f"{target.name}.png"), mask, classes.palette)
+    with bar:
+        with reading(images, range(len(images)), workers, device) as stream:
+            for picture in predictions(net, readable(stream, broken), device, keep_logits=options.probabilities, **prediction):
+                target, image, mask = targets[picture.id], picture.image[:, :, ::-1], picture.mask
+                if options.probabilities:
+                    write_probabilities(Path(f"{target}.npz"), picture, classes.names, logits_stride(options.window))
+                if options.panels:
+                    save_panel(Path(f"{target}_panel.png"), image, None, mask, classes)
+                if options.overlays:
+                    save_picture(Path(f"{target}_overlay.png"), blend(np.ascontiguousarray(image), mask, classes.palette))
+                save_prediction(Path(f"{target}.png"), mask, classes.palette)
                 bar.update()
-        for source in (source for source in sources if source.is_video):
-            target = files[str(source.path)]
+        for path in videos:
+            target = targets[str(path)]
             try:
-                video, rate = open_video(source.path)
-                with VideoFile(target.with_name(f"{target.name}.mp4"), rate) as film:
-                    for frame, mask in predictions(read_frames(video), lambda picture, logits: None):
-                        save_prediction(target / f"{frame.id}.png", mask, classes.palette)
-                        film.write(blend(np.ascontiguousarray(frame.image[:, :, ::-1]), mask, classes.palette))
-                        bar.set_postfix_str(f"{source.path.name}: frame {film.count}", refresh=False)
-                    check_frames(source.path, video, film.count)
+                video, rate = open_video(path)
+                with VideoFile(Path(f"{target}.mp4"), rate) as film:
+                    for frame in predictions(net, read_frames(video), device, **prediction):
+                        save_prediction(Path(target, f"{frame.id}.png"), frame.mask, classes.palette)
+                        film.write(blend(np.ascontiguousarray(frame.image[:, :, ::-1]), frame.mask, classes.palette))
+                        bar.set_postfix_str(f"{path.name}: frame {film.count}", refresh=False)
+                    check_frames(path, video, film.count)
             except BrokenVideo as error:
                 broken.append(str(error))
             bar.update()
     return broken
 
 
-def write_probabilities(path: Path, picture: "Picture", logits: "torch.Tensor", names: Sequence[str], stride: int) -> None:
-    """Save the softmax of a picture's (C, h, w) logits, ``stride`` pixels apart, at its own size, in blocks of rows."""
+def write_probabilities(path: Path, picture: "Picture", names: Sequence[str], stride: int) -> None:
+    """Save the softmax of an image's (C, h, w) logits, ``stride`` pixels apart, at its own size, in blocks of rows."""
     from deeplab.inference import enlarge_rows
 
-    size = picture.image.shape[:2]
+    size, logits = picture.image.shape[:2], picture.logits
     probabilities = np.empty((len(logits), *size), dtype=np.float16)
     for rows, block in enlarge_rows(logits[None], size, stride=stride):
         probabilities[:, rows] = block[0].softmax(dim=0).half().cpu().numpy()

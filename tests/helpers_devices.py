@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from dataset import VOCSegmentation, read_ids
 from deeplab import deeplabv2, fold_batch_norm
 from utils import checkpoint
-from utils.evaluation import score
+from utils.evaluation import predict, score
 from utils.training import loop, setup
 from utils.training.monitor import Meter
 from utils.training.stop import Ending
@@ -124,14 +124,19 @@ VARIANTS = {
 }
 
 
+def unread(picture, *on_their_way):
+    """In place of :func:`utils.evaluation.predict.arrived`: fake tensors have no values that could come to the host."""
+    picture.prediction = np.zeros(picture.classes.shape, dtype=np.uint8)
+    return picture
+
+
 @pytest.fixture
 def fake_cuda(monkeypatch):
     """The real prediction on fake CUDA tensors, up to the copy that brings the classes to the host."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        monkeypatch.setattr(score, "make_loader", lambda data, order, *args, **kwargs: [data[index] for (index,) in order])
-        monkeypatch.setattr(score, "running", lambda samples: nullcontext(iter(samples)))
-        monkeypatch.setattr(score, "to_host", lambda tensor: lambda: tensor)
-        monkeypatch.setattr(score, "checked", lambda name, classes: np.zeros(classes.shape, dtype=np.uint8))
+        monkeypatch.setattr(score, "reading", lambda data, order, *args: nullcontext(data[index] for index in order))
+        monkeypatch.setattr(predict, "to_host", lambda tensor: lambda: tensor)
+        monkeypatch.setattr(predict, "arrived", unread)
         with torch.device("cuda"):
             net = fold_batch_norm(deeplabv2("resnet18", 4).eval())
         with Strict("cuda") as strict, NoConstants("cuda"):

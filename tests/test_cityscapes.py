@@ -224,8 +224,7 @@ def test_defaults_hang_on_the_data_set():
     def settled(*words: str, parser=None, trained_on: str = "voc", defaults=CITYSCAPES_TRAINING) -> dict:
         parser = parser or training_parser("", batch_size=10, iter_size=1, snapshot_dir="snapshots")
         args = parser.parse_args([*words])
-        options.settle_dataset(args, defaults, trained_on)
-        return vars(args)
+        return vars(options.dataset_defaults(args, defaults, trained_on))
 
     names = ("data_dir", "image_dir", "num_classes", "input_size", "scale_range")
     kind, defaults = CityscapesSegmentation, CITYSCAPES_TRAINING

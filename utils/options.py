@@ -65,7 +65,7 @@ def shared_options(args: AnyOptions) -> dict[str, Any]:
 
 
 def add_dataset_option(parser: Any, default: str | None = "voc", more: str = "") -> None:
-    """Whose layout and labels are read; :func:`settle_dataset` brings the defaults that hang on it."""
+    """Whose layout and labels are read; :func:`dataset_defaults` brings the defaults that hang on it."""
     parser.add_argument(
         "--dataset",
         choices=DATASETS,
@@ -90,22 +90,6 @@ def dataset_defaults(args: AnyOptions, defaults: dict[str, Any], trained_on: str
     if "num_classes" in options.given and options.num_classes != 19:
         raise UserError(f"--dataset cityscapes has 19 classes; leave --num-classes {options.num_classes} out")
     return options.replace(**{name: value for name, value in defaults.items() if name not in options.given})
-
-
-def settle_dataset(args: argparse.Namespace, defaults: dict[str, Any], trained_on: str = "voc") -> None:
-    """Settle which data set it is, and take the ``defaults`` of Cityscapes for options that were not given.
-
-    Args:
-        trained_on: the data set where the command line names none.
-
-    Raises:
-        UserError: another number of classes was given.
-    """
-    args.dataset = args.dataset or trained_on
-    if args.dataset == "cityscapes":
-        if "num_classes" in args.given and args.num_classes != 19:
-            raise UserError(f"--dataset cityscapes has 19 classes; leave --num-classes {args.num_classes} out")
-        vars(args).update({name: value for name, value in defaults.items() if name not in args.given})
 
 
 def add_window_options(parser: Any) -> None:

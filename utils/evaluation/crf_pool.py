@@ -119,8 +119,13 @@ class CRFPool:
 
 
 def open_pool(args: Namespace) -> CRFPool:
-    """The pool that the command line asks for; with ``--window`` its pictures come with logits at full size."""
-    return CRFPool(args.crf_workers, args.crf_prune, 1 if args.window else OUTPUT_STRIDE)
+    """The pool that the command line asks for."""
+    return CRFPool(args.crf_workers, args.crf_prune, logits_stride(args.window))
+
+
+def logits_stride(window: tuple[int, int] | None) -> int:
+    """How many pixels a prediction's logits are apart: 8, or 1 with a sliding window, whose tiles are summed at full size."""
+    return 1 if window else OUTPUT_STRIDE
 
 
 def _serve(connection: Connection, prune: float, stride: int) -> None:

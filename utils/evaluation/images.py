@@ -1,27 +1,42 @@
-"""Pictures, with or without labels, on their way to a prediction: from the loader's workers into batches of one padded size."""
+"""Images, with or without labels, on their way to a prediction: from the loader's workers into batches of one padded size."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from dataset import DatasetError, VOCSegmentation, read_image
 from deeplab.inference import OUTPUT_STRIDE, canvas_size
 from utils.command import UserError
+from utils.loader import make_loader, running
 
 MAX_WAITING = 64  # pictures that may wait for others of their padded size
 
 
 @dataclass
 class Picture:
-    """A picture on its way to a prediction. As an array it comes through a worker's pipe, not through shared memory."""
+    """An image on its way to a prediction. As an array it comes through a worker's pipe, not through shared memory.
+
+    Attributes:
+        classes: (H, W) uint8 of the net, on its device.
+        prediction: the same on the host.
+        mask: (H, W) uint8 on the host: ``prediction``, after the CRF where there is one.
+        logits: (C, h, w) float32, where they are asked for.
+    """
 
     id: str
     image: np.ndarray  # H W 3 uint8 BGR
+    classes: Tensor = field(init=False)
+    prediction: np.ndarray = field(init=False)
+    mask: np.ndarray = field(init=False)
+    logits: Tensor = field(init=False)
 
     def pin_memory(self) -> "Picture":
         """The same in memory from which a GPU copies while the host goes on; called by the loader."""
@@ -30,10 +45,9 @@ class Picture:
 
 @dataclass
 class Sample(Picture):
-    """A picture with its label."""
+    """An image with its label."""
 
     label: np.ndarray  # H W uint8, 255 void
-    prediction: np.ndarray = field(init=False)  # H W uint8, once the net has seen it
 
     def pin_memory(self) -> "Sample":
         return Sample(self.id, _pinned(self.image), _pinned(self.label))
@@ -102,9 +116,20 @@ class ReadablePictures(Dataset[Picture | Broken]):
             return Broken(self.pictures.files[index][0], str(error))
 
 
-def only_one(items: list[Item]) -> Item:
-    """A batch of one picture as that picture; for a loader, whose workers find it by its name."""
-    return items[0]
+def readable(pictures: Iterable[Picture | Broken], broken: list[str]) -> Iterator[Picture]:
+    """The pictures that could be read; why the others could not is added to ``broken``."""
+    for picture in pictures:
+        if isinstance(picture, Broken):
+            broken.append(picture.reason)
+        else:
+            yield picture
+
+
+def reading(
+    data: Dataset[Item], order: Iterable[int], num_workers: int, device: torch.device
+) -> AbstractContextManager[Iterator[Item]]:
+    """The items of ``data`` one by one in ``order``, read ahead by workers; a context, see :func:`utils.loader.running`."""
+    return running(make_loader(data, [[index] for index in order], num_workers, device, collate_fn=itemgetter(0)))
 
 
 def group_by_canvas(

@@ -1,10 +1,24 @@
-"""The command line of evaluate.py."""
+"""The command line of evaluate.py, and the options that it comes to."""
 
+from argparse import Namespace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from utils.argtypes import GivenParser, below_one, class_count, numbers, positive, size, target_text
-from utils.options import TRAINED_WEIGHTS, add_data_options, add_device_options, add_net_options, add_window_options
+from utils.options import (
+    CITYSCAPES,
+    TRAINED_WEIGHTS,
+    Options,
+    add_data_options,
+    add_device_options,
+    add_net_options,
+    add_window_options,
+    dataset_defaults,
+)
 from utils.processes import default_processes
+
+if TYPE_CHECKING:  # --help need not wait for torch
+    from deeplab.weights import Weights
 
 
 def evaluation_parser(description: str) -> GivenParser:
@@ -67,3 +81,19 @@ def evaluation_parser(description: str) -> GivenParser:
     )
     add_device_options(parser)
     return parser
+
+
+def settled(args: Namespace, weights: "Weights") -> Options:
+    """The options of an evaluation or a submission: the data set and the ignore label, where the command line does not give
+    them, are those that the net was trained with.
+
+    Raises:
+        UserError: ``--num-classes`` is not that of the data set.
+    """
+    from dataset import IGNORE_LABEL
+    from utils.checkpoint import dataset_of
+
+    options = dataset_defaults(args, CITYSCAPES, dataset_of(weights.meta))
+    if options.ignore_label is not None:
+        return options
+    return options.replace(ignore_label=(weights.meta.get("args") or {}).get("ignore_label", IGNORE_LABEL))

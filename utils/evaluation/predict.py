@@ -2,6 +2,7 @@
 
 import hashlib
 from argparse import Namespace
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -14,14 +15,15 @@ from torch import Tensor, nn
 from dataset import to_input
 from dataset.classes import Color
 from deeplab import Net, fold_batch_norm
-from deeplab.inference import NO_CLASS, OUTPUT_STRIDE, OVERLAP, enlarge_to_classes, predict_grid, predict_windows
+from deeplab.inference import NO_CLASS, OVERLAP, enlarge_to_classes, predict_grid, predict_windows
 from deeplab.weights import Weights
 from utils import distributed
 from utils.checkpoint import load_init
 from utils.command import UserError
-from utils.device import autocast, check_compiler
+from utils.device import autocast, check_compiler, select_device
+from utils.evaluation.crf_pool import CRFPool, logits_stride
 from utils.evaluation.images import AnyPicture, group_by_canvas
-from utils.options import TRAINED_WEIGHTS, shared_options
+from utils.options import TRAINED_WEIGHTS, Options, shared_options
 
 
 class NotFinite(UserError):
@@ -30,13 +32,14 @@ class NotFinite(UserError):
     exit_status = 1
 
 
-def open_trained_net(args: Namespace) -> tuple[Net, Weights, list[str]]:
-    """The net of ``--restore-from``, ready to predict, its weights file and lines that say what was loaded.
+def open_trained_net(args: Namespace) -> tuple[Net, Weights, torch.device, list[str]]:
+    """The net of ``--restore-from``, ready to predict, its weights file, the device for it and lines that say what was loaded.
 
     Raises:
-        UserError: there is no such file, no head in it, or one that does not fit: nothing is predicted with a parameter that no
-            file gave.
+        UserError: there is no such device or file, no head in it, or one that does not fit: nothing is predicted with a
+            parameter that no file gave.
     """
+    device = select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
     path = args.restore_from
     if path == TRAINED_WEIGHTS and not Path(TRAINED_WEIGHTS).exists():
         advice = "train with `python train.py`, see `python scripts/download.py list`, or pass --restore-from"
@@ -59,10 +62,10 @@ def open_trained_net(args: Namespace) -> tuple[Net, Weights, list[str]]:
             f"train a net for {args.num_classes} classes with train.py, or name another file"
         )
     fold_batch_norm(net.eval())
-    return net, weights, [f"{path}: {weights.scheme}", *report.lines()]
+    return net, weights, device, [f"{path}: {weights.scheme}", *report.lines()]
 
 
-def check_same_work(args: Namespace, device: torch.device, weights: Weights, data: Mapping[str, Any]) -> None:
+def check_same_work(options: Options, device: torch.device, weights: Weights, data: Mapping[str, Any]) -> None:
     """Make sure that all processes have the same options, net and ``data``, see :func:`utils.distributed.check_same`.
 
     Raises:
@@ -75,7 +78,7 @@ def check_same_work(args: Namespace, device: torch.device, weights: Weights, dat
         total.update(name.encode())
         total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     found = {"kinds of device": device.type, "weights, by their check sum": total.hexdigest()[:16]}
-    distributed.check_same({**shared_options(args), **found, **data})
+    distributed.check_same({**shared_options(options), **found, **data})
 
 
 def to_device(net: nn.Module, device: torch.device, compiled: bool) -> None:
@@ -100,47 +103,98 @@ def snapshot_colors(weights: Weights) -> dict[int, Color]:
     return {label: (red, green, blue) for label, (red, green, blue) in enumerate(colors)}
 
 
-def predict(
+def prediction_options(options: Options) -> dict[str, Any]:
+    """What the options say of :func:`predictions`."""
+    names = ("scales", "fuse", "mirror", "window", "overlap", "batch_size", "amp")
+    return {name: getattr(options, name) for name in names} | {"canvas": options.input_size}
+
+
+@torch.inference_mode()
+def predictions(
     net: Callable[[Tensor], Tensor],
     pictures: Iterable[AnyPicture],
     device: torch.device,
     *,
-    canvas: tuple[int, int] | None = None,
+    pool: CRFPool | None = None,
     batch_size: int = 1,
+    canvas: tuple[int, int] | None = None,
     window: tuple[int, int] | None = None,
+    keep_logits: bool = False,
     **options: Any,
-) -> Iterator[tuple[AnyPicture, Tensor, Tensor]]:
-    """Predict a stream of pictures, in batches of one padded size; the host waits for no device.
+) -> Iterator[AnyPicture]:
+    """The one prediction loop: evaluation, validation, submission and scripts/predict.py go over what it yields.
+
+    The device is a batch ahead: it computes the next one while this one is copied, refined, counted or saved. The host waits
+    for nothing but the copy of what is yielded next.
 
     Args:
         net: on ``device``, in eval mode; (N, 3, H, W) -> (N, C, h, w).
-        canvas: (H, W) to which every picture is padded; None takes each picture's own size.
-        batch_size: pictures of one padded size at once; with a window, of one size.
-        window: (H, W) of the tiles that pictures are cut into; None predicts them whole.
+        pool: refines the net's predictions by the CRF.
+        batch_size: images of one padded size at once; with a sliding window, of one size.
+        canvas: (H, W) to which every image is padded; None takes each image's own size.
+        window: (H, W) of the tiles that images are cut into; None predicts them whole.
+        keep_logits: for probabilities; they are :func:`logits_stride` pixels apart.
         options: the others of :func:`predict_batch`.
 
     Yields:
-        A picture, its (C, h, w) float32 logits, :func:`logits_stride` apart, and its (H, W) uint8 classes, to be
-        :func:`checked`.
+        The pictures, with ``classes``, ``prediction``, ``mask`` and, with a pool or where they are asked for, ``logits``.
 
     Raises:
-        UserError: a picture does not fit ``canvas``.
+        UserError: an image does not fit ``canvas``.
+        NotFinite: the net's logits are not finite.
     """
+    predicted = _predicted(net, pictures, device, pool is not None, batch_size, canvas, window, keep_logits, options)
+    if pool is None:
+        for picture in predicted:
+            picture.mask = picture.prediction
+            yield picture
+    else:
+        for picture, mask in pool.refine((picture, picture.logits) for picture in predicted):
+            picture.mask = mask
+            yield picture
+
+
+def _predicted(
+    net: Callable[[Tensor], Tensor],
+    pictures: Iterable[AnyPicture],
+    device: torch.device,
+    crf: bool,
+    batch_size: int,
+    canvas: tuple[int, int] | None,
+    window: tuple[int, int] | None,
+    keep_logits: bool,
+    options: dict[str, Any],
+) -> Iterator[AnyPicture]:
+    """:func:`predictions` up to the CRF, for which the logits come on the host."""
     stride = logits_stride(window)
+    ahead: deque[tuple[AnyPicture, Callable[[], Tensor], Callable[[], Tensor] | None]] = deque()  # on the way to the host
     for group, size in group_by_canvas(pictures, canvas, batch_size, stride):
         images = [picture.image for picture in group]
         for picture, logits in zip(group, predict_batch(net, images, size, device, window=window, **options)):
-            yield picture, logits, enlarge_to_classes(logits, picture.image.shape[:2], stride)
+            picture.classes = enlarge_to_classes(logits, picture.image.shape[:2], stride)
+            if keep_logits:
+                picture.logits = logits
+            ahead.append((picture, to_host(picture.classes), to_host(logits) if crf else None))
+            if len(ahead) > batch_size:
+                yield arrived(*ahead.popleft())
+    yield from (arrived(*entry) for entry in ahead)
 
 
-def prediction_options(args: Namespace) -> dict[str, Any]:
-    """What the command line says of :func:`predict`, but for a canvas."""
-    return {name: getattr(args, name) for name in ("scales", "fuse", "mirror", "window", "overlap", "batch_size", "amp")}
+def arrived(picture: AnyPicture, classes: Callable[[], Tensor], logits: Callable[[], Tensor] | None) -> AnyPicture:
+    """A picture whose results are on their way (:func:`to_host`), with them.
 
-
-def logits_stride(window: tuple[int, int] | None) -> int:
-    """How many pixels the logits of :func:`predict` are apart: 8, or 1 with a window, whose tiles are summed at full size."""
-    return 1 if window else OUTPUT_STRIDE
+    Raises:
+        NotFinite: its logits were not finite, for which :func:`deeplab.inference.enlarge_to_classes` gives NO_CLASS.
+    """
+    picture.prediction = classes().numpy()
+    if picture.prediction[0, 0] == NO_CLASS:
+        raise NotFinite(
+            f"the net's logits are not finite for picture {picture.id}: its numbers overflow; leave --amp out if it was given, "
+            "or take weights that are not damaged"
+        )
+    if logits:
+        picture.logits = logits()
+    return picture
 
 
 def predict_batch(
@@ -187,18 +241,3 @@ def to_host(tensor: Tensor) -> Callable[[], Tensor]:
         return copy
 
     return wait
-
-
-def checked(name: str, classes: Tensor) -> np.ndarray:
-    """A picture's (H, W) uint8 classes, brought to the host.
-
-    Raises:
-        NotFinite: its logits were not finite, which :func:`deeplab.inference.enlarge_to_classes` tells by NO_CLASS.
-    """
-    prediction = classes.cpu().numpy()
-    if prediction[0, 0] == NO_CLASS:
-        raise NotFinite(
-            f"the net's logits are not finite for picture {name}: its numbers overflow; leave --amp out if it was given, "
-            "or take weights that are not damaged"
-        )
-    return prediction

@@ -5,7 +5,6 @@ import math
 import platform
 import shlex
 import sys
-from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from operator import methodcaller
@@ -24,6 +23,7 @@ from utils.evaluation.comparison import DATA, OtherReport, scores_of
 from utils.evaluation.images import Sample
 from utils.files import save_json, write_atomically
 from utils.metrics import ConfusionMatrix
+from utils.options import Options
 from utils.outputs import OUTPUT_MARK, Output, is_output, marked_jpeg
 from utils.visualize import PALETTE, WRONG, Classes, blend, marked_png, scale, wrong_pixels
 
@@ -195,23 +195,23 @@ def planned(folder: Path) -> list[Output]:
     return [Output("--report", folder, name, f"the report's {name}") for name in ("index.html", DATA, "pictures/000000.jpg")]
 
 
-def head_of(args: Namespace, weights: Weights, data_list: Path, count: int, notes: Sequence[str]) -> dict[str, Any]:
+def head_of(options: Options, weights: Weights, data_list: Path, count: int, notes: Sequence[str]) -> dict[str, Any]:
     """The head of the page, and how its numbers were made."""
     packages = ("torch", "torchvision", "numpy", "opencv-python-headless", "pillow", "pydensecrf2")
     versions = [f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in packages), platform.platform()]
     meta = {name: value for name, value in weights.meta.items() if name not in ("args", "classes", "colors", "mean")}
     facts = [
         ("command", shlex.join(["python", *sys.argv])),
-        ("weights", f"{args.restore_from}: {weights.scheme}"),
+        ("weights", f"{options.restore_from}: {weights.scheme}"),
         ("net", ", ".join(f"{name} {value}" for name, value in {**weights.config, **meta}.items() if value not in (None, ""))),
         ("trained with", ", ".join(f"{name} {value}" for name, value in weights.meta.get("args", {}).items())),
         ("pictures", f"{count:,} of {data_list}"),
-        ("predicted", ", ".join(f"{name} {getattr(args, name)}" for name in PREDICTED)),
+        ("predicted", ", ".join(f"{name} {getattr(options, name)}" for name in PREDICTED)),
         ("versions", ", ".join(versions)),
     ]
     return {
-        "title": f"{Path(args.restore_from).name} on {data_list.name}",
-        "subtitle": f"{count:,} pictures of {args.data_dir}",
+        "title": f"{Path(options.restore_from).name} on {data_list.name}",
+        "subtitle": f"{count:,} pictures of {options.data_dir}",
         "notes": list(notes),
         "facts": [(name, value) for name, value in facts if value],
     }

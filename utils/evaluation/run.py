@@ -1,4 +1,4 @@
-"""The one evaluation loop: decoding, the net and the CRF overlap, and no prediction is kept longer than its picture."""
+"""The run of evaluate.py: from the command line to the scores, and to the masks and the report that were asked for."""
 
 import os
 import sys
@@ -6,36 +6,31 @@ from argparse import Namespace
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from dataset import DATASETS, IGNORE_LABEL, VOCSegmentation, absent_classes, one_class_warning
-from dataset.classes import read_classes
+from dataset.classes import read_class_file
 from deeplab import Net
 from deeplab.weights import Weights
 from utils import distributed
 from utils.checkpoint import dataset_of
 from utils.command import UserError, shown
-from utils.device import select_device
 from utils.evaluation.comparison import open_other
 from utils.evaluation.crf_pool import open_pool
 from utils.evaluation.images import Sample
-from utils.evaluation.predict import (
-    check_same_work,
-    open_trained_net,
-    prediction_options,
-    snapshot_colors,
-    to_device,
-)
+from utils.evaluation.options import settled
+from utils.evaluation.predict import check_same_work, open_trained_net, prediction_options, snapshot_colors, to_device
 from utils.evaluation.report import Report, head_of, prepare_folder
 from utils.evaluation.report import planned as report_outputs
 from utils.evaluation.score import score, share
 from utils.files import save_json
 from utils.loader import open_dataset, what_is_compared
 from utils.metrics import ConfusionMatrix
-from utils.options import CITYSCAPES, settle_dataset
+from utils.options import Options
 from utils.outputs import OUTPUT_MARK, Output, check_outputs
 from utils.visualize import Classes, class_names, make_palette, save_panel, save_prediction
 
@@ -45,120 +40,127 @@ def run(args: Namespace) -> int:
     with ExitStack() as stack:
         # The pool comes first: where its processes are forked, they are copies of this still small one.
         pool = distributed.start(lambda: stack.enter_context(open_pool(args)) if args.crf else None)
-        net, device, weights, lines, data, data_list, classes = distributed.everywhere(lambda: open_work(args))
-        check_same_work(args, device, weights, what_is_compared(data))
-        outputs, reads = planned_outputs(args, data), what_is_read(args, data, data_list)
-        distributed.everywhere(lambda: check_outputs(outputs, *reads))  # nobody writes before all have looked
-        page = open_report(args, data, classes)
-        distributed.everywhere(lambda: to_device(net, device, args.compile))
+        work = distributed.everywhere(lambda: open_work(args))
+        options, net, weights, device, data, data_list, classes, lines = work
+        check_same_work(options, device, weights, what_is_compared(data))
+        # Nobody writes before all have looked.
+        distributed.everywhere(lambda: check_outputs(planned_outputs(options, data), *what_is_read(options, data, data_list)))
+        page = open_report(options, data, classes)
+        distributed.everywhere(lambda: to_device(net, device, options.compile))
         notes = []
-        if weights.seen_voc_val and "val" in data_list.stem and dataset_of(weights.meta) == args.dataset:
+        if weights.seen_voc_val and "val" in data_list.stem and dataset_of(weights.meta) == options.dataset:
             notes.append(f"warning: scores on {data.TITLE} val mean nothing here: {weights.seen_voc_val}")
-        told = len(notes)
+        printed = len(notes)
         if distributed.is_main():
             print(*lines, f"{len(data)} pictures of {data_list}", *notes, sep="\n")
 
         hidden = None if distributed.is_main() else True  # None: shown in a terminal only
-        bar = stack.enter_context(tqdm(total=len(share(data)), unit="image", disable=hidden, dynamic_ncols=True))
+        bar = stack.enter_context(tqdm(total=len(share(len(data))), unit="image", disable=hidden, dynamic_ncols=True))
 
-        def finish(sample: Sample, prediction: np.ndarray) -> None:
-            if args.save_dir:
-                save_prediction(Path(args.save_dir) / f"{sample.id}.png", prediction, classes.palette)
-            if args.save_panels:
-                path, image = Path(args.save_panels) / f"{sample.id}.png", sample.image[:, :, ::-1]
-                save_panel(path, image, sample.label, prediction, classes)
+        def finish(sample: Sample, mask: np.ndarray) -> None:
+            if options.save_dir:
+                save_prediction(Path(options.save_dir) / f"{sample.id}.png", mask, classes.palette)
+            if options.save_panels:
+                path, image = Path(options.save_panels) / f"{sample.id}.png", sample.image[:, :, ::-1]
+                save_panel(path, image, sample.label, mask, classes)
             if page:
-                page.add(sample, prediction)
+                page.add(sample, mask)
             bar.update()
 
-        options = {**prediction_options(args), "canvas": args.input_size, "num_workers": args.num_workers}
-        matrices = score(net, data, device, **options, pool=pool, finish=finish)
-    matrix = next(iter(matrices.values()))
-    if warning := one_class_warning(matrix.present()):
+        prediction = {**prediction_options(options), "num_workers": options.num_workers, "pool": pool}
+        matrices = distributed.everywhere(lambda: score(net, data, device, **prediction, finish=finish))
+    for matrix in matrices.values():
+        distributed.sum_(matrix.counts)
+    present = next(iter(matrices.values())).present()
+    if warning := one_class_warning(present):
         notes.append(f"warning: these scores mean little: {warning}")
-    elif absent := absent_classes(matrix.present(), classes.names, matrix.ignore_label):
+    elif absent := absent_classes(present, classes.names, data.ignore_label):
         notes.append(f"no label has the classes {absent}")
     records = distributed.gather(page.records) if page else []
-    result = {"made_by": OUTPUT_MARK, "restore_from": args.restore_from, "weights": weights.scheme}
-    result.update(step=weights.meta.get("step"))
-    result.update(data_list=str(data_list), scales=args.scales, mirror=args.mirror, input_size=args.input_size)
-    result.update(fuse=args.fuse, window=args.window, overlap=str(args.overlap))
 
     def write() -> None:
-        result.update(print_scores(classes, matrices))
-        for note in notes[told:]:
+        result = {"made_by": OUTPUT_MARK, "restore_from": options.restore_from, "weights": weights.scheme}
+        result |= {"step": weights.meta.get("step"), "data_list": str(data_list)}
+        result |= {name: getattr(options, name) for name in ("scales", "mirror", "input_size", "fuse", "window")}
+        result |= {"overlap": str(options.overlap), **print_scores(classes, matrices)}
+        for note in notes[printed:]:
             print(f"\n{note}")
-        if args.save_json:
-            save_json(args.save_json, result)
+        if options.save_json:
+            save_json(options.save_json, result)
         if page:
-            page.write(chain.from_iterable(records), result, head_of(args, weights, data_list, len(data), notes))
-            print(f"open {Path(args.report) / 'index.html'}")
+            page.write(chain.from_iterable(records), result, head_of(options, weights, data_list, len(data), notes))
+            print(f"open {Path(options.report) / 'index.html'}")
 
     distributed.from_main(write)
     distributed.stop()
     return 0
 
 
-def open_work(args: Namespace) -> tuple[Net, torch.device, Weights, list[str], VOCSegmentation, Path, Classes]:
-    """What this process evaluates: the net and its device, its file, lines about that, the data set, its list, the classes."""
-    device = select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
-    net, weights, lines = open_trained_net(args)
-    settle_dataset(args, CITYSCAPES, dataset_of(weights.meta))
-    check_classes(args, net.num_classes)
-    lines += settle_void(args, weights)
-    data, data_list = open_dataset(args, "val", net.num_classes)
-    return net, device, weights, lines, data, data_list, classes_of(args.ignore_label, data, weights)
+class Work(NamedTuple):
+    """What a process evaluates, and with what.
+
+    Attributes:
+        lines: what to print before.
+    """
+
+    options: Options
+    net: Net
+    weights: Weights
+    device: torch.device
+    data: VOCSegmentation
+    data_list: Path
+    classes: Classes
+    lines: list[str]
 
 
-def check_classes(args: Namespace, num_classes: int) -> None:
-    """Raise :class:`UserError` if the classes of the data set are not those of a net for ``num_classes``."""
-    kind, path = DATASETS[args.dataset], Path(args.data_dir) / "classes.txt"
-    count = len(kind.NAMES) or (len(read_classes(path)) if path.is_file() else num_classes)
-    if count != num_classes:
+def open_work(args: Namespace) -> Work:
+    """Everything that the command line names, before anything is predicted; talks to no other process.
+
+    Raises:
+        UserError, WeightsError, DatasetError: something is missing, or does not fit.
+    """
+    net, weights, device, lines = open_trained_net(args)
+    options = settled(args, weights)
+    kind = DATASETS[options.dataset]
+    file = None if kind.NAMES else read_class_file(options.data_dir)
+    count = len(file.rows) if file and file.rows is not None else len(kind.NAMES) or net.num_classes
+    if count != net.num_classes:
         raise UserError(
-            f"{args.restore_from} is a net for {num_classes} classes, but {kind.TITLE if kind.NAMES else path} names {count}; "
-            "it can be scored only on data of the classes that it was trained on, and train.py makes a net for these, from "
-            "this file as well"
+            f"{options.restore_from} is a net for {net.num_classes} classes, but {file.path if file else kind.TITLE} names "
+            f"{count}; it can be scored only on data of the classes that it was trained on, and train.py makes a net for "
+            "these, from this file as well"
         )
+    if args.ignore_label is None and options.ignore_label != IGNORE_LABEL:
+        lines.append(f"--ignore-label {options.ignore_label}, as it was trained with")
+    data, data_list = open_dataset(options, "val", net.num_classes, classes=file)
+    names = class_names(net.num_classes, weights.meta.get("classes"), data.names)
+    if 0 <= options.ignore_label < net.num_classes:
+        names[options.ignore_label] += " (void)"
+    classes = Classes(names, make_palette(data.colors or snapshot_colors(weights)))
+    return Work(options, net, weights, device, data, data_list, classes, lines)
 
 
-def settle_void(args: Namespace, weights: Weights) -> list[str]:
-    """Take a label that means void and was not given from the run that trained the net; returns the lines that say so."""
-    if args.ignore_label is not None:
-        return []
-    args.ignore_label = (weights.meta.get("args") or {}).get("ignore_label", IGNORE_LABEL)
-    return [f"--ignore-label {args.ignore_label}, as it was trained with"] if args.ignore_label != IGNORE_LABEL else []
-
-
-def classes_of(ignore_label: int, data: VOCSegmentation, weights: Weights) -> Classes:
-    """How the classes are called and drawn: colours of the data set come before those of the snapshot."""
-    names = class_names(data.num_classes, weights.meta.get("classes"), data.names)
-    if 0 <= ignore_label < data.num_classes:
-        names[ignore_label] += " (void)"
-    return Classes(names, make_palette(data.colors or snapshot_colors(weights)))
-
-
-def planned_outputs(args: Namespace, data: VOCSegmentation) -> list[Output]:
+def planned_outputs(options: Options, data: VOCSegmentation) -> list[Output]:
     """Every file that the evaluation will write."""
     outputs = []
-    for option, folder, kind in (("--save-dir", args.save_dir, "mask"), ("--save-panels", args.save_panels, "panel")):
+    for option, folder, kind in (("--save-dir", options.save_dir, "mask"), ("--save-panels", options.save_panels, "panel")):
         if folder:
             content = f"the {kind} of {{}}"
             outputs += [
                 Output(option, Path(folder), f"{id}.png", content.format(data.image_path(id))) for id in dict.fromkeys(data.ids)
             ]
-    if args.report:
-        outputs += report_outputs(Path(args.report))
-    if args.save_json:
-        outputs.append(Output("--save-json", Path(args.save_json).parent, Path(args.save_json).name, "the scores"))
+    if options.report:
+        outputs += report_outputs(Path(options.report))
+    if options.save_json:
+        outputs.append(Output("--save-json", Path(options.save_json).parent, Path(options.save_json).name, "the scores"))
     return outputs
 
 
-def what_is_read(args: Namespace, data: VOCSegmentation, data_list: Path) -> tuple[list[str | Path], list[Path]]:
+def what_is_read(options: Options, data: VOCSegmentation, data_list: Path) -> tuple[list[str | Path], list[Path]]:
     """The files that the evaluation reads, and the folders of the data, for :func:`utils.outputs.check_outputs`."""
-    files = [args.restore_from, data_list, data.root / "classes.txt"]
+    files = [options.restore_from, data_list, data.root / "classes.txt"]
     files += [path(id) for id in data.ids for path in (data.image_path, data.label_path)]
-    return files, [data.image_dir, *(data.root / name for name in (*data.LABEL_DIRS, args.label_dir) if name)]
+    return files, [data.image_dir, *(data.root / name for name in (*data.LABEL_DIRS, options.label_dir) if name)]
 
 
 def print_scores(classes: Classes, matrices: dict[str, ConfusionMatrix]) -> dict[str, dict]:
@@ -175,11 +177,11 @@ def print_scores(classes: Classes, matrices: dict[str, ConfusionMatrix]) -> dict
     return result
 
 
-def open_report(args: Namespace, data: VOCSegmentation, classes: Classes) -> Report | None:
+def open_report(options: Options, data: VOCSegmentation, classes: Classes) -> Report | None:
     """What ``--report`` asks for; it is compared with what ``--compare`` names."""
-    if not args.report:
+    if not options.report:
         return None
-    folder = Path(args.report)
-    other = distributed.everywhere(lambda: open_other(args.compare, folder, data.ids, classes) if args.compare else None)
+    folder = Path(options.report)
+    other = distributed.everywhere(lambda: open_other(options.compare, folder, data.ids, classes) if options.compare else None)
     distributed.from_main(lambda: prepare_folder(folder))
-    return Report(folder, data.ids, classes, data.ignore_label, args.crf, other)
+    return Report(folder, data.ids, classes, data.ignore_label, options.crf, other)

@@ -1,7 +1,6 @@
-"""The one prediction loop."""
+"""Evaluation and validation: the prediction loop over labelled images, and what is counted."""
 
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,8 @@ from torch import Tensor
 from dataset import VOCSegmentation
 from utils import distributed
 from utils.evaluation.crf_pool import CRFPool
-from utils.evaluation.images import Sample, Samples, only_one
-from utils.evaluation.predict import checked, predict, to_host
-from utils.loader import make_loader, running
+from utils.evaluation.images import Sample, Samples, reading
+from utils.evaluation.predict import predictions
 from utils.metrics import ConfusionMatrix
 
 
@@ -22,70 +20,37 @@ def score(
     data: VOCSegmentation,
     device: torch.device,
     *,
-    batch_size: int = 1,
     num_workers: int = 0,
     pool: CRFPool | None = None,
-    finish: Callable[[Sample, np.ndarray], None] = lambda sample, prediction: None,
-    add_up: bool = True,
+    finish: Callable[[Sample, np.ndarray], None] = lambda sample, mask: None,
     **options: Any,
 ) -> dict[str, ConfusionMatrix]:
-    """Predict a data set and count; under torchrun each process takes its share of the pictures.
+    """Predict this process's share of a data set and count; the caller adds up the counts of several processes.
 
     Args:
         net: on ``device``, in eval mode.
-        batch_size: pictures of one padded size at once.
-        num_workers: processes that read pictures.
+        num_workers: processes that read images.
         pool: refines the predictions; they are counted before and after.
-        finish: called with each picture and its (H, W) uint8 classes, refined where there is a pool.
-        add_up: return the counts of all processes, and hear of what goes wrong in one of them; else those of this one's
-            share, for a caller that brings the processes together itself.
-        options: the others of :func:`utils.evaluation.predict.predict`.
+        finish: called with each image and its (H, W) uint8 classes, refined where there is a pool.
+        options: the others of :func:`utils.evaluation.predict.predictions`.
 
     Returns:
         ``{"": matrix}``, or with a pool ``{"before CRF": matrix, "after CRF": matrix}``.
 
     Raises:
-        UserError: a picture does not fit ``canvas``; the net's logits are not finite (:class:`NotFinite`).
+        UserError: an image does not fit ``canvas``; the net's logits are not finite (:class:`NotFinite`).
     """
     before, after = (ConfusionMatrix(data.num_classes, where, data.ignore_label) for where in (device, "cpu"))
-    loader = make_loader(Samples(data), [[index] for index in share(data)], num_workers, device, collate_fn=only_one)
-
-    def predictions(samples: Iterator[Sample]) -> Iterator[tuple[Sample, Tensor]]:
-        """Each picture, predicted and counted, with its (C, h, w) logits on the host for a pool, else none.
-
-        The device is a batch ahead: it computes the next one while this one is copied, saved or refined.
-        """
-        under_way: deque[tuple[Sample, Callable[[], Tensor], Callable[[], Tensor]]] = deque()
-        for sample, logits, classes in predict(net, samples, device, batch_size=batch_size, **options):
-            before.update(torch.from_numpy(sample.label).to(device, non_blocking=True), classes)
-            under_way.append((sample, to_host(logits) if pool else Tensor, to_host(classes)))
-            if len(under_way) > batch_size:
-                yield arrived(*under_way.popleft())
-        yield from (arrived(*entry) for entry in under_way)
-
-    def predict_share() -> None:
-        with torch.inference_mode(), running(loader) as samples:
-            if pool is None:
-                for sample, _ in predictions(samples):
-                    finish(sample, sample.prediction)
-            else:
-                for sample, refined in pool.refine(predictions(samples)):
-                    after.update(torch.from_numpy(sample.label), torch.from_numpy(refined))
-                    finish(sample, refined)
-
-    distributed.everywhere(predict_share) if add_up else predict_share()
-    matrices = {"before CRF": before, "after CRF": after} if pool else {"": before}
-    for matrix in matrices.values() if add_up else ():
-        distributed.sum_(matrix.counts)
-    return matrices
+    with reading(Samples(data), share(len(data)), num_workers, device) as samples:
+        for sample in predictions(net, samples, device, pool=pool, **options):
+            label = torch.from_numpy(sample.label)
+            before.update(label.to(device, non_blocking=True), sample.classes)
+            if pool:
+                after.update(label, torch.from_numpy(sample.mask))
+            finish(sample, sample.mask)
+    return {"before CRF": before, "after CRF": after} if pool else {"": before}
 
 
-def arrived(sample: Sample, logits: Callable[[], Tensor], classes: Callable[[], Tensor]) -> tuple[Sample, Tensor]:
-    """A picture whose results are on their way (:func:`utils.evaluation.predict.to_host`), with them."""
-    sample.prediction = checked(sample.id, classes())
-    return sample, logits()
-
-
-def share(data: VOCSegmentation) -> range:
-    """The indices of the pictures that this process predicts."""
-    return range(distributed.rank(), len(data), distributed.world_size())
+def share(count: int) -> range:
+    """Which of ``count`` images this process predicts, by their indices."""
+    return range(distributed.rank(), count, distributed.world_size())

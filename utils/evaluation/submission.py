@@ -19,15 +19,15 @@ from dataset.classes import CITYSCAPES_CLASSES, NamedClass
 from deeplab import Net
 from deeplab.weights import Weights
 from utils import distributed
-from utils.checkpoint import dataset_of
 from utils.command import UserError
-from utils.device import select_device
-from utils.evaluation.crf_pool import open_pool
-from utils.evaluation.images import Pictures, only_one
-from utils.evaluation.predict import check_same_work, checked, open_trained_net, predict, prediction_options, to_device
+from utils.evaluation.crf_pool import CRFPool, open_pool
+from utils.evaluation.images import Pictures, reading
+from utils.evaluation.options import settled
+from utils.evaluation.predict import check_same_work, open_trained_net, prediction_options, predictions, to_device
+from utils.evaluation.score import share
 from utils.files import write_atomically
-from utils.loader import list_of, make_loader, running
-from utils.options import CITYSCAPES, settle_dataset
+from utils.loader import list_of
+from utils.options import Options
 from utils.outputs import OUTPUT_MARK, Output, check_outputs, marked_gzip
 from utils.visualize import indexed_png
 
@@ -81,31 +81,17 @@ def run(args: Namespace) -> int:
     with ExitStack() as stack:
         # The pool comes first: where its processes are forked, they are copies of this still small one.
         pool = distributed.start(lambda: stack.enter_context(open_pool(args)) if args.crf else None)
-        net, device, weights, lines, server, data_list, files = distributed.everywhere(lambda: open_work(args, path))
-        check_same_work(args, device, weights, {"pictures": [f"{id} {file.name}" for id, file in files.items()]})
+        work = distributed.everywhere(lambda: open_work(args, path))
+        options, files, server = work.options, work.files, work.server
+        pictures = [f"{id} {file.name}" for id, file in files.items()]
+        check_same_work(options, work.device, work.weights, {"pictures": pictures})
         output = Output("--submission", path.parent, path.name, "the submission")
-        folder = Path(args.data_dir) / args.image_dir
-        distributed.everywhere(lambda: check_outputs([output], [*files.values(), args.restore_from, data_list], [folder]))
-        distributed.everywhere(lambda: to_device(net, device, args.compile))
+        read, folder = [*files.values(), options.restore_from, work.data_list], Path(options.data_dir) / options.image_dir
+        distributed.everywhere(lambda: check_outputs([output], read, [folder]))
+        distributed.everywhere(lambda: to_device(work.net, work.device, options.compile))
         if distributed.is_main():
-            print(*lines, f"{len(files)} pictures of {data_list}", sep="\n")
-
-        share = list(files.items())[distributed.rank() :: distributed.world_size()]
-        loader = make_loader(Pictures(share), [[index] for index in range(len(share))], args.num_workers, device, only_one)
-        masks: dict[str, bytes] = {}
-        bar = tqdm(total=len(share), unit="image", disable=not distributed.is_main(), dynamic_ncols=True)
-
-        def predict_share() -> None:
-            with torch.inference_mode(), running(loader) as pictures, bar:
-                predicted = predict(net, pictures, device, canvas=args.input_size, **prediction_options(args))
-                classes = ((picture, logits, checked(picture.id, labels)) for picture, logits, labels in predicted)
-                plain = ((picture, labels) for picture, _, labels in classes)
-                refined = pool.refine((picture, logits.cpu()) for picture, logits, _ in classes) if pool else plain
-                for picture, labels in refined:
-                    masks[picture.id] = server.mask(labels)
-                    bar.update()
-
-        distributed.everywhere(predict_share)
+            print(*work.lines, f"{len(files)} pictures of {work.data_list}", sep="\n")
+        masks = distributed.everywhere(lambda: masks_of(work, pool))
     parts = distributed.gather(masks)
 
     def write() -> None:
@@ -117,37 +103,70 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def open_work(args: Namespace, path: Path) -> tuple[Net, torch.device, Weights, list[str], Server, Path, dict[str, Path]]:
-    """What this process predicts: the net and its device, its file, lines about that, the server, the list, its pictures."""
-    device = select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
-    net, weights, lines = open_trained_net(args)
-    settle_dataset(args, CITYSCAPES, dataset_of(weights.meta))
-    server = VOC if args.dataset == "voc" else CITYSCAPES_SERVER
+class Work(NamedTuple):
+    """What a process predicts, and with what.
+
+    Attributes:
+        files: the images by their ids.
+        lines: what to print before.
+    """
+
+    options: Options
+    net: Net
+    weights: Weights
+    device: torch.device
+    server: Server
+    data_list: Path
+    files: dict[str, Path]
+    lines: list[str]
+
+
+def open_work(args: Namespace, path: Path) -> Work:
+    """Everything that the command line names, before anything is predicted; talks to no other process.
+
+    Raises:
+        UserError, WeightsError, DatasetError: something is missing, or does not fit.
+    """
+    net, weights, device, lines = open_trained_net(args)
+    options = settled(args, weights)
+    server = VOC if options.dataset == "voc" else CITYSCAPES_SERVER
     if net.num_classes != (count := len(server.classes)):
         raise UserError(
-            f"{args.restore_from} has {net.num_classes} classes; the server expects {server.title}'s {count}; see --dataset"
+            f"{options.restore_from} has {net.num_classes} classes; the server expects {server.title}'s {count}; see --dataset"
         )
     if not path.name.endswith(server.suffixes):
         kind = "zip" if server.mode == "L" else "gzipped tar"
         raise UserError(
             f"--submission {path}: the server of {server.title} takes {kind} files; end the name in {server.suffixes[0]}"
         )
-    data_list = list_of(args, "test")
-    return net, device, weights, lines, server, data_list, test_files(args, data_list)
+    data_list = list_of(options, "test")
+    return Work(options, net, weights, device, server, data_list, test_files(options, data_list), lines)
 
 
-def test_files(args: Namespace, data_list: Path) -> dict[str, Path]:
+def masks_of(work: Work, pool: CRFPool | None) -> dict[str, bytes]:
+    """The masks of this process's share of the images, as files."""
+    masks: dict[str, bytes] = {}
+    files, order = list(work.files.items()), share(len(work.files))
+    bar = tqdm(total=len(order), unit="image", disable=not distributed.is_main(), dynamic_ncols=True)
+    with reading(Pictures(files), order, work.options.num_workers, work.device) as pictures, bar:
+        for picture in predictions(work.net, pictures, work.device, pool=pool, **prediction_options(work.options)):
+            masks[picture.id] = work.server.mask(picture.mask)
+            bar.update()
+    return masks
+
+
+def test_files(options: Options, data_list: Path) -> dict[str, Path]:
     """The pictures of the list by their ids.
 
     Raises:
         DatasetError: a picture is not there; an id that the server's layout has no place for.
     """
-    root = Path(args.data_dir)
+    root = Path(options.data_dir)
     files: dict[str, Path] = {}
-    for id, image, _ in DATASETS[args.dataset].read_list(data_list, args.image_dir):
+    for id, image, _ in DATASETS[options.dataset].read_list(data_list, options.image_dir):
         if "/" in id:
             raise DatasetError(f"the list of image ids {data_list} holds {id}; the server takes ids without folders")
-        place = root / image if image else root / args.image_dir / f"{id}.jpg"
+        place = root / image if image else root / options.image_dir / f"{id}.jpg"
         if files.setdefault(id, place) != place:
             raise DatasetError(
                 f"the list of image ids {data_list} holds {id} twice, for {files[id]} and {place}; leave one out"

@@ -90,7 +90,7 @@ class Validation:
         try:
             with torch.random.fork_rng(devices=[]):  # workers take their seeds from torch's generator
                 # The forward pass itself: a compiled one would be compiled again, and for each size.
-                options = {"num_workers": run.options.num_workers, "finish": stop_between_images, "add_up": False}
+                options = {"num_workers": run.options.num_workers, "finish": stop_between_images}
                 return score(run.net.forward, self.data, run.device, **options)[""]
         except _Stopped:
             return None
