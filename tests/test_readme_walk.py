@@ -105,7 +105,8 @@ def test_the_readme_from_top_to_bottom(empty_folder, monkeypatch, capsys):
             shutil.copy("deep.pth", "fetched.pth")
         with monkeypatch.context() as patch:
             patch.setattr(download, "CATALOGUE", local)
-            status = main([*words, *SHORTER.get(script, [])])
+            small = ["--window", "65,65"] if "--window" in words else []
+            status = main([*words, *SHORTER.get(script, []), *small])
         assert status in (0, None), f"{shlex.join([script, *words])}\n{capsys.readouterr()}"
         done.add(script)
         if script == "train.py":
