@@ -64,6 +64,16 @@ def shared_options(args: AnyOptions) -> dict[str, Any]:
     return {f"--{name.replace('_', '-')}": value for name, value in options.items()}
 
 
+def with_own_places(options: Options, asked: Options, resumed: bool) -> Options:
+    """The options that process 0 settled, but with this machine's own paths, devices and numbers of workers.
+
+    Args:
+        asked: this process's command line; of a run that is ``resumed`` only what was given on it counts.
+    """
+    own = {name: value for name, value in vars(asked).items() if name in OF_A_MACHINE and name in vars(options)}
+    return options.replace(**{name: value for name, value in own.items() if name in asked.given or not resumed})
+
+
 def add_dataset_option(parser: Any, default: str | None = "voc", more: str = "") -> None:
     """Whose layout and labels are read; :func:`dataset_defaults` brings the defaults that hang on it."""
     parser.add_argument(

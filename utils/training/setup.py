@@ -29,7 +29,7 @@ from utils import distributed
 from utils.checkpoint import Snapshots, make_meta
 from utils.device import check_compiler, select_device
 from utils.loader import crop_warning, fitting_workers, layout_words, list_of, make_loader, open_dataset, running
-from utils.options import Options, shared_options
+from utils.options import Options, shared_options, with_own_places
 from utils.training.identity import compare_data, loss_name, new_run
 from utils.training.lock import FolderLock
 from utils.training.log import RunLog
@@ -109,17 +109,17 @@ def set_up(args: Namespace, loss_function: LossFunction, stack: ExitStack) -> Ru
     lock = FolderLock(run_folder(asked))
     locked = distributed.from_main(lambda: stack.enter_context(lock))
     resumed = resume(asked, loss)
-    options = resumed.options if resumed else asked
+    options = with_own_places(resumed.options, asked, True) if resumed else asked
     device = distributed.everywhere(lambda: choose_device(options))  # before any weights are read
     class_file = distributed.everywhere(lambda: read_class_file(options.data_dir))
     start = resumed or begin(options, loss, class_file)
-    options = start.options
+    options = with_own_places(start.options, asked, resumed is not None)
     distributed.everywhere(lambda: check_net_options(options))
 
     # The data.
     data, data_list = distributed.everywhere(lambda: open_training_data(options, class_file))
     ids = compare_data(data, device.type, start.checkpoint.get("ids"), start.classes if resumed else None)
-    run_id = start.run if resumed else new_run(options, data.ids, start.net)
+    run_id = start.run if resumed else new_run(start.options, data.ids, start.net)
     names = data.names or start.classes
     classes = Classes(class_names(options.num_classes, names), make_palette(data.colors))
 
@@ -157,11 +157,11 @@ def set_up(args: Namespace, loss_function: LossFunction, stack: ExitStack) -> Ru
 
     # What is watched, saved and said.
     seen, colors = start.seen_voc_val or seen_val(data), classes.palette[: options.num_classes].tolist()
-    meta = make_meta(net, names, start.step, vars(options), seen_voc_val=seen, colors=colors, run=run_id)
+    meta = make_meta(net, names, start.step, vars(start.options), seen_voc_val=seen, colors=colors, run=run_id)
     validation = Validation(options, class_file, run_id) if options.val_every else None
 
     def open_log() -> RunLog | None:
-        return stack.enter_context(RunLog(lock, vars(options), start.step)) if distributed.is_main() else None
+        return stack.enter_context(RunLog(lock, vars(start.options), start.step)) if distributed.is_main() else None
 
     if log := distributed.everywhere(open_log):
         log.say(*head_lines(options, data, data_list), locked, *start.lines, note, space)
