@@ -92,9 +92,9 @@ def test_kazuto_without_base_and_its_coco_net(tmp_path):
 
 
 def test_official_caffemodel(tmp_path):
-    source = random_net("resnet101")
+    source = random_net("resnet50")
     path = tmp_path / "train2_iter_20000.caffemodel"
-    path.write_bytes(caffe_bytes(source.state_dict(), "resnet101", factor=4.0))  # exact in binary
+    path.write_bytes(caffe_bytes(source.state_dict(), "resnet50", factor=4.0))  # exact in binary
     weights = assert_same_logits(path, source)
     assert weights.scheme == "Caffe DeepLab-v2"
     assert "train and val" in weights.seen_voc_val

@@ -143,7 +143,8 @@ def caffe_state(model: CaffeModel) -> tuple[dict[str, Tensor], dict[str, str], f
 def _add_layer(state: dict[str, Tensor], module: str, layer: Layer) -> None:
     blobs = layer.blobs
     head = module.startswith("layer5.")
-    kind, expected = {"conv": ("Convolution", 1 + head), "bn": ("BatchNorm", 3), "scale": ("Scale", 2)}[_role(layer.name)]
+    kind = "BatchNorm" if layer.name.startswith("bn") else "Scale" if layer.name.startswith("scale") else "Convolution"
+    expected = {"BatchNorm": 3, "Scale": 2, "Convolution": 1 + head}[kind]
     if layer.type != kind or len(blobs) != expected:
         raise WeightsError(
             f"its layer {layer.name!r} is a {layer.type} with {len(blobs)} blobs; expected a {kind} with {expected}"
@@ -160,10 +161,6 @@ def _add_layer(state: dict[str, Tensor], module: str, layer: Layer) -> None:
         for leaf, blob in zip(("running_mean", "running_var"), blobs):
             values = blob.reshape(-1).astype(np.float64) / factor if factor else np.zeros(blob.size)
             state[f"{module}.{leaf}"] = torch.from_numpy(values.astype(np.float32))
-
-
-def _role(name: str) -> str:
-    return "bn" if name.startswith("bn") else "scale" if name.startswith("scale") else "conv"
 
 
 def _check_twin(layer: Layer, twin: Layer) -> None:
