@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import get_model
 
+from dataset.classes import read_class_file
 from deeplab import NETS, fold_batch_norm, load_net, make_net
 from deeplab.pspnet import BINS, pyramid
 from deeplab.weights import WeightsError, apply_weights, build_net, export, load_weights
@@ -17,7 +18,7 @@ from scripts import convert_weights, export_onnx, predict
 from tests.helpers_published import random_net
 from utils.evaluation.options import evaluation_parser
 from utils.evaluation.predict import open_trained_net
-from utils.training.options import training_parser
+from utils.training.options import settle, training_parser
 from utils.training.start import begin
 
 CLASSES = 5
@@ -429,9 +430,10 @@ def test_every_command_that_reads_weights_takes_the_option(tmp_path, monkeypatch
     assert predict.parse_args(["a.jpg", "--abn", "abs"]).abn == "abs"
     options = {"batch_size": 1, "iter_size": 1, "snapshot_dir": str(tmp_path / "run")}
     args = ["--restore-from", path, "--num-classes", "3", "--batch-norm", "frozen"]
-    start = begin(training_parser("", **options).parse_args([*args, "--abn", "abs"]), "loss")
-    assert torch.equal(start.model["bn3.weight"], stored["bn3.weight"].abs() + 1e-5)
-    assert start.options["abn"] == "abs"
+    settled = settle(training_parser("", **options).parse_args([*args, "--abn", "abs"]))
+    start = begin(settled, "loss", read_class_file(tmp_path))
+    assert torch.equal(start.net.bn3.weight, stored["bn3.weight"].abs() + 1e-5)
+    assert start.options.abn == "abs"
 
     target = str(tmp_path / "out.pth")
     with pytest.raises(WeightsError, match="--abn"):
