@@ -6,6 +6,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -193,20 +194,22 @@ def test_what_cannot_be_reported_or_compared_is_a_sentence(toy_voc, snapshot, na
 
 
 def test_pictures_keep_to_their_bytes(tmp_path, monkeypatch):
-    """Noise is what packs worst: large pictures shrink until all fit; of very many every second one is shown."""
+    """All have one size, by their number: sqrt(160,000 bytes / 0.4 / 4) = 316; of very many every second one is shown."""
     monkeypatch.setattr(report, "BYTES", 160_000)
     monkeypatch.setattr(report, "MOST_PICTURES", 4)
     report.prepare_folder(tmp_path)
     page = report.Report(tmp_path, [str(i) for i in range(8)], Classes(list("abc")), 255, False, None)
     rng = np.random.default_rng(0)
     for i in range(8):
-        sample = Sample(str(i), rng.integers(0, 256, (900, 700, 3), dtype=np.uint8), np.zeros((900, 700), np.uint8))
+        image = cv2.resize(rng.integers(0, 256, (45, 35, 3), dtype=np.uint8), (700, 900), interpolation=cv2.INTER_CUBIC)
+        sample = Sample(str(i), image, np.zeros((900, 700), np.uint8))
         sample.prediction = np.zeros_like(sample.label)
         page.add(sample, sample.prediction)
     files = list((tmp_path / "pictures").iterdir())
     assert {path.name[:6] for path in files} == {"000000", "000002", "000004", "000006"}
     assert sum(path.stat().st_size for path in files) <= 160_000
-    assert max(Image.open(tmp_path / "pictures/000002.jpg").size) >= 110
+    sizes = {Image.open(path).size for path in files if "thumbnail" not in path.name}
+    assert sizes == {(round(700 * 316 / 900), 316)}
     assert len(page.records) == 8
 
 

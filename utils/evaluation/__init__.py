@@ -1,1 +1,1 @@
-"""Trained nets at work: evaluation, submission and prediction, which are one loop (:mod:`utils.evaluation.score`)."""
+"""Trained nets at work: evaluation, submission and prediction, which are one loop (:func:`utils.evaluation.predict.predictions`)."""

@@ -28,9 +28,10 @@ from utils.outputs import OUTPUT_MARK, Output, is_output, marked_jpeg
 from utils.visualize import PALETTE, WRONG, Classes, blend, marked_png, scale, wrong_pixels
 
 PREDICTED = ("scales", "fuse", "mirror", "window", "overlap", "crf", "amp", "input_size")  # the options on the page
-BYTES = 150e6  # of all pictures together
+BYTES = 150e6  # of all images together, about
+PIXEL_BYTES = 0.4  # that a photo with its masks takes per pixel of its square, about
 MOST_PICTURES = 5000  # of larger sets every second, third, ... is shown
-SIDES = (1000, 700, 500, 400, 300, 220, 160, 110)  # pixels; the first that keeps within a picture's share of the bytes is taken
+MOST_SIDE = 1000  # pixels
 THUMBNAIL_SIDE = 240
 ERROR_COLORS = np.array([(255, 255, 255), WRONG, PALETTE[IGNORE_LABEL]], dtype=np.uint8)  # right, wrong, void
 
@@ -55,7 +56,7 @@ class Report:
         self.folder, self.classes, self.ignore_label, self.crf, self.other = folder, classes, ignore_label, crf, other
         every = math.ceil(len(ids) / MOST_PICTURES)
         self.shown = {id: number for number, id in list(enumerate(ids))[::every]}
-        self.share = BYTES / max(len(self.shown), 1)
+        self.side = min(MOST_SIDE, int((BYTES / PIXEL_BYTES / max(len(self.shown), 1)) ** 0.5))  # of all images
         self.records: list[dict[str, Any]] = []
 
     def add(self, sample: Sample, prediction: np.ndarray) -> None:
@@ -80,19 +81,15 @@ class Report:
         image = sample.image[:, :, ::-1]
         small = min(1.0, THUMBNAIL_SIDE / max(sample.label.shape))
         mixed = blend(np.ascontiguousarray(scale(image, small)), scale(prediction, small), self.classes.palette)
-        fixed = {"_thumbnail.jpg": _jpeg(mixed, 72)}
+        factor = min(1.0, self.side / max(sample.label.shape))
+        files = {".jpg": _jpeg(scale(image, factor), 82), "_thumbnail.jpg": _jpeg(mixed, 72)}
+        files |= {f"_{name}.png": _mask(scale(mask, factor), self.classes.palette) for name, mask in masks.items()}
+        files["_errors.png"] = _mask(scale(errors, factor), ERROR_COLORS, bytes([60, 255, 255]))
         if self.other and (others := self.other.mask(sample.id)):
-            fixed["_other.png"] = others
-        for side in SIDES:
-            factor = min(1.0, side / max(sample.label.shape))
-            files = {".jpg": _jpeg(scale(image, factor), 82)}
-            files |= {f"_{name}.png": _mask(scale(mask, factor), self.classes.palette) for name, mask in masks.items()}
-            files["_errors.png"] = _mask(scale(errors, factor), ERROR_COLORS, bytes([60, 255, 255]))
-            if sum(map(len, (*files.values(), *fixed.values()))) <= self.share:
-                break
-        for ending, data in {**files, **fixed}.items():
+            files["_other.png"] = others
+        for ending, data in files.items():
             write_atomically(self.folder / "pictures" / f"{number:06d}{ending}", methodcaller("write", data), sync=False)
-        return [name for name in (*masks, "errors", "other") if f"_{name}.png" in {**files, **fixed}]
+        return [name for name in (*masks, "errors", "other") if f"_{name}.png" in files]
 
     def write(self, records: Iterable[dict[str, Any]], result: dict[str, Any], head: Mapping[str, Any]) -> None:
         """Write the page and its data.
@@ -253,10 +250,6 @@ def _version(package: str) -> str:
 
 def _percent(value: float | None) -> str:
     return "–" if value is None or math.isnan(value) else f"{100 * value:.2f}"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.6f}"
 
 
 def _signed(value: float) -> str:
