@@ -1,1 +1,1 @@
-"""Trained nets at work: evaluation, submission and prediction, which are one loop (:func:`utils.evaluation.predict.predictions`)."""
+"""Trained nets at work: evaluation, submission and prediction, over one loop (:mod:`utils.evaluation.predict`)."""
