@@ -102,3 +102,16 @@ STEPS = {
     "one-scale grad-checkpoint iter-size": ["--one-scale-at-a-time", "--grad-checkpoint", "--iter-size", "2"],
     "one-scale loss-size": ["--one-scale-at-a-time", "--loss-size", "input"],
 }
+
+
+def at(acts: dict):
+    """The loss, before whose n-th call ``acts[n]()`` is done."""
+
+    @wraps(single_scale_loss)
+    def loss(*args, **options):
+        loss.calls += 1
+        acts.get(loss.calls, lambda: None)()
+        return single_scale_loss(*args, **options)
+
+    loss.calls = 0
+    return loss

@@ -4,15 +4,15 @@ The disk is made full by a limit on the size of files (RLIMIT_FSIZE), past which
 """
 
 import shutil
-from functools import partial, wraps
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from deeplab import deeplabv2, single_scale_loss
-from tests.helpers_runs import SCRATCH, equal, limit, log_lines, model, train
+from deeplab import deeplabv2
+from tests.helpers_runs import SCRATCH, at, equal, limit, log_lines, model, train
 from utils import checkpoint, files
 from utils.checkpoint import Snapshots
 from utils.evaluation.video import VideoFile
@@ -30,19 +30,6 @@ RUN = [*SCRATCH, "--num-steps", "4", "--save-pred-every", "1"]
 def _unlimited():
     yield
     limit(None)
-
-
-def at(acts: dict):
-    """The loss, before whose n-th call ``acts[n]()`` is done."""
-
-    @wraps(single_scale_loss)
-    def loss(*args, **options):
-        loss.calls += 1
-        acts.get(loss.calls, lambda: None)()
-        return single_scale_loss(*args, **options)
-
-    loss.calls = 0
-    return loss
 
 
 def snapshots(folder) -> set[str]:

@@ -11,8 +11,7 @@ import sys
 import pytest
 
 from tests.helpers import ROOT
-from tests.helpers_runs import SCRATCH, log_lines, train
-from tests.test_disk import at
+from tests.helpers_runs import SCRATCH, at, log_lines, train
 from utils.command import UserError
 from utils.training import lock
 from utils.training.lock import HOLDER, LOCK, FolderLock

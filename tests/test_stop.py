@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from tests.helpers import ROOT
-from tests.helpers_runs import SCRATCH, SMALL, log_lines, train
-from tests.test_disk import at
+from tests.helpers_runs import SCRATCH, SMALL, at, log_lines, train
 from utils import checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="process groups and signals of POSIX")

@@ -69,7 +69,8 @@ def train(run: Run) -> None:
         warning = run.class_watch.warning()
         if run.log:
             run.log.bar.update()
-            run.log.say(warning)
+            if warning:
+                run.log.say(warning)
         if run.due(options.save_pred_every, done):
             save(run, done)  # where the disk is full the run goes on, and tries again at the next snapshot
         if run.validation and run.due(options.val_every, done):
