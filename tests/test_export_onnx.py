@@ -15,7 +15,7 @@ from deeplab.resnet import BasicBlock
 from scripts import export_onnx
 from tests.helpers import ROOT
 from tests.helpers_nets import randomise_batch_norm
-from utils import files
+from utils import outputs
 from utils.command import UserError
 
 SIZES = [(1, 65, 130), (3, 33, 47), (2, 64, 64), (1, 9, 17), (1, 129, 90), (2, 3, 5)]
@@ -36,7 +36,7 @@ def test_torch_export(with_preprocessing, snapshot, tmp_path):
     options = ["--with-preprocessing"] if with_preprocessing else []
     assert export_onnx.main([str(snapshot), str(tmp_path / "net.pt2"), *options]) == 0
     extra = {"contract.json": ""}
-    assert files.is_output(tmp_path / "net.pt2")
+    assert outputs.is_output(tmp_path / "net.pt2")
     program = torch.export.load(tmp_path / "net.pt2", extra_files=extra).module()
     assert json.loads(extra["contract.json"])["classes"] == ["ground", "red", "green", "blue"]
     net = load_net(snapshot)
@@ -59,7 +59,7 @@ def test_onnx_runtime(with_preprocessing, snapshot, tmp_path):
     facts = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(facts["classes"]) == ["ground", "red", "green", "blue"]
     assert ("uint8 RGB" in facts["input"]) == with_preprocessing
-    assert files.is_output(tmp_path / "net.onnx")  # so a second export may replace it
+    assert outputs.is_output(tmp_path / "net.onnx")  # so a second export may replace it
     assert next(entry.version for entry in model.opset_import if not entry.domain) == 18
     assert "BatchNormalization" not in {node.op_type for node in model.graph.node}
     session = runtime.InferenceSession(str(tmp_path / "net.onnx"))

@@ -23,6 +23,7 @@ from utils.evaluation.submission import CITYSCAPES_SERVER, VOC, pack
 from utils.evaluation.video import VideoFile
 from utils.files import remove_torn, remove_torn_files, save_json, write_atomically
 from utils.outputs import OUTPUT_MARK, Output, check_outputs
+from utils.training.lock import FolderLock
 from utils.training.log import RunLog
 from utils.visualize import PALETTE, Classes, indexed_png, save_panel, save_picture, save_prediction
 
@@ -75,11 +76,13 @@ def test_a_file_of_other_origin_is_not_written_over(tmp_path, name, content):
 
 def write_each_kind(folder: Path) -> list[Path]:
     """A file of each kind that the functions of the commands write; the others are written in the tests of their commands."""
-    pixels, logits = np.full((34, 48, 3), 90, np.uint8), torch.zeros(2, 5, 6)
+    pixels = np.full((34, 48, 3), 90, np.uint8)
+    picture = Picture("a", pixels)
+    picture.logits = torch.zeros(2, 5, 6)
     save_prediction(folder / "a.png", pixels[..., 0])
     save_picture(folder / "b.png", pixels)
     save_picture(folder / "a.jpg", pixels)
-    write_probabilities(folder / "a.npz", Picture("a", pixels), logits, ["x", "y"], 8)
+    write_probabilities(folder / "a.npz", picture, ["x", "y"], 8)
     with VideoFile(folder / "a.mp4", 5.0) as film:
         film.write(pixels)
     grey = io.BytesIO()
@@ -285,7 +288,7 @@ def test_pictures_of_training_have_names_that_fit_and_replace_none_of_the_users(
     pixels = np.zeros((4, 5, 3), np.uint8)
     (tmp_path / "images").mkdir()
     (tmp_path / "images/000003_mine.png").write_bytes(b"a photo")
-    with RunLog(tmp_path, options) as log:
+    with RunLog(FolderLock(tmp_path), options) as log:
         log.picture("city/" + "ü" * 125, 3, pixels)
         for _ in range(2):
             log.picture("a", 3, pixels)
