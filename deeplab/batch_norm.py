@@ -1,7 +1,8 @@
 """Batch norm in its three modes, and frozen batch norm as a part of the convolution before it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -11,19 +12,25 @@ from torchvision.ops import FrozenBatchNorm2d
 
 BATCH_NORM_MODES = ("frozen", "stats", "full")
 
-Folded = tuple[Tensor, Tensor]  # the weight and the bias of a convolution that does its batch norm as well
-FoldedNet = list[list[Folded | None]]
-Pair = tuple[nn.Conv2d, nn.Module]  # a convolution and the batch norm behind it
+Folded = Mapping[nn.Module, tuple[Tensor, Tensor]]
+"""A frozen batch norm -> the weight and the bias of the convolution before it that does the batch norm as well."""
 
 
 def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, folded: Folded | None = None) -> Tensor:
-    """``bn(conv(x))``, in one convolution where ``folded`` is what :func:`fold` made of the two: (N, C_out, h, w)."""
-    if folded is None:
+    """``bn(conv(x))``, in one convolution where ``folded``, of :func:`fold`, holds ``bn``: (N, C_out, h, w)."""
+    if not folded or bn not in folded:
         return bn(conv(x))
-    return F.conv2d(x, *folded, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return F.conv2d(x, *folded[bn], conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-def fold(pairs: Sequence[Pair]) -> list[Folded | None]:
+def conv_bn_pairs(net: nn.Module) -> list[tuple[nn.Conv2d, nn.Module]]:
+    """Every batch norm of a net with the convolution before it, which all nets here register right before it."""
+    norms = (FrozenBatchNorm2d, nn.modules.batchnorm._BatchNorm)
+    layers = [module for module in net.modules() if isinstance(module, (nn.Conv2d, *norms))]
+    return [(conv, bn) for conv, bn in pairwise(layers) if isinstance(conv, nn.Conv2d) and isinstance(bn, norms)]
+
+
+def fold(net: nn.Module) -> Folded:
     """Fold each frozen batch norm into the convolution before it, for the forward passes that share one backward pass.
 
     A frozen batch norm is the affine map ``y * scale + shift`` per channel, so ``bn(conv(x, w))`` equals
@@ -32,23 +39,22 @@ def fold(pairs: Sequence[Pair]) -> list[Folded | None]:
     layers at once, the constants cost eight operations, and cannot be older than the buffers that they come from.
 
     Returns:
-        (weight, bias) a pair, under autocast in its type; None where the batch norm is not frozen.
+        The weights and biases, under autocast in its type; other batch norms are not in it.
     """
-    frozen = [(conv, bn) for conv, bn in pairs if isinstance(bn, FrozenBatchNorm2d)]
+    frozen = [(conv, bn) for conv, bn in conv_bn_pairs(net) if isinstance(bn, FrozenBatchNorm2d)]
     if not frozen:
-        return [None] * len(pairs)
+        return {}
     scale, shift = scale_and_shift([bn for _, bn in frozen])
     device = scale.device.type
     autocast = not scale.is_meta and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else scale.dtype
     channels = [conv.out_channels for conv, _ in frozen]
+    folded = {}
     scales, shifts = scale[:, None, None, None].split(channels), shift.to(dtype).split(channels)
-    folded = iter([((conv.weight * a).to(dtype), _bias(conv, a, b)) for (conv, _), a, b in zip(frozen, scales, shifts)])
-    return [next(folded) if isinstance(bn, FrozenBatchNorm2d) else None for _, bn in pairs]
-
-
-def _bias(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> Tensor:
-    return shift if conv.bias is None else (conv.bias * scale.flatten() + shift).to(shift.dtype)
+    for (conv, bn), a, b in zip(frozen, scales, shifts):
+        bias = b if conv.bias is None else (conv.bias * a.flatten() + b).to(dtype)
+        folded[bn] = (conv.weight * a).to(dtype), bias
+    return folded
 
 
 def scale_and_shift(norms: Sequence[Any]) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deeplab.batch_norm import FoldedNet
+from deeplab.batch_norm import Folded, fold
 from deeplab.inference import check_input
 from deeplab.resnet import DilatedResNet, check_classes
 
@@ -84,9 +84,9 @@ class DeepLabV2(DilatedResNet):
             "stem": stem,
         }
 
-    def forward(self, images: Tensor, folded: FoldedNet | None = None) -> Tensor:
+    def forward(self, images: Tensor, folded: Folded | None = None) -> Tensor:
         check_input(images)
-        _, x = self.features(images, folded or self.fold())
+        _, x = self.features(images, fold(self) if folded is None else folded)
         return self.layer5(x)
 
     def reset_head(self) -> None:

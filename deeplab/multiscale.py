@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deeplab.batch_norm import kept_statistics
+from deeplab.batch_norm import fold, kept_statistics
 from deeplab.resnet import DilatedResNet
 
 TRAIN_SCALES = (1.0, 0.75, 0.5)
@@ -54,7 +54,7 @@ def multiscale_logits(
         One (N, C, h_s, w_s) a scale, in the order of ``scales``.
     """
     inputs = [resize(images, scaled_size(images.shape[-2:], scale)) for scale in scales]
-    forward = partial(net, folded=net.fold()) if isinstance(net, DilatedResNet) else net  # folded once for all scales
+    forward = partial(net, folded=fold(net)) if isinstance(net, DilatedResNet) else net  # folded once for all scales
     plain = partial(forward, auxiliary=False) if hasattr(net, "dsn") else forward
     first = forward if auxiliary else plain
     if not one_scale_at_a_time:

@@ -1,6 +1,6 @@
 """PSPNet (Zhao et al., arXiv:1612.01105) as pytorch-segmentation-toolbox publishes it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deeplab.batch_norm import Folded, Pair
+from deeplab.batch_norm import Folded
 from deeplab.toolbox import DROPOUT, FEATURES, ChannelDropout, NetWithAuxiliary, conv_bn_leaky
 
 BINS = (1, 2, 3, 6)  # a side
@@ -52,19 +52,16 @@ class PyramidPooling(nn.Module):
             nn.Conv2d(channels, FEATURES, 3, padding=1, bias=False), norm(FEATURES), ChannelDropout(DROPOUT)
         )
 
-    def pairs(self) -> list[Pair]:
-        return [*((conv, bn) for _, conv, bn in self.stages), (self.bottleneck[0], self.bottleneck[1])]
-
-    def forward(self, x: Tensor, folded: Sequence[Folded | None]) -> Tensor:
-        """(N, in_channels, h, w) -> (N, 512, h, w); ``folded``: :func:`deeplab.batch_norm.fold` of :meth:`pairs`."""
+    def forward(self, x: Tensor, folded: Folded) -> Tensor:
+        """(N, in_channels, h, w) -> (N, 512, h, w)"""
         features = []
-        for means, (_, conv, bn), weights in zip(pyramid(x), self.stages, folded):
-            y = conv_bn_leaky(means, conv, bn, weights)  # N 512 bins bins
+        for means, (_, conv, bn) in zip(pyramid(x), self.stages):
+            y = conv_bn_leaky(means, conv, bn, folded)  # N 512 bins bins
             # Not resize(), which compares sizes: a torch.export program would refuse maps of 2, 3 or 6 positions a side.
             features.append(F.interpolate(y, x.shape[-2:], mode="bilinear", align_corners=True))
         x = torch.cat([*features, x], dim=1)  # N 4096 h w
         conv, bn, dropout = self.bottleneck
-        return dropout(conv_bn_leaky(x, conv, bn, folded[-1]))
+        return dropout(conv_bn_leaky(x, conv, bn, folded))
 
 
 class PSPNet(NetWithAuxiliary):

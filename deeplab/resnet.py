@@ -6,7 +6,7 @@ come from differs: the pool rounds its output size up, the stride of a stage sit
 block of a dilated stage uses that stage's dilation (torchvision gives the first block the previous one's).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -19,10 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from deeplab.batch_norm import (
     BATCH_NORM_MODES,
     Folded,
-    FoldedNet,
-    Pair,
     conv_bn,
-    fold,
+    conv_bn_pairs,
     kept_statistics,
     make_norm,
     scale_and_shift,
@@ -48,15 +46,10 @@ class BasicBlock(nn.Module):
         self.bn2 = norm(planes)
         self.downsample = _shortcut(inplanes, planes, stride, norm)
 
-    def pairs(self) -> list[Pair]:
-        pairs: list[Pair] = [(self.conv1, self.bn1), (self.conv2, self.bn2)]
-        return [*pairs, tuple(self.downsample)] if self.downsample else pairs
-
-    def forward(self, x: Tensor, folded: Sequence[Folded | None] = (None,) * 4) -> Tensor:
-        """``folded`` is what :func:`fold` makes of :meth:`pairs`."""
-        y = F.relu(conv_bn(x, self.conv1, self.bn1, folded[0]), inplace=True)
-        y = conv_bn(y, self.conv2, self.bn2, folded[1])
-        shortcut = x if self.downsample is None else conv_bn(x, self.downsample[0], self.downsample[1], folded[2])
+    def forward(self, x: Tensor, folded: Folded | None = None) -> Tensor:
+        y = F.relu(conv_bn(x, self.conv1, self.bn1, folded), inplace=True)
+        y = conv_bn(y, self.conv2, self.bn2, folded)
+        shortcut = x if self.downsample is None else conv_bn(x, self.downsample[0], self.downsample[1], folded)
         return F.relu(y + shortcut, inplace=True)
 
 
@@ -79,20 +72,15 @@ class Bottleneck(nn.Module):
         self.bn3 = norm(planes * self.expansion)
         self.downsample = _shortcut(inplanes, planes * self.expansion, stride, norm)
 
-    def pairs(self) -> list[Pair]:
-        pairs: list[Pair] = [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
-        return [*pairs, tuple(self.downsample)] if self.downsample else pairs
-
-    def forward(self, x: Tensor, folded: Sequence[Folded | None] = (None,) * 4) -> Tensor:
-        """``folded`` is what :func:`fold` makes of :meth:`pairs`."""
-        y = F.relu(conv_bn(x, self.conv1, self.bn1, folded[0]), inplace=True)
-        y = F.relu(conv_bn(y, self.conv2, self.bn2, folded[1]), inplace=True)
-        y = conv_bn(y, self.conv3, self.bn3, folded[2])
-        shortcut = x if self.downsample is None else conv_bn(x, self.downsample[0], self.downsample[1], folded[3])
+    def forward(self, x: Tensor, folded: Folded | None = None) -> Tensor:
+        y = F.relu(conv_bn(x, self.conv1, self.bn1, folded), inplace=True)
+        y = F.relu(conv_bn(y, self.conv2, self.bn2, folded), inplace=True)
+        y = conv_bn(y, self.conv3, self.bn3, folded)
+        shortcut = x if self.downsample is None else conv_bn(x, self.downsample[0], self.downsample[1], folded)
         return F.relu(y + shortcut, inplace=True)
 
 
-def _recomputed(block: nn.Module, x: Tensor, folded: Sequence[Folded | None]) -> Tensor:
+def _recomputed(block: nn.Module, x: Tensor, folded: Folded) -> Tensor:
     """``block(x, folded)`` whose activations are computed again in the backward pass instead of being kept."""
     if torch.compiler.is_compiling():  # compiled code moves the statistics once, whatever it recomputes
         return checkpoint(block, x, folded, use_reentrant=False, preserve_rng_state=False)
@@ -101,13 +89,12 @@ def _recomputed(block: nn.Module, x: Tensor, folded: Sequence[Folded | None]) ->
 
 
 def _shortcut(inplanes: int, outplanes: int, stride: int, norm: Callable[[int], nn.Module]) -> Any:
-    """The projection of a block's input (published name ``downsample``), a pair; None where the input fits as it is."""
+    """The projection of a block's input (published name ``downsample``); None where the input fits as it is."""
     if stride == 1 and inplanes == outplanes:
         return None
     return nn.Sequential(nn.Conv2d(inplanes, outplanes, 1, stride, bias=False), norm(outplanes))
 
 
-Block = BasicBlock | Bottleneck
 BACKBONES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
@@ -202,43 +189,23 @@ class DilatedResNet(nn.Module):
         if hasattr(destination, "_metadata"):
             destination._metadata[prefix[:-1]][MARK] = dict(self.config)
 
-    def stem_pairs(self) -> list[Pair]:
-        pairs: list[Pair] = [(self.conv1, self.bn1)]
-        return pairs if self.stem == "7x7" else [*pairs, (self.conv2, self.bn2), (self.conv3, self.bn3)]
-
-    def blocks(self) -> list[Block]:
-        """All of them, from the input to the output."""
-        return [*self.layer1, *self.layer2, *self.layer3, *self.layer4]
-
-    def pairs(self) -> list[list[Pair]]:
-        """Every convolution with its batch norm, by parts: the stem, each of :meth:`blocks`, then those of a head."""
-        return [self.stem_pairs(), *(block.pairs() for block in self.blocks())]
-
-    def fold(self) -> FoldedNet:
-        """:func:`fold` for :meth:`pairs`: once for all passes that share a backward."""
-        parts = self.pairs()
-        folded = iter(fold([pair for pairs in parts for pair in pairs]))
-        return [[next(folded) for _ in pairs] for pairs in parts]
-
-    def features(self, x: Tensor, folded: FoldedNet) -> tuple[Tensor, Tensor]:
-        """(N, 3, H, W) mean-subtracted BGR pictures -> what stages 3 and 4 give: (N, out_channels / 2, h, w) and
+    def features(self, x: Tensor, folded: Folded) -> tuple[Tensor, Tensor]:
+        """(N, 3, H, W) mean-subtracted BGR images -> what stages 3 and 4 give: (N, out_channels / 2, h, w) and
         (N, out_channels, h, w), h and w about an eighth of H and W.
 
-        ``folded`` is of :meth:`fold`.
+        ``folded`` is :func:`deeplab.batch_norm.fold` of the net.
         """
-        stem, *others = folded
-        for (conv, bn), both in zip(self.stem_pairs(), stem):
-            x = F.relu(conv_bn(x, conv, bn, both), inplace=True)  # N 64 H/2 W/2, 128 channels after a deep stem
+        x = F.relu(conv_bn(x, self.conv1, self.bn1, folded), inplace=True)  # N 64 H/2 W/2
+        if self.stem == "deep":
+            x = F.relu(conv_bn(x, self.conv2, self.bn2, folded), inplace=True)
+            x = F.relu(conv_bn(x, self.conv3, self.bn3, folded), inplace=True)  # N 128 H/2 W/2
         x = self.maxpool(x)  # H/4 W/4
-        third = x
-        for block, weights in zip(self.blocks(), others):  # H/4, H/8, H/8, H/8
-            if block is self.layer4[0]:
-                third = x
-            if self.grad_checkpoint and torch.is_grad_enabled():
-                x = _recomputed(block, x, weights)
-            else:
-                x = block(x, weights)
-        return third, x
+        recompute = self.grad_checkpoint and torch.is_grad_enabled()
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):  # H/4, H/8, H/8, H/8
+            before = x
+            for block in stage:
+                x = _recomputed(block, x, folded) if recompute else block(x, folded)
+        return before, x
 
 
 def fold_batch_norm(net: DilatedResNet) -> nn.Module:
@@ -248,7 +215,7 @@ def fold_batch_norm(net: DilatedResNet) -> nn.Module:
     used, whatever kind of batch norm it was. The net can no longer be trained as it was, nor saved under the published names.
     """
     names = {module: name for name, module in net.named_modules()}
-    for conv, bn in (pair for pairs in net.pairs() for pair in pairs):
+    for conv, bn in conv_bn_pairs(net):
         with torch.no_grad():
             scale, shift = scale_and_shift([bn])
             conv.weight.mul_(scale[:, None, None, None])

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from deeplab.batch_norm import Folded, FoldedNet, Pair, conv_bn
+from deeplab.batch_norm import Folded, conv_bn, fold
 from deeplab.inference import check_input
 from deeplab.resnet import DilatedResNet, check_classes
 
@@ -58,8 +58,7 @@ class NetWithAuxiliary(DilatedResNet):
 
     name: str
     context: type[nn.Module]
-    """``head.0``: (in_channels, norm) -> a module (N, in_channels, h, w), folded -> (N, 512, h, w), with ``pairs()`` of its
-    convolutions and their batch norms, whose :func:`deeplab.batch_norm.fold` is ``folded``."""
+    """``head.0``: (in_channels, norm) -> a module (N, in_channels, h, w), folded -> (N, 512, h, w)."""
     defaults: Mapping[str, Any] = MappingProxyType(
         {"learning_rate": 1e-2, "loss_size": "input", "batch_norm": "full", "aux_weight": 0.4}
     )
@@ -93,18 +92,15 @@ class NetWithAuxiliary(DilatedResNet):
             "stem": stem,
         }
 
-    def pairs(self) -> list[list[Pair]]:
-        return [*super().pairs(), self.head[0].pairs(), [(self.dsn[0], self.dsn[1])]]
-
-    def forward(self, images: Tensor, folded: FoldedNet | None = None, auxiliary: bool | None = None) -> Any:
+    def forward(self, images: Tensor, folded: Folded | None = None, auxiliary: bool | None = None) -> Any:
         """The logits of ``head``; with ``auxiliary``, by default in training, a pair: those of ``head`` and of ``dsn``."""
         check_input(images)
-        folded = folded or self.fold()
+        folded = fold(self) if folded is None else folded
         third, fourth = self.features(images, folded)
-        logits = self.head[1](self.head[0](fourth, folded[-2]))
+        logits = self.head[1](self.head[0](fourth, folded))
         if not (self.training if auxiliary is None else auxiliary):
             return logits
-        x = conv_bn_leaky(third, self.dsn[0], self.dsn[1], folded[-1][0])
+        x = conv_bn_leaky(third, self.dsn[0], self.dsn[1], folded)
         return logits, self.dsn[3](self.dsn[2](x))
 
     def reset_head(self) -> None:

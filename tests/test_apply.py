@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from deeplab import deeplabv2
+from deeplab.batch_norm import fold
 from deeplab.weights import WeightsError, apply_weights, load_weights
 from tests.helpers_published import (
     narrow_state,
@@ -66,7 +67,7 @@ def test_historic_two_branch_head(tmp_path):
     assert sorted(report.skipped) == sorted(HEAD[4:])
     picture = torch.rand(1, 3, 33, 33)
     with torch.no_grad():
-        features = source.features(picture, source.fold())[1]
+        features = source.features(picture, fold(source))[1]
         first, second = source.layer5.conv2d_list[:2]
         torch.testing.assert_close(net(picture), first(features) + second(features), rtol=1e-4, atol=1e-4)
 
