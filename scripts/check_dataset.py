@@ -23,13 +23,12 @@ from dataset import DATASETS, VOC_CLASSES, VOCSegmentation, default_names, find_
 from dataset.classes import IGNORE_LABEL, Color, read_class_file
 from scripts.data.causes import cityscapes_causes, few, likely_causes
 from scripts.data.inspection import MOST, Inspection, inspect
-from scripts.data.parallel import parallel_map
-from utils.argtypes import GivenParser, class_count, helpers, label_value, target_text
+from scripts.data.parallel import add_workers_option, parallel_map
+from utils.argtypes import GivenParser, class_count, label_value, target_text
 from utils.command import run_command
 from utils.files import save_json
 from utils.options import CITYSCAPES, DATA_DIR, add_dataset_option, dataset_defaults
 from utils.outputs import OUTPUT_MARK, Output, check_outputs
-from utils.processes import default_processes
 
 KINDS = (
     "missing picture",
@@ -207,9 +206,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--image-dir", default="JPEGImages", help="folder of the pictures in --data-dir (%(default)s, leftImg8bit)"
     )
     parser.add_argument("--label-dir", help="folder of the masks (SegmentationClassAug, else SegmentationClass; gtFine)")
-    parser.add_argument(
-        "--workers", type=helpers, default=default_processes(64), help="processes; 0 reads in this one (%(default)s)"
-    )
+    add_workers_option(parser)
     parser.add_argument("--json", type=target_text, metavar="FILE", help="save the report as JSON, too")
     return parser.parse_args(argv)
 

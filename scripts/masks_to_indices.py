@@ -37,11 +37,10 @@ from dataset.lists import IMAGE_DIR
 from dataset.voc import LABEL_DIRS, TRAIN_LISTS, VAL_LISTS
 from scripts.data.colours import VOC, Table, find_table, read_labels
 from scripts.data.layouts import LISTS, Labelled, choose_lists, find_labelled, write_lines
-from scripts.data.parallel import parallel_map
-from utils.argtypes import Parser, below_one, helpers, not_negative, target
+from scripts.data.parallel import add_workers_option, parallel_map
+from utils.argtypes import Parser, below_one, not_negative, target
 from utils.command import UserError, run_command
 from utils.files import remove_torn_files, write_atomically
-from utils.processes import default_processes
 from utils.visualize import save_indexed_png
 
 SHOWN = 50  # files in a message
@@ -158,9 +157,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--val-share", type=below_one, default=0.2, help="of the ids, for validation (%(default)s)")
     parser.add_argument("--seed", type=not_negative, default=0, help="of the split (%(default)s)")
-    parser.add_argument(
-        "--workers", type=helpers, default=default_processes(64), help="processes; 0 works in this one (%(default)s)"
-    )
+    add_workers_option(parser)
     return parser.parse_args(argv)
 
 

@@ -24,17 +24,16 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset import DatasetError, read_ids, read_list
+from scripts.data.causes import few
 from scripts.data.masks import AUG_DIR, VOC_DIR, agrees, convert, read_ready, read_sbd, ready_masks, sbd_ids, set_aside
-from scripts.data.parallel import parallel_map
-from utils.argtypes import Parser, helpers, target
+from scripts.data.parallel import add_workers_option, parallel_map
+from utils.argtypes import Parser, target
 from utils.command import run_command
 from utils.files import remove_torn_files, write_atomically
 from utils.options import DATA_DIR
-from utils.processes import default_processes
 
 SBD_FOLDER, SBD_ARCHIVE = Path("data/SBD/benchmark_RELEASE"), Path("data/SBD/benchmark.tgz")
 SBD_COUNT = 11355  # ids on SBD's train (8498) and val (2857) lists together
-SHOWN = 5  # examples in a message
 
 PUBLISHED = {  # number of ids and MD5 of the lists as the DeepLab authors published them, see ids_md5()
     "train": (1464, "223101833d3a86c8a837814f3e7afe88"),
@@ -58,10 +57,6 @@ def augmented_lists(train: set[str], val: set[str], extra: set[str]) -> dict[str
     return {"train_aug": train_aug, "trainval_aug": train_aug | val, "val": val}
 
 
-def examples(ids: set[str]) -> str:
-    return ", ".join(sorted(ids)[:SHOWN]) + (", ..." if len(ids) > SHOWN else "")
-
-
 def difference(name: str, ids: set[str], data_dir: Path) -> str | None:
     """What sets ``ids`` apart from the published list ``name``, in one sentence; None if nothing does.
 
@@ -76,12 +71,12 @@ def difference(name: str, ids: set[str], data_dir: Path) -> str | None:
     )
     strange = {image_id for image_id in ids if not re.fullmatch(r"\d{4}_\d{6}", image_id)}
     if strange:
-        text += f"; {len(strange)} not of the form of VOC's (2007_000032): {examples(strange)}"
+        text += f"; {len(strange)} not of the form of VOC's (2007_000032): {few(sorted(strange))}"
     for path in sorted(data_dir.glob("ImageSets/Segmentation*/*.txt")):
         published = set(read_ids(path))
         if ids_md5(published) == md5:
             for word, part in (("too many", ids - published), ("missing", published - ids)):
-                text += f"; {len(part)} {word}: {examples(part)}" if part else ""
+                text += f"; {len(part)} {word}: {few(sorted(part))}" if part else ""
             break
     return text
 
@@ -130,9 +125,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--sbd", help=f"SBD's folder or benchmark.tgz ({SBD_FOLDER}, else {SBD_ARCHIVE})")
     source.add_argument("--aug", type=Path, help="a ready SegmentationClassAug folder or zip, instead of SBD")
-    parser.add_argument(
-        "--workers", type=helpers, default=default_processes(64), help="processes; 0 works in this one (%(default)s)"
-    )
+    add_workers_option(parser)
     parser.add_argument("--overwrite", action="store_true", help="write every mask anew, also those that are there and right")
     parser.add_argument("--strict", action="store_true", help="end with status 1 where a list is not the published one")
     return parser.parse_args(argv)
@@ -158,7 +151,7 @@ def prepare(args: argparse.Namespace) -> int:
     lists = augmented_lists(train, val, extra)
     ids = lists["trainval_aug"]
     if unsafe := {image_id for image_id in ids if not re.fullmatch(r"[\w-]+", image_id)}:
-        raise DatasetError(f"{len(unsafe)} ids cannot be file names: {examples(unsafe)}; expected ids such as 2007_000032")
+        raise DatasetError(f"{len(unsafe)} ids cannot be file names: {few(sorted(unsafe))}; expected ids such as 2007_000032")
 
     own = {image_id for image_id in train | val if (data_dir / VOC_DIR / f"{image_id}.png").exists()}
     remove_torn_files(data_dir / "JPEGImages" / f"{image_id}.jpg" for image_id in ids)
@@ -166,7 +159,7 @@ def prepare(args: argparse.Namespace) -> int:
     bad = [f"{image_id}: JPEGImages has no picture of it" for image_id in sorted(missing)]
     bad += [f"{image_id}: {VOC_DIR} has no mask of it" for image_id in sorted((train | val) - own - extra)]
     if borrowed := (train | val) & extra - own:
-        notes.append(f"{len(borrowed)} VOC ids lack a mask in {VOC_DIR} and take the one of {source}: {examples(borrowed)}")
+        notes.append(f"{len(borrowed)} VOC ids lack a mask in {VOC_DIR} and take the one of {source}: {few(sorted(borrowed))}")
     if ready:
         notes.append(compare_with_voc(source, ready, own & extra, data_dir, args.workers))
 
@@ -188,7 +181,8 @@ def prepare(args: argparse.Namespace) -> int:
         f"{len(written & from_extra)} from {source}"
     )
     if replaced := by_outcome["replaced"]:
-        print(f"{len(replaced)} masks were there but are not those of VOC or {source}: moved to {aside}/: {examples(replaced)}")
+        text = f"moved to {aside}/: {few(sorted(replaced))}"
+        print(f"{len(replaced)} masks were there but are not those of VOC or {source}: {text}")
     if bad:
         print("\n".join(bad[:50]), file=sys.stderr)
         more = f" (and {len(bad) - 50} more)" if len(bad) > 50 else ""
@@ -214,7 +208,7 @@ def compare_with_voc(source: Path, ready: dict[str, str], ids: set[str], data_di
     other = {image_id for image_id, same in compared if not same}
     if not other:
         return None
-    return f"{len(other)} of the {len(ids)} masks in {source} that VOC has, too, are not VOC's: {examples(other)}"
+    return f"{len(other)} of the {len(ids)} masks in {source} that VOC has, too, are not VOC's: {few(sorted(other))}"
 
 
 def voc_masks(ids: set[str], data_dir: Path) -> Iterator[tuple[str, str, bytes]]:

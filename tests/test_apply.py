@@ -124,16 +124,14 @@ def test_nets_that_are_built_differently(tmp_path):
         with pytest.raises(WeightsError, match=match):
             apply_weights(net, weights)
 
-    refused(r"holds a resnet50, but the net is a resnet101; use --backbone resnet50", {"backbone": "resnet101"})
+    refused(r"its backbone is resnet50, that of the net is resnet101; use --backbone resnet50", {"backbone": "resnet101"})
     refused(
-        r"in the 3x3 convolutions, but in the first 1x1 of the net; build the net with stride_in_3x3=True",
+        r"in the 3x3 convolutions, that of the net is in the first 1x1 convolutions; build the net with stride_in_3x3=True",
         {},
         stride_in_3x3=True,
     )
-    refused(
-        r"epsilon is 0\.001, but that of the net is 1e-05; build the net with batch_norm_eps=0\.001", {}, batch_norm_eps=1e-3
-    )
-    refused(r"epsilon is 1\.001e-05, but", {}, batch_norm_eps=1.001e-5)
+    refused(r"epsilon is 0\.001, that of the net is 1e-05; build the net with batch_norm_eps=0\.001", {}, batch_norm_eps=1e-3)
+    refused(r"epsilon is 1\.001e-05, that", {}, batch_norm_eps=1.001e-5)
 
 
 @pytest.mark.parametrize("branches", [1, 2, 3, 4])

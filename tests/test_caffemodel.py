@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from deeplab.weights import WeightsError, load_weights
-from deeplab.weights.caffemodel import CaffeModel, caffe_state
+from deeplab.weights.caffemodel import CaffeModel, from_caffe
 from deeplab.weights.names import canonical_from_caffe
 from tests.helpers_published import batch_norm_layer, blob, caffe_bytes, caffe_layers, layer, message, narrow_state, varint
 
@@ -60,21 +60,22 @@ def test_fields_without_weights_are_passed_over():
 def test_batch_norm_is_divided_by_its_factor(factor, mean, var):
     data = batch_norm_layer("bn_conv1", np.float32([1, 2]), np.float32([3, 4]), factor)
     data += layer("scale_conv1", "Scale", blob(np.float32([5, 6])), blob(np.float32([7, 8])))
-    state, skipped, eps = caffe_state(CaffeModel(data))
+    weights = from_caffe(CaffeModel(data))
+    state = weights.state
     torch.testing.assert_close(state["bn1.running_mean"], torch.tensor(mean, dtype=torch.float32))
     torch.testing.assert_close(state["bn1.running_var"], torch.tensor(var, dtype=torch.float32))
     assert state["bn1.weight"].tolist() == [5, 6]
     assert state["bn1.bias"].tolist() == [7, 8]
-    assert skipped == {}
-    assert eps == 1e-5
+    assert weights.skipped == {}
+    assert weights.config["batch_norm_eps"] == 1e-5
 
 
 def test_epsilon_is_read():
     one = batch_norm_layer("bn_conv1", np.ones(2), np.ones(2), eps=1e-3)
-    assert caffe_state(CaffeModel(one))[2] == 1e-3
+    assert from_caffe(CaffeModel(one)).config["batch_norm_eps"] == 1e-3
     other = batch_norm_layer("bn2a_branch1", np.ones(2), np.ones(2), eps=1e-5)
     with pytest.raises(WeightsError, match=r"0\.001 in bn_conv1, 1e-05 in bn2a_branch1"):
-        caffe_state(CaffeModel(one + other))
+        from_caffe(CaffeModel(one + other))
 
 
 def test_names_of_all_layers():
@@ -136,7 +137,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(WeightsError, match="two layers named 'x'"):
         CaffeModel(layer("x", "Scale", blob(np.ones(2))) * 2)
     with pytest.raises(WeightsError, match="'conv1' is a Convolution with 2 blobs; expected a Convolution with 1"):
-        caffe_state(CaffeModel(layer("conv1", "Convolution", blob(np.ones((1, 1, 1, 1))), blob(np.ones(1)))))
+        from_caffe(CaffeModel(layer("conv1", "Convolution", blob(np.ones((1, 1, 1, 1))), blob(np.ones(1)))))
     with pytest.raises(WeightsError, match=r"'x' is damaged .*4 numbers for a blob of shape \(5,\)"):
         read(layer("x", "Scale", blob(np.ones(4), shape=(5,))))
 

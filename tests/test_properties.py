@@ -16,11 +16,12 @@ from deeplab.loss import resize_labels
 from deeplab.multiscale import scaled_size
 from deeplab.weights import WeightsError
 from deeplab.weights.names import (
+    FROM_KAZUTO,
     canonical_from_caffe,
-    canonical_from_kazuto,
     find_backbone,
     head_shape,
     kazuto_from_canonical,
+    renamed,
     strip_wrappers,
 )
 from tests.helpers_published import caffe_blocks, canonical_modules
@@ -203,7 +204,7 @@ OURS += [f"layer5.conv2d_list.{k}.{leaf}" for k in range(4) for leaf in ("weight
 def test_kazutos_names_and_ours_are_one_to_one(key):
     theirs = kazuto_from_canonical(key)
     assert theirs.startswith("base.")
-    assert canonical_from_kazuto(theirs.removeprefix("base.")) == key
+    assert renamed(theirs.removeprefix("base."), FROM_KAZUTO) == key
     assert [other for other in OURS if kazuto_from_canonical(other) == theirs] == [key]
 
 
@@ -225,7 +226,7 @@ def test_caffes_names_are_found_by_their_place(backbone, data):
 @few
 @given(st.text("abcdefgh_.0123", max_size=20))
 def test_a_name_of_another_net_has_no_place(text):
-    assert canonical_from_kazuto(f"x{text}") is None
+    assert renamed(f"x{text}", FROM_KAZUTO) is None
     assert canonical_from_caffe(f"x{text}") is None
 
 

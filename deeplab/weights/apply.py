@@ -10,12 +10,16 @@ from typing import Any
 import torch
 
 from deeplab.nets import Net, make_net
-from deeplab.resnet import BACKBONES, Bottleneck
 from deeplab.weights.load import load_weights
 from deeplab.weights.names import IN_HEAD
 from deeplab.weights.weights import NO_PLACE, Weights, WeightsError, group_by_reason, some
 
-_STEMS = {"7x7": "one 7x7 convolution", "deep": "three 3x3 convolutions"}
+_BUILD: dict[str, tuple[str, dict[Any, str]]] = {  # what a file may say of its net that no name and no shape shows
+    "backbone": ("backbone", {}),
+    "stem": ("stem", {"7x7": "one 7x7 convolution", "deep": "three 3x3 convolutions"}),
+    "stride_in_3x3": ("stride", {True: "in the 3x3 convolutions", False: "in the first 1x1 convolutions"}),
+    "batch_norm_eps": ("batch-norm epsilon", {}),
+}
 
 
 @dataclass
@@ -54,9 +58,8 @@ def load_net(path: str | Path, batch_norm: str = "frozen", abn: str | None = Non
     """The net that a weights file describes, with its weights, in evaluation mode on the CPU.
 
     Args:
-        path: any file that :func:`deeplab.weights.load_weights` reads.
+        path: any file that :func:`deeplab.weights.load_weights` reads, which says what ``abn`` is.
         batch_norm: one of ``deeplab.BATCH_NORM_MODES``.
-        abn: of :func:`deeplab.weights.load_weights`, for files that do not tell: ``"abs"`` or ``"signed"``.
 
     Raises:
         WeightsError: the file cannot be used, or holds no trained head.
@@ -77,11 +80,7 @@ def build_net(
     batch_norm: str = "frozen",
     restore_last: bool = True,
 ) -> tuple[Net, LoadReport]:
-    """The net that a weights file describes, with that file's weights; arguments that are given take precedence.
-
-    Args:
-        weights: from :func:`deeplab.weights.load_weights`; None leaves the initial values.
-        restore_last: False leaves the head of ``weights`` out.
+    """The net that a weights file describes, with its weights (None: random ones); arguments that are given take precedence.
 
     Returns:
         The net (in training mode, on the CPU) and what became of every tensor.
@@ -109,15 +108,11 @@ def build_net(
 
 
 def apply_weights(net: Net, weights: Weights, restore_last: bool = True) -> LoadReport:
-    """Copy weights into a net, in place: all that the report names, or nothing.
+    """Copy weights into a net, in place and on any device: all that the report names, or nothing.
 
     A head for another number of classes or other branches is left out with one line; the first branches of a longer head
-    are used where the net's rates are the first of the file's. Everything else must fit.
-
-    Args:
-        net: any device; its parameters keep their types.
-        weights: from :func:`deeplab.weights.load_weights`.
-        restore_last: False leaves the head out in any case.
+    are used where the net's rates are the first of the file's. Everything else must fit. ``restore_last=False`` leaves the head
+    out in any case.
 
     Raises:
         WeightsError: the net is built differently, a shape differs, or a part of the trunk is not in the file. The net is
@@ -139,15 +134,13 @@ def apply_weights(net: Net, weights: Weights, restore_last: bool = True) -> Load
             report.skipped.setdefault(key, "branches that this net does not have" if head else "the head")
     taken = set(report.loaded)
     report.missing = [key for key in target if key not in taken and not key.endswith(".num_batches_tracked")]
-    clashes = [key for key in report.loaded if weights.state[key].shape != target[key].shape]
-    if clashes:
+    if clashes := [key for key in report.loaded if weights.state[key].shape != target[key].shape]:
         key, more = clashes[0], f" (and {len(clashes) - 1} more such)" if len(clashes) > 1 else ""
         raise WeightsError(
             f"{weights.path}: {key} is {tuple(weights.state[key].shape)} in the file and {tuple(target[key].shape)} in the "
             f"net{more}; nothing was loaded"
         )
-    lost = [key for key in report.missing if not IN_HEAD.match(key)]
-    if lost:
+    if lost := [key for key in report.missing if not IN_HEAD.match(key)]:
         raise WeightsError(
             f"{weights.path}: it lacks {len(lost)} of the trunk's tensors ({some(lost)}); "
             "nothing was loaded, fetch or save the file again"
@@ -156,38 +149,20 @@ def apply_weights(net: Net, weights: Weights, restore_last: bool = True) -> Load
         for key in report.loaded:
             target[key].copy_(weights.state[key])
     report.loaded = [key for key in report.loaded if not key.endswith(".num_batches_tracked")]
-    if head_line:
-        report.notes.append(head_line)
+    report.notes += [head_line] if head_line else []
     return report
 
 
 def _check_build(net: Net, weights: Weights) -> None:
     """Refuse a net whose layers mean something else than the file's although the names are the same."""
     ours: Mapping[str, Any] = net.config
-    theirs, path = weights.config, weights.path
-    backbone = theirs.get("backbone", ours["backbone"])
-    if backbone != ours["backbone"]:
+    for name, (what, words) in _BUILD.items():
+        built, found = ours[name], weights.config.get(name, ours[name])
+        if found == built or (isinstance(found, float) and math.isclose(found, built, rel_tol=1e-4)):
+            continue
+        advice = f"use --backbone {found} or another file" if name == "backbone" else f"build the net with {name}={found!r}"
         raise WeightsError(
-            f"{path}: it holds a {backbone}, but the net is a {ours['backbone']}; use --backbone {backbone} or another file"
-        )
-    stem = theirs.get("stem", ours["stem"])
-    if stem != ours["stem"]:
-        raise WeightsError(
-            f"{path}: its stem is {_STEMS[stem]}, that of the net is {_STEMS[ours['stem']]}, and neither can be turned into "
-            f"the other; build the net with stem={stem!r}"
-        )
-    stride = theirs.get("stride_in_3x3", ours["stride_in_3x3"])
-    if stride != ours["stride_in_3x3"] and BACKBONES[backbone][0] is Bottleneck:
-        places = ("the first 1x1", "the 3x3")
-        raise WeightsError(
-            f"{path}: the stride of its stages sits in {places[stride]} convolutions, but in {places[not stride]} of the net; "
-            f"build the net with stride_in_3x3={stride}"
-        )
-    eps = theirs.get("batch_norm_eps", ours["batch_norm_eps"])
-    if not math.isclose(eps, ours["batch_norm_eps"], rel_tol=1e-4):
-        raise WeightsError(
-            f"{path}: its batch-norm epsilon is {eps:g}, but that of the net is {ours['batch_norm_eps']:g}; "
-            f"build the net with batch_norm_eps={eps:g}"
+            f"{weights.path}: its {what} is {words.get(found, found)}, that of the net is {words.get(built, built)}; {advice}"
         )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from deeplab.deeplabv2 import ATROUS_RATES
 from deeplab.resnet import BACKBONES, MARK, Bottleneck
-from deeplab.weights.caffemodel import CaffeModel
+from deeplab.weights.caffemodel import CaffeModel, from_caffe
 from deeplab.weights.legacy_tar import read_tar_torch
 from deeplab.weights.names import (
     HEAD_KEY,
@@ -29,16 +29,16 @@ from deeplab.weights.read import check_sums, file_kind, read_numpy, read_safeten
 from deeplab.weights.recognise import (
     CONVERTED_TO_TENSORFLOW,
     OURS,
-    from_caffe,
+    TRUNK_KINDS,
     from_snapshot,
     from_tensorflow,
     from_torch,
     is_name,
     settle_abn,
 )
-from deeplab.weights.weights import NO_PLACE, SNAPSHOT, Weights, WeightsError, some
+from deeplab.weights.weights import NO_PLACE, SNAPSHOT, Weights, WeightsError, printable, some
 
-TRUNKS = ("auto", "torchvision", "caffe", "rgb-1x1", "bgr-3x3")
+TRUNKS = ("auto", *TRUNK_KINDS)
 """What a bare ResNet can be taken for."""
 ABN = ("abs", "signed")
 """What its batch norms may do with a weight below zero."""
@@ -108,8 +108,7 @@ def load_weights(path: str | Path, trunk: str = "auto", abn: str | None = None) 
             del config["stride_in_3x3"]  # a basic block has no 1x1 convolution, so there is no choice
         _refuse_bad_numbers(weights)
     except WeightsError as error:
-        text = "".join(sign if sign.isprintable() else "?" for sign in str(error))  # names in a damaged file hold anything
-        raise WeightsError(f"{path}: {text}") from None
+        raise WeightsError(f"{path}: {printable(str(error))}") from None
     except OSError as error:
         raise WeightsError(f"{path}: it cannot be read ({error.strerror or error})") from None
     if path.name in _SEEN_VOC_VAL and not weights.seen_voc_val:

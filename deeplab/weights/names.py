@@ -57,9 +57,8 @@ _ALL = [
     for block in range(_MOST)
     for x in (chr(ord("a") + block), f"b{block}")
 ]
-_TO_KAZUTO = {ours: kazuto for ours, kazuto, _ in _ALL}
-_FROM_KAZUTO = {kazuto: ours for ours, kazuto, _ in _ALL}
-_FROM_CAFFE = {caffe: ours for ours, _, caffe in _ALL}
+FROM_KAZUTO, _FROM_CAFFE = ({row[column]: row[0] for row in _ALL} for column in (1, 2))
+_TO_KAZUTO = {ours: theirs for theirs, ours in FROM_KAZUTO.items()}
 
 
 def strip_wrappers(keys: Iterable[str]) -> dict[str, str]:
@@ -74,21 +73,15 @@ def strip_wrappers(keys: Iterable[str]) -> dict[str, str]:
     return bare
 
 
-def canonical_from_kazuto(key: str) -> str | None:
-    """``layer3.block2.reduce.conv.weight`` -> ``layer2.1.conv1.weight``; None for a key that has no place in the net.
-
-    A leading ``base.`` must be gone.
-    """
+def renamed(key: str, names: Mapping[str, str]) -> str | None:
+    """``layer3.block2.reduce.conv.weight`` -> ``layer2.1.conv1.weight``; None for a module that is not in ``names``."""
     module, _, leaf = key.rpartition(".")
-    return f"{_FROM_KAZUTO[module]}.{leaf}" if module in _FROM_KAZUTO else None
+    return f"{names[module]}.{leaf}" if module in names else None
 
 
 def kazuto_from_canonical(key: str) -> str:
-    """The way back of :func:`canonical_from_kazuto`, with the ``base.`` of the released files."""
-    module, _, leaf = key.rpartition(".")
-    if module not in _TO_KAZUTO:
-        raise ValueError(f"{key!r} is no canonical name")
-    return f"base.{_TO_KAZUTO[module]}.{leaf}"
+    """The way back, with the ``base.`` of the released files."""
+    return f"base.{renamed(key, _TO_KAZUTO)}"
 
 
 def canonical_from_caffe(layer: str) -> str | None:

@@ -30,8 +30,8 @@ _TENSORFLOW = (
     "there: r = tf.train.load_checkpoint(PATH); np.savez(OUT, **{n: r.get_tensor(n) for n in r.get_variable_to_shape_map()})"
 )
 _PICKLE = (
-    "it is a plain Python pickle{}, which is not read, since reading it could run foreign code; where you trust it, read it "
-    "yourself and save its arrays as a state_dict with torch.save"
+    "it is a plain Python pickle{}, which is not read, since that could run foreign code; save its arrays as a state_dict with "
+    "torch.save where you trust it"
 )
 _UNPACK = "it is {} archive; unpack it and name the weights file in it"
 _FIRST_BYTES = (  # a pattern of the first 1,024 bytes -> the kind of a file that is read here, or a sentence about another
@@ -41,14 +41,9 @@ _FIRST_BYTES = (  # a pattern of the first 1,024 bytes -> the kind of a file tha
     (rb".{3}[\0-\7]\0{4}\{", "safetensors"),  # the length of its header, and the header
     (rb".{257}ustar", "tar"),
     (rb"\x1f\x8b", _UNPACK.format("a gzip")),
-    (rb"BZh", _UNPACK.format("a bzip2")),
-    (rb"\xfd7zXZ", _UNPACK.format("an xz")),
-    (rb"\x28\xb5\x2f\xfd", _UNPACK.format("a zstd")),
-    (rb"7z\xbc\xaf", _UNPACK.format("a 7z")),
-    (rb"Rar!", _UNPACK.format("a rar")),
+    (rb"BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!", _UNPACK.format("a bzip2, xz, zstd, 7z or rar")),
     (rb"version https://git-lfs", "it is a git-lfs pointer, not the file itself; run `git lfs pull` where it came from"),
-    (rb"MATLAB 5\.0 MAT-file", "it is a MATLAB file; save its arrays as a PyTorch state_dict"),
-    (rb"MATLAB 7\.3 MAT-file", "it is a MATLAB file (7.3, HDF5); save its arrays as a PyTorch state_dict"),
+    (rb"MATLAB [57]\.\d MAT-file", "it is a MATLAB file; save its arrays as a PyTorch state_dict"),
     (
         rb"\x89HDF\r\n\x1a\n",
         "it is an HDF5 file, as Keras and some Caffe builds write; save its weights as a PyTorch state_dict or, with Caffe, "
@@ -58,28 +53,16 @@ _FIRST_BYTES = (  # a pattern of the first 1,024 bytes -> the kind of a file tha
     (rb"%PDF", "it is a PDF document, not weights"),
     (rb"\x89PNG", "it is a PNG picture, not weights"),
     (rb"\xff\xd8\xff", "it is a JPEG picture, not weights"),
-    (
-        rb"[\xef\xbb\xbf \t\r\n]*<",
-        "it is a web page, not weights: the server (Google Drive does so) answered with a page; fetch it in a browser",
-    ),
+    (rb"[\xef\xbb\xbf \t\r\n]*<", "it is a web page, not weights, as Google Drive answers; fetch the file in a browser"),
     (rb"\x80[\2-\5].*torch", _PICKLE.format(", a whole model perhaps")),
     (rb"\x80[\2-\5]", _PICKLE.format("")),
     (rb'(?=.*\n).*"weight_map"', "it is the index of a safetensors file in several parts; save them as one file"),
-    (
-        rb"\x08.*(onnx|pytorch)",
-        "it is an ONNX graph, not a state_dict; save the state_dict() of the net that it was exported from",
-    ),
+    (rb"\x08.*(onnx|pytorch)", "it is an ONNX graph, not a state_dict; save the state_dict() of the net that it came from"),
 )
 _ZIP_MEMBERS = (  # a pattern that some member's name matches -> the kind, or the sentence
     (r"(^|/)(archive_format|serialized_exported_program\.json)$", "it is a program of torch.export, not a state_dict"),
-    (
-        r"(^|/)(code/|constants\.pkl$|model\.json$)",
-        "it is a TorchScript program, not a state_dict; save torch.jit.load(PATH).state_dict()",
-    ),
-    (
-        r"(^|/)\.data/extern_modules$",
-        "it is a torch.package archive, which holds code; save the net's state_dict() from it",
-    ),
+    (r"(^|/)(code/|constants\.pkl$|model\.json$)", "it is a TorchScript program; save torch.jit.load(PATH).state_dict()"),
+    (r"(^|/)\.data/extern_modules$", "it is a torch.package archive, which holds code; save the net's state_dict() from it"),
     (r"^model\.weights\.h5$", "it is a Keras model; save its weights as a PyTorch state_dict"),
     (r"/data\.pkl$", "torch"),
 )
@@ -120,10 +103,8 @@ def file_kind(path: Path) -> str:
         raise WeightsError(_TENSORFLOW)
     start = head[:12].decode("ascii", "backslashreplace").encode("unicode_escape").decode()
     text = "a text file, no weights" if re.fullmatch(rb"[\t\r\n -~]+", head) else "no weights file that is known here"
-    raise WeightsError(
-        f"it is {text} (it has {size} bytes and begins with {start!r}); "
-        "expected a .pth, .safetensors, .caffemodel, .npy or .npz file"
-    )
+    expected = "expected a .pth, .safetensors, .caffemodel, .npy or .npz file"
+    raise WeightsError(f"it is {text} (it has {size} bytes and begins with {start!r}); {expected}")
 
 
 def _archive_kind(path: Path, kind: str) -> str:
@@ -224,7 +205,7 @@ def read_torch(path: Path, old: bool) -> Any:
 
 
 def _mapped(path: Path) -> mmap.mmap:
-    """A file whose ``read(n)`` gives what there is; an open one makes place for n bytes first, however many that are."""
+    """A file whose ``read(n)`` makes no place for n bytes first, however many that are."""
     with open(path, "rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 

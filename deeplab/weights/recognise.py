@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,24 +10,24 @@ import torch
 from torch import Tensor
 
 from deeplab.nets import make_net
-from deeplab.weights.caffemodel import CaffeModel, caffe_state
+from deeplab.weights.caffemodel import CAFFE_EPS, COCO_HEAD
 from deeplab.weights.names import (
+    FROM_KAZUTO,
     HEAD_KEY,
     IN_CAFFE_BACKBONE,
     TOOLBOX,
     canonical_from_caffe,
-    canonical_from_kazuto,
     canonical_from_tensorflow,
     find_net,
     find_stem,
     other_head,
     refuse_extras,
+    renamed,
     strip_wrappers,
 )
 from deeplab.weights.stem import PICTURE_VARIANCE_LIMIT, STEM, picture_variance, to_bgr_input
 from deeplab.weights.weights import CONFIG, NO_PLACE, OTHER_HEAD, SNAPSHOT, Weights, WeightsError, check_version, some
 
-CAFFE_EPS = 1e-5  # Caffe's default, and that of all published nets but the next
 ABN_EPS = 1e-5  # of the toolbox's InPlace-ABN, on the variance and on the weight
 TENSORFLOW_EPS = 1e-3  # TF-Slim's default, which DrSleep's nets do not override
 CONVERTED_TO_TENSORFLOW = ("deeplab_resnet.ckpt", "deeplab_resnet.npy", "deeplab_resnet.npz", "deeplab_resnet_init.npz")
@@ -36,20 +36,22 @@ CONVERTED_TO_TENSORFLOW = ("deeplab_resnet.ckpt", "deeplab_resnet.npy", "deeplab
 OURS = {"backbone", "stride_in_3x3"}
 """Either of these in its meta makes a file one of ours."""
 
-_COCO_HEAD = (
-    "a net trained on COCO with another head (one 1x1 convolution, 91 classes), which is left out: the head is untrained"
-)
 _DEEPLAB_PREFIX = re.compile(r"(^|\.)Scale[123]?\.")  # of isht7's multi-scale module, which only DeepLab nets were put into
-_INPUTS = {True: "torchvision's normalised RGB", False: "mean-subtracted BGR of 0..255"}
-_KINDS = {
-    "torchvision": "torchvision's (normalised RGB pictures, stride in the 3x3 convolutions)",
-    "caffe": "Caffe's (mean-subtracted BGR pictures of 0..255, stride in the first 1x1 convolutions)",
-    "rgb-1x1": "one over normalised RGB pictures with the stride in the first 1x1 convolutions",
-    "bgr-3x3": "one over mean-subtracted BGR pictures of 0..255 with the stride in the 3x3 convolutions",
+TRUNK_KINDS = {  # over RGB, with the stride of the stages in the 3x3 convolutions
+    "torchvision": (True, True),
+    "caffe": (False, False),
+    "rgb-1x1": (True, False),
+    "bgr-3x3": (False, True),
 }
-_TITLES = {"deeplabv3": "DeepLabv3", "pspnet": "PSPNet"}
+_TITLES = {
+    "deeplabv3": "DeepLabv3",
+    "pspnet": "PSPNet",
+    "torchvision": "torchvision ResNet",
+    "caffe": "Caffe-like ResNet under torchvision's names",
+}
+_FOREIGN = {".block1.": ("kazuto1011 DeepLab-v2", FROM_KAZUTO)}
+"""What only keys of another naming scheme hold -> whose DeepLab-v2 it is, and the canonical names of its modules."""
 _CLASSIFIER = ("fc.weight", "fc.bias")
-_PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _PARAMETERS = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -69,12 +71,11 @@ def from_snapshot(state: Mapping[Any, Any], meta: Mapping[str, Any]) -> Weights 
         return None
     expected = net.state_dict()
     needed = {key for key in expected if not key.endswith(".num_batches_tracked")}  # a frozen net counts no batches
-    if not needed <= state.keys() <= expected.keys():
+    if not needed <= state.keys() <= expected.keys() or not all(map(torch.is_tensor, state.values())):
         return None
     for key, tensor in state.items():
-        whole = torch.is_tensor(tensor) and not tensor.is_nested and tensor.layout == torch.strided and not tensor.is_meta
-        dtypes = _PLAIN if key in needed else (torch.int64,)
-        if not (whole and tensor.dtype in dtypes and tensor.shape == expected[key].shape):
+        _refuse_odd(key, tensor)
+        if tensor.shape != expected[key].shape:
             return None
     tensors = {key: tensor.detach().float() if key in needed else tensor for key, tensor in state.items()}
     return Weights(tensors, SNAPSHOT, dict(net.config), dict(meta), seen_voc_val=str(meta.get("seen_voc_val") or ""))
@@ -100,12 +101,7 @@ def _read_config(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_torch(content: Mapping[Any, Any], meta: Mapping[str, Any], trunk: str) -> Weights:
-    """Any state_dict: whose it is, its keys say.
-
-    Args:
-        meta: of a snapshot that :func:`from_snapshot` leaves to this function, else {}.
-        trunk: see :func:`deeplab.weights.load_weights`.
-    """
+    """Any state_dict: whose it is, its keys say. ``meta`` is of a snapshot that is not recognised by :func:`from_snapshot`."""
     skipped = {str(key): f"no tensor ({type(value).__name__})" for key, value in content.items() if not torch.is_tensor(value)}
     tensors = [key for key in content if str(key) not in skipped]
     skipped |= {str(key): NO_PLACE for key in tensors if not is_name(key)}  # such as AveragedModel's n_averaged
@@ -114,9 +110,10 @@ def from_torch(content: Mapping[Any, Any], meta: Mapping[str, Any], trunk: str) 
         _refuse_odd(key, content[key])
     state = _one_weight_set({name: content[key].detach() for key, name in bare.items()}, skipped)
     state, notes = _main_head(state, skipped)
-    _refuse_other_nets(state)
-    if any(".block1." in key for key in state):
-        weights = _from_kazuto(state)
+    foreign = next((scheme for mark, scheme in _FOREIGN.items() if any(mark in key for key in state)), None)
+    _refuse_other_nets(state, bool(foreign))
+    if foreign:
+        weights = _from_names(state, *foreign)
     else:
         head = other_head(key for key in state if key not in _CLASSIFIER)
         for key in head:
@@ -125,15 +122,19 @@ def from_torch(content: Mapping[Any, Any], meta: Mapping[str, Any], trunk: str) 
         if head:
             notes.append(f"the head of another net ({some(head)}) is left out: only the trunk is used, the head is untrained")
         if meta.keys() & OURS:
-            weights = Weights(state, SNAPSHOT, _read_config(meta), dict(meta))
-            weights.seen_voc_val = str(meta.get("seen_voc_val") or "")
+            seen = str(meta.get("seen_voc_val") or "")
+            weights = Weights(state, SNAPSHOT, _read_config(meta), dict(meta), seen_voc_val=seen)
         elif (net := find_net(state)) in TOOLBOX:  # of pytorch-segmentation-toolbox (CS_scenes_<step>.pth), or under its names
             weights = Weights(state, _TITLES[net], {"stride_in_3x3": True, "batch_norm_eps": ABN_EPS})
-        elif any(HEAD_KEY.match(key) for key in state) or any(map(_DEEPLAB_PREFIX.search, bare)):
+        elif any(map(HEAD_KEY.match, state)) or any(map(_DEEPLAB_PREFIX.search, bare)):
             prefix = next((key.removesuffix(name) for key, name in bare.items()), "")
             scheme = f"DeepLab-ResNet with the prefix {prefix}" if prefix else "DeepLab-ResNet"
             weights = Weights(state, scheme, {"stride_in_3x3": False, "batch_norm_eps": CAFFE_EPS})
-            notes += _other_input(state)
+            if (variance := _variance(state)) < PICTURE_VARIANCE_LIMIT:
+                notes.append(
+                    f"warning: its first layer saw pictures of variance {variance:.3g}, as normalised RGB has, but gets BGR of "
+                    "0..255: where it was trained on other input, its predictions are worthless"
+                )
         else:
             weights = _from_bare_trunk(state, trunk, head)
     weights.skipped = skipped | weights.skipped
@@ -148,13 +149,8 @@ def is_name(key: Any) -> bool:
 
 def _refuse_odd(key: str, tensor: Tensor) -> None:
     """Raise :class:`WeightsError` for a tensor that is no plain array, or holds whole numbers where weights are expected."""
-    kinds = {
-        "nested": tensor.is_nested,
-        "quantised": tensor.is_quantized,
-        "meta": tensor.is_meta,
-        "sparse": tensor.layout != torch.strided,
-        "complex": tensor.is_complex(),
-    }
+    kinds = {"nested": tensor.is_nested, "quantised": tensor.is_quantized, "meta": tensor.is_meta}
+    kinds |= {"sparse": tensor.layout != torch.strided, "complex": tensor.is_complex()}
     if kind := next((name for name, true in kinds.items() if true), ""):
         raise WeightsError(f"its {key} is a {kind} tensor; expected a plain one, with all its numbers: save it as such")
     try:
@@ -171,13 +167,12 @@ def _one_weight_set(state: dict[str, Tensor], skipped: dict[str, str]) -> dict[s
         return state
     first, *others = [{key[7:]: value for key, value in state.items() if key.startswith(f"Scale{n}.")} for n in (1, 2, 3)]
     for n, other in enumerate(others, 2):
-        unequal = list(first.keys() ^ other.keys())
-        for key in first.keys() & other.keys():
-            unequal += [] if first[key].dtype == other[key].dtype and torch.equal(first[key], other[key]) else [key]
-        if unequal:
+        both = first.keys() & other.keys()
+        unequal = [key for key in both if first[key].dtype != other[key].dtype or not torch.equal(first[key], other[key])]
+        if unequal := sorted([*unequal, *first.keys() ^ other.keys()]):
             raise WeightsError(
                 f"it holds a weight set of its own for each of three scales, and they differ ({len(unequal)} tensors, such as "
-                f"{min(unequal)}); DeepLab-v2 shares one set between the scales, so use a file made after June 2017"
+                f"{unequal[0]}); DeepLab-v2 shares one set between the scales, so use a file made after June 2017"
             )
         skipped.update((f"Scale{n}.{key}", "equal to those of Scale1") for key in other)
     return first
@@ -188,47 +183,50 @@ def _main_head(state: dict[str, Tensor], skipped: dict[str, str]) -> tuple[dict[
 
     Source: ``deeplab_multi.py`` of AdaptSegNet and ``deeplabv2.py`` of ADVENT, where ``layer5`` classifies layer3's features.
     """
-    main = {key: f"layer5{key[6:]}" for key in state if HEAD_KEY.match(f"layer5{key[6:]}") and key.startswith("layer6.")}
+    main = {key: f"layer5{key[6:]}" for key in state if key.startswith("layer6.") and HEAD_KEY.match(f"layer5{key[6:]}")}
     if not main:
         return state, []
     auxiliary = [key for key in state if HEAD_KEY.match(key)]
-    inputs = {state[key].shape[1] for key in [*main, *auxiliary] if state[key].ndim == 4}
-    if auxiliary and len(inputs) == 1:
+    channels = [[state[key].shape[1] for key in head if state[key].ndim == 4] for head in (main, auxiliary)]
+    of_main, of_auxiliary = (max(found, default=0) for found in channels)
+    if 0 < of_main == of_auxiliary:
         raise WeightsError(
             "it has two heads, layer5 and layer6, over the same features, and programs that save such files (CLAN) add the "
             "two; a DeepLab-v2 has one head, so add their weights and biases, as layer5, and save it"
         )
-    if auxiliary and _input_channels(state, auxiliary) > _input_channels(state, main):  # the names the other way round
+    if of_auxiliary > of_main:  # the names the other way round
         skipped.update((key, "an auxiliary head on the features of an earlier layer") for key in main)
         note = "two-level DeepLab-v2: layer5 is its head, for it takes more channels; layer6, an auxiliary one, is left out"
         return {key: value for key, value in state.items() if key not in main}, [note]
     skipped.update((key, "the auxiliary head on the features of layer3") for key in auxiliary)
     kind = "two-level DeepLab-v2: layer6 is its head, layer5 an auxiliary one that is left out"
-    notes = [
+    note = (
         f"a {kind if auxiliary else 'DeepLab-v2 whose head is called layer6'}; ADVENT's code sums all branches of a head, "
         "AdaptSegNet's only the first two: weights that it trained want --atrous-rates 6,12"
-    ]
-    kept = {main.get(key, key): value for key, value in state.items() if not HEAD_KEY.match(key)}
-    return kept, notes
+    )
+    return {main.get(key, key): value for key, value in state.items() if not HEAD_KEY.match(key)}, [note]
 
 
-def _input_channels(state: Mapping[str, Tensor], head: Iterable[str]) -> int:
-    return max((state[key].shape[1] for key in head if state[key].ndim == 4), default=0)
-
-
-def _refuse_other_nets(state: Mapping[str, Tensor]) -> None:
-    """Raise :class:`WeightsError` for nets that cannot be turned into a DeepLab-v2, with the reason."""
+def _refuse_other_nets(state: Mapping[str, Tensor], foreign: bool) -> None:
+    """Raise :class:`WeightsError` for nets that cannot be turned into one of ours, with the reason."""
     if any(key.startswith("backbone.") for key in state) and any(key.startswith("classifier.") for key in state):
         raise WeightsError(
             "it is a torchvision segmentation net (DeepLabv3 or FCN), whose head and dilations are others than DeepLab-v2's; "
             "start from torchvision's ImageNet resnet50, resnet101 or resnet152 instead"
         )
+    if foreign:
+        if v3 := [key for key in state if re.match(r"(aspp\.stages|fc1|fc2|reduce|decoder)\.", key)]:
+            plus = "+" if any(re.match(r"(reduce|decoder|fc2\.conv\d)\.", key) for key in v3) else ""
+            raise WeightsError(
+                f"it is kazuto1011's DeepLabv3{plus} ({v3[0]} ...), whose head and whose dilations in the last stage are "
+                "others than DeepLab-v2's; use one of its DeepLab-v2 files"
+            )
+        return
     conv1 = state.get("conv1.weight")
-    deep = find_stem(state) == "deep"
-    if conv1 is not None and tuple(conv1.shape[1:]) != ((3, 3, 3) if deep else (3, 7, 7)):
+    if conv1 is not None and tuple(conv1.shape[1:]) != ((3, 3, 3) if find_stem(state) == "deep" else (3, 7, 7)):
         shape = "x".join(map(str, conv1.shape))
         raise WeightsError(f"its first convolution is {shape}; expected 64x3x7x7, or 64x3x3x3 and conv2 and conv3 after it")
-    if (conv1 is None or "layer1.0.conv1.weight" not in state) and not any(".block1." in key for key in state):
+    if conv1 is None or "layer1.0.conv1.weight" not in state:
         for prefix in (key.removesuffix("conv1.weight") for key in state if key.endswith(".conv1.weight")):
             if f"{prefix}layer1.0.conv1.weight" in state:
                 other = [key for key in state if not key.startswith(prefix)]
@@ -239,38 +237,30 @@ def _refuse_other_nets(state: Mapping[str, Tensor]) -> None:
         raise WeightsError(f"its keys ({some(state)}) are of no scheme known here; expected a DeepLab-v2 or ResNet state_dict")
 
 
-def _from_kazuto(state: Mapping[str, Tensor]) -> Weights:
-    if foreign := [key for key in state if re.match(r"(aspp\.stages|fc1|fc2|reduce|decoder)\.", key)]:
-        plus = "+" if any(re.match(r"(reduce|decoder|fc2\.conv\d)\.", key) for key in foreign) else ""
-        raise WeightsError(
-            f"it is kazuto1011's DeepLabv3{plus} ({some(foreign[:1])} ...), whose head and whose dilations in the last stage "
-            "are others than DeepLab-v2's; use one of its DeepLab-v2 files"
-        )
-    weights = Weights({}, "kazuto1011 DeepLab-v2", {"stride_in_3x3": False, "batch_norm_eps": CAFFE_EPS})
+def _from_names(state: Mapping[str, Tensor], title: str, names: Mapping[str, str]) -> Weights:
+    """A DeepLab-v2 whose modules have the canonical ``names``."""
+    weights = Weights({}, title, {"stride_in_3x3": False, "batch_norm_eps": CAFFE_EPS})
     for key, tensor in state.items():
-        if name := canonical_from_kazuto(key):
+        if name := renamed(key, names):
             weights.state[name] = tensor
         elif key.startswith("fc.") and tensor.shape[:1] == (91,):
             weights.skipped[key] = "the head of another net"
-            weights.notes = [_COCO_HEAD]
+            weights.notes = [COCO_HEAD]
         else:
             weights.skipped[key] = NO_PLACE
-    refuse_extras(key for key in weights.skipped if re.match(r"layer[1-5]\.", key))
+    refuse_extras(key for key in weights.skipped if re.match(r"layer\d\.", key))
     return weights
 
 
 def settle_abn(weights: Weights, abn: str | None) -> None:
     """Turn the weights of InPlace-ABN, with which a foreign net with a deep stem may be saved, into plain batch norm's.
 
-    The InPlace-ABN of pytorch-segmentation-toolbox keeps no batch counters and multiplies by |weight| + eps
-    (``libs/src/bn.cu``). A frozen batch norm keeps none either, and multiplies by its weight as it is; so did every batch norm
-    before PyTorch 0.4.1, as in MIT's ImageNet nets, which their classifier gives away.
-
-    Args:
-        abn: ``"abs"``, ``"signed"`` or None: see :func:`deeplab.weights.load_weights`.
+    InPlace-ABN multiplies by |weight| + eps (pytorch-segmentation-toolbox, ``libs/src/bn.cu``) and keeps no batch counters. A
+    frozen batch norm keeps none either, nor did any before PyTorch 0.4.1, as in MIT's classifiers: their weights stand as they
+    are.
 
     Raises:
-        WeightsError: it can be either, and that matters.
+        WeightsError: ``abn`` is None, it can be either, and that matters.
     """
     state = weights.state
     norms = [key.replace(".running_var", ".weight") for key in state if key.endswith(".running_var")]
@@ -297,16 +287,6 @@ def _variance(state: Mapping[str, Tensor]) -> float:
     return picture_variance(state) if whole and 1 <= count[0] <= 64 else math.nan
 
 
-def _other_input(state: Mapping[str, Tensor]) -> list[str]:
-    """A sentence where the first layer of a DeepLab net saw other pictures than ours."""
-    if not (variance := _variance(state)) < PICTURE_VARIANCE_LIMIT:
-        return []
-    return [
-        f"warning: its first layer saw pictures of variance {variance:.3g}, as normalised RGB has, but gets BGR of 0..255: "
-        "where it was trained on other input, its predictions are worthless"
-    ]
-
-
 def _from_bare_trunk(state: dict[str, Tensor], trunk: str, head: list[str]) -> Weights:
     """A ResNet under torchvision's names, made for torchvision's pictures or for Caffe's, whose ``head`` was left out.
 
@@ -325,8 +305,8 @@ def _from_bare_trunk(state: dict[str, Tensor], trunk: str, head: list[str]) -> W
                 del state[key]
     elif not head:
         weights.notes.append("a trunk without a head")
-    variance = _variance(state)
-    kind, why, deep = trunk, "as asked", find_stem(state) == "deep"
+    variance, deep = _variance(state), find_stem(state) == "deep"
+    kind, why = trunk, "as asked"
     if trunk == "auto":
         kind, other = ("caffe", "torchvision") if variance > PICTURE_VARIANCE_LIMIT else ("torchvision", "caffe")
         why = f"by its first layer, which saw pictures of variance {variance:.3g}; --trunk {other} takes it for the other kind"
@@ -337,33 +317,18 @@ def _from_bare_trunk(state: dict[str, Tensor], trunk: str, head: list[str]) -> W
                 "start training from, and nothing in it says where the stride of its stages sits: give train.py or "
                 f"convert_weights.py --trunk {one} if in the first 1x1 convolutions, --trunk {three} if in the 3x3"
             )
-    rgb = kind in ("torchvision", "rgb-1x1")
-    weights.scheme = "torchvision ResNet" if kind == "torchvision" else "Caffe-like ResNet under torchvision's names"
-    weights.config["stride_in_3x3"] = kind in ("torchvision", "bgr-3x3") or (deep and kind != "rgb-1x1")
-    weights.notes.append(f"taken for {_KINDS[kind]}: {why}")
-    if deep:
-        where = "3x3" if weights.config["stride_in_3x3"] else "first 1x1"
-        weights.scheme = f"ResNet with a deep stem, over {'RGB' if rgb else 'BGR 0..255'}"
-        weights.notes[-1] = f"its input is taken for {_INPUTS[rgb]}: {why}; the stride of its stages for that of the {where}"
-    elif head or kind not in ("torchvision", "caffe"):
-        weights.scheme = f"ResNet over {'RGB' if rgb else 'BGR 0..255'}"
+    rgb, at_3x3 = TRUNK_KINDS[kind]
+    at_3x3 = at_3x3 or (deep and kind == "caffe")  # every published net with a deep stem has it there
+    weights.config["stride_in_3x3"] = at_3x3
+    title = f"ResNet {'with a deep stem, ' * deep}over {'RGB' if rgb else 'BGR 0..255'}"
+    weights.scheme = title if deep or head else _TITLES.get(kind, title)
+    weights.notes.append(
+        f"taken for a net over {'normalised RGB' if rgb else 'mean-subtracted BGR of 0..255'} with the stride of its stages in "
+        f"the {'3x3' if at_3x3 else 'first 1x1'} convolutions: {why}"
+    )
     if rgb and not math.isnan(variance) and all(state[key].float().isfinite().all() for key in STEM):
         weights.notes.append("its first layer is turned from RGB 0..1 to mean-subtracted BGR 0..255 input")
         state.update(zip(STEM, to_bgr_input(*(state[key] for key in STEM))))
-    return weights
-
-
-def from_caffe(model: CaffeModel) -> Weights:
-    """An official caffemodel."""
-    state, skipped, eps = caffe_state(model)
-    weights = Weights(state, "Caffe DeepLab-v2", {"stride_in_3x3": False, "batch_norm_eps": eps}, skipped=skipped)
-    for layer, reason in list(skipped.items()):
-        if "fc" in layer and "InnerProduct" in reason:
-            skipped[layer] = "the image classifier"
-            weights.notes.append("a plain image classifier: only its trunk is used, the head is untrained")
-        elif "fc" in layer and "Convolution of 91x" in reason:
-            skipped[layer] = "the head of another net"
-            weights.notes.append(_COCO_HEAD)
     return weights
 
 

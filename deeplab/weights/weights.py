@@ -82,10 +82,15 @@ def group_by_reason(skipped: Mapping[str, str]) -> list[str]:
 
 
 def some(names: Iterable[str]) -> str:
-    """The first few of the names, and how many more there are; signs that steer a terminal, which a file may hold, as ?."""
-    names = ["".join(sign if sign.isprintable() else "?" for sign in name) for name in names]
+    """The first few of the names, and how many more there are."""
+    names = list(map(printable, names))
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
+
+
+def printable(text: str) -> str:
+    """The text with ? for signs that steer a terminal, which names in a file may hold."""
+    return "".join(sign if sign.isprintable() else "?" for sign in text)
 
 
 def check_version(meta: Mapping[Any, Any]) -> None:

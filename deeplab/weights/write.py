@@ -72,11 +72,9 @@ def _with_abn_weights(state: dict[str, Any]) -> dict[str, Any]:
 
 def _reasons_against(weights: Weights, scheme: str) -> list[str]:
     config = weights.config
-    bottleneck = BACKBONES[config["backbone"]][0] is Bottleneck
-    at_3x3 = bool(config.get("stride_in_3x3"))
+    bottleneck, at_3x3 = BACKBONES[config["backbone"]][0] is Bottleneck, bool(config.get("stride_in_3x3"))
+    rates, deep = config.get("atrous_rates"), config.get("stem") == "deep"
     to_trunk = scheme == "torchvision-trunk"
-    rates = config.get("atrous_rates")
-    deep = config.get("stem") == "deep"
     if config.get("net") in TOOLBOX and not to_trunk:
         if scheme != "published":
             return [f"that net is a DeepLab-v2, this one a {config['net']}"]
@@ -86,19 +84,16 @@ def _reasons_against(weights: Weights, scheme: str) -> list[str]:
             (bool(low), f"its {low[0] if low else ''} holds weights below 1e-05, which InPlace-ABN cannot have"),
         )
         return [reason for failed, reason in toolbox if failed]
+    eps, published, places = config["batch_norm_eps"], list(ATROUS_RATES), ("first 1x1", "3x3")
     checks = (
         (deep, "its stem is three 3x3 convolutions, there one 7x7"),
+        (abs(eps - 1e-5) > 1e-9, f"its batch-norm epsilon is {eps:g}, there it is 1e-05"),
         (
-            abs(config["batch_norm_eps"] - 1e-5) > 1e-9,
-            f"its batch-norm epsilon is {config['batch_norm_eps']:g}, there it is 1e-05",
+            bottleneck and at_3x3 != to_trunk,
+            f"its stride sits in the {places[at_3x3]} convolutions, there in the {places[not at_3x3]}",
         ),
-        (to_trunk and bottleneck and not at_3x3, "its stride sits in the first 1x1 convolutions, there in the 3x3"),
         (not to_trunk and not bottleneck, f"that net is built of bottleneck blocks, {config['backbone']} is not"),
-        (not to_trunk and bottleneck and at_3x3, "its stride sits in the 3x3 convolutions, there in the first 1x1"),
         (not to_trunk and rates is None, "it has no head, and that net is not loaded without one"),
-        (
-            not to_trunk and rates not in (None, list(ATROUS_RATES)),
-            f"its head has the rates {rates}, there {list(ATROUS_RATES)}",
-        ),
+        (not to_trunk and rates not in (None, published), f"its head has the rates {rates}, there {published}"),
     )
     return [reason for failed, reason in checks if failed]

@@ -12,7 +12,8 @@ from utils.command import UserError
 from utils.files import write_atomically
 
 LISTS = "ImageSets/Segmentation"
-MASK_DIRS = ("SegmentationClassPNG", "SegmentationClass")  # labelme2voc, CVAT; of labelme's two, the first holds the PNGs
+MASK_DIRS = {"SegmentationClassPNG": IMAGE_DIR, "SegmentationClass": IMAGE_DIR}
+"""Folders of masks -> of their pictures, as labelme2voc and CVAT write them; of labelme's two, the first holds the PNGs."""
 _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 
 
@@ -50,9 +51,9 @@ def find_labelled(root: Path, suffix: str) -> Labelled:
     if suffix:
         masks = _by_id(files, root, suffix)
         return Labelled(_some(masks, root, suffix), _pictures(root, "", masks), root / LISTS)
-    for folder in (root / name for name in MASK_DIRS):
-        if folder.is_dir() and (masks := _by_id(_files(folder), folder, "")):
-            return Labelled(masks, _pictures(root, f"{IMAGE_DIR}/", masks), root / LISTS)
+    for name, pictures in MASK_DIRS.items():
+        if (folder := root / name).is_dir() and (masks := _by_id(_files(folder), folder, "")):
+            return Labelled(masks, _pictures(root, f"{pictures}/", masks), root / LISTS)
     masks = _some(_by_id(files, root, ""), root, "")
     return Labelled(masks, None, root.parent / LISTS, len(files) - len(masks))
 

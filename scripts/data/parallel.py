@@ -1,5 +1,6 @@
 """A bounded map over worker processes, for work on many small files."""
 
+import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -7,8 +8,9 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import TypeVar
 
+from utils.argtypes import helpers
 from utils.command import UserError
-from utils.processes import kill_helpers, start_helper
+from utils.processes import default_processes, kill_helpers, start_helper
 
 Result = TypeVar("Result")
 
@@ -61,3 +63,9 @@ def parallel_map(function: Callable[..., Result], tasks: Iterable[tuple], worker
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def add_workers_option(parser: argparse.ArgumentParser) -> None:
+    """Of how many processes :func:`parallel_map` makes use."""
+    text = "processes; 0 works in this one (%(default)s)"
+    parser.add_argument("--workers", type=helpers, default=default_processes(64), help=text)
