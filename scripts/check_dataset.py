@@ -196,11 +196,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="files of ids, also looked for in --data-dir (ImageSets/SegmentationAug/train_aug.txt there, else "
         "ImageSets/Segmentation/train.txt; Cityscapes: leftImg8bit/train)",
     )
-    parser.add_argument(
-        "--num-classes",
-        type=class_count,
-        help="classes with the background (as many as classes.txt has lines, else 21 or 19)",
-    )
+    text = "classes with the background (as many as classes.txt has lines, else 21 or 19)"
+    parser.add_argument("--num-classes", type=class_count, help=text)
     parser.add_argument("--ignore-label", type=label_value, default=IGNORE_LABEL, help="a label that means void, beside 255")
     parser.add_argument(
         "--image-dir", default="JPEGImages", help="folder of the pictures in --data-dir (%(default)s, leftImg8bit)"

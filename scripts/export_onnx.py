@@ -101,10 +101,8 @@ def with_preprocessing(net: "torch.nn.Module") -> "torch.nn.Module":
 
         def forward(self, pictures: Tensor) -> Tensor:
             height, width = pictures.shape[1:3]
-            canvas = (
-                (height + 6) // 8 * 8 + 1,
-                (width + 6) // 8 * 8 + 1,
-            )  # canvas_size(), which is exact for one kind of division
+            # canvas_size(), which is exact for one kind of division
+            canvas = ((height + 6) // 8 * 8 + 1, (width + 6) // 8 * 8 + 1)
             images = cut(F.pad(to_input(pictures.flip(-1)), (0, 7, 0, 7)), *canvas)  # N3HW
             logits = resize(self.net(images), canvas)
             return cut(logits, height, width).argmax(dim=1).to(uint8)

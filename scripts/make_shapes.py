@@ -164,17 +164,12 @@ def make_picture(seed: int, split: int, number: int, largest: tuple[int, int]) -
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = Parser(
-        description="Make a small data set of textured shapes in the layout of PASCAL VOC.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Make a small data set of textured shapes in the layout of PASCAL VOC.", formatter_class=formatter
     )
-    parser.add_argument(
-        "--out",
-        type=target,
-        required=True,
-        default=argparse.SUPPRESS,
-        help="folder to write to; made if it is missing",
-    )
+    text = "folder to write to; made if it is missing"
+    parser.add_argument("--out", type=target, required=True, default=argparse.SUPPRESS, help=text)
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same files, byte for byte")
     parser.add_argument("--train", type=int, default=200, help="number of training pictures")
     parser.add_argument("--val", type=int, default=40, help="number of held-out pictures")
@@ -189,9 +184,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.train < 0 or args.val < 0 or args.train + args.val == 0:
         raise UserError(f"--train is {args.train} and --val {args.val}; expected 0 or more, and one picture at least")
     if min(args.size) < 97:
-        raise UserError(
-            f"--size is {args.size[0]},{args.size[1]}; expected sides of at least 97 pixels, to leave room for the shapes"
-        )
+        found = ",".join(map(str, args.size))
+        raise UserError(f"--size is {found}; expected sides of at least 97 pixels, to leave room for the shapes")
     mark = args.out / ".made_by_make_shapes"
     try:
         if args.out.is_dir() and any(args.out.iterdir()) and not mark.exists():

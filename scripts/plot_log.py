@@ -24,13 +24,8 @@ CURVES = {"loss": "loss", "lr": "base rate", "val_mean_iou": "mean IoU"}
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="a --snapshot-dir, or a log.jsonl")
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=target,
-        default=Path("curves.png"),
-        help=".png, .svg or .pdf (default: %(default)s)",
-    )
+    text = ".png, .svg or .pdf (default: %(default)s)"
+    parser.add_argument("-o", "--output", type=target, default=Path("curves.png"), help=text)
     return parser.parse_intermixed_args(argv)
 
 

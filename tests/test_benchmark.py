@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
 import sys
 import time
 from functools import partial
@@ -17,7 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from deeplab import deeplabv2, single_scale_loss
 from scripts import benchmark
-from scripts.bench import inputs, measure, prediction, reference
+from scripts.bench import gpu_check, inputs, measure, prediction, reference
 from scripts.bench.inputs import make_images, open_images
 from scripts.bench.measure import Row, Runner, Table, measure_peak, run_table
 from utils.command import UserError
@@ -282,3 +283,28 @@ def test_figures_replace_nothing_of_the_users(tmp_path):
     with pytest.raises(UserError, match="no earlier output"):
         benchmark.main(["memory", *TINY, "--json", str(tmp_path / "notes.json")])
     assert (tmp_path / "notes.json").read_text() == '{"mine": 1}'
+
+
+# scripts/gpu_check.sh
+
+
+def test_the_gpu_check_names_tests_that_exist():
+    paths = [word for options in gpu_check.TESTS.values() for word in options if word.startswith("tests")]
+    assert len(paths) == len(gpu_check.TESTS)
+    assert all((gpu_check.ROOT / path).exists() for path in paths)
+
+
+def test_the_utilisation_is_what_nvidia_smi_reports(tmp_path, monkeypatch):
+    reporter = tmp_path / "nvidia-smi"
+    reporter.write_text(f"#!/bin/sh\necho 87\necho [N/A]\necho 91\ntouch {tmp_path}/said\nexec sleep 60\n")
+    reporter.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with gpu_check.utilisation() as found:
+        pass
+    assert found == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with gpu_check.utilisation() as found:
+        while not (tmp_path / "said").exists():
+            time.sleep(0.01)
+    assert found == [87, 91]

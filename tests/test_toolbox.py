@@ -310,7 +310,10 @@ def test_reset_head_is_what_construction_gives():
     [
         (lambda s: s.pop("head.1.weight"), "lacks a classifier"),
         (lambda s: s.pop("dsn.0.bias"), "its heads lack 1 tensors .dsn.0.bias"),
-        (lambda s: s.update({"head.0.bottleneck.0.weight": torch.zeros(512, 3, 1, 1)}), "its head.0.bottleneck.0.weight is"),
+        (
+            lambda s: s.update({"head.0.bottleneck.0.weight": torch.zeros(512, 3, 1, 1)}),
+            "head.0.bottleneck.0.weight is .512, 3, 1, 1. in the file",
+        ),
         (lambda s: s.pop("conv2.weight"), "lacks 1 of the trunk's tensors"),
         (lambda s: s.pop("conv3.weight"), "its first convolution is 64x3x3x3"),
     ],

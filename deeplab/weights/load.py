@@ -61,24 +61,23 @@ _LARGEST_HEAD = 255 * 2048 * 9  # numbers in one branch
 
 
 def load_weights(path: str | Path, trunk: str = "auto", abn: str | None = None) -> Weights:
-    """Read a weights file of any known scheme; the scheme is told by keys and shapes.
+    """Read a weights file of any known scheme, which its keys and shapes show.
 
     Known are: bare or prefixed DeepLab-ResNet state dictionaries, the two-level ones of AdaptSegNet and ADVENT, kazuto1011's,
     ResNets under torchvision's names (torchvision's own and Caffe's), official caffemodels, caffe-tensorflow's ``.npy`` and
     ``.npz``, our snapshots and checkpoints, and any of the PyTorch ones as ``.safetensors``.
 
     Args:
-        trunk: what to take a bare ResNet under torchvision's names for: ``"torchvision"`` (normalised RGB pictures, stride in
-            the 3x3 convolutions), ``"caffe"`` (mean-subtracted BGR of 0..255, stride in the first 1x1), ``"rgb-1x1"`` and
-            ``"bgr-3x3"`` (the other two pairs) or ``"auto"``: what its first layer tells. A file that says what it is may be
-            asked for that alone.
+        trunk: what to take a bare ResNet under torchvision's names for, one of ``TRUNKS``: ``"torchvision"`` (normalised RGB,
+            stride in the 3x3 convolutions), ``"caffe"`` (mean-subtracted BGR of 0..255, stride in the first 1x1), the other
+            two pairs, or ``"auto"``: what its first layer shows. A file that says what it is takes that alone.
         abn: what the batch norms of a trunk with a deep stem make of their weights: ``"abs"`` (|weight| + 1e-5, as
-            InPlace-ABN), ``"signed"`` (the weight as it is) or None: what the file says; it is refused where it does not and
-            has weights below zero.
+            InPlace-ABN), ``"signed"`` (the weight as it is) or None: what the file says; refused where that matters and it
+            says nothing.
 
     Raises:
-        WeightsError: missing, damaged, no weights, numbers that are none, or weights that cannot fit a DeepLab-v2; one sentence
-            with the path.
+        WeightsError: missing, damaged, no weights, numbers that are none, or weights that fit no net of ours; one sentence with
+            the path.
     """
     path = Path(path)
     if trunk not in TRUNKS or abn not in (None, *ABN):
@@ -187,17 +186,11 @@ def _settled(weights: Weights, filename: str) -> Weights:
             raise WeightsError(f"its {key} is {tuple(tensor.shape)}; expected at most {most} numbers")
         if tensor.is_floating_point():
             state[key] = tensor.float()
-    found: dict[str, Any] = {"backbone": backbone, "stem": stem}
-    if net in TOOLBOX:
-        heads = {key: shape for key, shape in shapes.items() if IN_HEAD.match(key)}
-        if lost := [key for key in heads if key not in state]:
-            raise WeightsError(f"its heads lack {len(lost)} tensors ({some(lost)}); fetch or save the file again")
-        for key, shape in heads.items():
-            if tuple(state[key].shape) != shape:
-                raise WeightsError(f"its {key} is {tuple(state[key].shape)}; expected {shape}, as a {net} has")
-        found |= {"net": net, "num_classes": classes}
-    elif classes := _judge_head(weights, filename):
-        found |= {"net": net, "num_classes": classes}
+    if net not in TOOLBOX:
+        classes = _judge_head(weights, filename)
+    elif lost := [key for key in shapes if IN_HEAD.match(key) and key not in state]:
+        raise WeightsError(f"its heads lack {len(lost)} tensors ({some(lost)}); fetch or save the file again")
+    found = {"backbone": backbone, "stem": stem} | ({"net": net, "num_classes": classes} if classes else {})
     for name, value in found.items():
         if weights.config.setdefault(name, value) != value:
             raise WeightsError(f"its meta says {name} {weights.config[name]}, but its tensors are those of {name} {value}")

@@ -92,7 +92,7 @@ class Check:
         images, snapshots = self.folder / "images", self.folder / "snapshots"
         make_images(images, 60, 21)
         options = (
-            "--restore-from none --batch-norm frozen --learning-rate 1e-6 --random-scale --random-mirror --save-num-images 0"
+            "--restore-from none --batch-norm frozen --learning-rate 1e-6 --random-scale --random-mirror --save-num-images=0"
         )
         command = ["train.py", *options.split(), "--data-dir", str(images), "--snapshot-dir", str(snapshots)]
         command += ["--backbone", self.net, "--batch-size", str(self.batch), "--input-size", f"{self.crop},{self.crop}"]
@@ -110,8 +110,7 @@ class Check:
 
     def limits(self) -> None:
         """How long the host takes to launch the kernels of a step, how long the step takes, and so what limits it."""
-        args = Namespace(backbone=self.net, num_classes=21, batch_size=self.batch)
-        args.input_size = (self.crop, self.crop)
+        args = Namespace(backbone=self.net, num_classes=21, batch_size=self.batch, input_size=(self.crop, self.crop))
         amp = "bf16" if self.kind == "cuda" else "off"
         run = our_step(args, self.device, single_scale_loss, amp=amp).run
         for _ in range(3):
