@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from deeplab import deeplabv2
+from deeplab import BACKBONES, deeplabv2
 from tests.helpers import ROOT, TOY_CLASSES, hear_ctrl_c, make_toy_voc
 from tests.helpers_devices import fake_cuda, on_meta  # noqa: F401  (fixtures)
-from tests.helpers_nets import randomise_batch_norm
+from tests.helpers_nets import THIN, WHOLE, randomise_batch_norm
 from utils.checkpoint import make_meta, save_snapshot
 
 sys.path.insert(0, str(ROOT))
@@ -52,6 +52,20 @@ def in_a_group():
 def toy_voc(tmp_path: Path) -> Path:
     """See :func:`make_toy_voc`."""
     return make_toy_voc(tmp_path / "toy")
+
+
+@pytest.fixture(scope="module")
+def thin_nets():
+    """``resnet18`` is a thin net for a whole test module: for runs in this process, whose way counts and not their net."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BACKBONES, "resnet18", THIN["resnet18"])
+        yield
+
+
+@pytest.fixture
+def whole_nets(monkeypatch):
+    """``resnet18`` is the published net again."""
+    monkeypatch.setitem(BACKBONES, "resnet18", WHOLE["resnet18"])
 
 
 @pytest.fixture(scope="module")

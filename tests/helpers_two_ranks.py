@@ -9,8 +9,9 @@ import json
 import os
 import signal
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from functools import partial, update_wrapper
+from io import StringIO
 from pathlib import Path
 from unittest.mock import patch
 
@@ -21,9 +22,10 @@ import torch
 from PIL import Image
 
 import evaluate
-from deeplab import deeplabv2, single_scale_loss
+from deeplab import BACKBONES, deeplabv2, single_scale_loss
 from scripts import predict
 from tests.helpers import TOY_CLASSES, save_palette_png
+from tests.helpers_nets import THIN
 from tests.helpers_runs import SCRATCH, STEPS, limit, train, train_msc
 from utils import distributed
 from utils.checkpoint import make_meta, save_snapshot
@@ -33,7 +35,7 @@ from utils.evaluation import submission
 from utils.files import DiskError
 from utils.training.lock import FolderLock
 
-STOPPED = [*SCRATCH, "--batch-norm", "frozen", "--num-steps", "5", "--save-pred-every", "2", "--learning-rate", "1e-5"]
+STOPPED = [*SCRATCH, "--batch-norm", "frozen", "--num-steps", "5", "--save-pred-every", "2", "--learning-rate", "3e-4"]
 FROZEN = ["--batch-norm", "frozen", "--learning-rate", "1e-4", "--num-steps", "3", "--batch-size", "2"]
 # Loss scaling leaves out the first steps, and one more or less in two processes, whose shares of the loss are twice as large.
 # Convolutions of float16 are slow on a CPU, so their crops are small.
@@ -95,7 +97,15 @@ def outcome(run) -> list:
         return [type(error).__name__, str(error)]
 
 
+def counting(toy: Path, folder: Path, name: str, *options: str) -> list[str]:
+    """The words of evaluate.py, to evaluate the first net with the CRF."""
+    words = ["--data-dir", toy, "--restore-from", folder / "start/VOC12_scenes_25.pth", "--device", "cpu", "--num-workers", "0"]
+    words += ["--crf", "--crf-workers", "1", "--save-json", folder / f"{name}.json", "--save-dir", folder / f"masks {name}"]
+    return [*map(str, words), *options]
+
+
 def main(toy: Path, folder: Path) -> None:
+    BACKBONES.update(THIN)
     distributed.start()
     distributed.stop = lambda: None  # the processes stay together from one run to the next
     rank, start, results = distributed.rank(), folder / "start/VOC12_scenes_25.pth", {}
@@ -127,6 +137,11 @@ def main(toy: Path, folder: Path) -> None:
     other = ["--data-list", str(folder / "other.txt")] if rank else []
     results["lists"] = outcome(partial(train, toy, folder / "lists", *STOPPED, *other))
     results |= different(toy, folder, start)
+
+    results["indivisible"] = outcome(partial(train, toy, folder / "indivisible", *STOPPED, "--batch-size", "3"))
+    with redirect_stdout(StringIO()) as said:
+        results["counted"] = outcome(partial(evaluate.main, counting(toy, folder, "two", "--report", str(folder / "report"))))
+    results["counted said"] = said.getvalue()
 
     two = [*SCRATCH, "--num-steps", "2", "--save-pred-every", "2"]
     for name, options in {"not validated": [], "validated": ["--val-every", "1"]}.items():

@@ -18,6 +18,7 @@ from utils.command import run_command
 from utils.device import select_device
 from utils.evaluation import score
 
+pytestmark = pytest.mark.usefixtures("thin_nets")
 TIMES = {"images_per_s", "data_wait", "seconds", "memory_mb"}
 # What raises on CUDA under torch.use_deterministic_algorithms(True), by its documentation (kthvalue by the kernel alone, and
 # scatter_reduce for products alone); of nll_loss2d the sums and means.

@@ -22,6 +22,7 @@ from utils.training.lock import FolderLock
 from utils.training.log import RunLog
 from utils.training.optimizer import GuardedSGD
 
+pytestmark = pytest.mark.usefixtures("thin_nets")
 resource = pytest.importorskip("resource")  # POSIX
 RUN = [*SCRATCH, "--num-steps", "4", "--save-pred-every", "1"]
 
@@ -110,7 +111,7 @@ def test_lines_of_the_log_wait_for_space(tmp_path, capsys):
     assert said.count("TensorBoard's file cannot be written (File too large) and ends here") == 1
 
 
-def test_space_is_looked_at_before_the_first_step(toy_voc, tmp_path, monkeypatch):
+def test_space_is_looked_at_before_the_first_step(toy_voc, tmp_path, monkeypatch, whole_nets):
     """By the sizes of the files that a run really leaves."""
     train(toy_voc, tmp_path / "a", *RUN, "--num-steps", "1")
     last, numbered = ((tmp_path / "a" / name).stat().st_size for name in ("last.ckpt", "VOC12_scenes_1.pth"))

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,22 +16,24 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import evaluate
 from tests.helpers import ROOT, make_toy_voc
 from tests.helpers_runs import (
     SCRATCH,
     SMALL,
     STEPS,
-    command,
     log_lines,
     model,
     scores,
     train,
     train_msc,
 )
-from tests.helpers_two_ranks import FROZEN, HEADS, STOPPED, TWO_HEADS
+from tests.helpers_two_ranks import FROZEN, HEADS, STOPPED, TWO_HEADS, counting
 from utils import distributed
 from utils.command import UserError
 from utils.device import select_device
+
+pytestmark = pytest.mark.usefixtures("thin_nets")
 
 
 def torchrun(script: str, *options, processes: int = 2) -> subprocess.CompletedProcess:
@@ -43,7 +44,7 @@ def torchrun(script: str, *options, processes: int = 2) -> subprocess.CompletedP
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory) -> tuple[Path, Path, list[dict]]:
+def two_ranks(thin_nets, tmp_path_factory) -> tuple[Path, Path, list[dict]]:
     """All that tests/helpers_two_ranks.py runs, in one pair of processes: the data, the folder, what each process says."""
     folder = tmp_path_factory.mktemp("two_ranks")
     toy = make_toy_voc(folder / "toy")
@@ -197,40 +198,26 @@ def test_two_processes_validate_as_evaluate_does(two_ranks, tmp_path):
     assert torch.load(folder / "half/last.ckpt", weights_only=True)["step"] == 1
 
 
-def test_two_processes_count_the_same_matrix(toy_voc, snapshot, tmp_path):
-    options = [
-        "--data-dir",
-        toy_voc,
-        "--restore-from",
-        snapshot,
-        "--device",
-        "cpu",
-        "--num-workers",
-        "0",
-        "--crf",
-        "--crf-workers",
-        "1",
-    ]
-    one = command("evaluate.py", *options, "--save-json", tmp_path / "one.json", "--save-dir", tmp_path / "one")
-    assert one.returncode == 0, one.stderr
-    options += ["--report", tmp_path / "report"]
-    two = torchrun("evaluate.py", *options, "--save-json", tmp_path / "two.json", "--save-dir", tmp_path / "two")
-    assert two.returncode == 0, two.stderr
-    assert len(json.loads((tmp_path / "report/report.json").read_text())["pictures"]) == 6
-    assert len(list((tmp_path / "report/pictures").glob("*_crf.png"))) == 6
-    one_result, two_result = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
-    assert one_result["before_crf"]["confusion_matrix"] == two_result["before_crf"]["confusion_matrix"]
-    assert one_result["after_crf"]["confusion_matrix"] == two_result["after_crf"]["confusion_matrix"]
-    assert two.stdout.count("mean IoU") == 2  # before and after the CRF, from one process alone
-    assert "image/s" not in two.stderr  # no bar but in a terminal
+def test_two_processes_count_the_same_matrix(two_ranks):
+    toy, folder, results = two_ranks
+    assert evaluate.main(counting(toy, folder, "one")) == 0
+    assert [result["counted"] for result in results] == [[0, ""], [0, ""]]
+    assert len(json.loads((folder / "report/report.json").read_text())["pictures"]) == 6
+    assert len(list((folder / "report/pictures").glob("*_crf.png"))) == 6
+    one, two = (json.loads((folder / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert one["before_crf"]["confusion_matrix"] == two["before_crf"]["confusion_matrix"]
+    assert one["after_crf"]["confusion_matrix"] == two["after_crf"]["confusion_matrix"]
+    # Before and after the CRF, from one process alone.
+    assert [result["counted said"].count("mean IoU") for result in results] == [2, 0]
     for i in range(6):
-        assert (tmp_path / f"one/toy_{i}.png").read_bytes() == (tmp_path / f"two/toy_{i}.png").read_bytes()
+        assert (folder / f"masks one/toy_{i}.png").read_bytes() == (folder / f"masks two/toy_{i}.png").read_bytes()
 
 
-def test_an_indivisible_batch_is_refused(toy_voc, tmp_path):
-    result = torchrun("train.py", "--data-dir", toy_voc, "--snapshot-dir", tmp_path, *SMALL, *SCRATCH, "--batch-size", "3")
-    assert result.returncode != 0
-    assert "--batch-size 3 does not divide into 2 processes" in result.stderr
+def test_an_indivisible_batch_is_refused(two_ranks):
+    _, _, results = two_ranks
+    for kind, sentence in (result["indivisible"] for result in results):
+        assert kind == "UserError"
+        assert "--batch-size 3 does not divide into 2 processes" in sentence
 
 
 def test_a_label_that_one_process_cannot_read_ends_the_evaluation_of_both(two_ranks):
@@ -373,19 +360,11 @@ def test_buffers_are_not_sent_around(monkeypatch):
 
 
 ENDS = """
-import atexit, os, signal, sys
-sys.path.insert(0, {root!r})
+import atexit, json, os, signal, socket, sys
 import torch
 import torch.distributed as dist
 from utils import distributed
 from utils.command import UserError, run_command
-
-class Witness:
-    def __del__(self):
-        print("Python was taken down")
-
-witness = Witness()
-atexit.register(lambda: print("exit functions were called", end=""))
 
 def main():
     distributed.start()
@@ -395,32 +374,57 @@ def main():
     assert distributed.min_(torch.tensor([distributed.rank()])).tolist() == [0]
     assert distributed.agree(distributed.rank()) == [1]
     assert used == [distributed._hosts] * 3 and distributed._hosts is not dist.group.WORLD
-    if {end!r} == "error":
+    if end == "error":
         raise UserError("what the user did")
-    if {end!r} == "bug":
+    if end == "bug":
         raise KeyError("what we did")
-    if {end!r} == "killed":
+    if end == "killed":
         if distributed.rank():
             os.kill(os.getpid(), signal.SIGKILL)
         distributed.gather(0)
-    if {end!r} == "signal":
+    if end == "signal":
         os.kill(os.getpid(), signal.SIGTERM)
     distributed.stop()
 
-run_command(main)
+class Witness:
+    def __del__(self):
+        print("Python was taken down")
+
+folder, *ends = sys.argv[1:]
+del sys.argv[1:]
+started = {}
+for end in ends:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    for rank in (0, 1):
+        if child := os.fork():
+            started[f"{end} {rank}"] = child
+            continue
+        for number, name in ((1, "said"), (2, "errors")):
+            os.dup2(os.open(f"{folder}/{end} {rank} {name}", os.O_WRONLY | os.O_CREAT), number)
+        os.environ["RANK"] = str(rank)
+        witness = Witness()
+        atexit.register(lambda: print("exit functions were called", end=""))
+        run_command(main)
+        raise AssertionError("run_command came back")
+ended = {name: os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for name, child in started.items()}
+print(json.dumps(ended))
 """
 
 
-def end_both(in_a_group, end: str) -> list[tuple[int, str, str]]:
-    """Two processes that run ENDS -> the exit status, the output and the errors of each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    words = [sys.executable, "-c", ENDS.format(root=str(ROOT), end=end)]
-    ranks = [{**os.environ, **where, "RANK": str(rank), "OMP_NUM_THREADS": "1"} for rank in (0, 1)]
-    both = [in_a_group(words, stdout=subprocess.PIPE, env=environment) for environment in ranks]
-    said = [process.communicate(timeout=120) for process in both]
-    return [(process.returncode, *texts) for process, texts in zip(both, said)]
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory) -> dict[str, list[tuple[int, str, str]]]:
+    """Each end of two processes that run ENDS -> the exit status, the output and the errors of both. All are forked from one
+    process, which has read torch."""
+    folder, ends = tmp_path_factory.mktemp("ends"), ("well", "error", "bug", "signal", "killed")
+    words = [sys.executable, "-c", ENDS, folder, *ends]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    status = json.loads(done.stdout)
+    texts = lambda name: [(folder / f"{name} {stream}").read_text() for stream in ("said", "errors")]  # noqa: E731
+    return {end: [(status[f"{end} {rank}"], *texts(f"{end} {rank}")) for rank in (0, 1)] for end in ends}
 
 
 @pytest.mark.parametrize(
@@ -432,16 +436,16 @@ def end_both(in_a_group, end: str) -> list[tuple[int, str, str]]:
         ("signal", 128 + signal.SIGTERM, "^$"),
     ],
 )
-def test_one_of_several_processes_ends_with_its_status(end, status, said, in_a_group):
+def test_one_of_several_processes_ends_with_its_status(end, status, said, ended):
     """And does not take Python down, which gloo's threads may need: about one in six of such a program died of SIGABRT."""
-    for returncode, output, errors in end_both(in_a_group, end):
+    for returncode, output, errors in ended[end]:
         assert returncode == status, errors
         assert output == "exit functions were called"
         assert re.search(said, errors)
 
 
-def test_a_process_whose_partner_is_killed_ends_with_a_sentence(in_a_group):
-    (status, _, errors), (killed, _, _) = end_both(in_a_group, "killed")
+def test_a_process_whose_partner_is_killed_ends_with_a_sentence(ended):
+    (status, _, errors), (killed, _, _) = ended["killed"]
     assert (status, killed) == (1, -signal.SIGKILL)
     assert re.fullmatch("-c: error: another process has ended before its work was done; .*\n", errors)
 
@@ -456,6 +460,8 @@ def launch(in_a_group, toy_voc, folder, *options: str) -> subprocess.Popen:
         str(folder),
         *SMALL,
         *STOPPED,
+        "--learning-rate",
+        "1e-5",
         "--save-pred-every",
         "1",
         *options,
@@ -470,12 +476,12 @@ def launch(in_a_group, toy_voc, folder, *options: str) -> subprocess.Popen:
 
 
 def test_a_killed_process_is_started_again_and_goes_on(in_a_group, toy_voc, tmp_path):
-    process = launch(in_a_group, toy_voc, tmp_path, "--num-steps", "12")
+    process = launch(in_a_group, toy_voc, tmp_path, "--num-steps", "8")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors[-3000:]
-    assert [line["step"] for line in log_lines(tmp_path)] == list(range(1, 13))
+    assert [line["step"] for line in log_lines(tmp_path)] == list(range(1, 9))
 
 
 def test_a_signal_to_the_launcher_and_its_processes_saves(in_a_group, toy_voc, tmp_path):

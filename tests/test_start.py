@@ -27,6 +27,7 @@ from utils.training.lock import FolderLock
 from utils.training.optimizer import GuardedSGD
 from utils.training.options import settle, training_parser
 
+pytestmark = pytest.mark.usefixtures("thin_nets")
 RUN = [*SCRATCH, "--num-steps", "6", "--iter-size", "2", "--weight-decay", "0.01", "--momentum", "0.8", "--power", "0.5",
        "--input-size", "25,33", "--save-pred-every", "100"]  # fmt: skip
 
@@ -256,7 +257,7 @@ def test_is_training_is_another_word_for_stats(toy_voc, tmp_path):
 
 
 @pytest.fixture
-def version1(tmp_path) -> Path:
+def version1(tmp_path, whole_nets) -> Path:
     """A folder with the ``last.ckpt`` and the snapshot that the program of format 1 wrote at step 2 of 4, on the toy data.
 
     They are a ResNet-18's (torch 2.14; ``--val-every 2`` and the options of ``RUN``, crops of 33,41), stopped by SIGTERM. Of

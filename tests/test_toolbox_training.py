@@ -20,6 +20,7 @@ from utils.training.identity import kept_options, resumed_options
 from utils.training.loop import seed_dropout
 from utils.training.options import check_net_options, settle, training_parser
 
+pytestmark = pytest.mark.usefixtures("thin_nets")
 NONE = ["--restore-from", "none", "--num-steps", "2"]
 
 
