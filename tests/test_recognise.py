@@ -257,7 +257,9 @@ def test_nets_with_more_in_their_trunk_are_refused(tmp_path, backbone, extra, fo
 
 def test_more_in_the_trunk_under_other_names(tmp_path):
     state = kazuto_state(narrow_state("resnet50"), "resnet50")
-    refused(save(tmp_path / "x.pth", state | {"base.layer3.block2.se.fc.weight": torch.rand(2)}), r"\(layer3\.block2\.se\.fc")
+    for stage in (2, 5):  # theirs
+        more = {f"base.layer{stage}.block2.se.fc.weight": torch.rand(2)}
+        refused(save(tmp_path / "x.pth", state | more), rf"\(layer{stage}\.block2\.se\.fc")
     canonical = narrow_state("resnet50")
     squeeze = layer("res2a_branch2a_se", "Convolution", blob(np.ones((2, 2, 1, 1))))
     (tmp_path / "x.caffemodel").write_bytes(caffe_bytes(canonical, "resnet50") + squeeze)
