@@ -167,20 +167,12 @@ def read_class_file(root: str | Path) -> ClassFile:
 
 
 def count_classes(root: str | Path, ignore_label: int = IGNORE_LABEL) -> int | None:
-    """How many classes ``<root>/classes.txt`` names, or None where there is no such file.
-
-    Raises:
-        DatasetError: the file cannot be read, names one class or more than 255, or ends with a line for the void label.
-    """
+    """How many classes ``<root>/classes.txt`` names, see :meth:`ClassFile.count`."""
     return read_class_file(root).count(ignore_label)
 
 
 def read_class_names(root: str | Path, num_classes: int) -> list[str] | None:
-    """The class names of ``<root>/classes.txt``, see :func:`read_classes`, or None where there is no such file.
-
-    Raises:
-        DatasetError: the file cannot be read, or holds another number of names.
-    """
+    """The class names of ``<root>/classes.txt``, see :meth:`ClassFile.names`."""
     return read_class_file(root).names(num_classes)
 
 

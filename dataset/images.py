@@ -4,7 +4,6 @@ import io
 import re
 import struct
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -80,7 +79,8 @@ def read_picture(path: str | Path) -> tuple[np.ndarray, int]:
             raise DatasetError(f"the picture {path} is damaged: {damage}; fetch or make it again")
         raise DatasetError(f"the picture {path} is not a picture that OpenCV can decode ({len(data)} bytes)")
     orientation = _orientation(data)
-    return image if data.startswith(_TIFF) else _turned(image, orientation), orientation
+    turned = orientation == 1 or data.startswith(_TIFF)
+    return image if turned else _turned(image, orientation), orientation
 
 
 def png_damage(data: bytes, inflate: bool = False) -> str:
@@ -133,56 +133,42 @@ def _png_shortage(data: bytes, pixels: bytes) -> str:
 def _jpeg_damage(data: bytes) -> str:
     """What is wrong with a JPEG, of which OpenCV fills the missing part with grey; "" where no marker tells it.
 
-    Huffman coding (SOF0..SOF2) takes a bit for each 8x8 block at least; arithmetic coding (SOF9, SOF10), which could take less
-    of a single colour, is hardly used.
-    """
-    marker = None
-    for marker, contents in _jpeg_segments(data):
-        height, width = struct.unpack(">HH", contents[1:5]) if marker in _FRAMES and len(contents) > 4 else (0, 0)
-        if height * width > 64 * 8 * len(data):
-            return f"is damaged: its {len(data)} bytes cannot hold the {width}x{height} pixels of its header"
-    return "" if marker == 0xD9 else f"is cut off: its {len(data)} bytes lack the JPEG end marker"
-
-
-def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """The segments of a JPEG file up to its end marker, as (marker, contents); contents are empty where there are none.
-
-    A segment gives its length, so that the end marker of a thumbnail inside one is stepped over; picture data after a "start of
-    scan" ends at the next marker (ITU-T T.81, annex B). There FF 00 is data, FF D0..D7 restart markers, and FF FF filling.
+    A segment gives its length, so that the end marker of a thumbnail inside one is stepped over; pixels after a "start of scan"
+    end at the next marker (ITU-T T.81, annex B). There FF 00 is data, FF D0..D7 restart markers, and FF FF filling. Huffman
+    coding (SOF0..SOF2) takes a bit for each 8x8 block at least; arithmetic coding (SOF9, SOF10), which could take less of a
+    single colour, is hardly used.
     """
     position = 2
     while found := _MARKER.search(data, position):
         marker, position = data[found.start() + 1], found.end()
-        length = int.from_bytes(data[position : position + 2], "big") if marker in _WITH_CONTENTS else 0
-        yield marker, data[position + 2 : position + length]
         if marker == 0xD9:
-            return
+            return ""
+        length = int.from_bytes(data[position : position + 2], "big") if marker in _WITH_CONTENTS else 0
+        contents = data[position + 2 : position + length]
+        height, width = struct.unpack(">HH", contents[1:5]) if marker in _FRAMES and len(contents) > 4 else (0, 0)
+        if height * width > 64 * 8 * len(data):
+            return f"is damaged: its {len(data)} bytes cannot hold the {width}x{height} pixels of its header"
         position += length
+    return f"is cut off: its {len(data)} bytes lack the JPEG end marker"
 
 
 def _orientation(data: bytes) -> int:
-    """The EXIF orientation 1..8 in a picture file; 1 where it says nothing, or nothing that can be read."""
-    try:
-        value = _exif(data).get(_ORIENTATION)
-    except Exception:  # by where it is broken, Pillow raises SyntaxError, struct.error and others
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
-def _exif(data: bytes) -> Image.Exif:
-    """The EXIF tags of a picture file, by Pillow."""
+    """The EXIF orientation 1..8 in an image file, by Pillow; 1 where it has none, or none that can be read."""
     tags = Image.Exif()
-    if data.startswith(_TIFF):  # which is what EXIF data are in themselves; Pillow does not open all that OpenCV reads
-        tags.load(data)
-    elif not data.startswith(PNG_SIGNATURE) or b"eXIf" in data or b"Raw profile type exif" in data:
-        # Of a PNG without either, Pillow would decode the pixels to look behind them.
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # OpenCV has a limit of its own
-        try:
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # OpenCV has a limit of its own
+    try:
+        if data.startswith(_TIFF):  # which is what EXIF data are in themselves; Pillow does not open all that OpenCV reads
+            tags.load(data)
+        elif not data.startswith(PNG_SIGNATURE) or b"eXIf" in data or b"Raw profile type exif" in data:
+            # Of a PNG without either, Pillow would decode the pixels to look behind them.
             with Image.open(io.BytesIO(data)) as image:
                 tags = image.getexif()
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
-    return tags
+        value = tags.get(_ORIENTATION)
+    except Exception:  # by where it is broken, Pillow raises SyntaxError, struct.error and others
+        return 1
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _turned(image: np.ndarray, orientation: int) -> np.ndarray:

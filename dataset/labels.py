@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from dataset.classes import IGNORE_LABEL, Color, voc_colors
-from dataset.images import LARGEST, PNG_SIGNATURE, DatasetError, png_damage
+from dataset.images import LARGEST, PNG_SIGNATURE, DatasetError, png_damage, read_bytes
 
 TO_INDICES = "scripts/masks_to_indices.py"
 _LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
@@ -40,8 +40,9 @@ def read_label(
         DatasetError: a missing, damaged or lossy file, a colour or 16-bit image, a palette in another order than the classes, a
             value that is neither a class nor void.
     """
+    data = read_bytes(path, "the label")
     try:
-        label, palette = decode_label(Path(path).read_bytes())
+        label, palette = decode_label(data)
         present = np.flatnonzero(cv2.calcHist([label], [0], None, [256], [0, 256])).tolist()  # faster than np.unique
         if classes_of is None:
             check_values(present, num_classes, ignore_label)
@@ -49,10 +50,6 @@ def read_label(
         else:
             check_values(present, len(classes_of), what="label ids")
             label = cv2.LUT(label, whole_table(classes_of))
-    except FileNotFoundError:
-        raise DatasetError(f"the label {path} does not exist") from None
-    except OSError as error:
-        raise DatasetError(f"the label {path} cannot be read ({error.strerror or error})") from None
     except BadLabel as error:
         raise DatasetError(f"the label {path} {error}") from None
     if ignore_label != IGNORE_LABEL:

@@ -28,7 +28,7 @@ class Entry(NamedTuple):
 
 
 def read_ids(path: str | Path) -> list[str]:
-    """The image ids of a list file, in its order; see :func:`read_list`."""
+    """The image ids of a list file, see :func:`read_list`."""
     return [entry.id for entry in read_list(path)]
 
 
@@ -92,19 +92,20 @@ def _leads_out(text: str, bare: bool) -> bool:
 
 
 def _with_ids(entries: list[Entry], image_dir: str) -> list[Entry]:
-    """The entries, with the ids of those that name a picture made from its path."""
-    pictures = [entry.image for entry in entries if entry.image]
-    folders = {image_dir if _inside(image, image_dir) else image.rpartition("/")[0].split("/")[0] for image in pictures}
+    """The entries, with the ids of those that name an image made from its path."""
+    images = [entry.image for entry in entries if entry.image]
+    folders = {image_dir if _inside(image, image_dir) else image.rpartition("/")[0].split("/")[0] for image in images}
     shared = _clean(folders.pop() if len(folders) == 1 else image_dir) + "/"
+    return [
+        Entry(str(PurePosixPath(image.removeprefix(shared)).with_suffix("")) if image else id, image, label)
+        for id, image, label in entries
+    ]
 
-    def with_id(entry: Entry) -> Entry:
-        return entry._replace(id=str(PurePosixPath(entry.image.removeprefix(shared)).with_suffix(""))) if entry.image else entry
 
-    return [with_id(entry) for entry in entries]
+def read_lines(path: str | Path, what: str) -> list[str]:
+    r"""The lines of a UTF-8 file, without blanks and tabs around them, nor byte-order marks; lines end at \n, \r\n or \r alone.
 
-
-def read_text(path: str | Path, what: str) -> str:
-    """The text of a UTF-8 file, without byte-order marks.
+    What else Unicode calls a line end (U+2028, U+0085, the vertical tab) may stand in a name, and stays there.
 
     Args:
         what: what the file is, for messages: "the list of image ids".
@@ -116,20 +117,13 @@ def read_text(path: str | Path, what: str) -> str:
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data:
         raise DatasetError(f"{what} {path} cannot be read as text: it looks like UTF-16; save it as UTF-8")
     try:
-        return data.decode("utf-8").replace("\ufeff", "")
+        text = data.decode("utf-8").replace("\ufeff", "")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise DatasetError(
             f"{what} {path} cannot be read as text: byte {data[error.start]:#04x} in line {line} is not UTF-8; save it as UTF-8"
         ) from None
-
-
-def read_lines(path: str | Path, what: str) -> list[str]:
-    r"""The lines of :func:`read_text`, without blanks and tabs around them; lines end at \n, \r\n or \r alone.
-
-    What else Unicode calls a line end (U+2028, U+0085, the vertical tab) may stand in a name, and stays there.
-    """
-    return [line.strip(" \t") for line in re.split("\r\n|\r|\n", read_text(path, what))]
+    return [line.strip(" \t") for line in re.split("\r\n|\r|\n", text)]
 
 
 class Listing:
@@ -146,10 +140,10 @@ class Listing:
 
     def find(self, path: str, suffixes: Sequence[str]) -> str | None:
         """The file of ``path`` in one of the suffixes, in any case, the first of them first; None where there is none."""
-        ranks = {name: _rank(name, suffixes) for name in self.names(path)}
-        found = [name for name, rank in ranks.items() if rank < len(suffixes)]
+        endings = {name: os.path.splitext(name)[1].lower() for name in self.names(path)}
+        found = [name for name, ending in endings.items() if ending in suffixes]
         folder = path[: path.rfind("/") + 1]
-        return folder + min(found, key=lambda name: (ranks[name], name.swapcase())) if found else None
+        return folder + min(found, key=lambda name: (suffixes.index(endings[name]), name.swapcase())) if found else None
 
     def has(self, path: str) -> bool:
         """Whether there is a file of this path, with its suffix."""
@@ -188,8 +182,3 @@ class Listing:
             return f"for {text} in {place}, which has {other}: expected {', '.join(suffixes)}"
         example = next((name for names in self.by_stem(folder).values() for name in names if not name.startswith(".")), None)
         return f"for {text} in {place}" + (f", which has files such as {example}" if example else ", which is empty")
-
-
-def _rank(name: str, suffixes: Sequence[str]) -> int:
-    suffix = os.path.splitext(name)[1].lower()
-    return suffixes.index(suffix) if suffix in suffixes else len(suffixes)
