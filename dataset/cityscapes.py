@@ -22,10 +22,10 @@ def train_ids() -> np.ndarray:
 
 
 class CityscapesSegmentation(VOCSegmentation):
-    """Pairs of picture and label, as :class:`dataset.voc.VOCSegmentation` has them, with train ids 0..18 for classes.
+    """Pairs of image and label, as :class:`dataset.voc.VOCSegmentation` has them, with train ids 0..18 for classes.
 
-    A list is a folder, ``leftImg8bit/train``, that stands for all pictures in it; or a file whose lines hold a picture and its
-    label, or a picture alone, whose label then has its name in ``gtFine/``. An id is ``<city>_<sequence>_<frame>``. Other
+    A list is a folder, ``leftImg8bit/train``, that stands for all images in it; or a file whose lines hold an image and its
+    label, or an image alone, whose label then has its name in ``gtFine/``. An id is ``<city>_<sequence>_<frame>``. Other
     folders than ``leftImg8bit`` and ``gtFine`` have files named after them: ``gtCoarse/.../*_gtCoarse_labelIds.png``.
 
     Label files hold label ids, which become train ids while they are read; those named ``*_labelTrainIds.png`` hold train ids.
@@ -52,7 +52,7 @@ class CityscapesSegmentation(VOCSegmentation):
         """The entries of a folder ``<root>/<image_dir>/<split>``, in the order of their names, or of a list file.
 
         Raises:
-            DatasetError: see :func:`dataset.lists.read_list`; no picture in the folder, a line that names none.
+            DatasetError: see :func:`dataset.lists.read_list`; no image in the folder, a line that names none.
         """
         path = Path(path)
         if path.is_dir():
@@ -89,6 +89,6 @@ class CityscapesSegmentation(VOCSegmentation):
 
 
 def _split(image: str, image_dir: str) -> tuple[str, str]:
-    """The path of a picture below ``image_dir`` as the folder, ``"val/munster/"``, and the id, ``"munster_000000_000019"``."""
+    """The path of an image below ``image_dir`` as the folder, ``"val/munster/"``, and the id, ``"munster_000000_000019"``."""
     folder, _, name = image.removeprefix(f"{image_dir}/").rpartition("/")
     return f"{folder}/" if folder else "", PurePosixPath(name).stem.removesuffix(f"_{PurePosixPath(image_dir).name}")

@@ -18,7 +18,7 @@ IGNORE_LABEL = 255
 """The void label: never trained on, never counted."""
 
 MEAN_BGR = (104.00698793, 116.66876762, 122.67891434)
-"""Mean colour of the ImageNet training pictures, blue-green-red, 0..255, as the published nets subtract it."""
+"""Mean colour of the ImageNet training images, blue-green-red, 0..255, as the published nets subtract it."""
 
 _VOID = re.compile("void|ignored?|unlabell?ed", re.IGNORECASE)  # what a line for the ignore label is called
 _COLORED = re.compile(r"(.+?)[ \t]+(\d+)[ \t]+(\d+)[ \t]+(\d+)", re.ASCII)

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, features
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-LARGEST = 2**30  # pixels of a picture or label: OpenCV's own limit
+LARGEST = 2**30  # pixels of an image or label: OpenCV's own limit
 _ORIENTATION = 0x0112  # the EXIF tag
 _TIFF = (b"II*\0", b"MM\0*")
 # of PNG files
@@ -47,10 +47,10 @@ def read_bytes(path: str | Path, what: str) -> bytes:
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """A picture as (H, W, 3) uint8, blue-green-red, turned as its EXIF orientation says.
+    """An image as (H, W, 3) uint8, blue-green-red, turned as its EXIF orientation says.
 
     Raises:
-        DatasetError: the file is missing, cut off, too large or no picture.
+        DatasetError: the file is missing, cut off, too large or no image.
     """
     return read_picture(path)[0]
 
@@ -62,7 +62,7 @@ def read_picture(path: str | Path) -> tuple[np.ndarray, int]:
         raise DatasetError(f"the picture {path} {damage}; fetch it again")
     if data.startswith(PNG_SIGNATURE) and (damage := png_damage(data)):
         raise DatasetError(f"the picture {path} is damaged: {damage}; fetch or make it again")
-    if data.startswith(b"GIF8"):  # of which newer versions of OpenCV alone read the first picture, on a canvas of any size
+    if data.startswith(b"GIF8"):  # of which newer versions of OpenCV alone read the first image, on a canvas of any size
         raise DatasetError(f"the picture {path} is a GIF file; save it as PNG")
     if data[4:12] == b"ftypavif" and not features.check("avif"):
         raise DatasetError(f"the picture {path} is an AVIF file, which needs pillow>=11.3; install that, or save it as PNG")
@@ -107,7 +107,7 @@ def png_damage(data: bytes, inflate: bool = False) -> str:
 def _png_shortage(data: bytes, pixels: bytes) -> str:
     """What is said of a PNG whose compressed ``pixels`` inflate to less than its header promises; "" of others.
 
-    A row is a filter byte and its values; an interlaced picture is seven smaller ones, of which some may be empty (PNG
+    A row is a filter byte and its values; an interlaced image is seven smaller ones, of which some may be empty (PNG
     specification, sections 7.2, 8.1 and 11.2.1). What comes behind the last row is left alone, as decoders do.
     """
     if not data.startswith(b"\0\0\0\rIHDR", len(PNG_SIGNATURE)):
@@ -172,7 +172,7 @@ def _orientation(data: bytes) -> int:
 
 
 def _turned(image: np.ndarray, orientation: int) -> np.ndarray:
-    """A picture (H, W, 3) as its EXIF orientation says that it is shown (Exif 2.3, section 4.6.4)."""
+    """An image (H, W, 3) as its EXIF orientation says that it is shown (Exif 2.3, section 4.6.4)."""
     if orientation > 4:
         image = image.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):

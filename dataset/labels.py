@@ -101,7 +101,7 @@ def read_png(data: bytes) -> tuple[np.ndarray, np.ndarray, str]:
     if damage := png_damage(data, inflate=True):
         raise BadLabel(f"is damaged: {damage}; fetch or make it again")
     try:
-        # The class itself, not Image.open, which refuses large pictures: the label of a picture that OpenCV reads is read.
+        # The class itself, not Image.open, which refuses large images: the label of an image that OpenCV reads is read.
         with PngImagePlugin.PngImageFile(io.BytesIO(data)) as image:
             if image.width * image.height > LARGEST:
                 raise BadLabel(f"is {image.width}x{image.height} pixels; expected at most {LARGEST} of them")

@@ -35,11 +35,11 @@ def read_ids(path: str | Path) -> list[str]:
 def read_list(path: str | Path, image_dir: str = IMAGE_DIR) -> list[Entry]:
     """The entries of a list file, in its order.
 
-    A line holds a bare id (``2007_000032``), which may hold spaces, or a picture, told by its suffix, and its label:
+    A line holds a bare id (``2007_000032``), which may hold spaces, or an image, told by its suffix, and its label:
     ``/JPEGImages/x.jpg /SegmentationClassAug/x.png``, as in the official Caffe lists. Both paths are below the data set's
-    folder, with or without the leading ``/``. A line with a picture alone is that picture, below ``image_dir`` unless it begins
-    with that or with ``/``. The id of a picture is its path below ``image_dir``, or below the one other folder that all
-    pictures of the list are in, without suffix. Blank lines are skipped, backslashes read as slashes.
+    folder, with or without the leading ``/``. A line with an image alone is that image, below ``image_dir`` unless it begins
+    with that or with ``/``. The id of an image is its path below ``image_dir``, or below the one other folder that all
+    images of the list are in, without suffix. Blank lines are skipped, backslashes read as slashes.
 
     Raises:
         DatasetError: the file is missing, is no UTF-8 text, holds no id, or a line leads out of the data set's folder.

@@ -1,4 +1,4 @@
-"""Which picture comes next: a seeded, endless, resumable, sharded stream of batches."""
+"""Which image comes next: a seeded, endless, resumable, sharded stream of batches."""
 
 from collections.abc import Iterator
 from itertools import count
@@ -17,14 +17,14 @@ class StepSampler:
     Yields lists of ``(index, draw)`` for ``DataLoader(batch_sampler=...)``, without end.
 
     Args:
-        length: number of pictures.
-        batch_size: pictures a batch over all shards.
+        length: number of images.
+        batch_size: images a batch over all shards.
         seed: the run's seed.
         start: the first batch.
         shard, num_shards: which part of each batch this process takes.
 
     Raises:
-        ValueError: no pictures, or a batch that does not divide into the shards.
+        ValueError: no images, or a batch that does not divide into the shards.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int, start: int = 0, shard: int = 0, num_shards: int = 1) -> None:

@@ -1,6 +1,6 @@
-"""The augmentation of DeepLab training on uint8 pictures: random scale, random mirror, pad and crop; and the net's input.
+"""The augmentation of DeepLab training on uint8 images: random scale, random mirror, pad and crop; and the net's input.
 
-Each random transform is called as ``transform(image, label, rng)`` with the picture (H, W, 3) uint8 BGR, its mask (H, W) uint8
+Each random transform is called as ``transform(image, label, rng)`` with the image (H, W, 3) uint8 BGR, its mask (H, W) uint8
 and a ``numpy.random.Generator``; it draws once and applies the same geometry to both.
 """
 
@@ -16,7 +16,7 @@ from dataset.classes import IGNORE_LABEL, MEAN_BGR
 
 
 class RandomScale:
-    """Enlarge or shrink by a factor drawn uniformly from [low, high]; picture bilinear, mask nearest on the same grid."""
+    """Enlarge or shrink by a factor drawn uniformly from [low, high]; image bilinear, mask nearest on the same grid."""
 
     def __init__(self, low: float = 0.5, high: float = 1.5) -> None:
         if not 0 < low <= high:
@@ -44,7 +44,7 @@ class RandomMirror:
 class PadCrop:
     """A random crop of ``size`` (height, width); sides that are too short are padded first, at the bottom and the right.
 
-    The picture is padded with the mean colour (rounded to whole levels, as in the published Caffe code), the mask with 255.
+    The image is padded with the mean colour (rounded to whole levels, as in the published Caffe code), the mask with 255.
     """
 
     def __init__(self, size: tuple[int, int]) -> None:
@@ -70,7 +70,7 @@ class Crop(NamedTuple):
     Attributes:
         image: (h, w, 3) uint8 BGR; in a batch (N, h, w, 3).
         label: (h, w) uint8, 255 void; in a batch (N, h, w).
-        present: (256,) bool, the label values of the whole picture as it was read; in a batch (N, 256).
+        present: (256,) bool, the label values of the whole image as it was read; in a batch (N, 256).
     """
 
     image: Tensor
@@ -79,7 +79,7 @@ class Crop(NamedTuple):
 
 
 class TrainTransform:
-    """Picture, mask and draw number -> one training sample.
+    """Image, mask and draw number -> one training sample.
 
     The random numbers come from a generator seeded with ``(seed, draw)``, so a sample depends on nothing else: not on the
     worker that makes it, nor on the samples before it.
@@ -103,7 +103,7 @@ class TrainTransform:
 
 
 def to_input(images: Tensor | np.ndarray) -> Tensor:
-    """The net's input: pictures minus the mean colour, on the device where they lie. Nothing else subtracts the mean.
+    """The net's input: images minus the mean colour, on the device where they lie. Nothing else subtracts the mean.
 
     Args:
         images: (..., H, W, 3) uint8 BGR.

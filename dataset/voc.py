@@ -1,4 +1,4 @@
-"""A data set in the PASCAL VOC layout: pairs of picture and label mask, and where the lists of ids lie."""
+"""A data set in the PASCAL VOC layout: pairs of image and label mask, and where the lists of ids lie."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -48,7 +48,7 @@ def find_list(data_dir: str | Path, data_list: str | Path | None, candidates: It
 
 
 class VOCSegmentation(Dataset):
-    """Pairs of picture and label mask: ``<root>/<image_dir>/<id>.jpg`` (or another of PICTURE_SUFFIXES, in any case) and
+    """Pairs of image and label mask: ``<root>/<image_dir>/<id>.jpg`` (or another of PICTURE_SUFFIXES, in any case) and
     ``<root>/<label_dir>/<id>.png``.
 
     A map-style data set. An entry is asked for by its index, or by ``(index, draw)`` where the transform draws random numbers:
@@ -58,7 +58,7 @@ class VOCSegmentation(Dataset):
         root: the folder that holds the two folders, for VOC ``VOCdevkit/VOC2012``.
         ids: image ids, or entries of :func:`dataset.lists.read_list`: the files that they name are read, unless another
             ``image_dir`` or ``label_dir`` is given here.
-        image_dir: folder of the pictures; None means ``JPEGImages``.
+        image_dir: folder of the images; None means ``JPEGImages``.
         label_dir: folder of the masks; None means ``SegmentationClassAug`` and, for ids that it lacks, ``SegmentationClass``.
         num_classes: classes 0..num_classes-1 are allowed in the masks.
         ignore_label: a value that means void, beside 255.
@@ -172,7 +172,7 @@ class VOCSegmentation(Dataset):
         return f", but it holds {', '.join(f'{name}/' for name in names)}" if names else ""
 
     def check_files(self) -> None:
-        """Raise :class:`DatasetError` that names every picture and label that is missing; no file is read."""
+        """Raise :class:`DatasetError` that names every image and label that is missing; no file is read."""
         listing, entries = Listing(self.root), self.entries.values()
         lost = listing.missing("picture", [entry.image for entry in entries if entry.image], PICTURE_SUFFIXES)
         lost += listing.missing("label", [entry.label for entry in entries if entry.label], LABEL_SUFFIXES)
@@ -180,7 +180,7 @@ class VOCSegmentation(Dataset):
             raise DatasetError(f"files of the {len(entries)} ids are missing: {'; '.join(lost)}")
 
     def image_path(self, image_id: str) -> Path:
-        """Where the picture is, or should be."""
+        """Where the image is, or should be."""
         return self.root / str(self.entries[image_id].image)
 
     def label_path(self, image_id: str) -> Path:
@@ -188,7 +188,7 @@ class VOCSegmentation(Dataset):
         return self.root / str(self.entries[image_id].label)
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The picture (H, W, 3) uint8 BGR and its mask (H, W) uint8, checked to be of one size."""
+        """The image (H, W, 3) uint8 BGR and its mask (H, W) uint8, checked to be of one size."""
         image_path, label_path = self.image_path(self.ids[index]), self.label_path(self.ids[index])
         try:
             image, orientation = read_picture(image_path)
@@ -206,7 +206,7 @@ class VOCSegmentation(Dataset):
 
 
 def _picture(listing: Listing, entry: Entry, image_dir: str, label: str) -> str:
-    """Where an entry's picture is: as the list names it, else by its name in another suffix; or should be. Never its label."""
+    """Where an entry's image is: as the list names it, else by its name in another suffix; or should be. Never its label."""
     if entry.image and listing.has(entry.image):
         return entry.image
     place = str(PurePosixPath(entry.image).with_suffix("")) if entry.image else f"{image_dir}/{entry.id}"
@@ -217,14 +217,14 @@ def _picture(listing: Listing, entry: Entry, image_dir: str, label: str) -> str:
 def check_pair(
     image_path: Path, size: tuple[int, ...], orientation: int, label_path: Path, label_size: tuple[int, ...]
 ) -> None:
-    """Refuse a picture and a label that do not lie on each other, or of which that cannot be told.
+    """Refuse an image and a label that do not lie on each other, or of which that cannot be told.
 
-    An EXIF tag turns or mirrors a picture when it is read; the label was drawn on it either so or as it is stored. Where the
+    An EXIF tag turns or mirrors an image when it is read; the label was drawn on it either so or as it is stored. Where the
     tag swaps the sides, the sizes tell.
 
     Args:
         size, label_size: (H, W) as read.
-        orientation: the EXIF tag of the picture, 1..8.
+        orientation: the EXIF tag of the image, 1..8.
 
     Raises:
         DatasetError: two sizes, or an EXIF orientation that leaves the size as it is.

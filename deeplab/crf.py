@@ -1,4 +1,4 @@
-"""The dense CRF that sharpens a prediction along the edges of the picture (Kraehenbuehl & Koltun, arXiv:1210.5644)."""
+"""The dense CRF that sharpens a prediction along the edges of the image (Kraehenbuehl & Koltun, arXiv:1210.5644)."""
 
 from dataclasses import dataclass
 from types import ModuleType
@@ -58,7 +58,7 @@ def dense_crf(image: np.ndarray, probabilities: np.ndarray, params: CRFParams = 
     pixel itself. All channels of ``image`` weigh the same: RGB and BGR give the same, but for that approximation.
 
     Args:
-        image: (H, W, 3) uint8, the raw picture, 0..255, never the mean-subtracted input of the net.
+        image: (H, W, 3) uint8, the raw image, 0..255, never the mean-subtracted input of the net.
         probabilities: (C, H, W) floating point, softmax over the classes: 0..1, summing to 1 at each pixel.
         params: the settings, by default the published ones.
         prune: classes whose probability is nowhere above this are left out, which saves time in proportion, and get

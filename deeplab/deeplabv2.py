@@ -42,7 +42,7 @@ class ASPP(nn.Module):
 
 
 class DeepLabV2(DilatedResNet):
-    """(N, 3, H, W) mean-subtracted BGR pictures -> (N, num_classes, h, w) logits; 8k + 1 pixels give k + 1 positions.
+    """(N, 3, H, W) mean-subtracted BGR images -> (N, num_classes, h, w) logits; 8k + 1 pixels give k + 1 positions.
 
     ``net.config`` holds the arguments that are needed to build the same net again; snapshots carry it.
 

@@ -13,7 +13,7 @@ RATES = (12, 24, 36)  # of output stride 8
 
 
 class ASPPv3(nn.Module):
-    """Atrous spatial pyramid pooling with the picture's mean: five branches side by side, and a 1x1 over them."""
+    """Atrous spatial pyramid pooling with the image's mean: five branches side by side, and a 1x1 over them."""
 
     def __init__(self, in_channels: int, norm: Callable[[int], nn.Module], channels: int = 256) -> None:
         super().__init__()

@@ -2,8 +2,8 @@
 
 As published, labels are shrunk to the logits. ``size="input"`` enlarges the logits to the labels instead.
 
-Each picture's loss is the mean over its own labelled pixels, and a batch's loss is the mean over its pictures. That is what the
-published Caffe net computes (batch 1, ten accumulated iterations a step), and it makes ten accumulated batches of one picture,
+Each image's loss is the mean over its own labelled pixels, and a batch's loss is the mean over its images. That is what the
+published Caffe net computes (batch 1, ten accumulated iterations a step), and it makes ten accumulated batches of one image,
 one batch of ten, and a batch split over several processes the same step; a mean over the pixels of a batch would not.
 """
 
@@ -55,7 +55,7 @@ class Ohem:
     keep: int = 100_000
 
     def mean(self, losses: Tensor, labelled: Tensor) -> Tensor:
-        """The mean over the hard pixels of the batch, for one process as published: not per picture.
+        """The mean over the hard pixels of the batch, for one process as published: not per image.
 
         Args:
             losses: (N, h, w) cross entropy, which falls as the true class's probability rises.
@@ -72,9 +72,9 @@ class Ohem:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, size: str = "output", ohem: Ohem | None = None) -> Tensor:
-    """Mean over pictures of the mean cross entropy over each picture's labelled pixels, in float32.
+    """Mean over images of the mean cross entropy over each image's labelled pixels, in float32.
 
-    A picture without a labelled pixel counts 0, with a gradient of 0.
+    An image without a labelled pixel counts 0, with a gradient of 0.
 
     Args:
         logits: (N, C, h, w).

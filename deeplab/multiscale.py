@@ -1,7 +1,7 @@
 """Several scales through one net: the functions that training and prediction share.
 
 All resizing keeps the corner pixels in place (``align_corners=True``), and a side of n pixels becomes round((n - 1) * s) + 1,
-as in the published Caffe net: 321 -> 241 -> 161. Pixel p of the picture then lies at p * s, and logit k at pixel 8 * k.
+as in the published Caffe net: 321 -> 241 -> 161. Pixel p of the image then lies at p * s, and logit k at pixel 8 * k.
 """
 
 from collections.abc import Sequence

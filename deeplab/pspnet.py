@@ -39,7 +39,7 @@ def pyramid(x: Tensor) -> list[Tensor]:
 
 
 class PyramidPooling(nn.Module):
-    """The features beside their means over 1, 4, 9 and 36 parts of the picture, and a 3x3 over all of them."""
+    """The features beside their means over 1, 4, 9 and 36 parts of the image, and a 3x3 over all of them."""
 
     def __init__(self, in_channels: int, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()

@@ -44,7 +44,7 @@ class ChannelDropout(nn.Dropout2d):
 
 
 class NetWithAuxiliary(DilatedResNet):
-    """(N, 3, H, W) mean-subtracted BGR pictures -> (N, num_classes, h, w) logits; in training, those of both heads.
+    """(N, 3, H, W) mean-subtracted BGR images -> (N, num_classes, h, w) logits; in training, those of both heads.
 
     ``net.config`` holds the arguments that are needed to build the same net again; snapshots carry it.
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from dataset import DATASETS, IGNORE_LABEL, CityscapesSegmentation, VOCSegmentation, find_list
+from dataset import DATASETS, IGNORE_LABEL, VOCSegmentation, find_list
 from dataset.classes import ClassFile
 from utils.command import UserError
 from utils.options import AnyOptions
@@ -29,8 +29,9 @@ def list_of(args: AnyOptions, split: str, num_classes: int | None = None) -> Pat
     """The list of ``--data-list``, else the one of ``"train"``, ``"val"`` or ``"test"``; see :func:`dataset.find_list`."""
     kind = DATASETS[args.dataset]
     source = kind.SOURCE
-    if not kind.NAMES and num_classes == len(CityscapesSegmentation.NAMES):
-        source = f"for the {num_classes} classes of Cityscapes pass --dataset cityscapes"
+    for name, other in DATASETS.items():  # such as Cityscapes, whose 19 classes were asked for
+        if not kind.NAMES and num_classes == len(other.NAMES):
+            source = f"for the {num_classes} classes of {other.TITLE} pass --dataset {name}"
     return find_list(args.data_dir, args.data_list, kind.lists(split, args.image_dir), source)
 
 
@@ -67,7 +68,7 @@ def what_is_compared(data: VOCSegmentation) -> dict[str, Any]:
 
 
 def crop_warning(data: VOCSegmentation, crop: tuple[int, int]) -> str:
-    """The sentence where crops (height, width) are more padding than picture, told by the sizes of some pictures; else ""."""
+    """The sentence where crops (height, width) are more padding than image, told by the sizes of some images; else ""."""
     filled = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of large ones

@@ -41,11 +41,8 @@ class Scores:
             ValueError: not one name a class.
         """
         _check_names(class_names, len(self.class_iou))
-        return {
-            "pixel_accuracy": _json_number(self.pixel_accuracy),
-            "mean_accuracy": _json_number(self.mean_accuracy),
-            "mean_iou": _json_number(self.mean_iou),
-            "frequency_weighted_iou": _json_number(self.frequency_weighted_iou),
+        names = ("pixel_accuracy", "mean_accuracy", "mean_iou", "frequency_weighted_iou")
+        return {name: _json_number(getattr(self, name)) for name in names} | {
             "classes": [
                 {"id": i, "name": str(name), "iou": _json_number(iou), "accuracy": _json_number(accuracy)}
                 for i, (name, iou, accuracy) in enumerate(zip(class_names, self.class_iou, self.class_accuracy))

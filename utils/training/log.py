@@ -27,7 +27,7 @@ class RunLog:
     """The log of one run, kept by the main process.
 
     ``log.jsonl`` gets one JSON object a logged step: step (from 1), the losses (means since the last line, over all
-    processes), lr, images_per_s, data_wait (the share of the time that the device waited for pictures), seconds of running,
+    processes), lr, images_per_s, data_wait (the share of the time that the device waited for images), seconds of running,
     those before a restart included, and memory_mb at its peak; and one a validation, see :meth:`scores`. A resumed run goes on
     behind the last line that its checkpoint knew; later ones, which tell of steps that are done again, are cut off.
 
@@ -44,13 +44,13 @@ class RunLog:
     """
 
     def __init__(self, lock: FolderLock, options: dict[str, Any], first_step: int = 0) -> None:
-        self.lock, self.folder, self.path = lock, (folder := lock.folder), lock.folder / "log.jsonl"
+        self.lock, self.folder, self.path = lock, lock.folder, lock.folder / "log.jsonl"
         lock.check()
-        remove_torn(folder, is_ours)
-        remove_torn(folder / "images", lambda name: name.endswith(".png"))
+        remove_torn(self.folder, is_ours)
+        remove_torn(self.folder / "images", lambda name: name.endswith(".png"))
         if first_step == 0:
-            put_aside(self.path, folder / "args.json")
-        save_json(folder / "args.json", options)
+            put_aside(self.path, self.folder / "args.json")
+        save_json(self.folder / "args.json", options)
         lines = cut_log(self.path, first_step)
         self.scored = any("val_mean_iou" in line and line["step"] == first_step for line in lines)
         self.start = time.perf_counter() - max((line.get("seconds", 0.0) for line in lines), default=0.0)
@@ -62,7 +62,7 @@ class RunLog:
         if options["tensorboard"]:
             from torch.utils.tensorboard import SummaryWriter  # slow to load, and seldom asked for
 
-            self.writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+            self.writer = SummaryWriter(str(self.folder), purge_step=first_step + 1)
         self.images_a_step = options["batch_size"] * options["iter_size"]
         self.last_time = time.perf_counter()
 
@@ -113,7 +113,7 @@ class RunLog:
         return time.perf_counter() - self.start
 
     def line(
-        self, step: int, losses: dict[str, float], lr: float, steps: int, data_wait: float = 0.0, rates: Sequence[float] = ()
+        self, step: int, losses: dict[str, float], lr: float, steps: int, data_wait: float, rates: Sequence[float]
     ) -> None:
         """Write one line.
 
@@ -149,10 +149,10 @@ class RunLog:
         self._add_scalars(step, {"val_mean_iou": scores.mean_iou} | known)
 
     def picture(self, name: str, step: int, image_rgb: np.ndarray) -> None:
-        """Keep a picture of step ``step``, (H, W, 3) uint8 RGB, in ``images/`` and on TensorBoard.
+        """Keep an image of step ``step``, (H, W, 3) uint8 RGB, in ``images/`` and on TensorBoard.
 
         Raises:
-            UserError: it would replace what is no picture of a run.
+            UserError: it would replace what is no image of a run.
         """
         path = self.folder / "images" / f"{step:06d}_{end_of(name.replace('/', '_'), 200)}.png"
         if os.path.lexists(path) and not is_output(path):

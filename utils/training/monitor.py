@@ -1,6 +1,6 @@
-"""What a run measures, without anyone waiting for the device in between: its losses, and its waiting for data.
+"""What a run measures, without a host sync in between: its losses, the classes in its labels, and its waiting for data.
 
-The losses are kept on the device and over all processes; the host reads them only where something is told or saved.
+The losses are kept on the device and over all processes; the host reads them only where something is logged or saved.
 """
 
 import time
@@ -11,28 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dataset import (
-    IGNORE_LABEL,
-    absent_classes,
-    one_class_warning,
-)
+from dataset import IGNORE_LABEL, absent_classes, one_class_warning
 from utils import distributed
 from utils.command import UserError
 from utils.processes import usable_cores
+
+NEVER = 2**62  # the number of a batch that no run reaches
+MUCH_WAITING = 0.1  # of the time; more is worth a word
 
 
 class ClassWatch:
     """Notices, once and over all processes, where labels lack classes or hold nothing but one.
 
     Args:
-        pictures: how many to look at, over all processes.
+        labels: how many to look at, over all processes.
         names: of all classes, in the order of their indices.
         ignore_label: a label that means void, beside 255.
         fixed: the data set has these classes and no fewer.
     """
 
-    def __init__(self, pictures: int, names: Sequence[str], ignore_label: int = IGNORE_LABEL, fixed: bool = False) -> None:
-        self.pictures = self.left = pictures
+    def __init__(self, labels: int, names: Sequence[str], ignore_label: int = IGNORE_LABEL, fixed: bool = False) -> None:
+        self.labels = self.left = labels
         self.over = False
         self.names, self.ignore_label, self.fixed = names, ignore_label, fixed
         self.present = torch.zeros(256, dtype=torch.bool)
@@ -43,7 +42,7 @@ class ClassWatch:
         self.left -= len(present) * distributed.world_size()
 
     def warning(self) -> str:
-        """The sentence, at the end of the step in which the last picture was looked at, else ""; all processes must ask."""
+        """The sentence, at the end of the step in which the last label was looked at, else ""; all processes must ask."""
         if self.over or self.left > 0:
             return ""
         self.over = True
@@ -56,11 +55,7 @@ class ClassWatch:
         used = max(value for value in present if value < len(self.names)) + 1
         fewer = used < len(self.names) and not self.fixed
         more = f"; if there are no more than {used} classes, train with --num-classes {used}" if fewer else ""
-        return f"warning: none of the {self.pictures} labels read so far has the classes {absent}{more}"
-
-
-NEVER = 2**62  # the number of a batch that no run reaches
-MUCH_WAITING = 0.1  # of the time; more is worth a word
+        return f"warning: none of the {self.labels} labels read so far has the classes {absent}{more}"
 
 
 class Diverged(UserError):
@@ -124,14 +119,14 @@ class Meter:
 
 
 class DataWait:
-    """The share of its time that the device has nothing to do because the next pictures are not read yet.
+    """The share of its time that the device has nothing to do because the next images are not read yet.
 
-    On CUDA it lies between two events on the stream: the host, which is ahead, may well wait for pictures while the device is
+    On CUDA it lies between two events on the stream: the host, which is ahead, may well wait for images while the device is
     busy. Elsewhere the device waits when the host does.
 
     Args:
         device: where the steps are done.
-        workers: that read pictures.
+        workers: that read images.
     """
 
     def __init__(self, device: torch.device, workers: int) -> None:
@@ -141,7 +136,7 @@ class DataWait:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Around what waits for the next pictures."""
+        """Around what waits for the next images."""
         before = self._mark()
         yield
         self.marks.append((before, self._mark()))
