@@ -15,7 +15,7 @@ Color: TypeAlias = tuple[int, int, int]
 """Red, green, blue, 0..255."""
 
 IGNORE_LABEL = 255
-"""The void label: never trained on, never counted."""
+"""The ignore label, VOC's void: never trained on, never counted."""
 
 MEAN_BGR = (104.00698793, 116.66876762, 122.67891434)
 """Mean colour of the ImageNet training images, blue-green-red, 0..255, as the published nets subtract it."""

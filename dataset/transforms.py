@@ -69,7 +69,7 @@ class Crop(NamedTuple):
 
     Attributes:
         image: (h, w, 3) uint8 BGR; in a batch (N, h, w, 3).
-        label: (h, w) uint8, 255 void; in a batch (N, h, w).
+        label: (h, w) uint8, 255 ignored; in a batch (N, h, w).
         present: (256,) bool, the label values of the whole image as it was read; in a batch (N, 256).
     """
 

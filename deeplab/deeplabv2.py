@@ -48,7 +48,7 @@ class DeepLabV2(DilatedResNet):
 
     Args:
         backbone, batch_norm, batch_norm_eps, stride_in_3x3, stem: see :class:`DilatedResNet`.
-        num_classes: classes including the background, 1..255 (255 is the void label).
+        num_classes: classes including the background, 1..255 (255 is the ignore label).
         atrous_rates: the dilations of the head; (6, 12) gives the historic two-branch head.
 
     Raises:
@@ -90,14 +90,14 @@ class DeepLabV2(DilatedResNet):
         return self.layer5(x)
 
     def reset_head(self) -> None:
-        """Give the head its initial values, which weights of a trunk alone leave open."""
+        """Give the head its initial values, which weights of a backbone alone leave open."""
         self.layer5.reset_parameters()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The learnable parameters in the published groups (``lr_mult`` and ``decay_mult`` of the official train.prototxt).
 
-        Trunk: rate x1. ASPP weights: x10. ASPP biases: x20 and no weight decay. Parameters that the batch-norm mode fixes are
-        in no group.
+        Backbone: learning rate x1. ASPP weights: x10. ASPP biases: x20 and no weight decay. Parameters that the batch-norm mode
+        fixes are in no group.
 
         Returns:
             ``{"params": [...], "lr_scale": float, "decay_scale": float}`` for each group.

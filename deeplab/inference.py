@@ -14,7 +14,7 @@ from deeplab.multiscale import resize, scaled_size
 FUSIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"max": torch.maximum, "mean": torch.add}
 OVERLAP = Fraction(1, 3)
 OUTPUT_STRIDE = 8
-NO_CLASS = 255  # the void label
+NO_CLASS = 255  # the ignore label
 
 
 def fused(logits: Iterable[Tensor], count: int, fuse: str) -> Tensor:

@@ -59,7 +59,7 @@ class Ohem:
 
         Args:
             losses: (N, h, w) cross entropy, which falls as the true class's probability rises.
-            labelled: (N, h, w) bool, False for void.
+            labelled: (N, h, w) bool, False for the ignore label.
 
         Returns:
             A scalar, found without a read-back to the host; 0 where nothing is labelled.
@@ -112,7 +112,7 @@ def single_scale_loss(
     Args:
         net: (N, 3, H, W) -> (N, C, h, w) logits, or a pair of them: the head's and an auxiliary head's.
         images: (N, 3, H, W) mean-subtracted BGR.
-        labels: (N, H, W) int64, 255 void.
+        labels: (N, H, W) int64, 255 ignored.
         size, ohem: see :func:`cross_entropy`; the auxiliary head's loss is without ``ohem``.
         aux_weight: what the auxiliary head's loss is multiplied by; with 0 that head is not computed.
 

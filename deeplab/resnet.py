@@ -1,4 +1,4 @@
-"""Dilated ResNet trunks at output stride 8 (He et al., arXiv:1512.03385; Chen et al., arXiv:1606.00915).
+"""Dilated ResNet backbones at output stride 8 (He et al., arXiv:1512.03385; Chen et al., arXiv:1606.00915).
 
 The parameter names are the published ones (``conv1``, ``bn1``, ``layer{1..4}.{i}.conv1`` ...), so published DeepLab-ResNet
 weights load unchanged. Three things differ from torchvision's ResNet, each because the Caffe net that the published weights
@@ -111,7 +111,7 @@ def check_classes(num_classes: int) -> None:
 
 
 class DilatedResNet(nn.Module):
-    """A ResNet trunk at output stride 8: stage 3 has stride 1 and dilation 2, stage 4 stride 1 and dilation 4.
+    """A ResNet backbone at output stride 8: stage 3 has stride 1 and dilation 2, stage 4 stride 1 and dilation 4.
 
     An input side of 8k + 1 pixels gives k + 1 positions, 8 pixels apart: 321 -> 41, 505 -> 64. Other sides work as well and
     round as the pool does: 320 -> 41, 512 -> 65.

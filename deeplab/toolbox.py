@@ -50,7 +50,7 @@ class NetWithAuxiliary(DilatedResNet):
 
     Args:
         backbone, batch_norm, batch_norm_eps, stride_in_3x3, stem: see :class:`DilatedResNet`; the defaults are the published.
-        num_classes: classes, 1..255 (255 is the void label).
+        num_classes: classes, 1..255 (255 is the ignore label).
 
     Raises:
         ValueError: an unknown backbone, batch-norm mode or stem, a class count out of range.
@@ -104,7 +104,7 @@ class NetWithAuxiliary(DilatedResNet):
         return logits, self.dsn[3](self.dsn[2](x))
 
     def reset_head(self) -> None:
-        """Give both heads their initial values, torch's own, which weights of a trunk alone leave open."""
+        """Give both heads their initial values, torch's own, which weights of a backbone alone leave open."""
         for module in (*self.head.modules(), *self.dsn.modules()):
             if isinstance(module, FrozenBatchNorm2d):
                 for buffer, value in ((module.weight, 1), (module.bias, 0), (module.running_mean, 0), (module.running_var, 1)):
