@@ -27,7 +27,7 @@ from scripts.data.parallel import add_workers_option, parallel_map
 from utils.argtypes import GivenParser, class_count, label_value, target_text
 from utils.command import run_command
 from utils.files import save_json
-from utils.options import CITYSCAPES, DATA_DIR, add_dataset_option, dataset_defaults
+from utils.options import DATA_DIR, add_dataset_option, dataset_defaults
 from utils.outputs import OUTPUT_MARK, Output, check_outputs
 
 KINDS = (
@@ -209,7 +209,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = dataset_defaults(parse_args(argv), CITYSCAPES)
+    args = dataset_defaults(parse_args(argv))
     kind = DATASETS[args.dataset]
     candidates = kind.lists("train", args.image_dir)
     lists = [find_list(args.data_dir, name, candidates, kind.SOURCE) for name in args.data_list or [None]]

@@ -15,7 +15,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from functools import partial
 from itertools import chain, takewhile
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
@@ -24,10 +23,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.argtypes import Parser, below_one, helpers, numbers, positive, target
+from utils.argtypes import Parser, helpers, positive, target
 from utils.command import UserError, run_command
 from utils.files import write_atomically
-from utils.options import DATASETS, TRAINED_WEIGHTS, Options, add_device_options, add_net_options, add_window_options
+from utils.options import DATASETS, TRAINED_WEIGHTS, Options, add_device_options, add_net_options, add_prediction_options
 from utils.outputs import Output, check_outputs, mark_zip
 from utils.processes import default_processes
 
@@ -65,13 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dataset", choices=DATASETS, help="whose names and colours the classes have (default: those in the weights file)"
     )
-    parser.add_argument("--scales", type=partial(numbers, float), default=(1.0,), help="fused as --fuse says (default: 1)")
-    add_window_options(parser)
-    parser.add_argument("--mirror", action="store_true", help="average with the prediction of the mirrored picture")
-    parser.add_argument("--batch-size", type=positive, default=1, help="pictures of one padded size at once (default: 1)")
-    parser.add_argument("--crf", action="store_true", help="refine with the dense CRF")
-    parser.add_argument("--crf-workers", type=positive, default=default_processes(32), help="processes (default: %(default)s)")
-    parser.add_argument("--crf-prune", type=below_one, default=0.0, metavar="P", help="see evaluate.py --help")
+    add_prediction_options(parser)
     parser.add_argument("--panels", action="store_true", help="also save <name>_panel.png: picture | prediction, and a legend")
     parser.add_argument("--overlays", action="store_true", help="also save <name>_overlay.png: the classes over the picture")
     parser.add_argument(
@@ -157,8 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     from utils.evaluation.predict import check_same_work, to_device
 
     with ExitStack() as stack:
-        # The pool comes first: where its processes are forked, they are copies of this still small one.
-        pool = distributed.start(lambda: stack.enter_context(open_pool(args)) if args.crf else None)
+        pool = open_pool(args, stack)
         work = distributed.everywhere(lambda: open_work(args))
         pictures = [f"{source.name}{source.path.suffix}" for source in work.sources]
         check_same_work(work.options, work.device, work.weights, {"pictures": pictures})

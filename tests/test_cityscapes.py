@@ -26,7 +26,7 @@ from utils import options
 from utils.command import UserError
 from utils.evaluation.options import evaluation_parser
 from utils.evaluation.submission import CITYSCAPES_SERVER, pack
-from utils.training.options import CITYSCAPES_TRAINING, training_parser
+from utils.training.options import TRAINING, settle, training_parser
 
 # id -> train id, typed in by hand
 TRAIN_IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13, 27: 14,
@@ -72,7 +72,7 @@ def test_the_table():
     theirs = {row.train_id: (row.id, row.name, row.color) for row in Cityscapes.classes if not row.ignore_in_eval}
     assert dict(enumerate(CITYSCAPES_CLASSES)) == theirs  # torchvision's table
     assert {**{index: row[2] for index, row in theirs.items()}, 255: (0, 0, 0)} == CITYSCAPES_COLORS
-    assert tuple(DATASETS) == options.DATASETS
+    assert tuple(DATASETS) == tuple(options.DATASETS)
 
 
 def test_label_ids_become_train_ids(city):
@@ -221,20 +221,20 @@ def test_runs_on_two_data_sets(city, run, tmp_path, capsys):
 
 
 def test_defaults_hang_on_the_data_set():
-    def settled(*words: str, parser=None, trained_on: str = "voc", defaults=CITYSCAPES_TRAINING) -> dict:
-        parser = parser or training_parser("", batch_size=10, iter_size=1, snapshot_dir="snapshots")
-        args = parser.parse_args([*words])
-        return vars(options.dataset_defaults(args, defaults, trained_on))
+    def settled(*words: str) -> dict:
+        parser = training_parser("", batch_size=10, iter_size=1, snapshot_dir="snapshots")
+        return vars(settle(parser.parse_args([*words])))
 
-    names = ("data_dir", "image_dir", "num_classes", "input_size", "scale_range")
-    kind, defaults = CityscapesSegmentation, CITYSCAPES_TRAINING
-    assert (defaults["image_dir"], defaults["num_classes"]) == (kind.IMAGE_DIR, len(kind.NAMES))
+    names = ("data_dir", "image_dir", "input_size", "scale_range")
+    defaults = options.DATASETS["cityscapes"]
+    assert defaults["image_dir"] == CityscapesSegmentation.IMAGE_DIR
+    assert TRAINING.keys() <= options.DATASETS.keys()
     voc, cityscapes = settled(), settled("--dataset", "cityscapes")
-    assert [voc[name] for name in names] == ["data/VOCdevkit/VOC2012", "JPEGImages", 21, (321, 321), (0.5, 1.5)]
-    assert [cityscapes[name] for name in names] == ["data/cityscapes", "leftImg8bit", 19, (769, 769), (0.7, 2.1)]
+    assert [voc[name] for name in names] == ["data/VOCdevkit/VOC2012", "JPEGImages", (321, 321), (0.5, 1.5)]
+    assert [cityscapes[name] for name in names] == ["data/cityscapes", "leftImg8bit", (769, 769), (0.7, 2.1)]
     given = settled("--dataset", "cityscapes", "--data-dir", "x", "--input-size", "321,321")
-    assert [given[name] for name in names] == ["x", "leftImg8bit", 19, (321, 321), (0.7, 2.1)]
-    found = settled(parser=evaluation_parser(""), trained_on="cityscapes", defaults=options.CITYSCAPES)
+    assert [given[name] for name in names] == ["x", "leftImg8bit", (321, 321), (0.7, 2.1)]
+    found = vars(options.dataset_defaults(evaluation_parser("").parse_args([]), "cityscapes"))
     assert (found["dataset"], found["data_dir"], found["input_size"]) == ("cityscapes", "data/cityscapes", None)
     with pytest.raises(
         DatasetError,

@@ -317,7 +317,7 @@ def parsed(*options: str) -> Options:
 def taken(content, monkeypatch, *options: str):
     """The start of a run that is resumed from ``content``."""
     monkeypatch.setattr(start, "load_checkpoint", lambda path: content)
-    return start._resume(parsed(*options), loss_name(single_scale_loss), Path("snapshots/last.ckpt"))
+    return start.resume(parsed(*options), loss_name(single_scale_loss), Path("snapshots/last.ckpt"))
 
 
 def edited(content: dict, place: str, value) -> dict:

@@ -29,13 +29,12 @@ class GivenParser(Parser):
     def parse_args(  # type: ignore[override]  # narrower: no namespace is ever given
         self, args: Sequence[str] | None = None
     ) -> argparse.Namespace:
-        result = super().parse_args(args)
-        defaults = {name: self.get_default(name) for name in vars(result)}
+        defaults = {action.dest: action.default for action in self._actions if action.dest != "help"}
         not_given = object()
-        self.set_defaults(**dict.fromkeys(defaults, not_given))
-        again = super().parse_args(args)
-        self.set_defaults(**defaults)
-        result.given = {name for name, value in vars(again).items() if value is not not_given}
+        result = super().parse_args(args, argparse.Namespace(**dict.fromkeys(defaults, not_given)))
+        result.given = {name for name in defaults if getattr(result, name) is not not_given}
+        for name in defaults.keys() - result.given:
+            setattr(result, name, defaults[name])
         return result
 
 

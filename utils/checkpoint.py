@@ -10,17 +10,8 @@ import torch
 from torch import Tensor, nn, optim
 
 from dataset import MEAN_BGR
-from deeplab import Net, make_net
-from deeplab.weights import (
-    VERSION,
-    LoadReport,
-    Weights,
-    WeightsError,
-    build_net,
-    check_sums,
-    check_version,
-    load_weights,
-)
+from deeplab import Net
+from deeplab.weights import VERSION, WeightsError, check_sums, check_version
 from utils.command import UserError
 from utils.files import DiskError, check_writable, write_atomically
 
@@ -134,13 +125,6 @@ def _is_snapshot(path: Path, step: int) -> bool:
         return False
 
 
-def load_init(path: str, abn: str | None = None, **options: Any) -> tuple[Net, Weights, LoadReport]:
-    """Load a weights file and build its net: :func:`load_weights`, then :func:`build_net` with ``options``."""
-    weights = load_weights(path, abn=abn)
-    net, report = build_net(weights, **options)
-    return net, weights, report
-
-
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """A ``last.ckpt``: model, meta, optimizer, step, scaler, ids, numbers.
 
@@ -164,112 +148,3 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         except WeightsError as error:
             raise UserError(f"--resume: {path}: {error}") from None
     return content
-
-
-class Misfit(Exception):
-    """What a checkpoint holds, and what was expected."""
-
-
-def compare_meta(checkpoint: dict[str, Any]) -> None:
-    """Make sure that what a checkpoint says of its run can be read.
-
-    Raises:
-        Misfit: it cannot.
-    """
-    meta, step = checkpoint["meta"], checkpoint["step"]
-    if not isinstance(meta, dict) or not isinstance(meta.get("args"), dict) or not {"backbone", "num_classes"} <= meta.keys():
-        raise Misfit("its meta is not that of a run")
-    if type(step) is not int or step < 0 or step != meta.get("step"):
-        raise Misfit(
-            f"its step is {shown(step)}, and {shown(meta.get('step'))} in its meta; expected the number of steps that are done"
-        )
-    classes, numbers, ids = meta.get("classes"), checkpoint.get("numbers"), checkpoint.get("ids")
-    if classes is not None and not (_is_list(classes, str) and len(classes) == meta["num_classes"]):
-        raise Misfit(f"its classes are not the names of {shown(meta['num_classes'])} classes")
-    if not all(isinstance(value, str | None) for value in (ids, meta.get("run"), meta.get("seen_voc_val", ""))):
-        raise Misfit("its ids, run or seen_voc_val is no text")
-    if numbers is not None and not (_is_list(numbers, int) and all(0 < number <= step for number in numbers)):
-        raise Misfit("its numbers are not steps of snapshots")
-
-
-def net_of_checkpoint(checkpoint: dict[str, Any], config: dict[str, Any], batch_norm: str, momentum: float, amp: str) -> Net:
-    """The net of a checkpoint, on the CPU. All of the file is compared with what the run would build before any is loaded.
-
-    The hyperparameters in the optimiser's groups are not looked at: they are the run's, and their names differ between versions
-    of torch.
-
-    Args:
-        config: of the net.
-        batch_norm, momentum, amp: the run's.
-
-    Raises:
-        Misfit: a name, a shape, a type, or a parameter's group differs.
-    """
-    try:
-        with torch.device("meta"):
-            net = make_net(config, batch_norm)
-    except Exception as error:  # of many kinds, by what is wrong in it
-        raise Misfit(f"its meta describes no net ({type(error).__name__}: {shown(error)})") from None
-    names = {id(parameter): name for name, parameter in net.named_parameters()}
-    groups = [
-        (group["lr_scale"], group["decay_scale"], [names[id(p)] for p in group["params"]]) for group in net.parameter_groups()
-    ]
-    learning = [name for _, _, members in groups for name in members]
-    expected = {name: _kind(tensor, "meta") for name, tensor in net.state_dict().items()}
-    expected |= {f"momentum of {name}": expected[name] for name in learning if momentum}
-    expected |= {f"group of {name}": f"rate x{rate:g}, decay x{decay:g}" for rate, decay, members in groups for name in members}
-    try:
-        found = _contents(checkpoint, dict(enumerate(learning)))
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise Misfit("its model, or its optimizer, is not what torch saves") from None
-    wrong = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
-    if wrong:
-        more = f" (and {len(wrong) - 1} more such)" if len(wrong) > 1 else ""
-        what = f"{found.get(wrong[0], 'missing')}{more}; the run has {expected.get(wrong[0], 'nothing of that name')}"
-        raise Misfit(f"its {shown(wrong[0])} is {what}")
-    scaler = checkpoint["scaler"]
-    if not isinstance(scaler, dict) or (amp == "fp16") != bool(scaler):
-        raise Misfit(f"its loss scaling is not that of --amp {amp}")
-    scale, tracker = (scaler.get("scale"), scaler.get("_growth_tracker")) if scaler else (1.0, 0)
-    if type(scale) is not float or not 0 < scale < math.inf or type(tracker) is not int or tracker < 0:
-        raise Misfit(
-            f"its loss scaling has the scale {shown(scale)} after {shown(tracker)} steps; expected a finite number above 0"
-        )
-    net.to_empty(device="cpu")
-    net.load_state_dict(checkpoint["model"])  # copied: tensors in a file may share their memory
-    return net
-
-
-def _contents(checkpoint: dict[str, Any], learning: dict[int, str]) -> dict[str, str]:
-    """Name -> kind of all that a checkpoint holds, as :func:`net_of_checkpoint` expects it."""
-    optimizer = checkpoint["optimizer"]
-    found = {name: _kind(tensor) for name, tensor in checkpoint["model"].items()}
-    for number, state in optimizer["state"].items():
-        if (buffer := state.get("momentum_buffer")) is not None:
-            found[f"momentum of {learning[number]}"] = _kind(buffer)
-    for group in optimizer["param_groups"]:
-        kind = f"rate x{group['lr_scale']:g}, decay x{group['decay_scale']:g}"
-        found |= {f"group of {learning[number]}": kind for number in group["params"]}
-    return found
-
-
-def _kind(value: object, device: str = "cpu") -> str:
-    """The type and the shape of a tensor on ``device``, in words."""
-    if not isinstance(value, Tensor):
-        return f"a {type(value).__name__}"
-    if value.is_nested or value.layout != torch.strided or value.device.type != device:
-        return "a tensor that does not hold a number for each place"
-    return f"{value.dtype} of shape {tuple(value.shape)}"
-
-
-def shown(value: object) -> str:
-    """A value from a file, in one line and a few signs."""
-    try:
-        text = " ".join(repr(value).split())
-    except Exception:  # a number of too many digits, or what is wound too deep
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _is_list(value: object, kind: type) -> bool:
-    return isinstance(value, list) and all(type(entry) is kind for entry in value)

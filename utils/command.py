@@ -150,7 +150,7 @@ def _end(status: int) -> NoReturn:
         try:
             stream.flush()
         except OSError:  # its reader has gone, or its disk is full: what it holds goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            _drop(stream)
     if not _one_of_several():
         sys.exit(status)
     os._exit(status)

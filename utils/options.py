@@ -4,9 +4,10 @@ import argparse
 from collections.abc import Mapping
 from fractions import Fraction
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from utils.argtypes import helpers, label_value, not_negative, numbers, share, size
+from utils.argtypes import below_one, helpers, label_value, not_negative, numbers, positive, share, size
 from utils.command import UserError
 from utils.processes import default_processes
 
@@ -22,10 +23,11 @@ LOSS_SIZES = ("output", "input")
 TRUNKS = ("auto", "torchvision", "caffe", "rgb-1x1", "bgr-3x3")
 ABN = ("abs", "signed")
 FUSIONS = ("max", "mean")
-DATASETS = ("voc", "cityscapes")
-CITYSCAPES: dict[str, Any] = {"data_dir": "data/cityscapes", "image_dir": "leftImg8bit"}
-# What pytorch-segmentation-toolbox trains DeepLabv3 and PSPNet with on Cityscapes, beside the nets' own `defaults`.
-TOOLBOX_TRAINING: dict[str, Any] = {"batch_size": 8, "iter_size": 1, "num_steps": 40_000}
+# The data sets, and their defaults where those of the options, which are PASCAL VOC's, do not fit.
+DATASETS: dict[str, dict[str, Any]] = {
+    "voc": {},
+    "cityscapes": {"data_dir": "data/cityscapes", "image_dir": "leftImg8bit"},
+}
 
 # What the processes of one command may be given differently: what lies elsewhere on another machine, and how that works.
 # Lists, weights and the kind of device are compared by what they are.
@@ -57,11 +59,16 @@ class Options:
 AnyOptions = argparse.Namespace | Options
 
 
+def flag(name: str) -> str:
+    """The option of a name: ``num_steps`` -> ``--num-steps``."""
+    return "--" + name.replace("_", "-")
+
+
 def shared_options(args: AnyOptions) -> dict[str, Any]:
     """The options that all processes of a command must have alike, by their flags."""
     options = {name: value for name, value in sorted(vars(args).items()) if name not in OF_A_MACHINE}
     options |= {name: "given" if options[name] else "not given" for name in OUTPUTS & options.keys()}
-    return {f"--{name.replace('_', '-')}": value for name, value in options.items()}
+    return {flag(name): value for name, value in options.items()}
 
 
 def with_own_places(options: Options, asked: Options, resumed: bool) -> Options:
@@ -85,31 +92,31 @@ def add_dataset_option(parser: Any, default: str | None = "voc", more: str = "")
     )
 
 
-def dataset_defaults(args: AnyOptions, defaults: dict[str, Any], trained_on: str = "voc") -> Options:
-    """The options with their data set named and, for Cityscapes, ``defaults`` in place of what was not given.
+def dataset_defaults(args: AnyOptions, trained_on: str = "voc", more: Mapping[str, Any] = MappingProxyType({})) -> Options:
+    """The options with their data set named, and its defaults in place of what was not given.
 
     Args:
         trained_on: the data set where the command line names none.
+        more: defaults beside those in :data:`DATASETS`.
 
     Raises:
         UserError: another number of classes was given.
     """
+    from dataset import DATASETS as KINDS
+
     options = Options({**vars(args), "dataset": args.dataset or trained_on})
-    if options.dataset != "cityscapes":
-        return options
-    if "num_classes" in options.given and options.num_classes != 19:
-        raise UserError(f"--dataset cityscapes has 19 classes; leave --num-classes {options.num_classes} out")
+    count = len(KINDS[options.dataset].NAMES)
+    if count and "num_classes" in options.given and options.num_classes != count:
+        raise UserError(f"--dataset {options.dataset} has {count} classes; leave --num-classes {options.num_classes} out")
+    defaults = {**DATASETS[options.dataset], **more}
     return options.replace(**{name: value for name, value in defaults.items() if name not in options.given})
 
 
-def add_window_options(parser: Any) -> None:
-    """How several scales become one prediction, and large pictures several tiles."""
-    parser.add_argument(
-        "--fuse",
-        choices=FUSIONS,
-        default="max",
-        help="logits of several --scales: DeepLab-v2 takes the maximum (%(default)s)",
-    )
+def add_prediction_options(parser: Any) -> None:
+    """How a picture is predicted: at which scales, whole or in tiles, how many at once, and whether the CRF refines it."""
+    parser.add_argument("--scales", type=partial(numbers, float), default=(1.0,), help="fused as --fuse says (default: 1)")
+    text = "logits of several --scales: DeepLab-v2 takes the maximum (%(default)s)"
+    parser.add_argument("--fuse", choices=FUSIONS, default="max", help=text)
     parser.add_argument(
         "--window",
         type=size,
@@ -117,8 +124,25 @@ def add_window_options(parser: Any) -> None:
         help="predict in overlapping tiles, whose logits are averaged at full size, as published for Cityscapes: 769,769; at "
         "each of --scales tiles of this size, rounded up to 8k + 1 (default: pictures as a whole)",
     )
+    text = "share of a tile that the next one covers (default: %(default)s)"
+    parser.add_argument("--overlap", type=share, default=Fraction(1, 3), help=text)
+    parser.add_argument("--mirror", action="store_true", help="average with the prediction of the mirrored picture")
+    parser.add_argument("--batch-size", type=positive, default=1, help="pictures of one padded size at once (default: 1)")
+    text = "refine with the dense CRF; evaluate.py reports the scores before and after"
+    parser.add_argument("--crf", action="store_true", help=text)
     parser.add_argument(
-        "--overlap", type=share, default=Fraction(1, 3), help="share of a tile that the next one covers (default: %(default)s)"
+        "--crf-workers",
+        type=positive,
+        default=default_processes(32),
+        help="processes for the CRF, of about 0.5 GB each, for 19 classes on 2048x1024 pixels 3 GB (default: this process's "
+        "share of the cores, at most 32; here %(default)s)",
+    )
+    parser.add_argument(
+        "--crf-prune",
+        type=below_one,
+        default=0.0,
+        metavar="P",
+        help="leave classes out of a picture's CRF whose probability is nowhere above P (default: 0, keep all)",
     )
 
 

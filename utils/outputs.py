@@ -5,6 +5,7 @@ import mmap
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -100,18 +101,13 @@ def check_outputs(outputs: Iterable[Output], inputs: Iterable[str | Path], data_
     for folder in parents:
         check_writable(folder)
     for output in outputs:
-        _check_name(output)
+        try:
+            with suppress(FileNotFoundError):
+                os.lstat(output.path)
+        except OSError as error:  # the disk takes no file of that name
+            text = f"{output.option}: {output.path} cannot be written ({error.strerror}); choose another name"
+            raise DiskError(text) from None
     remove_torn_files(output.path for output in outputs)
-
-
-def _check_name(output: Output) -> None:
-    """Raise :class:`DiskError` where the disk takes no file of that name."""
-    try:
-        os.lstat(output.path)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise DiskError(f"{output.option}: {output.path} cannot be written ({error.strerror}); choose another name") from None
 
 
 def _refuse_shared(outputs: Iterable[Output], real: dict[Path, Path], ignores_case: dict[Path, bool]) -> None:

@@ -66,13 +66,15 @@ def save_indexed_png(path: str | os.PathLike[str], labels: np.ndarray, palette: 
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path}: labels are saved as .png only; other formats would change them")
+    if palette.shape != (256, 3) or palette.dtype != np.uint8:
+        raise ValueError(f"the palette is {palette.dtype} of shape {palette.shape}; expected uint8 of shape (256, 3)")
     data = indexed_png(labels, palette)
     write_atomically(path, lambda file: file.write(data))
 
 
 def save_prediction(path: Path, labels: np.ndarray, palette: np.ndarray = PALETTE) -> None:
     """:func:`save_indexed_png` for a mask that a net made: with a mark, by which a later run knows what it may write over."""
-    data = indexed_png(labels, palette, marked_png())
+    data = indexed_png(labels, palette, pnginfo=marked_png())
     write_atomically(path, lambda file: file.write(data))
 
 
@@ -83,15 +85,12 @@ def marked_png() -> PngInfo:
     return info
 
 
-def indexed_png(labels: np.ndarray, palette: np.ndarray = PALETTE, info: PngInfo | None = None) -> bytes:
-    """The file that :func:`save_indexed_png` writes, with text in it."""
+def indexed_png(labels: np.ndarray, palette: np.ndarray = PALETTE, **options: Any) -> bytes:
+    """(H, W) uint8 labels as the bytes of a palette PNG; ``options`` are those of Pillow's ``save()``."""
     _check_labels(labels, "labels")
-    if palette.shape != (256, 3) or palette.dtype != np.uint8:
-        raise ValueError(f"the palette is {palette.dtype} of shape {palette.shape}; expected uint8 of shape (256, 3)")
-    picture = Image.fromarray(np.ascontiguousarray(labels))
-    picture.putpalette(palette.tobytes())  # turns the mode from L to P; the indices stay
-    file = io.BytesIO()
-    picture.save(file, format="PNG", pnginfo=info)
+    image = Image.fromarray(np.ascontiguousarray(labels))
+    image.putpalette(palette.tobytes())  # turns the mode from L to P; the indices stay
+    image.save(file := io.BytesIO(), format="PNG", **options)
     return file.getvalue()
 
 

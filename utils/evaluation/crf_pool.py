@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from deeplab.crf import dense_crf, find_densecrf
 from deeplab.inference import OUTPUT_STRIDE, enlarge_rows
+from utils import distributed
 from utils.command import UserError
 from utils.evaluation.images import AnyPicture, Picture
 from utils.processes import start_helper
@@ -118,9 +120,19 @@ class CRFPool:
             self.idle.put(connection)
 
 
-def open_pool(args: Namespace) -> CRFPool:
-    """The pool that the command line asks for."""
-    return CRFPool(args.crf_workers, args.crf_prune, logits_stride(args.window))
+def open_pool(args: Namespace, stack: ExitStack) -> CRFPool | None:
+    """Join the other processes, once the pool of ``--crf`` is open: forked, its processes are copies of a still small one.
+
+    Args:
+        stack: ends the pool.
+    """
+
+    def make() -> CRFPool | None:
+        if not args.crf:
+            return None
+        return stack.enter_context(CRFPool(args.crf_workers, args.crf_prune, logits_stride(args.window)))
+
+    return distributed.start(make)
 
 
 def logits_stride(window: tuple[int, int] | None) -> int:

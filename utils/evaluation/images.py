@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from utils.command import UserError
 from utils.loader import make_loader, running
 
 MAX_WAITING = 64  # pictures that may wait for others of their padded size
+AnyPicture = TypeVar("AnyPicture", bound="Picture")
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -38,9 +40,10 @@ class Picture:
     mask: np.ndarray = field(init=False)
     logits: Tensor = field(init=False)
 
-    def pin_memory(self) -> "Picture":
+    def pin_memory(self: AnyPicture) -> AnyPicture:
         """The same in memory from which a GPU copies while the host goes on; called by the loader."""
-        return Picture(self.id, _pinned(self.image))
+        arrays = [value for name, value in vars(self).items() if name != "id"]
+        return type(self)(self.id, *(torch.from_numpy(array).pin_memory().numpy() for array in arrays))
 
 
 @dataclass
@@ -48,17 +51,6 @@ class Sample(Picture):
     """An image with its label."""
 
     label: np.ndarray  # H W uint8, 255 void
-
-    def pin_memory(self) -> "Sample":
-        return Sample(self.id, _pinned(self.image), _pinned(self.label))
-
-
-AnyPicture = TypeVar("AnyPicture", bound=Picture)
-Item = TypeVar("Item")
-
-
-def _pinned(array: np.ndarray) -> np.ndarray:
-    return torch.from_numpy(array).pin_memory().numpy()
 
 
 class Samples(Dataset[Sample]):
@@ -92,35 +84,21 @@ class Pictures(Dataset[Picture]):
         return Picture(name, read_image(path))
 
 
-@dataclass
-class Broken:
-    """A picture that cannot be read, and the sentence that says why."""
+class ReadablePictures(Pictures):
+    """:class:`Pictures` in which a broken one is the sentence that says why, and does not end the work on the others."""
 
-    id: str
-    reason: str
-
-
-class ReadablePictures(Dataset[Picture | Broken]):
-    """:class:`Pictures` in which one that is broken does not end what is done with the others."""
-
-    def __init__(self, files: Sequence[tuple[str, Path]]) -> None:
-        self.pictures = Pictures(files)
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, index: int) -> Picture | Broken:
+    def __getitem__(self, index: int) -> Any:
         try:
-            return self.pictures[index]
+            return super().__getitem__(index)
         except DatasetError as error:
-            return Broken(self.pictures.files[index][0], str(error))
+            return str(error)
 
 
-def readable(pictures: Iterable[Picture | Broken], broken: list[str]) -> Iterator[Picture]:
+def readable(pictures: Iterable[Picture | str], broken: list[str]) -> Iterator[Picture]:
     """The pictures that could be read; why the others could not is added to ``broken``."""
     for picture in pictures:
-        if isinstance(picture, Broken):
-            broken.append(picture.reason)
+        if isinstance(picture, str):
+            broken.append(picture)
         else:
             yield picture
 

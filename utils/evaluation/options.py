@@ -1,21 +1,18 @@
 """The command line of evaluate.py, and the options that it comes to."""
 
 from argparse import Namespace
-from functools import partial
 from typing import TYPE_CHECKING
 
-from utils.argtypes import GivenParser, below_one, class_count, numbers, positive, size, target_text
+from utils.argtypes import GivenParser, class_count, size, target_text
 from utils.options import (
-    CITYSCAPES,
     TRAINED_WEIGHTS,
     Options,
     add_data_options,
     add_device_options,
     add_net_options,
-    add_window_options,
+    add_prediction_options,
     dataset_defaults,
 )
-from utils.processes import default_processes
 
 if TYPE_CHECKING:  # --help need not wait for torch
     from deeplab.weights import Weights
@@ -31,30 +28,12 @@ def evaluation_parser(description: str) -> GivenParser:
     group.add_argument("--num-classes", type=class_count, help="default: that of the weights file")
 
     group = parser.add_argument_group("prediction")
-    group.add_argument("--scales", type=partial(numbers, float), default=(1.0,), help="fused as --fuse says (default: 1)")
-    add_window_options(group)
-    group.add_argument("--mirror", action="store_true", help="average with the prediction of the mirrored picture")
+    add_prediction_options(group)
     group.add_argument(
         "--input-size",
         type=size,
         metavar="H,W",
         help="a fixed canvas, as published: 505,505 (default: each picture's own size)",
-    )
-    group.add_argument("--batch-size", type=positive, default=1, help="pictures of one padded size at once (default: 1)")
-    group.add_argument("--crf", action="store_true", help="refine with the dense CRF; reports the scores before and after")
-    group.add_argument(
-        "--crf-workers",
-        type=positive,
-        default=default_processes(32),
-        help="processes for the CRF, of about 0.5 GB each, for 19 classes on 2048x1024 pixels 3 GB (default: this process's "
-        "share of the cores, at most 32; here %(default)s)",
-    )
-    group.add_argument(
-        "--crf-prune",
-        type=below_one,
-        default=0.0,
-        metavar="P",
-        help="leave classes out of a picture's CRF whose probability is nowhere above P (default: 0, keep all)",
     )
 
     group = parser.add_argument_group("output")
@@ -93,7 +72,7 @@ def settled(args: Namespace, weights: "Weights") -> Options:
     from dataset import IGNORE_LABEL
     from utils.checkpoint import dataset_of
 
-    options = dataset_defaults(args, CITYSCAPES, dataset_of(weights.meta))
+    options = dataset_defaults(args, dataset_of(weights.meta))
     if options.ignore_label is not None:
         return options
     return options.replace(ignore_label=(weights.meta.get("args") or {}).get("ignore_label", IGNORE_LABEL))

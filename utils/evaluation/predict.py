@@ -16,9 +16,8 @@ from dataset import to_input
 from dataset.classes import Color
 from deeplab import Net, fold_batch_norm
 from deeplab.inference import NO_CLASS, OVERLAP, enlarge_to_classes, predict_grid, predict_windows
-from deeplab.weights import Weights
+from deeplab.weights import Weights, build_net, load_weights
 from utils import distributed
-from utils.checkpoint import load_init
 from utils.command import UserError
 from utils.device import autocast, check_compiler, select_device
 from utils.evaluation.crf_pool import CRFPool, logits_stride
@@ -44,7 +43,8 @@ def open_trained_net(args: Namespace) -> tuple[Net, Weights, torch.device, list[
     if path == TRAINED_WEIGHTS and not Path(TRAINED_WEIGHTS).exists():
         advice = "train with `python train.py`, see `python scripts/download.py list`, or pass --restore-from"
         raise UserError(f"{TRAINED_WEIGHTS} does not exist: {advice}")
-    net, weights, report = load_init(path, args.abn, net=args.net, backbone=args.backbone, atrous_rates=args.atrous_rates)
+    weights = load_weights(path, abn=args.abn)
+    net, report = build_net(weights, net=args.net, backbone=args.backbone, atrous_rates=args.atrous_rates)
     rates, asked = weights.config.get("atrous_rates"), net.config.get("atrous_rates")
     if report.missing and rates and asked and list(rates) != list(asked):
         of_file, of_option = (",".join(map(str, values)) for values in (rates, asked))
@@ -86,15 +86,8 @@ def to_device(net: nn.Module, device: torch.device, compiled: bool) -> None:
     net.to(device).to(memory_format=torch.channels_last)
     if compiled:
         check_compiler(device)
-        compile_for_prediction(net, device)
-
-
-def compile_for_prediction(net: nn.Module, device: torch.device) -> None:
-    """Compile a folded net in place: for pictures of any size at once, and on a CPU with its weights as constants."""
-    if device.type == "cpu":
-        net.compile(dynamic=True, options={"freezing": True})
-    else:
-        net.compile()
+        # On a CPU for images of any size at once, and with the weights as constants.
+        net.compile(**({"dynamic": True, "options": {"freezing": True}} if device.type == "cpu" else {}))
 
 
 def snapshot_colors(weights: Weights) -> dict[int, Color]:
@@ -116,10 +109,6 @@ def predictions(
     device: torch.device,
     *,
     pool: CRFPool | None = None,
-    batch_size: int = 1,
-    canvas: tuple[int, int] | None = None,
-    window: tuple[int, int] | None = None,
-    keep_logits: bool = False,
     **options: Any,
 ) -> Iterator[AnyPicture]:
     """The one prediction loop: evaluation, validation, submission and scripts/predict.py go over what it yields.
@@ -134,7 +123,7 @@ def predictions(
         canvas: (H, W) to which every image is padded; None takes each image's own size.
         window: (H, W) of the tiles that images are cut into; None predicts them whole.
         keep_logits: for probabilities; they are :func:`logits_stride` pixels apart.
-        options: the others of :func:`predict_batch`.
+        scales, fuse, mirror, overlap, amp: see :func:`predict_batch`.
 
     Yields:
         The pictures, with ``classes``, ``prediction``, ``mask`` and, with a pool or where they are asked for, ``logits``.
@@ -143,27 +132,27 @@ def predictions(
         UserError: an image does not fit ``canvas``.
         NotFinite: the net's logits are not finite.
     """
-    predicted = _predicted(net, pictures, device, pool is not None, batch_size, canvas, window, keep_logits, options)
-    if pool is None:
-        for picture in predicted:
-            picture.mask = picture.prediction
-            yield picture
+    predicted = _predicted(net, pictures, device, crf=pool is not None, **options)
+    if pool:
+        pairs = pool.refine((picture, picture.logits) for picture in predicted)
     else:
-        for picture, mask in pool.refine((picture, picture.logits) for picture in predicted):
-            picture.mask = mask
-            yield picture
+        pairs = ((picture, picture.prediction) for picture in predicted)
+    for picture, mask in pairs:
+        picture.mask = mask
+        yield picture
 
 
 def _predicted(
     net: Callable[[Tensor], Tensor],
     pictures: Iterable[AnyPicture],
     device: torch.device,
+    *,
     crf: bool,
-    batch_size: int,
-    canvas: tuple[int, int] | None,
-    window: tuple[int, int] | None,
-    keep_logits: bool,
-    options: dict[str, Any],
+    batch_size: int = 1,
+    canvas: tuple[int, int] | None = None,
+    window: tuple[int, int] | None = None,
+    keep_logits: bool = False,
+    **options: Any,
 ) -> Iterator[AnyPicture]:
     """:func:`predictions` up to the CRF, for which the logits come on the host."""
     stride = logits_stride(window)

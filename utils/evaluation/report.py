@@ -1,6 +1,5 @@
 """The report of an evaluation: a folder with a page, its pictures and the counts that another report is compared with."""
 
-import io
 import math
 import platform
 import shlex
@@ -14,7 +13,6 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 
 from dataset.classes import IGNORE_LABEL
 from deeplab.weights import Weights
@@ -25,7 +23,7 @@ from utils.files import save_json, write_atomically
 from utils.metrics import ConfusionMatrix
 from utils.options import Options
 from utils.outputs import OUTPUT_MARK, Output, is_output, marked_jpeg
-from utils.visualize import PALETTE, WRONG, Classes, blend, marked_png, scale, wrong_pixels
+from utils.visualize import PALETTE, WRONG, Classes, blend, indexed_png, marked_png, scale, wrong_pixels
 
 PREDICTED = ("scales", "fuse", "mirror", "window", "overlap", "crf", "amp", "input_size")  # the options on the page
 BYTES = 150e6  # of all images together, about
@@ -83,8 +81,10 @@ class Report:
         mixed = blend(np.ascontiguousarray(scale(image, small)), scale(prediction, small), self.classes.palette)
         factor = min(1.0, self.side / max(sample.label.shape))
         files = {".jpg": _jpeg(scale(image, factor), 82), "_thumbnail.jpg": _jpeg(mixed, 72)}
-        files |= {f"_{name}.png": _mask(scale(mask, factor), self.classes.palette) for name, mask in masks.items()}
-        files["_errors.png"] = _mask(scale(errors, factor), ERROR_COLORS, bytes([60, 255, 255]))
+        for name, mask in masks.items():
+            files[f"_{name}.png"] = indexed_png(scale(mask, factor), self.classes.palette, pnginfo=marked_png())
+        see_through = bytes([60, 255, 255])  # opacity of the first colours
+        files["_errors.png"] = indexed_png(scale(errors, factor), ERROR_COLORS, pnginfo=marked_png(), transparency=see_through)
         if self.other and (others := self.other.mask(sample.id)):
             files["_other.png"] = others
         for ending, data in files.items():
@@ -231,14 +231,6 @@ def _heat_map(matrix: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
 
 def _jpeg(image_rgb: np.ndarray, quality: int) -> bytes:
     return marked_jpeg(cv2.imencode(".jpg", image_rgb[:, :, ::-1], (cv2.IMWRITE_JPEG_QUALITY, quality))[1].tobytes())
-
-
-def _mask(labels: np.ndarray, palette: np.ndarray, alpha: bytes = b"") -> bytes:
-    """Labels as a small palette PNG, whose first colours may be transparent."""
-    picture, file = Image.fromarray(np.ascontiguousarray(labels)), io.BytesIO()
-    picture.putpalette(palette.tobytes())
-    picture.save(file, "PNG", optimize=False, pnginfo=marked_png(), **({"transparency": alpha} if alpha else {}))
-    return file.getvalue()
 
 
 def _version(package: str) -> str:

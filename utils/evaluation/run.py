@@ -6,7 +6,6 @@ from argparse import Namespace
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,10 +37,8 @@ from utils.visualize import Classes, class_names, make_palette, save_panel, save
 def run(args: Namespace) -> int:
     """Evaluate as ``args`` say (see :mod:`utils.evaluation.options`), print the scores and save what was asked for."""
     with ExitStack() as stack:
-        # The pool comes first: where its processes are forked, they are copies of this still small one.
-        pool = distributed.start(lambda: stack.enter_context(open_pool(args)) if args.crf else None)
-        work = distributed.everywhere(lambda: open_work(args))
-        options, net, weights, device, data, data_list, classes, lines = work
+        pool = open_pool(args, stack)
+        options, net, weights, device, data, data_list, classes, lines = distributed.everywhere(lambda: open_work(args))
         check_same_work(options, device, weights, what_is_compared(data))
         # Nobody writes before all have looked.
         distributed.everywhere(lambda: check_outputs(planned_outputs(options, data), *what_is_read(options, data, data_list)))
@@ -50,9 +47,9 @@ def run(args: Namespace) -> int:
         notes = []
         if weights.seen_voc_val and "val" in data_list.stem and dataset_of(weights.meta) == options.dataset:
             notes.append(f"warning: scores on {data.TITLE} val mean nothing here: {weights.seen_voc_val}")
-        printed = len(notes)
         if distributed.is_main():
             print(*lines, f"{len(data)} pictures of {data_list}", *notes, sep="\n")
+        printed = len(notes)
 
         hidden = None if distributed.is_main() else True  # None: shown in a terminal only
         bar = stack.enter_context(tqdm(total=len(share(len(data))), unit="image", disable=hidden, dynamic_ncols=True))
@@ -96,25 +93,10 @@ def run(args: Namespace) -> int:
     return 0
 
 
-class Work(NamedTuple):
-    """What a process evaluates, and with what.
-
-    Attributes:
-        lines: what to print before.
-    """
-
-    options: Options
-    net: Net
-    weights: Weights
-    device: torch.device
-    data: VOCSegmentation
-    data_list: Path
-    classes: Classes
-    lines: list[str]
-
-
-def open_work(args: Namespace) -> Work:
-    """Everything that the command line names, before anything is predicted; talks to no other process.
+def open_work(
+    args: Namespace,
+) -> tuple[Options, Net, Weights, torch.device, VOCSegmentation, Path, Classes, list[str]]:
+    """Everything that the command line names, before anything is predicted, and lines for the user; talks to no other process.
 
     Raises:
         UserError, WeightsError, DatasetError: something is missing, or does not fit.
@@ -137,22 +119,20 @@ def open_work(args: Namespace) -> Work:
     if 0 <= options.ignore_label < net.num_classes:
         names[options.ignore_label] += " (void)"
     classes = Classes(names, make_palette(data.colors or snapshot_colors(weights)))
-    return Work(options, net, weights, device, data, data_list, classes, lines)
+    return options, net, weights, device, data, data_list, classes, lines
 
 
 def planned_outputs(options: Options, data: VOCSegmentation) -> list[Output]:
     """Every file that the evaluation will write."""
     outputs = []
     for option, folder, kind in (("--save-dir", options.save_dir, "mask"), ("--save-panels", options.save_panels, "panel")):
-        if folder:
-            content = f"the {kind} of {{}}"
-            outputs += [
-                Output(option, Path(folder), f"{id}.png", content.format(data.image_path(id))) for id in dict.fromkeys(data.ids)
-            ]
+        for id in dict.fromkeys(data.ids) if folder else ():
+            outputs.append(Output(option, Path(folder), f"{id}.png", f"the {kind} of {data.image_path(id)}"))
     if options.report:
         outputs += report_outputs(Path(options.report))
     if options.save_json:
-        outputs.append(Output("--save-json", Path(options.save_json).parent, Path(options.save_json).name, "the scores"))
+        path = Path(options.save_json)
+        outputs.append(Output("--save-json", path.parent, path.name, "the scores"))
     return outputs
 
 

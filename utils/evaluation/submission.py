@@ -20,7 +20,7 @@ from deeplab import Net
 from deeplab.weights import Weights
 from utils import distributed
 from utils.command import UserError
-from utils.evaluation.crf_pool import CRFPool, open_pool
+from utils.evaluation.crf_pool import open_pool
 from utils.evaluation.images import Pictures, reading
 from utils.evaluation.options import settled
 from utils.evaluation.predict import check_same_work, open_trained_net, prediction_options, predictions, to_device
@@ -69,6 +69,7 @@ VOC = Server(  # comp6: any training data but the test set
 CITYSCAPES_SERVER = Server(
     "Cityscapes", CITYSCAPES_CLASSES, "L", "", (".zip",), "upload it to the pixel-level semantic labeling task"
 )
+SERVERS = {"voc": VOC, "cityscapes": CITYSCAPES_SERVER}
 
 
 def run(args: Namespace) -> int:
@@ -79,19 +80,28 @@ def run(args: Namespace) -> int:
     """
     path = Path(args.submission)
     with ExitStack() as stack:
-        # The pool comes first: where its processes are forked, they are copies of this still small one.
-        pool = distributed.start(lambda: stack.enter_context(open_pool(args)) if args.crf else None)
+        pool = open_pool(args, stack)
         work = distributed.everywhere(lambda: open_work(args, path))
-        options, files, server = work.options, work.files, work.server
-        pictures = [f"{id} {file.name}" for id, file in files.items()]
-        check_same_work(options, work.device, work.weights, {"pictures": pictures})
+        options, net, weights, device, server, data_list, files, lines = work
+        check_same_work(options, device, weights, {"pictures": [f"{id} {file.name}" for id, file in files.items()]})
         output = Output("--submission", path.parent, path.name, "the submission")
-        read, folder = [*files.values(), options.restore_from, work.data_list], Path(options.data_dir) / options.image_dir
+        read, folder = [*files.values(), options.restore_from, data_list], Path(options.data_dir) / options.image_dir
         distributed.everywhere(lambda: check_outputs([output], read, [folder]))
-        distributed.everywhere(lambda: to_device(work.net, work.device, options.compile))
+        distributed.everywhere(lambda: to_device(net, device, options.compile))
+        order = share(len(files))
         if distributed.is_main():
-            print(*work.lines, f"{len(files)} pictures of {work.data_list}", sep="\n")
-        masks = distributed.everywhere(lambda: masks_of(work, pool))
+            print(*lines, f"{len(files)} pictures of {data_list}", sep="\n")
+        bar = stack.enter_context(tqdm(total=len(order), unit="image", disable=not distributed.is_main(), dynamic_ncols=True))
+
+        def predict() -> dict[str, bytes]:
+            masks = {}
+            with reading(Pictures(list(files.items())), order, options.num_workers, device) as pictures:
+                for picture in predictions(net, pictures, device, pool=pool, **prediction_options(options)):
+                    masks[picture.id] = server.mask(picture.mask)
+                    bar.update()
+            return masks
+
+        masks = distributed.everywhere(predict)
     parts = distributed.gather(masks)
 
     def write() -> None:
@@ -103,33 +113,17 @@ def run(args: Namespace) -> int:
     return 0
 
 
-class Work(NamedTuple):
-    """What a process predicts, and with what.
-
-    Attributes:
-        files: the images by their ids.
-        lines: what to print before.
-    """
-
-    options: Options
-    net: Net
-    weights: Weights
-    device: torch.device
-    server: Server
-    data_list: Path
-    files: dict[str, Path]
-    lines: list[str]
-
-
-def open_work(args: Namespace, path: Path) -> Work:
-    """Everything that the command line names, before anything is predicted; talks to no other process.
+def open_work(
+    args: Namespace, path: Path
+) -> tuple[Options, Net, Weights, torch.device, Server, Path, dict[str, Path], list[str]]:
+    """Everything that the command line names, before anything is predicted, and lines for the user; talks to no other process.
 
     Raises:
         UserError, WeightsError, DatasetError: something is missing, or does not fit.
     """
     net, weights, device, lines = open_trained_net(args)
     options = settled(args, weights)
-    server = VOC if options.dataset == "voc" else CITYSCAPES_SERVER
+    server = SERVERS[options.dataset]
     if net.num_classes != (count := len(server.classes)):
         raise UserError(
             f"{options.restore_from} has {net.num_classes} classes; the server expects {server.title}'s {count}; see --dataset"
@@ -140,19 +134,7 @@ def open_work(args: Namespace, path: Path) -> Work:
             f"--submission {path}: the server of {server.title} takes {kind} files; end the name in {server.suffixes[0]}"
         )
     data_list = list_of(options, "test")
-    return Work(options, net, weights, device, server, data_list, test_files(options, data_list), lines)
-
-
-def masks_of(work: Work, pool: CRFPool | None) -> dict[str, bytes]:
-    """The masks of this process's share of the images, as files."""
-    masks: dict[str, bytes] = {}
-    files, order = list(work.files.items()), share(len(work.files))
-    bar = tqdm(total=len(order), unit="image", disable=not distributed.is_main(), dynamic_ncols=True)
-    with reading(Pictures(files), order, work.options.num_workers, work.device) as pictures, bar:
-        for picture in predictions(work.net, pictures, work.device, pool=pool, **prediction_options(work.options)):
-            masks[picture.id] = work.server.mask(picture.mask)
-            bar.update()
-    return masks
+    return options, net, weights, device, server, data_list, test_files(options, data_list), lines
 
 
 def test_files(options: Options, data_list: Path) -> dict[str, Path]:

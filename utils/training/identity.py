@@ -1,26 +1,32 @@
-"""What makes a run this run: options, loss, images and classes. They are compared here, on resuming and between processes."""
+"""What makes a run this run: options, loss, net, images and classes, compared on resuming and between processes."""
 
 import hashlib
 import json
+import math
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from dataset import VOCSegmentation
-from deeplab import Net, multi_scale_loss, single_scale_loss
+from deeplab import Net, make_net, multi_scale_loss, single_scale_loss
 from deeplab.loss import LossFunction
+from deeplab.weights import CONFIG
 from utils import distributed
 from utils.command import UserError
 from utils.loader import what_is_compared
-from utils.options import Options
+from utils.options import Options, flag
 from utils.training.optimizer import poly_lr
-from utils.training.options import flag, plain
+from utils.training.options import training_parser
 
 NET_OPTIONS = ("net", "backbone", "num_classes", "atrous_rates")
 # What a resumed run may do differently without becoming another run. Everything else would change what is computed.
 MAY_CHANGE = {
     "num_workers", "device", "gpu", "no_tf32", "deterministic", "compile", "grad_checkpoint",
-    "one_scale_at_a_time", "data_dir", "data_list", "image_dir", "label_dir",  # other paths of the same pictures
+    "one_scale_at_a_time", "data_dir", "data_list", "image_dir", "label_dir",  # other paths of the same images
     "snapshot_dir", "save_pred_every", "keep", "save_num_images", "log_every", "tensorboard", "num_steps", "resume",
     "val_every", "val_list",
 }  # fmt: skip
@@ -63,16 +69,11 @@ def compare_losses(begun: str, now: str) -> None:
 
 
 def resumed_options(asked: Options, meta: dict[str, Any], step: int, loss: str) -> tuple[Options, list[str]]:
-    """The options of a resumed run: those given now, else those of its checkpoint.
+    """The options of a resumed run, those given now, else those of its checkpoint, and a line for each that has changed.
 
     Args:
-        asked: ``asked.given`` holds the names of the options on the command line.
         meta: of the checkpoint.
         step: steps done.
-        loss: see :func:`loss_name`.
-
-    Returns:
-        The options, and a line for each that has changed.
 
     Raises:
         UserError: a given option would make it another run.
@@ -84,8 +85,8 @@ def resumed_options(asked: Options, meta: dict[str, Any], step: int, loss: str) 
     now = kept_options(asked)
     changed = {
         name: (before[name], now[name])
-        for name in sorted(asked.given & before.keys())
-        if plain(before[name]) != plain(now[name]) and name not in ("resume", "snapshot_dir")
+        for name in sorted(asked.given & before.keys() - {"resume", "snapshot_dir"})
+        if plain(before[name]) != plain(now[name])
     }
     if refused := [name for name in changed if name not in MAY_CHANGE]:
         texts = ", ".join(f"{flag(name)} {changed[name][0]} -> {changed[name][1]}" for name in refused)
@@ -144,3 +145,130 @@ def new_run(options: Options, ids: list[str], net: Net) -> str:
     for tensor in net.state_dict().values():
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+class Misfit(Exception):
+    """What a checkpoint holds, and what was expected."""
+
+
+def compare_meta(checkpoint: dict[str, Any]) -> None:
+    """Raise :class:`Misfit` if what a checkpoint says of its run is not what a run writes, its options included."""
+    meta, step = checkpoint["meta"], checkpoint["step"]
+    if not isinstance(meta, dict) or not isinstance(meta.get("args"), dict) or not {"backbone", "num_classes"} <= meta.keys():
+        raise Misfit("its meta is not that of a run")
+    if type(step) is not int or step < 0 or step != meta.get("step"):
+        raise Misfit(
+            f"its step is {brief(step)}, and {brief(meta.get('step'))} in its meta; expected the number of steps that are done"
+        )
+    classes, numbers, ids = meta.get("classes"), checkpoint.get("numbers"), checkpoint.get("ids")
+    if classes is not None and not (_is_list(classes, str) and len(classes) == meta["num_classes"]):
+        raise Misfit(f"its classes are not the names of {brief(meta['num_classes'])} classes")
+    if not all(isinstance(value, str | None) for value in (ids, meta.get("run"), meta.get("seen_voc_val", ""))):
+        raise Misfit("its ids, run or seen_voc_val is no text")
+    if numbers is not None and not (_is_list(numbers, int) and all(0 < number <= step for number in numbers)):
+        raise Misfit("its numbers are not steps of snapshots")
+    for action in training_parser("", batch_size=1, iter_size=1, snapshot_dir="")._actions:
+        if not _could_give(action, value := meta["args"].get(action.dest, action.default)):
+            raise Misfit(f"its option {flag(action.dest)} is {brief(value)}")
+    if not all(isinstance(name, str) for name in meta["args"]):
+        raise Misfit("its options have no names")
+
+
+def _could_give(action: Any, value: Any) -> bool:
+    """Whether an option of the command line, one of argparse's actions, can have that value."""
+    if type(value) is type(action.default) and value == action.default:
+        return True
+    if action.nargs == 0:  # a switch
+        return type(value) is bool
+    if not isinstance(value, int | float | str | list | tuple):
+        return False
+    try:
+        text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        read = action.type(text) if action.type else text
+    except (ArgumentTypeError, ValueError):
+        return False
+    return plain(read) == plain(value) and value in (action.choices or [value])
+
+
+def net_of_checkpoint(checkpoint: dict[str, Any], options: Options) -> Net:
+    """The net of a checkpoint, on the CPU. All of the file is compared with what the run would build before any is loaded.
+
+    The hyperparameters in the optimiser's groups are not looked at: they are the run's, and their names differ between versions
+    of torch.
+
+    Raises:
+        Misfit: a name, a shape, a type, or a parameter's group differs.
+    """
+    try:
+        with torch.device("meta"):
+            net = make_net({name: value for name, value in checkpoint["meta"].items() if name in CONFIG}, options.batch_norm)
+    except Exception as error:  # of many kinds, by what is wrong in it
+        raise Misfit(f"its meta describes no net ({type(error).__name__}: {brief(error)})") from None
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    groups = [
+        (group["lr_scale"], group["decay_scale"], [names[id(p)] for p in group["params"]]) for group in net.parameter_groups()
+    ]
+    learning = [name for _, _, members in groups for name in members]
+    expected = {name: _kind(tensor, "meta") for name, tensor in net.state_dict().items()}
+    expected |= {f"momentum of {name}": expected[name] for name in learning if options.momentum}
+    expected |= {f"group of {name}": f"rate x{rate:g}, decay x{decay:g}" for rate, decay, members in groups for name in members}
+    try:
+        found = _contents(checkpoint, dict(enumerate(learning)))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise Misfit("its model, or its optimizer, is not what torch saves") from None
+    wrong = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more such)" if len(wrong) > 1 else ""
+        what = f"{found.get(wrong[0], 'missing')}{more}; the run has {expected.get(wrong[0], 'nothing of that name')}"
+        raise Misfit(f"its {brief(wrong[0])} is {what}")
+    scaler = checkpoint["scaler"]
+    if not isinstance(scaler, dict) or (options.amp == "fp16") != bool(scaler):
+        raise Misfit(f"its loss scaling is not that of --amp {options.amp}")
+    scale, tracker = (scaler.get("scale"), scaler.get("_growth_tracker")) if scaler else (1.0, 0)
+    if type(scale) is not float or not 0 < scale < math.inf or type(tracker) is not int or tracker < 0:
+        raise Misfit(
+            f"its loss scaling has the scale {brief(scale)} after {brief(tracker)} steps; expected a finite number above 0"
+        )
+    net.to_empty(device="cpu")
+    net.load_state_dict(checkpoint["model"])  # copied: tensors in a file may share their memory
+    return net
+
+
+def _contents(checkpoint: dict[str, Any], learning: dict[int, str]) -> dict[str, str]:
+    """Name -> kind of all that a checkpoint holds, as :func:`net_of_checkpoint` expects it."""
+    optimizer = checkpoint["optimizer"]
+    found = {name: _kind(tensor) for name, tensor in checkpoint["model"].items()}
+    for number, state in optimizer["state"].items():
+        if (buffer := state.get("momentum_buffer")) is not None:
+            found[f"momentum of {learning[number]}"] = _kind(buffer)
+    for group in optimizer["param_groups"]:
+        kind = f"rate x{group['lr_scale']:g}, decay x{group['decay_scale']:g}"
+        found |= {f"group of {learning[number]}": kind for number in group["params"]}
+    return found
+
+
+def _kind(value: object, device: str = "cpu") -> str:
+    """The type and the shape of a tensor on ``device``, in words."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    if value.is_nested or value.layout != torch.strided or value.device.type != device:
+        return "a tensor that does not hold a number for each place"
+    return f"{value.dtype} of shape {tuple(value.shape)}"
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON keeps it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def brief(value: object) -> str:
+    """A value from a file, in one line of at most 60 characters."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # a number of too many digits, or what is nested too deep
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _is_list(value: object, kind: type) -> bool:
+    return isinstance(value, list) and all(type(entry) is kind for entry in value)

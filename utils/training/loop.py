@@ -13,7 +13,7 @@ from utils.device import autocast
 from utils.files import DiskError
 from utils.training.monitor import check_weights
 from utils.training.optimizer import poly_lr, set_lr
-from utils.training.setup import Run, last_words, set_up
+from utils.training.setup import Run, last_words
 from utils.training.validation import save_panels
 
 
@@ -31,7 +31,7 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         Diverged: the loss is no longer a number; the snapshots are as they were.
     """
     with ExitStack() as stack:
-        run = set_up(args, loss_function, stack)
+        run = Run(args, loss_function, stack)
         train(run)
     distributed.stop()
     return run.ending.status()

@@ -1,6 +1,6 @@
 """The command line of train.py and train_msc.py, and what its options mean together."""
 
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from functools import partial
 from typing import Any
 
@@ -20,22 +20,24 @@ from utils.argtypes import (
 from utils.command import UserError
 from utils.options import (
     BATCH_NORM_MODES,
-    CITYSCAPES,
     INITIAL_WEIGHTS,
     LOSS_SIZES,
-    TOOLBOX_TRAINING,
     TRUNKS,
     Options,
     add_data_options,
     add_device_options,
     add_net_options,
     dataset_defaults,
+    flag,
 )
 
 # The first torch whose compiled code moves running statistics once a step where activations are computed again: 2.9, 2.10 and
 # 2.14 do; 2.4 to 2.8 move them twice (2.4 with one compiler backend only).
 COUNTS_ONCE = "2.9"
-CITYSCAPES_TRAINING = CITYSCAPES | {"num_classes": 19, "input_size": (769, 769), "scale_range": (0.7, 2.1)}
+# What a data set is trained with where those of the options, which are PASCAL VOC's, do not fit; and what
+# pytorch-segmentation-toolbox trains DeepLabv3 and PSPNet with on it, beside the nets' own `defaults`.
+TRAINING: dict[str, dict[str, Any]] = {"cityscapes": {"input_size": (769, 769), "scale_range": (0.7, 2.1)}}
+TOOLBOX_TRAINING: dict[str, dict[str, Any]] = {"cityscapes": {"batch_size": 8, "iter_size": 1, "num_steps": 40_000}}
 
 
 def training_parser(description: str, *, batch_size: int, iter_size: int, snapshot_dir: str) -> GivenParser:
@@ -81,12 +83,12 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
     group.add_argument("--sync-bn", action="store_true", help="with --batch-norm full: share batch statistics over the GPUs")
 
     group = parser.add_argument_group("optimisation")
-    toolbox = "(default: %(default)s; with --net deeplabv3 or pspnet on Cityscapes {})"
-    text = "pictures a batch " + toolbox.format(TOOLBOX_TRAINING["batch_size"])
+    toolbox, theirs = "(default: %(default)s; with --net deeplabv3 or pspnet on Cityscapes {})", TOOLBOX_TRAINING["cityscapes"]
+    text = "pictures a batch " + toolbox.format(theirs["batch_size"])
     group.add_argument("--batch-size", type=positive, default=batch_size, help=text)
-    text = "batches a step " + toolbox.format(TOOLBOX_TRAINING["iter_size"])
+    text = "batches a step " + toolbox.format(theirs["iter_size"])
     group.add_argument("--iter-size", type=positive, default=iter_size, help=text)
-    text = "optimiser steps " + toolbox.format(TOOLBOX_TRAINING["num_steps"])
+    text = "optimiser steps " + toolbox.format(theirs["num_steps"])
     group.add_argument("--num-steps", type=positive, default=20000, help=text)
     group.add_argument(
         "--learning-rate", type=number, default=2.5e-4, help="base rate (default: %(default)s; deeplabv3 and pspnet 0.01)"
@@ -164,9 +166,11 @@ def settle(args: Namespace) -> Options:
     """
     given = set(args.given)
     if not (args.ohem or args.resume) and (alone := given & {"ohem_threshold", "ohem_keep"}):
-        raise UserError(f"--{min(alone).replace('_', '-')} says how --ohem chooses its pixels; add --ohem, or leave it out")
-    defaults = CITYSCAPES_TRAINING | ({} if args.net in (None, "deeplabv2") else TOOLBOX_TRAINING)
-    options = dataset_defaults(args, defaults)
+        raise UserError(f"{flag(min(alone))} says how --ohem chooses its pixels; add --ohem, or leave it out")
+    defaults = TRAINING.get(args.dataset, {})
+    if args.net not in (None, "deeplabv2"):
+        defaults = defaults | TOOLBOX_TRAINING.get(args.dataset, {})
+    options = dataset_defaults(args, more=defaults)
     batch_norm = options.batch_norm
     if options.is_training and batch_norm == "frozen":
         batch_norm = "stats"
@@ -176,21 +180,6 @@ def settle(args: Namespace) -> Options:
         batch_norm = "full"
     is_training = batch_norm == "stats"
     return options.replace(batch_norm=batch_norm, is_training=is_training, restore_from=restore_from, given=given)
-
-
-def check_options(options: Options, device: str) -> None:
-    """Refuse options that do not go together, whatever the net.
-
-    Raises:
-        UserError: the sentence names both.
-    """
-    from utils import distributed
-
-    processes = distributed.world_size()
-    if options.batch_size % processes:
-        raise UserError(f"--batch-size {options.batch_size} does not divide into {processes} processes; choose a multiple")
-    if options.sync_bn and device != "cuda":
-        raise UserError(f"--sync-bn works between CUDA devices only, and this run is on {device}; leave it out")
 
 
 def check_net_options(options: Options) -> None:
@@ -205,71 +194,36 @@ def check_net_options(options: Options) -> None:
     from deeplab.multiscale import scaled_size
     from utils import distributed
 
-    processes = distributed.world_size()
-    if options.sync_bn and options.batch_norm == "frozen":
+    processes, batch_norm, frozen = distributed.world_size(), options.batch_norm, options.batch_norm == "frozen"
+    several_scales = "one_scale_at_a_time" in vars(options)  # train_msc.py's
+    at_once = several_scales and not options.one_scale_at_a_time
+    if options.sync_bn and frozen:
         raise UserError("--sync-bn has nothing to do with frozen batch norm; add --batch-norm full")
     if options.net == "deeplabv2" and options.aux_weight is not None:
         raise UserError("--aux-weight is of an auxiliary head, which deeplabv2 has none of; leave it out")
-    alone = options.batch_size == (1 if options.sync_bn else processes)
-    if options.net != "deeplabv2" and options.batch_norm != "frozen" and alone:
+    if options.net != "deeplabv2" and not frozen and options.batch_size == (1 if options.sync_bn else processes):
         raise UserError(
             f"--batch-size {options.batch_size} is one image per process, whose mean features are one value per channel, of "
-            f"which --batch-norm {options.batch_norm} cannot take statistics; give {options.net} at least two per process"
+            f"which --batch-norm {batch_norm} cannot take statistics; give {options.net} at least two per process"
         )
     # 6 pixels a side are a single position of the net's output, at the smallest scale that the loss takes.
-    smallest = scaled_size(options.input_size, 0.5 if "one_scale_at_a_time" in vars(options) else 1.0)
-    if options.batch_norm != "frozen" and options.batch_size == processes and max(smallest) <= 6:
+    smallest = scaled_size(options.input_size, 0.5 if several_scales else 1.0)
+    if not frozen and options.batch_size == processes and max(smallest) <= 6:
         raise UserError(
             f"--input-size {options.input_size[0]},{options.input_size[1]} gives one position per image, of which --batch-norm "
-            f"{options.batch_norm} cannot take statistics; enlarge the crop or the batch"
-        )
-    three_scales = "one_scale_at_a_time" in vars(options) and not options.one_scale_at_a_time
-    if options.compile and options.grad_checkpoint and options.batch_norm != "frozen" and three_scales:
-        # torch keeps the running statistics of the first scale for its backward pass, and the second scale has moved them.
-        raise UserError(
-            f"--compile and --grad-checkpoint cannot both be had with --batch-norm {options.batch_norm} on three scales at "
-            "once; add --one-scale-at-a-time, or leave one of them out"
+            f"{batch_norm} cannot take statistics; enlarge the crop or the batch"
         )
     version = TorchVersion(torch.__version__)  # compares by numbers: 2.9 is older than 2.10
-    if options.compile and options.grad_checkpoint and options.batch_norm != "frozen" and version < COUNTS_ONCE:
-        raise UserError(
-            f"--compile and --grad-checkpoint with --batch-norm {options.batch_norm} need torch {COUNTS_ONCE}: "
-            f"torch {version} would move the running statistics twice a step; leave one of them out"
-        )
-    if options.compile and getattr(options, "one_scale_at_a_time", False) and version < "2.5":
+    if options.compile and options.grad_checkpoint and not frozen:
+        if at_once:  # torch keeps the first scale's running statistics for its backward pass; the second scale moves them
+            raise UserError(
+                f"--compile and --grad-checkpoint cannot both be had with --batch-norm {batch_norm} on three scales at once; "
+                "add --one-scale-at-a-time, or leave one of them out"
+            )
+        if version < COUNTS_ONCE:
+            raise UserError(
+                f"--compile and --grad-checkpoint with --batch-norm {batch_norm} need torch {COUNTS_ONCE}: torch {version} "
+                "would move the running statistics twice a step; leave one of them out"
+            )
+    if options.compile and several_scales and not at_once and version < "2.5":
         raise UserError(f"--compile with --one-scale-at-a-time needs torch 2.5, and this is {version}; leave one of them out")
-
-
-def refuse_other_values(options: dict[str, Any]) -> None:
-    """Raise :class:`utils.checkpoint.Misfit` if options from a file are none that the command line could have given."""
-    from utils.checkpoint import Misfit, shown
-
-    for action in training_parser("", batch_size=1, iter_size=1, snapshot_dir="")._actions:
-        value = options.get(action.dest, action.default)
-        if type(value) is type(action.default) and value == action.default:
-            continue
-        if action.nargs == 0:  # a switch
-            found = type(value) is bool
-        elif not isinstance(value, int | float | str | list | tuple):
-            found = False
-        else:
-            try:
-                text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-                taken = action.type(text) if callable(action.type) else text
-            except (ArgumentTypeError, ValueError):
-                taken = None
-            found = taken is not None and plain(taken) == plain(value) and value in (action.choices or [value])
-        if not found:
-            raise Misfit(f"its option {flag(action.dest)} is {shown(value)}")
-    if any(not isinstance(name, str) for name in options):
-        raise Misfit("its options have no names")
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON keeps it."""
-    return list(value) if isinstance(value, tuple) else value
-
-
-def flag(name: str) -> str:
-    """The option of a name: ``num_steps`` -> ``--num-steps``."""
-    return "--" + name.replace("_", "-")

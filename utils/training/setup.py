@@ -1,32 +1,21 @@
-"""Everything that the training loop needs, made in order."""
+"""A training run's set-up: everything that the loop needs, made in order."""
 
 import shlex
 from argparse import Namespace
-from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from dataset import (
-    Crop,
-    DatasetError,
-    PadCrop,
-    RandomMirror,
-    RandomScale,
-    StepSampler,
-    TrainTransform,
-    VOCSegmentation,
-)
+from dataset import DatasetError, PadCrop, RandomMirror, RandomScale, StepSampler, TrainTransform, VOCSegmentation
 from dataset.classes import ClassFile, read_class_file
-from deeplab import Net
 from deeplab.loss import LossFunction, Objective, Ohem
 from deeplab.toolbox import ChannelDropout
 from utils import distributed
 from utils.checkpoint import Snapshots, make_meta
+from utils.command import UserError
 from utils.device import check_compiler, select_device
 from utils.loader import crop_warning, fitting_workers, layout_words, list_of, make_loader, open_dataset, running
 from utils.options import Options, shared_options, with_own_places
@@ -35,18 +24,20 @@ from utils.training.lock import FolderLock
 from utils.training.log import RunLog
 from utils.training.monitor import ClassWatch, DataWait, Meter
 from utils.training.optimizer import GuardedSGD
-from utils.training.options import check_net_options, check_options, settle
-from utils.training.start import begin, resume, run_folder
+from utils.training.options import check_net_options, settle
+from utils.training.start import begin, find_checkpoint, resume, run_folder
 from utils.training.stop import Ending
 from utils.training.validation import Validation
 from utils.visualize import Classes, class_names, make_palette
 
-LABELS_TO_JUDGE = 200  # labels that are looked at before it is said which classes they lack
+LABELS_TO_JUDGE = 200  # that are looked at before it is said which classes they lack
 
 
-@dataclass
 class Run:
-    """What the loop needs.
+    """A training run, set up: what the loop needs, made in order and compared between the processes.
+
+    Args:
+        stack: closes what has to be closed when the run ends.
 
     Attributes:
         options: settled.
@@ -58,30 +49,86 @@ class Run:
         ids: check sum of the training set's ids.
         meta: what every snapshot of the run says, but for its step.
         log: on the main process, None on the others.
+
+    Raises:
+        UserError, DatasetError, WeightsError: nothing is trained, and nothing was written over.
     """
 
-    options: Options
-    start: int
-    device: torch.device
-    net: Net
-    objective: nn.Module
-    optimizer: GuardedSGD
-    scaler: torch.amp.GradScaler
-    data: VOCSegmentation
-    batches: Iterator[Crop]
-    classes: Classes
-    ids: str
-    meta: dict[str, Any]
-    ending: Ending
-    lock: FolderLock
-    snapshots: Snapshots
-    losses: Meter
-    data_wait: DataWait
-    class_watch: ClassWatch
-    validation: Validation | None
-    log: RunLog | None
-    saved: int
-    problem: str = ""
+    def __init__(self, args: Namespace, loss_function: LossFunction, stack: ExitStack) -> None:
+        # The options, and where the run starts.
+        loss = loss_name(loss_function)
+        distributed.start()
+        asked = distributed.everywhere(lambda: settle(args))
+        distributed.check_same(shared_options(asked))
+        self.lock = FolderLock(run_folder(asked))
+        locked = distributed.from_main(lambda: stack.enter_context(self.lock))
+        path = find_checkpoint(asked)
+        resumed = distributed.from_main(lambda: resume(asked, loss, path)) if path else None
+        options = with_own_places(resumed.options, asked, True) if resumed else asked
+        self.device = device = distributed.everywhere(lambda: choose_device(options))  # before any weights are read
+        class_file = distributed.everywhere(lambda: read_class_file(options.data_dir))
+        start = resumed or distributed.from_main(lambda: begin(asked, loss, class_file))
+        self.options = options = with_own_places(start.options, asked, resumed is not None)
+        distributed.everywhere(lambda: check_net_options(options))
+        self.start = self.saved = start.step
+        self.problem = ""
+
+        # The data.
+        self.data, data_list = distributed.everywhere(lambda: open_training_data(options, class_file))
+        data = self.data
+        self.ids = compare_data(data, device.type, start.checkpoint.get("ids"), start.classes if resumed else None)
+        names = data.names or start.classes
+        self.classes = Classes(class_names(options.num_classes, names), make_palette(data.colors))
+
+        # The net, its loss and the optimiser.
+        run_id = start.run if resumed else new_run(start.options, data.ids, start.net)
+        torch.backends.cudnn.benchmark = not options.deterministic  # the crops are all of one size
+        net = distributed.everywhere(lambda: start.net.to(device).to(memory_format=torch.channels_last).train())
+        net.grad_checkpoint = options.grad_checkpoint
+        self.net = net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if options.sync_bn else net
+        rank, processes = distributed.rank(), distributed.world_size()
+        for dropout in (module for module in net.modules() if isinstance(module, ChannelDropout)):
+            dropout.shard = (rank, processes)
+        self.optimizer = GuardedSGD(net, options.learning_rate, options.momentum, options.weight_decay)
+        if options.aux_weight == 0:  # its head has no part in the loss, and DistributedDataParallel would wait for it
+            net.dsn.requires_grad_(False)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
+        if start.checkpoint:
+            self.optimizer.load_momentum(start.checkpoint["optimizer"])
+            scale = {name: start.checkpoint["scaler"].get(name) for name in ("scale", "_growth_tracker")}
+            self.scaler.load_state_dict(self.scaler.state_dict() | scale)
+        if options.compile:
+            net.compile()
+        self.objective = distributed.wrap(Objective(net, loss_function, **loss_options(options)), device)
+
+        # The batches.
+        crop_bytes = 4 * options.input_size[0] * options.input_size[1]
+        workers, note = fitting_workers(options.num_workers, options.batch_size // processes * crop_bytes)
+        first = start.step * options.iter_size
+        sampler = StepSampler(len(data), options.batch_size, options.random_seed, first, shard=rank, num_shards=processes)
+        self.ending = stack.enter_context(Ending())  # from here on there is something to save, and workers have its handlers
+        loader = make_loader(data, sampler, workers, device)
+        self.batches = distributed.everywhere(lambda: stack.enter_context(running(loader)))
+
+        # What is watched, saved and said.
+        seen, colors = seen_val(data), self.classes.palette[: options.num_classes].tolist()
+        own_meta = {"seen_voc_val": start.seen_voc_val or seen, "colors": colors, "run": run_id}
+        self.meta = make_meta(net, names, start.step, vars(start.options), **own_meta)
+        self.snapshots = Snapshots(Path(options.snapshot_dir), options.keep, start.checkpoint.get("numbers") or [], data.SHORT)
+        planned = -(-options.num_steps // options.save_pred_every) - start.step // options.save_pred_every
+        space = distributed.from_main(lambda: self.snapshots.check_space(net, self.optimizer, planned))
+        self.validation = Validation(options, class_file, run_id) if options.val_every else None
+        self.losses = Meter(device, self.describe)
+        self.data_wait = DataWait(device, workers)
+        labels = min(LABELS_TO_JUDGE, len(data))
+        self.class_watch = ClassWatch(labels, self.classes.names, options.ignore_label, fixed=bool(data.NAMES))
+
+        def open_log() -> RunLog | None:
+            return stack.enter_context(RunLog(self.lock, vars(start.options), start.step)) if rank == 0 else None
+
+        self.log = distributed.everywhere(open_log)
+        if self.log:
+            self.log.say(*head_lines(options, data, data_list, seen), locked, *start.lines, note, space)
 
     def due(self, every: int, done: int) -> bool:
         """Whether what is done every so many steps is due after ``done`` of them; after the last one it is."""
@@ -91,109 +138,28 @@ class Run:
         """The meta of a snapshot after ``done`` steps."""
         return {**self.meta, "step": done, **more}
 
-
-def set_up(args: Namespace, loss_function: LossFunction, stack: ExitStack) -> Run:
-    """Settle the options, make everything, and compare it between the processes.
-
-    Args:
-        stack: closes what has to be closed when the run ends.
-
-    Raises:
-        UserError, DatasetError, WeightsError: nothing is trained, and nothing was written over.
-    """
-    # The options, and where the run starts.
-    loss = loss_name(loss_function)
-    distributed.start()
-    asked = distributed.everywhere(lambda: settle(args))
-    distributed.check_same(shared_options(asked))
-    lock = FolderLock(run_folder(asked))
-    locked = distributed.from_main(lambda: stack.enter_context(lock))
-    resumed = resume(asked, loss)
-    options = with_own_places(resumed.options, asked, True) if resumed else asked
-    device = distributed.everywhere(lambda: choose_device(options))  # before any weights are read
-    class_file = distributed.everywhere(lambda: read_class_file(options.data_dir))
-    start = resumed or begin(options, loss, class_file)
-    options = with_own_places(start.options, asked, resumed is not None)
-    distributed.everywhere(lambda: check_net_options(options))
-
-    # The data.
-    data, data_list = distributed.everywhere(lambda: open_training_data(options, class_file))
-    ids = compare_data(data, device.type, start.checkpoint.get("ids"), start.classes if resumed else None)
-    run_id = start.run if resumed else new_run(start.options, data.ids, start.net)
-    names = data.names or start.classes
-    classes = Classes(class_names(options.num_classes, names), make_palette(data.colors))
-
-    # The net, its loss and the optimiser.
-    torch.backends.cudnn.benchmark = not options.deterministic  # the crops are all of one size
-    net = distributed.everywhere(lambda: start.net.to(device).to(memory_format=torch.channels_last).train())
-    net.grad_checkpoint = options.grad_checkpoint
-    if options.sync_bn:
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    for dropout in (module for module in net.modules() if isinstance(module, ChannelDropout)):
-        dropout.shard = (distributed.rank(), distributed.world_size())
-    optimizer = GuardedSGD(net, options.learning_rate, options.momentum, options.weight_decay)
-    if options.aux_weight == 0:  # the auxiliary head has no part in the loss, so DistributedDataParallel must not wait for it
-        net.dsn.requires_grad_(False)
-    scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
-    if start.checkpoint:
-        optimizer.load_momentum(start.checkpoint["optimizer"])
-        scale = {name: start.checkpoint["scaler"].get(name) for name in ("scale", "_growth_tracker")}
-        scaler.load_state_dict(scaler.state_dict() | scale)
-    snapshots = Snapshots(Path(options.snapshot_dir), options.keep, start.checkpoint.get("numbers") or [], data.SHORT)
-    planned = -(-options.num_steps // options.save_pred_every) - start.step // options.save_pred_every
-    space = distributed.from_main(lambda: snapshots.check_space(net, optimizer, planned))
-    if options.compile:
-        net.compile()
-    objective = distributed.wrap(Objective(net, loss_function, **loss_options(options)), device)
-
-    # The batches.
-    crop_bytes = 4 * options.input_size[0] * options.input_size[1]
-    workers, note = fitting_workers(options.num_workers, options.batch_size // distributed.world_size() * crop_bytes)
-    shards = {"shard": distributed.rank(), "num_shards": distributed.world_size()}
-    sampler = StepSampler(len(data), options.batch_size, options.random_seed, start.step * options.iter_size, **shards)
-    ending = stack.enter_context(Ending())  # from here on there is something to save, and workers have its handlers
-    loader = make_loader(data, sampler, workers, device)
-    batches = distributed.everywhere(lambda: stack.enter_context(running(loader)))
-
-    # What is watched, saved and said.
-    seen, colors = start.seen_voc_val or seen_val(data), classes.palette[: options.num_classes].tolist()
-    meta = make_meta(net, names, start.step, vars(start.options), seen_voc_val=seen, colors=colors, run=run_id)
-    validation = Validation(options, class_file, run_id) if options.val_every else None
-
-    def open_log() -> RunLog | None:
-        return stack.enter_context(RunLog(lock, vars(start.options), start.step)) if distributed.is_main() else None
-
-    if log := distributed.everywhere(open_log):
-        log.say(*head_lines(options, data, data_list), locked, *start.lines, note, space)
-    return Run(
-        options=options,
-        start=start.step,
-        saved=start.step,
-        device=device,
-        net=net,
-        objective=objective,
-        optimizer=optimizer,
-        scaler=scaler,
-        data=data,
-        batches=batches,
-        classes=classes,
-        ids=ids,
-        meta=meta,
-        ending=ending,
-        lock=lock,
-        snapshots=snapshots,
-        losses=Meter(device, lambda batch: describe(batch, options, data)),
-        data_wait=DataWait(device, workers),
-        class_watch=ClassWatch(min(LABELS_TO_JUDGE, len(data)), classes.names, options.ignore_label, fixed=bool(data.NAMES)),
-        validation=validation,
-        log=log,
-    )
+    def describe(self, batch: int) -> str:
+        """The step of a batch, its images in all processes, and what else makes a loss explode."""
+        options, ids = self.options, self.data.ids
+        draws = StepSampler(len(ids), options.batch_size, options.random_seed).batch(batch)
+        images = ", ".join(ids[index] for index, _ in draws)
+        weights = options.restore_from or "none"
+        how = f"--learning-rate {options.learning_rate:g}, --batch-norm {options.batch_norm}, weights {weights}"
+        return f"step {batch // options.iter_size + 1}, images {images} ({how})"
 
 
 def choose_device(options: Options) -> torch.device:
-    """The device of this process, once options and data set are known to be there."""
+    """The device of this process, once the data set is known to be there and the options to fit the processes.
+
+    Raises:
+        UserError, DatasetError: they do not.
+    """
     device = select_device(options.device, options.gpu, not options.no_tf32, options.deterministic)
-    check_options(options, device.type)
+    processes = distributed.world_size()
+    if options.batch_size % processes:
+        raise UserError(f"--batch-size {options.batch_size} does not divide into {processes} processes; choose a multiple")
+    if options.sync_bn and device.type != "cuda":
+        raise UserError(f"--sync-bn works between CUDA devices only, and this run is on {device.type}; leave it out")
     if options.compile:
         check_compiler(device)
     list_of(options, "train", options.num_classes)
@@ -218,11 +184,11 @@ def loss_options(options: Options) -> dict[str, object]:
     return chosen
 
 
-def head_lines(options: Options, data: VOCSegmentation, data_list: Path) -> list[str]:
-    """What is about to happen."""
+def head_lines(options: Options, data: VOCSegmentation, data_list: Path, seen: str) -> list[str]:
+    """What is about to happen; ``seen`` is what :func:`seen_val` says."""
     images = options.batch_size * options.iter_size
     lines = [f"{len(data)} images of {data_list}; {images} images per step, {options.num_steps} steps"]
-    lines += [f"warning: {text}, so a mean IoU on that list will mean nothing" for text in [seen_val(data)] if text]
+    lines += [f"warning: {seen}, so a mean IoU on that list will mean nothing"] if seen else []
     lines += [crop_warning(data, options.input_size)]
     if distributed.world_size() > 1 and options.batch_norm != "frozen" and not options.sync_bn:
         share = options.batch_size // distributed.world_size()
@@ -240,15 +206,6 @@ def seen_val(data: VOCSegmentation) -> str:
             if common := {entry.id for entry in data.read_list(path, data.image_folder)} & set(data.ids):
                 return f"{len(common)} of the images that it was trained on are on {path.name}"
     return ""
-
-
-def describe(batch: int, options: Options, data: VOCSegmentation) -> str:
-    """The step of a batch, its images in all processes, and what else makes a loss explode."""
-    draws = StepSampler(len(data), options.batch_size, options.random_seed).batch(batch)
-    images = ", ".join(data.ids[index] for index, _ in draws)
-    weights = options.restore_from or "none"
-    how = f"--learning-rate {options.learning_rate:g}, --batch-norm {options.batch_norm}, weights {weights}"
-    return f"step {batch // options.iter_size + 1}, images {images} ({how})"
 
 
 def last_words(run: Run, done: int) -> str:

@@ -14,13 +14,12 @@ import torch
 from dataset import DATASETS
 from dataset.classes import ClassFile
 from deeplab import NETS, Net
-from deeplab.weights import CONFIG, build_net, load_weights
+from deeplab.weights import build_net, load_weights
 from utils import distributed
-from utils.checkpoint import ANEW, Misfit, compare_meta, dataset_of, load_checkpoint, net_of_checkpoint
+from utils.checkpoint import ANEW, dataset_of, load_checkpoint
 from utils.command import UserError, put
 from utils.options import INITIAL_WEIGHTS, Options
-from utils.training.identity import NET_OPTIONS, kept_options, resumed_options
-from utils.training.options import refuse_other_values
+from utils.training.identity import NET_OPTIONS, Misfit, compare_meta, kept_options, net_of_checkpoint, resumed_options
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,10 @@ class Start:
     Attributes:
         options: settled; those of the checkpoint where one is resumed and they were not given.
         net: with its weights, on the CPU.
-        step: steps done.
-        seen_voc_val: why the net's mean IoU on the data set's val means nothing, "" if it means something.
         lines: for the user.
         classes: the names of the classes, None where nobody gave them.
+        seen_voc_val: why the net's mean IoU on the data set's val means nothing, "" if it means something.
+        step: steps done.
         run: what tells a resumed run's files from another's; None of a new run, and where it was not written yet.
         checkpoint: optimizer, scaler, ids (their check sum) and numbers (the steps of the snapshots that the run has
             written) of the checkpoint; {} for a new run.
@@ -41,24 +40,19 @@ class Start:
 
     options: Options
     net: Net
+    lines: Sequence[str]
+    classes: list[str] | None
+    seen_voc_val: str
     step: int = 0
-    seen_voc_val: str = ""
-    lines: Sequence[str] = ()
-    classes: list[str] | None = None
     run: str | None = None
     checkpoint: dict[str, Any] = field(default_factory=dict)
 
 
-def resume(options: Options, loss: str) -> Start | None:
-    """The start of ``--resume``, the same on all processes; None where a new run is to begin.
-
-    Args:
-        options: as the command line gives them.
-        loss: see :func:`loss_name`; it tells train.py's runs from train_msc.py's.
+def find_checkpoint(options: Options) -> Path | None:
+    """The checkpoint that ``--resume`` goes on from, the same on all processes; None where a new run is to begin.
 
     Raises:
-        UserError: no or a broken checkpoint, an option that cannot change, a folder that holds another run, or processes that
-            see different checkpoints.
+        UserError: the processes see different ones.
     """
     if not options.resume:
         return None
@@ -74,7 +68,7 @@ def resume(options: Options, loss: str) -> Start | None:
         if distributed.is_main():
             put(sys.stdout, f"no {path} to resume from: starting at step 0")
         return None
-    return distributed.from_main(lambda: _resume(options, loss, path))
+    return path
 
 
 def run_folder(options: Options) -> Path:
@@ -83,10 +77,8 @@ def run_folder(options: Options) -> Path:
 
 
 def _checkpoint_path(options: Options) -> Path:
-    if options.resume in (None, "last"):
-        return Path(options.snapshot_dir) / "last.ckpt"
-    path = Path(options.resume)
-    return path / "last.ckpt" if path.is_dir() else path
+    path = Path(options.snapshot_dir if options.resume in (None, "last") else options.resume)
+    return path / "last.ckpt" if options.resume in (None, "last") or path.is_dir() else path
 
 
 def _step_of(path: Path) -> int:
@@ -95,20 +87,44 @@ def _step_of(path: Path) -> int:
         return -1
     try:
         return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"])
-    except Exception:  # what is wrong with it is told by the process that needs it
+    except Exception:  # the process that needs it says what is wrong with it
         return 0
 
 
+def resume(asked: Options, loss: str, path: Path) -> Start:
+    """The start at a checkpoint, all of which is compared with the run before any of it is used.
+
+    Args:
+        asked: the options as the command line gives them.
+        loss: see :func:`utils.training.identity.loss_name`; by it train.py's runs differ from train_msc.py's.
+
+    Raises:
+        UserError: no or a broken checkpoint, an option that cannot change, or a folder that holds another run.
+    """
+    checkpoint = load_checkpoint(path)
+    meta, step, folder = checkpoint["meta"], checkpoint["step"], run_folder(asked)
+    try:
+        compare_meta(checkpoint)
+        options, lines = resumed_options(asked, meta, step, loss)
+        options = options.replace(snapshot_dir=str(folder))
+        if step > options.num_steps:
+            raise Misfit(f"its step {step} is behind its last one, {options.num_steps}")
+        net = net_of_checkpoint(checkpoint, options)
+    except Misfit as misfit:
+        raise UserError(f"--resume: {path} does not fit its run: {misfit}; put a whole copy in its place, {ANEW}") from None
+    if path.parent.resolve() != folder.resolve():
+        refuse_other_run(folder)
+    kept = {name: checkpoint.get(name) for name in ("optimizer", "scaler", "ids", "numbers")}
+    lines.insert(0, f"resumed from {path} at step {step}")
+    return Start(options, net, lines, meta.get("classes"), meta.get("seen_voc_val") or "", step, meta.get("run"), kept)
+
+
 def begin(options: Options, loss: str, class_file: ClassFile) -> Start:
-    """The start of a new run, made by process 0 for all: from ``--restore-from``, or from random values.
+    """The start of a new run: from ``--restore-from``, or from random values.
 
     Raises:
         UserError, WeightsError: nothing to restore from, weights that do not fit, or a folder that holds another run.
     """
-    return distributed.from_main(lambda: _begin(options, loss, class_file))
-
-
-def _begin(options: Options, loss: str, class_file: ClassFile) -> Start:
     refuse_other_run(Path(options.snapshot_dir))
     torch.manual_seed(options.random_seed)
     weights = None
@@ -136,7 +152,7 @@ def _begin(options: Options, loss: str, class_file: ClassFile) -> Start:
         lines.append("warning: a net from scratch learns little with --batch-norm frozen; leave it out, which is full")
     settled = kept_options(options) | {key: net.config.get(key) for key in NET_OPTIONS} | {"loss": loss}
     seen = weights.seen_voc_val if weights and dataset_of(weights.meta) == options.dataset else ""
-    return Start(Options(settled), net, 0, seen, lines, classes)
+    return Start(Options(settled), net, lines, classes, seen)
 
 
 def _classes(options: Options, class_file: ClassFile, meta: dict[str, Any]) -> tuple[int, list[str] | None, str]:
@@ -145,44 +161,17 @@ def _classes(options: Options, class_file: ClassFile, meta: dict[str, Any]) -> t
     Args:
         meta: of the snapshot that is started from, {} where it is none.
     """
-    if names := DATASETS[options.dataset].NAMES:
-        return len(names), list(names), f"{len(names)} classes, those of {DATASETS[options.dataset].TITLE}"
+    data = DATASETS[options.dataset]
+    if data.NAMES:
+        return len(data.NAMES), list(data.NAMES), f"{len(data.NAMES)} classes, those of {data.TITLE}"
+    count = options.num_classes
     if "num_classes" in options.given:
-        return options.num_classes, class_file.names(options.num_classes), f"{options.num_classes} classes"
-    if count := class_file.count(options.ignore_label):
-        return (
-            count,
-            class_file.names(count),
-            f"{count} classes, those of {class_file.path}",
-        )
-    if count := meta.get("num_classes"):
-        return count, meta.get("classes"), f"{count} classes, those of {options.restore_from}"
-    return (
-        options.num_classes,
-        None,
-        f"{options.num_classes} classes, PASCAL VOC's; other data need --num-classes or a classes.txt",
-    )
-
-
-def _resume(asked: Options, loss: str, path: Path) -> Start:
-    checkpoint = load_checkpoint(path)
-    meta, step = checkpoint["meta"], checkpoint["step"]
-    try:
-        compare_meta(checkpoint)
-        refuse_other_values(meta["args"])
-        options, lines = resumed_options(asked, meta, step, loss)
-        options = options.replace(snapshot_dir=str(run_folder(asked)))
-        if step > options.num_steps:
-            raise Misfit(f"its step {step} is behind its last one, {options.num_steps}")
-        config = {name: meta[name] for name in CONFIG if name in meta}
-        net = net_of_checkpoint(checkpoint, config, options.batch_norm, options.momentum, options.amp)
-    except Misfit as misfit:
-        raise UserError(f"--resume: {path} does not fit its run: {misfit}; put a whole copy in its place, {ANEW}") from None
-    if path.parent.resolve() != Path(options.snapshot_dir).resolve():
-        refuse_other_run(Path(options.snapshot_dir))
-    kept = {name: checkpoint.get(name) for name in ("optimizer", "scaler", "ids", "numbers")}
-    lines.insert(0, f"resumed from {path} at step {step}")
-    return Start(options, net, step, meta.get("seen_voc_val") or "", lines, meta.get("classes"), meta.get("run"), kept)
+        return count, class_file.names(count), f"{count} classes"
+    if found := class_file.count(options.ignore_label):
+        return found, class_file.names(found), f"{found} classes, those of {class_file.path}"
+    if found := meta.get("num_classes"):
+        return found, meta.get("classes"), f"{found} classes, those of {options.restore_from}"
+    return count, None, f"{count} classes, PASCAL VOC's; other data need --num-classes or a classes.txt"
 
 
 def refuse_other_run(folder: Path) -> None:
