@@ -3,7 +3,7 @@
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -84,31 +84,23 @@ def scale_range(text: str) -> tuple[float, float]:
     return values
 
 
-def number(text: str) -> float:
-    """An argparse type: a finite number of at least 0."""
+def number(
+    text: str,
+    fits: Callable[[float], bool] = lambda value: 0 <= value < math.inf,
+    expected: str = "a finite number of at least 0",
+) -> float:
+    """An argparse type: a number that ``fits``, which ``expected`` says in words."""
     try:
         value = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is out of range; expected a finite number of at least 0")
+    if not fits(value):
+        raise argparse.ArgumentTypeError(f"{text} is out of range; expected {expected}")
     return value
 
 
-def below_one(text: str) -> float:
-    """An argparse type: a number from 0 up to, but without, 1."""
-    value = number(text)
-    if value >= 1:
-        raise argparse.ArgumentTypeError(f"{text} is out of range; expected at least 0 and below 1")
-    return value
-
-
-def probability(text: str) -> float:
-    """An argparse type: a number above 0, up to 1."""
-    value = number(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is out of range; expected above 0 and at most 1")
-    return value
+below_one = partial(number, fits=lambda value: 0 <= value < 1, expected="at least 0 and below 1")
+probability = partial(number, fits=lambda value: 0 < value <= 1, expected="above 0 and at most 1")
 
 
 def share(text: str) -> Fraction:
