@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Mapping
 from fractions import Fraction
 from functools import partial
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from utils.argtypes import below_one, helpers, label_value, not_negative, numbers, positive, share, size
@@ -92,7 +91,7 @@ def add_dataset_option(parser: Any, default: str | None = "voc", more: str = "")
     )
 
 
-def dataset_defaults(args: AnyOptions, trained_on: str = "voc", more: Mapping[str, Any] = MappingProxyType({})) -> Options:
+def dataset_defaults(args: AnyOptions, trained_on: str = "voc", more: Mapping[str, Any] | None = None) -> Options:
     """The options with their data set named, and its defaults in place of what was not given.
 
     Args:
@@ -108,7 +107,7 @@ def dataset_defaults(args: AnyOptions, trained_on: str = "voc", more: Mapping[st
     count = len(KINDS[options.dataset].NAMES)
     if count and "num_classes" in options.given and options.num_classes != count:
         raise UserError(f"--dataset {options.dataset} has {count} classes; leave --num-classes {options.num_classes} out")
-    defaults = {**DATASETS[options.dataset], **more}
+    defaults = {**DATASETS[options.dataset], **(more or {})}
     return options.replace(**{name: value for name, value in defaults.items() if name not in options.given})
 
 

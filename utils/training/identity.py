@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from argparse import ArgumentTypeError
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -205,15 +206,18 @@ def net_of_checkpoint(checkpoint: dict[str, Any], options: Options) -> Net:
     except Exception as error:  # of many kinds, by what is wrong in it
         raise Misfit(f"its meta describes no net ({type(error).__name__}: {brief(error)})") from None
     names = {id(parameter): name for name, parameter in net.named_parameters()}
-    groups = [
-        (group["lr_scale"], group["decay_scale"], [names[id(p)] for p in group["params"]]) for group in net.parameter_groups()
-    ]
-    learning = [name for _, _, members in groups for name in members]
+    groups = net.parameter_groups()
+    learning = dict(enumerate(names[id(parameter)] for group in groups for parameter in group["params"]))
     expected = {name: _kind(tensor, "meta") for name, tensor in net.state_dict().items()}
-    expected |= {f"momentum of {name}": expected[name] for name in learning if options.momentum}
-    expected |= {f"group of {name}": f"rate x{rate:g}, decay x{decay:g}" for rate, decay, members in groups for name in members}
+    expected |= {f"momentum of {name}": expected[name] for name in learning.values() if options.momentum}
+    expected |= _group_of_each(groups, lambda parameter: names[id(parameter)])
     try:
-        found = _contents(checkpoint, dict(enumerate(learning)))
+        optimizer = checkpoint["optimizer"]
+        found = {name: _kind(tensor) for name, tensor in checkpoint["model"].items()}
+        for number, state in optimizer["state"].items():
+            if (buffer := state.get("momentum_buffer")) is not None:
+                found[f"momentum of {learning[number]}"] = _kind(buffer)
+        found |= _group_of_each(optimizer["param_groups"], lambda number: learning[number])
     except (KeyError, TypeError, ValueError, AttributeError):
         raise Misfit("its model, or its optimizer, is not what torch saves") from None
     wrong = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
@@ -234,17 +238,13 @@ def net_of_checkpoint(checkpoint: dict[str, Any], options: Options) -> Net:
     return net
 
 
-def _contents(checkpoint: dict[str, Any], learning: dict[int, str]) -> dict[str, str]:
-    """Name -> kind of all that a checkpoint holds, as :func:`net_of_checkpoint` expects it."""
-    optimizer = checkpoint["optimizer"]
-    found = {name: _kind(tensor) for name, tensor in checkpoint["model"].items()}
-    for number, state in optimizer["state"].items():
-        if (buffer := state.get("momentum_buffer")) is not None:
-            found[f"momentum of {learning[number]}"] = _kind(buffer)
-    for group in optimizer["param_groups"]:
-        kind = f"rate x{group['lr_scale']:g}, decay x{group['decay_scale']:g}"
-        found |= {f"group of {learning[number]}": kind for number in group["params"]}
-    return found
+def _group_of_each(groups: Iterable[dict[str, Any]], name_of: Callable[[Any], str]) -> dict[str, str]:
+    """What the optimiser's groups do with each of their parameters, in words."""
+    return {
+        f"group of {name_of(parameter)}": f"rate x{group['lr_scale']:g}, decay x{group['decay_scale']:g}"
+        for group in groups
+        for parameter in group["params"]
+    }
 
 
 def _kind(value: object, device: str = "cpu") -> str:

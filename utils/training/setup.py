@@ -3,6 +3,7 @@
 import shlex
 from argparse import Namespace
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +124,8 @@ class Run:
         labels = min(LABELS_TO_JUDGE, len(data))
         self.class_watch = ClassWatch(labels, self.classes.names, options.ignore_label, fixed=bool(data.NAMES))
 
-        def open_log() -> RunLog | None:
-            return stack.enter_context(RunLog(self.lock, vars(start.options), start.step)) if rank == 0 else None
-
-        self.log = distributed.everywhere(open_log)
+        new_log = partial(RunLog, self.lock, vars(start.options), start.step)
+        self.log = distributed.everywhere(lambda: stack.enter_context(new_log()) if rank == 0 else None)
         if self.log:
             self.log.say(*head_lines(options, data, data_list, seen), locked, *start.lines, note, space)
 
