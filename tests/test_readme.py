@@ -21,8 +21,8 @@ NOT_RUN = {
 PARSE = """
 import argparse, os, runpy, sys
 def ending(method):
-    def parse(self, args=None):
-        method(self, args)
+    def parse(self, *args):
+        method(self, *args)
         print("parsed", flush=True)
         os._exit(0)  # before anything is done
     return parse
