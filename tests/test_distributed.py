@@ -387,8 +387,8 @@ def main():
     distributed.stop()
 
 class Witness:
-    def __del__(self):
-        print("Python was taken down")
+    def __del__(self, write=os.write):  # os may be gone by then
+        write(1, b"Python was taken down")
 
 folder, *ends = sys.argv[1:]
 del sys.argv[1:]
