@@ -10,10 +10,16 @@ import cv2
 import numpy as np
 from PIL import Image, features
 
+from dataset.tiff import SIGNATURES, open_tiff
+
+# What OpenCV prints of a file is said in words here. The function's place differs between its versions; 0 is silent.
+(cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel)(0)
+
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 LARGEST = 2**30  # pixels of an image or label: OpenCV's own limit
 _ORIENTATION = 0x0112  # the EXIF tag
-_TIFF = (b"II*\0", b"MM\0*")
+_JPEG2000 = (b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ")
+DARK, NO_DATA = 4096, 65535  # of 16 bits: what is nearly black, and what is no value but the absence of one
 # of PNG files
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))  # x, y, steps
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
@@ -57,30 +63,88 @@ def read_image(path: str | Path) -> np.ndarray:
 
 def read_picture(path: str | Path) -> tuple[np.ndarray, int]:
     """:func:`read_image`, and the EXIF orientation of the file: 1 as stored, 2..4 mirrored or turned over, 5..8 on its side."""
-    data = read_bytes(path, "the picture")
+    data = read_bytes(path, "the image")
     if data.startswith(b"\xff\xd8") and (damage := _jpeg_damage(data)):
-        raise DatasetError(f"the picture {path} {damage}; fetch it again")
+        raise DatasetError(f"the image {path} {damage}; fetch it again")
     if data.startswith(PNG_SIGNATURE) and (damage := png_damage(data)):
-        raise DatasetError(f"the picture {path} is damaged: {damage}; fetch or make it again")
+        raise DatasetError(f"the image {path} is damaged: {damage}; fetch or make it again")
     if data.startswith(b"GIF8"):  # of which newer versions of OpenCV alone read the first image, on a canvas of any size
-        raise DatasetError(f"the picture {path} is a GIF file; save it as PNG")
+        raise DatasetError(f"the image {path} is a GIF file; save it as PNG")
     if data[4:12] == b"ftypavif" and not features.check("avif"):
-        raise DatasetError(f"the picture {path} is an AVIF file, which needs pillow>=11.3; install that, or save it as PNG")
+        raise DatasetError(f"the image {path} is an AVIF file, which needs pillow>=11.3; install that, or save it as PNG")
+    tiff = None
+    if data.startswith(SIGNATURES):
+        try:
+            tiff = open_tiff(data)
+        except struct.error:
+            text = f"the image {path} is damaged: its {len(data)} bytes end before its tags do; fetch it again"
+            raise DatasetError(text) from None
     try:
-        # Turned below: which formats OpenCV turns differs between its versions; TIFF it turns always.
-        flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-        image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flags) if data else None
+        image = _decode(tiff.data if tiff else data)
     except cv2.error as error:
         if "pixels <=" not in str(error):
-            raise DatasetError(f"the picture {path} cannot be decoded by OpenCV ({error.err})") from None
-        raise DatasetError(f"the picture {path} has more than {LARGEST} pixels, which OpenCV refuses; cut it up") from None
+            raise DatasetError(f"the image {path} cannot be decoded by OpenCV ({error.err})") from None
+        raise DatasetError(f"the image {path} has more than {LARGEST} pixels, which OpenCV refuses; cut it up") from None
+    if tiff and not tiff.readable:
+        raise _unusable(path, tiff.bands, tiff.dtype, image)
     if image is None:
         if data.startswith(PNG_SIGNATURE) and (damage := png_damage(data, inflate=True)):
-            raise DatasetError(f"the picture {path} is damaged: {damage}; fetch or make it again")
-        raise DatasetError(f"the picture {path} is not a picture that OpenCV can decode ({len(data)} bytes)")
-    orientation = _orientation(data)
-    turned = orientation == 1 or data.startswith(_TIFF)
-    return image if turned else _turned(image, orientation), orientation
+            raise DatasetError(f"the image {path} is damaged: {damage}; fetch or make it again")
+        raise DatasetError(f"the image {path} is not an image that OpenCV can decode ({len(data)} bytes)")
+    image = _to_bgr(image, path)
+    orientation = tiff.orientation if tiff else _orientation(data)
+    return _turned(image, orientation), orientation
+
+
+def _decode(data: bytes) -> np.ndarray | None:
+    """The pixels as they are stored, not turned: which formats OpenCV turns differs between its versions."""
+    encoded = np.frombuffer(data, dtype=np.uint8)
+    stored = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED) if data else None
+    if stored is not None and stored.dtype == np.uint16 and _uses_fewer_bits(data):
+        stored = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)  # by the highest 8 of them
+    return stored
+
+
+def _uses_fewer_bits(data: bytes) -> bool:
+    """Whether a file of 16-bit values says that it uses fewer of them: AVIF, and JPEG 2000 by its SIZ marker (T.800, A.5.1)."""
+    siz = data.find(b"\xff\x51") + 40
+    return data[4:8] == b"ftyp" or (data.startswith(_JPEG2000) and siz < len(data) and data[siz] & 127 < 15)
+
+
+def _to_bgr(stored: np.ndarray, path: str | Path) -> np.ndarray:
+    """The one table of what pixels may be: (H, W) or (H, W, 1..4), blue-green-red first -> (H, W, 3) uint8.
+
+    Grey is taken for all three colours. What follows the colours, alpha or near infrared, is left out. Of 16 bits the higher 8
+    are taken.
+
+    Raises:
+        DatasetError: they are something else, or 16-bit values whose higher 8 bits are nearly black.
+    """
+    bands = 1 if stored.ndim == 2 else stored.shape[2]
+    if stored.dtype not in (np.uint8, np.uint16) or bands == 2:
+        raise _unusable(path, bands, str(stored.dtype), stored)
+    colors = stored[:, :, :3] if bands > 1 else stored
+    if stored.dtype == np.uint16:
+        if 0 < int(colors.max(where=colors != NO_DATA, initial=0)) < DARK:
+            raise _unusable(path, bands, "uint16", np.where(colors == NO_DATA, 0, colors))
+        colors = (colors >> 8).astype(np.uint8)
+    return np.ascontiguousarray(colors) if bands > 1 else cv2.cvtColor(colors, cv2.COLOR_GRAY2BGR)
+
+
+def _unusable(path: str | Path, bands: int, dtype: str, stored: np.ndarray | None) -> DatasetError:
+    """The error for pixels that are no image for a net; ``stored`` are they, where they can be decoded."""
+    several, wide = bands > 2, dtype != "uint8"
+    found, low, high = f"{bands} band{'s' * (bands > 1)} of {dtype}", "LOW", "HIGH"
+    if stored is not None:
+        low, high = (f"{float(value):g}" for value in (stored.min(), stored.max()))
+        found += f" with values from {low} to {high}"
+    gdal = f"-ot Byte -scale {low} {high} 0 255 " * wide + ("-b 1 -b 2 -b 3" if several else "-b 1")
+    python = f"((x - {low}) * (255 / ({high} - {low}))).clip(0, 255).astype('uint8')" if wide else "x"
+    return DatasetError(
+        f"the image {path} holds {found}; expected grey or RGB of 8 bits, or of 16 unsigned bits whose values go beyond "
+        f"{DARK - 1}: choose the bands and their range, with GDAL: gdal_translate {gdal} {Path(path).name} new.tif, or in "
+        f"Python, for an array x (H, W, bands): cv2.imwrite('new.png', {python}{'[:, :, [2, 1, 0]]' * several})"
+    )
 
 
 def png_damage(data: bytes, inflate: bool = False) -> str:
@@ -101,7 +165,7 @@ def png_damage(data: bytes, inflate: bool = False) -> str:
         if name == b"IEND":
             return _png_shortage(data, b"".join(pixels)) if inflate else ""
         position = end
-    return f"its {len(data)} bytes end before the picture does"
+    return f"its {len(data)} bytes end before the image does"
 
 
 def _png_shortage(data: bytes, pixels: bytes) -> str:
@@ -157,9 +221,7 @@ def _orientation(data: bytes) -> int:
     tags = Image.Exif()
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # OpenCV has a limit of its own
     try:
-        if data.startswith(_TIFF):  # which is what EXIF data are in themselves; Pillow does not open all that OpenCV reads
-            tags.load(data)
-        elif not data.startswith(PNG_SIGNATURE) or b"eXIf" in data or b"Raw profile type exif" in data:
+        if not data.startswith(PNG_SIGNATURE) or b"eXIf" in data or b"Raw profile type exif" in data:
             # Of a PNG without either, Pillow would decode the pixels to look behind them.
             with Image.open(io.BytesIO(data)) as image:
                 tags = image.getexif()

@@ -13,7 +13,7 @@ import train as train_script
 from dataset import DatasetError, VOCSegmentation, read_image
 from dataset.images import read_picture
 from scripts import predict as predict_script
-from tests.helpers_pngs import RGB, chunk, interlaced_rows, png, rows_of
+from tests.helpers_pngs import GREY_ALPHA, PALETTE, RGB, RGBA, chunk, interlaced_rows, png, rows_of
 from utils.command import run_command
 
 GRID = np.add.outer(np.arange(40) * 3, np.arange(56) * 2).astype(np.uint8)  # no two corners alike
@@ -310,6 +310,112 @@ def test_odd_pictures_are_trained_on_scored_and_predicted(tmp_path, monkeypatch)
     assert not predict_script.main([*weights, *pictures, "--device", "cpu", "--save-dir", str(tmp_path / "drawn")])
     for place in ("masks", "drawn"):
         assert {path.stem for path in (tmp_path / place).glob("**/*.png")} >= set(ids)
+
+
+WIDE = np.random.default_rng(1).integers(0, 65536, (12, 17, 4))
+BYTES = WIDE // 256
+SIXTEENTHS = WIDE[..., 0] // 4096
+COLORS = [(i * 16, 255 - i * 9, i * 5) for i in range(16)]
+TRANSPARENT = chunk(b"tRNS", bytes(range(16)))
+DRAWN = Image.fromarray(BYTES[..., :3].astype(np.uint8))
+ALPHA = Image.fromarray(BYTES.astype(np.uint8))
+GREY_DRAWN = Image.fromarray(BYTES[..., 0].astype(np.uint8))
+
+
+def saved(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pnm(magic: bytes, largest: int, pixels: np.ndarray) -> bytes:
+    height, width = pixels.shape[:2]
+    return b"%s\n%d %d\n%d\n" % (magic, width, height, largest) + pixels.astype(">u2" if largest > 255 else np.uint8).tobytes()
+
+
+RED_GREEN_BLUE, GREYS = BYTES[..., :3], BYTES[..., [0, 0, 0]]
+KINDS = {  # contents of a file -> (H, W, 3) red-green-blue
+    "png grey 1": (png(BYTES[..., 0] % 2, 1), BYTES[..., [0, 0, 0]] % 2 * 255),
+    "png grey 2": (png(BYTES[..., 0] % 4, 2), BYTES[..., [0, 0, 0]] % 4 * 85),
+    "png grey 4": (png(BYTES[..., 0] % 16, 4), BYTES[..., [0, 0, 0]] % 16 * 17),
+    "png grey 8": (png(BYTES[..., 0]), GREYS),
+    "png grey 16": (png(WIDE[..., 0], 16), GREYS),
+    "png grey alpha 8": (png(BYTES[..., :2], color_type=GREY_ALPHA), GREYS),
+    "png grey alpha 16": (png(WIDE[..., :2], 16, GREY_ALPHA), GREYS),
+    "png rgb 8": (png(BYTES[..., :3], color_type=RGB), RED_GREEN_BLUE),
+    "png rgb 8 interlaced": (png(BYTES[..., :3], color_type=RGB, interlaced=True), RED_GREEN_BLUE),
+    "png rgb 16": (png(WIDE[..., :3], 16, RGB), RED_GREEN_BLUE),
+    "png rgba 8": (png(BYTES, color_type=RGBA), RED_GREEN_BLUE),
+    "png rgba 16": (png(WIDE, 16, RGBA), RED_GREEN_BLUE),
+    "png palette 4": (png(SIXTEENTHS, 4, PALETTE, COLORS), np.array(COLORS)[SIXTEENTHS]),
+    "png palette 8": (png(SIXTEENTHS, 8, PALETTE, COLORS), np.array(COLORS)[SIXTEENTHS]),
+    "png palette transparent": (png(SIXTEENTHS, 8, PALETTE, COLORS, TRANSPARENT), np.array(COLORS)[SIXTEENTHS]),
+    "png grey 0 and 65535": (png(WIDE[..., 0] % 2 * 65535, 16), WIDE[..., [0, 0, 0]] % 2 * 255),
+    "png grey 16 black": (png(np.zeros((3, 4), int), 16), np.zeros((3, 4, 3))),
+    "bmp rgb": (saved(DRAWN, "BMP"), RED_GREEN_BLUE),
+    "bmp rgba": (saved(ALPHA, "BMP"), RED_GREEN_BLUE),
+    "bmp grey": (saved(GREY_DRAWN, "BMP"), GREYS),
+    "bmp 1": (saved(GREY_DRAWN.point(lambda v: v > 99 and 255).convert("1"), "BMP"), (GREYS > 99) * 255),
+    "bmp palette": (saved(DRAWN.quantize(16), "BMP"), np.array(DRAWN.quantize(16).convert("RGB"))),
+    "webp rgb": (saved(DRAWN, "WEBP", lossless=True), RED_GREEN_BLUE),
+    "webp rgba": (saved(ALPHA, "WEBP", lossless=True, exact=True), RED_GREEN_BLUE),
+    "tiff rgba": (saved(ALPHA, "TIFF"), RED_GREEN_BLUE),
+    "tiff lzw": (saved(DRAWN, "TIFF", compression="tiff_lzw"), RED_GREEN_BLUE),
+    "tiff deflate": (saved(DRAWN, "TIFF", compression="tiff_adobe_deflate"), RED_GREEN_BLUE),
+    "tiff grey alpha": (saved(Image.fromarray(BYTES[..., :2].astype(np.uint8)), "TIFF"), GREYS),
+    "tiff 1": (saved(GREY_DRAWN.point(lambda v: v > 99 and 255).convert("1"), "TIFF"), (GREYS > 99) * 255),
+    "tiff palette": (saved(DRAWN.quantize(16), "TIFF"), np.array(DRAWN.quantize(16).convert("RGB"))),
+    "jp2 rgb": (saved(DRAWN, "JPEG2000"), RED_GREEN_BLUE),
+    "jp2 rgba": (saved(ALPHA, "JPEG2000"), RED_GREEN_BLUE),
+    "jp2 grey 16": (saved(Image.fromarray(WIDE[..., 0].astype(np.uint16)), "JPEG2000"), GREYS),
+    "pgm": (pnm(b"P5", 255, BYTES[..., 0]), GREYS),
+    "pgm 16": (pnm(b"P5", 65535, WIDE[..., 0]), GREYS),
+    "ppm": (pnm(b"P6", 255, BYTES[..., :3]), RED_GREEN_BLUE),
+    "ppm 16": (pnm(b"P6", 65535, WIDE[..., :3]), RED_GREEN_BLUE),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_is_read_as_it_is_stored(name, tmp_path, capfd):
+    data, expected = KINDS[name]
+    np.testing.assert_array_equal(read_image(write(tmp_path, data, "a"))[..., ::-1], expected)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_lossy_kinds_are_about_what_was_drawn(kind, mode, tmp_path):
+    image = Image.fromarray(PICTURE).convert(mode)
+    found = read_image(write(tmp_path, saved(image, kind, quality=95)))
+    assert np.abs(found[..., ::-1].astype(int) - np.array(image.convert("RGB"))).mean() < 4
+
+
+@pytest.mark.skipif(not (features.check("avif") and cv2.haveImageWriter("a.avif")), reason="no AVIF here")
+@pytest.mark.parametrize("bits", [10, 12])
+def test_an_avif_of_more_bits_is_read_by_its_highest_eight(bits, tmp_path):
+    deep = np.repeat(PICTURE.astype(np.uint16) << (bits - 8), 2, axis=1)
+    done, data = cv2.imencode(".avif", deep, [cv2.IMWRITE_AVIF_DEPTH, bits, cv2.IMWRITE_AVIF_QUALITY, 100])
+    assert done
+    assert np.abs(read_image(write(tmp_path, data.tobytes())).astype(int) - (deep >> (bits - 8))).mean() < 4
+
+
+@pytest.mark.parametrize("values", [[0, 255], [0, 4095], [1, 1], [0, 1000, 65535], [7, 65535]])
+@pytest.mark.parametrize("kind", ["png", "png rgb", "png alpha", "pgm", "jp2"])
+def test_sixteen_bits_that_would_be_nearly_black_are_a_sentence(values, kind, tmp_path):
+    """Bytes, 12 bits and millimetres in 16-bit files; 65535 is where there is no value."""
+    grey = np.resize(values, (30, 40))
+    data = {
+        "png": lambda: png(grey, 16),
+        "png rgb": lambda: png(np.stack([grey] * 3, axis=-1), 16, RGB),
+        "png alpha": lambda: png(np.stack([grey, np.full_like(grey, 65535)], axis=-1), 16, GREY_ALPHA),
+        "pgm": lambda: pnm(b"P5", 65535, grey),
+        "jp2": lambda: saved(Image.fromarray(grey.astype(np.uint16)), "JPEG2000"),
+    }[kind]()
+    highest = max(value for value in values if value < 65535)
+    with pytest.raises(
+        DatasetError, match=rf"a\.png holds . bands? of uint16 with values from \d+ to {highest}; .*gdal_translate"
+    ):
+        read_image(write(tmp_path, data, "a.png"))
 
 
 def test_where_memory_runs_out_there_is_a_sentence(capsys):

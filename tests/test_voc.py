@@ -92,7 +92,7 @@ def test_bad_labels_are_one_sentence_that_names_the_file(toy_voc, kind, workers)
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "does not exist"), (0.5, "is cut off"), (b"GIF?" * 100, "is not a picture"), (b"", "is not a picture")],
+    [(None, "does not exist"), (0.5, "is cut off"), (b"GIF?" * 100, "is not an image"), (b"", "is not an image")],
 )
 def test_bad_pictures(toy_voc, content, message):
     path = toy_voc / "JPEGImages" / "toy_0.jpg"
@@ -100,7 +100,7 @@ def test_bad_pictures(toy_voc, content, message):
     path.unlink()
     if content is not None:
         path.write_bytes(whole[: int(len(whole) * content)] if isinstance(content, float) else content)
-    with pytest.raises(DatasetError, match=rf"the picture .*toy_0\.jpg {message}"):
+    with pytest.raises(DatasetError, match=rf"the (picture|image) .*toy_0\.jpg {message}"):
         VOCSegmentation(toy_voc, ["toy_0"], num_classes=TOY_CLASSES)[0]
 
 
