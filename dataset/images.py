@@ -125,7 +125,8 @@ def _to_bgr(stored: np.ndarray, path: str | Path) -> np.ndarray:
         raise _unusable(path, bands, str(stored.dtype), stored)
     colors = stored[:, :, :3] if bands > 1 else stored
     if stored.dtype == np.uint16:
-        if 0 < int(colors.max(where=colors != NO_DATA, initial=0)) < DARK:
+        highest = int((colors + np.uint16(1)).max()) - 1  # NO_DATA, 65535, becomes 0
+        if 0 < highest < DARK:
             raise _unusable(path, bands, "uint16", np.where(colors == NO_DATA, 0, colors))
         colors = (colors >> 8).astype(np.uint8)
     return np.ascontiguousarray(colors) if bands > 1 else cv2.cvtColor(colors, cv2.COLOR_GRAY2BGR)
