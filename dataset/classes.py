@@ -21,7 +21,10 @@ MEAN_BGR = (104.00698793, 116.66876762, 122.67891434)
 """Mean colour of the ImageNet training images, blue-green-red, 0..255, as the published nets subtract it."""
 
 _VOID = re.compile("void|ignored?|unlabell?ed", re.IGNORECASE)  # what a line for the ignore label is called
-_COLORED = re.compile(r"(.+?)[ \t]+(\d+)[ \t]+(\d+)[ \t]+(\d+)", re.ASCII)
+_COLORED = re.compile(r"(.+?)[ \t,;]+(\d+)[ \t,;]+(\d+)[ \t,;]+(\d+)[ \t,;]*", re.ASCII)
+_HEADER = re.compile(r".+?[ \t,;]+(r|red)[ \t,;]+(g|green)[ \t,;]+(b|blue)", re.IGNORECASE)  # "name r g b"
+_TITLE = re.compile("(class|label)?[ _]?names?|class(es)?|labels?|ids?", re.IGNORECASE)  # of a column of names
+_NUMBERED = re.compile(r"(\d+)[ \t,;.:)]+\D")
 
 
 class NamedClass(NamedTuple):
@@ -92,25 +95,56 @@ def voc_colors(num_classes: int) -> dict[int, Color]:
 
 
 def read_classes(path: str | Path) -> list[tuple[str, Color | None]]:
-    """Names and, where given, colours of a file of classes: a line a class in the order of the labels, ``name`` or
-    ``name r g b``. Names may hold spaces. Blank lines are skipped.
+    """Names and, where given, colours of a file of classes: a line per class in the order of the labels, ``name`` or
+    ``name r g b``, separated by blanks, tabs, commas or semicolons. Names may hold spaces.
+
+    Lines that begin with ``#``, a first line ``name r g b`` and blank lines at the end are skipped.
 
     Raises:
-        DatasetError: the file cannot be read as UTF-8 text, or holds labelme's line for void.
+        DatasetError: the file cannot be read as UTF-8 text, a line holds no name, or a name occurs twice.
     """
+    lines = [(number, line) for number, line in enumerate(read_lines(path, "the file of classes"), 1) if line[:1] != "#"]
+    while lines and not lines[-1][1]:
+        lines.pop()
+    if lines and _HEADER.fullmatch(lines[0][1]):
+        lines = lines[1:]
+    numbers = [found[1] for _, line in lines if (found := _NUMBERED.match(line))]
+    if len(numbers) == len(lines) > 1 and [int(n) - int(numbers[0]) for n in numbers] == list(range(len(lines))):
+        raise DatasetError(f"{path} numbers its classes ({lines[0][1]}); {_ONE_NAME}, without the numbers")
     rows: list[tuple[str, Color | None]] = []
-    for line in filter(None, read_lines(path, "the file of classes")):
-        if line == "__ignore__":
+    first: dict[str, int] = {}
+    for number, line in lines:
+        found = _COLORED.fullmatch(line)
+        red, green, blue = map(int, found.groups()[1:]) if found else (0, 0, 0)
+        name = found[1] if found else line
+        problem = f"a value of its colour is above {IGNORE_LABEL}" if max(red, green, blue) > IGNORE_LABEL else _no_name(name)
+        if not rows and _TITLE.fullmatch(name):
+            problem = "it is the title of a column, which would become class 0; delete it"
+        if problem:
+            raise DatasetError(f"{path} holds no class in line {number}, {line[:60]!r}: {problem}; {_ONE_NAME}")
+        if name in first:
             raise DatasetError(
-                f"{path} holds labelme's line __ignore__, which is void (255 in the masks) and no class; delete that line"
+                f"{path} names {name} twice, in lines {first[name]} and {number}; each class has a name of its own"
             )
-        name, color = line, None
-        if found := _COLORED.fullmatch(line):
-            red, green, blue = map(int, found.groups()[1:])
-            if max(red, green, blue) <= 255:
-                name, color = found[1], (red, green, blue)
-        rows.append((name, color))
+        first[name] = number
+        rows.append((name, (red, green, blue) if found else None))
     return rows
+
+
+_ONE_NAME = "expected a line per class, in the order of the labels: name, or name r g b with a colour of 0..255"
+
+
+def _no_name(name: str) -> str:
+    """What is wrong with a name of a class; "" if nothing is."""
+    if not name:
+        return "the line is empty"
+    if name == "__ignore__":
+        return "labelme's __ignore__ is void (255 in the masks) and no class; delete that line"
+    if name[0] in "-{[<\"'" or name[-1] in "]}>\"'" or ":" in name or "\t" in name:
+        return "it is a line of another format, such as YAML or JSON"
+    if not any(map(str.isalpha, name)):
+        return "there is no letter in it"
+    return "a part of its colour is missing" if re.search(r"[,;][ \t]*\d+$", name) else ""
 
 
 @dataclass(frozen=True)

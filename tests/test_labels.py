@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from dataset import DatasetError, read_class_names, read_label, voc_palette
-from dataset.classes import VOC_NAMES, read_class_file
+from dataset.classes import VOC_NAMES, read_class_file, read_classes
 from dataset.images import PNG_SIGNATURE
 from dataset.labels import BadLabel, check_palette, check_values, read_png
 from tests.helpers_pngs import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, chunk, interlaced_rows, png, rows_of
@@ -196,9 +196,21 @@ def test_the_colours_of_classes_txt_tell_a_re_ordered_palette(tmp_path):
 
 
 def test_names_may_be_followed_by_a_colour(tmp_path):
-    (tmp_path / "classes.txt").write_text("sky 1 2 3\nroad 66\nland use 1990 4 5 6\nwater 300 0 0\n", encoding="utf-8-sig")
-    assert read_class_names(tmp_path, 4) == ["sky", "road 66", "land use 1990", "water 300 0 0"]
+    (tmp_path / "classes.txt").write_text("sky 1 2 3\nroad 66\nland use 1990 4 5 6\nsea, lake\n", encoding="utf-8-sig")
+    assert read_class_names(tmp_path, 4) == ["sky", "road 66", "land use 1990", "sea, lake"]
     assert read_class_file(tmp_path).colors(4) == {0: (1, 2, 3), 2: (4, 5, 6), 255: VOID}
+
+
+@pytest.mark.parametrize(
+    "head",
+    ["# my classes\n", "#\n# two\n", "name r g b\n", "name,r,g,b\n", "Class\tRed\tGreen\tBlue\n", "# a\nlabel; R; G; B\n"],
+)
+@pytest.mark.parametrize("separator", [" ", "\t", ",", ", ", ";"])
+def test_comments_and_a_header_are_no_class(head, separator, tmp_path):
+    rows = [("sky", (1, 2, 3)), ("low road", (4, 5, 6)), ("3D object", (7, 8, 9))]
+    lines = [separator.join([name, *map(str, color)]) for name, color in rows]
+    (tmp_path / "classes.txt").write_text(head + "\n".join(lines) + "\n# the end\n\n\n")
+    assert read_classes(tmp_path / "classes.txt") == rows
 
 
 def test_vocs_colours_stand_for_vocs_classes_alone(tmp_path):
@@ -218,7 +230,21 @@ def test_vocs_colours_stand_for_vocs_classes_alone(tmp_path):
         ("Himmel\nStraße\n".encode("latin-1"), "byte 0xdf in line 2 is not UTF-8; save it as UTF-8"),
         ("sky\nroad\n".encode("utf-16"), "UTF-16; save it as UTF-8"),
         ("sky\nroad\n".encode("utf-16-be"), "UTF-16; save it as UTF-8"),
-        (b"__ignore__\n_background_\nroad\n", "__ignore__, which is void .* and no class; delete that line"),
+        (b"__ignore__\n_background_\nroad\n", "line 1, '__ignore__': .*is void .* and no class; delete that line"),
+        (b"names:\n  - sky\n  - road\n", "line 1, 'names:': it is a line of another format"),
+        (b"- sky\n- road\n", "line 1, '- sky': it is a line of another format"),
+        (b'["sky",\n"road"]\n', "line 1, .*: it is a line of another format"),
+        (b"# void\nsky\nroad:128,64,128::\n", "line 3, .*: it is a line of another format"),
+        (b"0 sky\n1 road\n", r"numbers its classes \(0 sky\)"),
+        (b"7,sky\n8,road\n", r"numbers its classes \(7,sky\)"),
+        (b"0: sky\n1: road\n", r"numbers its classes"),
+        (b"name\nsky\nroad\n", "line 1, 'name': it is the title of a column"),
+        (b"# a\nClass Names\nsky\nroad\n", "line 2, 'Class Names': it is the title of a column"),
+        (b"sky\n\nroad\n", "line 2, '': the line is empty"),
+        (b"sky\n12\n", "line 2, '12': there is no letter"),
+        (b"sky 300 0 0\nroad\n", "line 1, 'sky 300 0 0': a value of its colour is above 255"),
+        (b"sky,128,64\nroad\n", "line 1, 'sky,128,64': a part of its colour is missing"),
+        (b"sky\nroad\nsky\n", "names sky twice, in lines 1 and 3"),
     ],
 )
 def test_files_of_classes_that_cannot_be_read(tmp_path, data, message):

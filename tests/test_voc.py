@@ -175,7 +175,7 @@ def test_how_many_classes(tmp_path):
         ("sky\nroad\nvoid\n", 3),
         ("void\na\nb", 3),
         ("a 1 2 3\nb 4 5 6\n", 2),
-        ("x\n" * 255, 255),
+        ("".join(f"x{i}\n" for i in range(255)), 255),
     ):
         path.write_text(text)
         assert count_classes(tmp_path) == count
