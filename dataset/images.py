@@ -93,7 +93,7 @@ def read_picture(path: str | Path) -> tuple[np.ndarray, int]:
         raise DatasetError(f"the image {path} is not an image that OpenCV can decode ({len(data)} bytes)")
     image = _to_bgr(image, path)
     orientation = tiff.orientation if tiff else _orientation(data)
-    return _turned(image, orientation), orientation
+    return image if orientation == 1 else _turned(image, orientation), orientation
 
 
 def _decode(data: bytes) -> np.ndarray | None:

@@ -76,4 +76,7 @@ def open_tiff(data: bytes) -> Tiff:
         put(PHOTOMETRIC, RGB, PHOTOMETRIC)
     if rgb or grey:
         put(EXTRA, 0, EXTRA if bands in (2, 4) else UNUSED)
-    return Tiff(bands, f"{FORMATS.get(form, 'uint')}{bits}", readable, values.get(ORIENTATION, (1,))[0], bytes(changed))
+    orientation = values.get(ORIENTATION, (1,))[0]
+    return Tiff(
+        bands, f"{FORMATS.get(form, 'uint')}{bits}", readable, orientation if 1 <= orientation <= 8 else 1, bytes(changed)
+    )

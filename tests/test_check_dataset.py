@@ -287,14 +287,28 @@ def test_orientation_and_lossy_labels(tmp_path, capsys):
 
 
 def test_pictures_that_use_a_fraction_of_their_range_are_named(tmp_path, capsys):
-    for name, top in (("twelve", 4095), ("sixteen", 65535)):
+    for name, top in (("fourteen", 16383), ("sixteen", 65535)):
         put(tmp_path, name, [[0, 1, 0], [1, 0, 1]])
         (tmp_path / f"JPEGImages/{name}.jpg").unlink()
         pixels = np.array([[[0] * 3, [top // 2] * 3, [top] * 3], [[1] * 3, [2] * 3, [3] * 3]])
         (tmp_path / f"JPEGImages/{name}.png").write_bytes(png(pixels, 16, RGB))
     status, text = check(tmp_path, capsys, "--num-classes", 2)
     assert status == 0
-    assert "1 pictures have no value above 63 of 255 (twelve)" in text
+    assert "1 pictures have no value above 63 of 255 (fourteen)" in text
+
+
+def test_images_that_are_no_image_for_a_net_are_named(tmp_path, capsys):
+    """Bytes in a file of 16 bits, as training refuses them, too; one bright pixel of no value hides nothing."""
+    for name, value in (("dark", 200), ("right", 60000)):
+        put(tmp_path, name, [[0, 1, 0], [1, 0, 1]])
+        (tmp_path / f"JPEGImages/{name}.jpg").unlink()
+        pixels = np.full((2, 3, 3), value)
+        pixels[0, 0] = 65535
+        (tmp_path / f"JPEGImages/{name}.png").write_bytes(png(pixels, 16, RGB))
+    status, text = check(tmp_path, capsys, "--num-classes", 2)
+    assert status == 1
+    assert "dark.png holds 3 bands of uint16 with values from 0 to 200" in text
+    assert "right.png" not in text
 
 
 def test_the_files_that_a_list_names_are_checked(tmp_path, capsys):
