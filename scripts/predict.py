@@ -244,15 +244,19 @@ def segment(work: Work, sources: list[Source], pool: "CRFPool | None") -> list[s
                 save_prediction(Path(f"{target}.png"), mask, classes.palette)
                 bar.update()
         for path in videos:
-            target = targets[str(path)]
+            target, decoded = targets[str(path)], 0
             try:
                 video, rate = open_video(path)
                 with VideoFile(Path(f"{target}.mp4"), rate) as film:
-                    for frame in predictions(net, read_frames(video), device, **prediction):
+                    for decoded, frame in enumerate(predictions(net, read_frames(video), device, **prediction), 1):
                         save_prediction(Path(target, f"{frame.id}.png"), frame.mask, classes.palette)
-                        film.write(blend(np.ascontiguousarray(frame.image[:, :, ::-1]), frame.mask, classes.palette))
-                        bar.set_postfix_str(f"{path.name}: frame {film.count}", refresh=False)
-                    check_frames(path, video, film.count)
+                        film.write(
+                            blend(np.ascontiguousarray(frame.image[:, :, ::-1]), frame.mask, classes.palette), frame.time
+                        )
+                        bar.set_postfix_str(f"{path.name}: frame {decoded}", refresh=False)
+                    check_frames(path, video, decoded)
+                if film.note():
+                    bar.write(f"{path}: {film.note()}")
             except BrokenVideo as error:
                 broken.append(str(error))
             bar.update()

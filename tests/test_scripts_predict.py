@@ -277,6 +277,75 @@ def test_odd_frames_get_even_sides(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
 
+def shown_at(path: Path) -> list[int]:
+    """Which of the frames of :func:`grey_frames` each frame of a film is."""
+    video, shown = cv2.VideoCapture(str(path)), []
+    while (read := video.read())[0]:
+        shown.append(round(float(read[1].mean()) / 20))
+    return shown
+
+
+def grey_frames(count: int) -> list[np.ndarray]:
+    return [np.full((32, 48, 3), 20 * i, np.uint8) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("rate", "times"),
+    [
+        (10.0, [0, 0.1, 0.2, 0.3, 0.4]),
+        (10.0, [0, 0.13, 0.17, 0.32, 0.39]),  # within a frame
+        (29.97003, [i / 29.97003 for i in range(5)]),
+        (119.8805, [i / 119.8805 for i in range(5)]),  # MPEG-4 has no such rate
+        (10.0, [0, 0.5, 0.6, 1.8, 1.9]),  # gaps
+        (10.0, [0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.2, 0.7]),  # a burst, and a gap
+        (10.0, [None, None, None]),
+    ],
+)
+def test_frames_keep_their_times_to_a_frame(rate, times, tmp_path):
+    with VideoFile(tmp_path / "a.mp4", rate) as film:
+        for frame, time in zip(grey_frames(len(times)), times, strict=True):
+            film.write(frame, time)
+    shown = shown_at(tmp_path / "a.mp4")
+    assert len(shown) == film.count
+    constant = all(time is None or abs(time * rate - i) <= 1 for i, time in enumerate(times))
+    if constant:
+        assert shown == list(range(len(times)))
+        assert film.note() == ""
+        return
+    for i, time in enumerate(times):
+        slots = [slot for slot, frame in enumerate(shown) if frame == i]
+        assert not slots or abs(slots[0] - time * rate) <= 1
+    assert f"{film.repeated} frames are repeated and {film.left_out} left out" in film.note()
+    assert (film.repeated, film.left_out) == (len(shown) - len(set(shown)), len(times) - len(set(shown)))
+
+
+def test_a_jump_of_more_than_an_hour_is_refused(tmp_path):
+    with VideoFile(tmp_path / "a.mp4", 1.0) as film:
+        film.write(grey_frames(1)[0], 0.0)
+        with pytest.raises(BrokenVideo, match="jump by 9999 seconds"):
+            film.write(grey_frames(1)[0], 1e4)
+
+
+def test_a_header_that_gives_its_clock_for_a_rate(snapshot, tmp_path, capsys):
+    """Some programs write the unit of their clock, 90000 per second: written at 25, with a word, and the next film as well."""
+    write_video(tmp_path / "a.mov", grey_frames(4))
+    data = bytearray((tmp_path / "a.mov").read_bytes())
+    for box in (
+        b"mvhd",
+        b"mdhd",
+    ):  # version and flags, two dates, then the parts of a second (ISO/IEC 14496-12, 8.2.2 and 8.4.2)
+        at = data.index(box) + 16
+        data[at : at + 4] = (int.from_bytes(data[at : at + 4], "big") * 9000).to_bytes(4, "big")
+    (tmp_path / "a.mov").write_bytes(data)
+    write_video(tmp_path / "b.mp4", grey_frames(3))
+    assert open_video(tmp_path / "a.mov")[1] == pytest.approx(90000)
+    run(snapshot, tmp_path / "a.mov", tmp_path / "b.mp4", "--save-dir", tmp_path / "out")
+    assert cv2.VideoCapture(str(tmp_path / "out/a.mp4")).get(cv2.CAP_PROP_FPS) == 25
+    assert len(shown_at(tmp_path / "out/a.mp4")) == 4
+    assert (tmp_path / "out/b.mp4").exists()
+    assert "a.mov: its header says 90000 frames per second" in capsys.readouterr().out
+
+
 NOISE = [np.random.default_rng(i).integers(0, 256, (48, 64, 3), dtype=np.uint8) for i in range(20)]
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -15,13 +16,24 @@ from utils.evaluation.images import Picture
 from utils.files import DiskError, temporary_beside
 from utils.outputs import mark_mp4
 
+LARGEST_RATE = 240.0  # frames per second; a header with more gives the unit of its clock
+USUAL_RATE = 25.0  # where the header has none
+LONGEST_GAP = 3600.0  # seconds between two frames
+
 
 class BrokenVideo(UserError):
-    """A video that cannot be read, or not to its end."""
+    """A video that cannot be read or written, or not to its end."""
+
+
+@dataclass
+class Frame(Picture):
+    """A frame, shown from ``time`` seconds on; None where the container does not say."""
+
+    time: float | None
 
 
 def open_video(path: Path) -> tuple[cv2.VideoCapture, float]:
-    """A video file and its frames a second.
+    """A video file and its frames per second, as its header says.
 
     Raises:
         BrokenVideo: OpenCV cannot read it, or it is cut off.
@@ -37,18 +49,19 @@ def open_video(path: Path) -> tuple[cv2.VideoCapture, float]:
         raise BrokenVideo(f"the video {path} cannot be decoded by OpenCV; convert it, for instance to H.264 in .mp4")
     video.release()
     video = cv2.VideoCapture(str(path))
-    return video, video.get(cv2.CAP_PROP_FPS) or 25.0
+    return video, video.get(cv2.CAP_PROP_FPS)
 
 
-def read_frames(video: cv2.VideoCapture) -> Iterator[Picture]:
+def read_frames(video: cv2.VideoCapture) -> Iterator[Frame]:
     """The frames, whose ids are their numbers from 000000; decoded as they are asked for."""
-    number = 0
+    number, before = 0, -1.0
     while True:
         more, image = video.read()
         if not more:
             return
-        yield Picture(f"{number:06d}", image)
-        number += 1
+        time = video.get(cv2.CAP_PROP_POS_MSEC) / 1000
+        yield Frame(f"{number:06d}", image, time if time > before else None)
+        number, before = number + 1, max(time, before)
 
 
 def check_frames(path: Path, video: cv2.VideoCapture, decoded: int) -> None:
@@ -115,20 +128,63 @@ def _ebml_size(file: IO[bytes]) -> int:
 class VideoFile:
     """A context that writes frames of one size to an .mp4 file, which is there whole or not at all. Sound is not kept.
 
+    The file has one rate. Where the frames' own times depart from it by more than a frame, the frame before is repeated, or
+    one is left out.
+
+    Args:
+        path: of the file.
+        frames_per_second: as a header says; 0, or more than a camera takes, is replaced by 25.
+
+    Attributes:
+        count: the frames that are in the file.
+
     Raises:
-        BrokenVideo: the frames change their size.
+        BrokenVideo: the frames change their size, or OpenCV cannot write such a video here.
         DiskError: not all frames are in the file, of which OpenCV says nothing.
-        UserError: OpenCV cannot write videos here.
     """
 
     def __init__(self, path: Path, frames_per_second: float) -> None:
-        self.path, self.rate = path, frames_per_second
+        usual = 0 < frames_per_second <= LARGEST_RATE
+        self.path, self.stated = path, frames_per_second
+        # MPEG-4 counts time in up to 65535 parts of a second, for which OpenCV takes as many decimals as a rate has.
+        self.rate = (round(frames_per_second, 2) or frames_per_second) if usual else USUAL_RATE
+        self.timed = usual  # times that come with another rate are wrong as well
+        self.repeated, self.left_out = 0, 0
+        self.last: np.ndarray | None = None  # the frame that was written last
         self.temporary = temporary_beside(path, ".mp4")
         self.writer: cv2.VideoWriter | None = None
         self.size, self.count = (0, 0), 0  # width and height, and the number of frames written
 
-    def write(self, image_rgb: np.ndarray) -> None:
-        """Append a frame, (H, W, 3) uint8 RGB; an odd side gets another row or column, as the format asks for even ones."""
+    def write(self, image_rgb: np.ndarray, time: float | None = None) -> None:
+        """Append a frame, (H, W, 3) uint8 RGB, shown from ``time`` seconds on, or right after the one before it.
+
+        An odd side gets another row or column, as the format asks for even ones.
+        """
+        late = (time * self.rate if time is not None and self.timed else self.count) - self.count  # in frames
+        if late < -1:
+            self.left_out += 1
+            return
+        if late > LONGEST_GAP * self.rate:
+            raise BrokenVideo(f"the frames for {self.path} jump by {late / self.rate:.0f} seconds; convert the video")
+        if late > 1 and self.last is not None:
+            for _ in range(round(late)):
+                self.repeated += 1
+                self._append(self.last)
+        self.last = image_rgb
+        self._append(image_rgb)
+
+    def note(self) -> str:
+        """What is said of the rate of the file; "" where it is the video's own."""
+        if not self.timed:
+            return f"its header says {self.stated:g} frames per second, so {self.path} has {self.rate:g}"
+        if not self.repeated and not self.left_out:
+            return ""
+        return (
+            f"its frame rate varies: in {self.path}, at {self.rate:g} frames per second, {self.repeated} frames are repeated "
+            f"and {self.left_out} left out, so that the others keep their times"
+        )
+
+    def _append(self, image_rgb: np.ndarray) -> None:
         height, width = image_rgb.shape[:2]
         if height % 2 or width % 2:
             image_rgb = np.pad(image_rgb, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
@@ -142,7 +198,10 @@ class VideoFile:
                 raise DiskError(f"{self.path} cannot be written ({error.strerror}); choose another folder") from None
             self.writer = cv2.VideoWriter(str(self.temporary), cv2.VideoWriter.fourcc(*"mp4v"), self.rate, size)
             if not self.writer.isOpened():
-                raise UserError(f"{self.path}: this build of OpenCV cannot write MPEG-4 videos; install opencv-python-headless")
+                raise BrokenVideo(
+                    f"{self.path}: OpenCV cannot write MPEG-4 of {size[0]}x{size[1]} pixels at {self.rate:g} frames per second "
+                    "here; install opencv-python-headless, or convert the video"
+                )
         if size != self.size:
             shown = " to ".join(f"{width}x{height}" for width, height in (self.size, size))
             raise BrokenVideo(f"the frames for {self.path} change their size from {shown}; convert the video to one size")
