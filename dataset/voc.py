@@ -115,12 +115,6 @@ class VOCSegmentation(Dataset):
         if label_dir:
             entries = [entry._replace(label=below(entry.label, label_dir)) for entry in entries]
         self.ids = [entry.id for entry in entries]
-        self.entries: dict[str, Entry] = {}
-        for entry in entries:
-            if (first := self.entries.setdefault(entry.id, entry)) != entry:
-                files = f"{first.image} {first.label}, then {entry.image} {entry.label}"
-                raise DatasetError(f"the list holds the id {entry.id} twice, for other files ({files}); leave one out")
-
         if not self.image_dir.is_dir() and any(entry.image is None for entry in entries):
             raise DatasetError(
                 f"the data set folder {self.root} holds no {image_dir}/; expected <id>.jpg pictures there{self._holds()}"
@@ -135,9 +129,13 @@ class VOCSegmentation(Dataset):
                 + (f"; {self.SOURCE}" if self.SOURCE else "")
             )
         listing = Listing(self.root)
-        for id, entry in self.entries.items():
+        self.entries: dict[str, Entry] = {}
+        for entry in entries:
             label = entry.label or self.find_label(listing, entry, label_dirs)
-            self.entries[id] = Entry(id, _picture(listing, entry, image_dir, label), label)
+            entry = Entry(entry.id, _picture(listing, entry, image_dir, label), label)
+            if (first := self.entries.setdefault(entry.id, entry)) != entry:
+                files = f"{first.image} {first.label}, then {entry.image} {entry.label}"
+                raise DatasetError(f"the list holds the id {entry.id} twice, for other files ({files}); leave one out")
 
     @classmethod
     def lists(cls, split: str, image_dir: str) -> tuple[str, ...]:

@@ -1,16 +1,17 @@
-"""Read every picture and label mask of a list, as training does, and say in one table what is wrong with them.
+"""Read every image and label mask of the train and the val list, as training does, and say in one table what is wrong.
 
     python scripts/check_dataset.py --data-dir data/mine
-    python scripts/check_dataset.py --data-dir data/mine --data-list train.txt val.txt --num-classes 5
+    python scripts/check_dataset.py --data-dir data/mine --data-list more.txt --num-classes 5
 
-Of several lists, the ids that are on two of them are named, and the classes that one of them lacks.
-Ends with status 0 where all is well, 1 where something is wrong, 2 where the check could not be made.
+Of several lists, the images that are on two of them are named, by their ids or their bytes, and the classes that one lacks.
+Exit status: 0 where all is well, 1 where something is wrong (--strict: or a warning is given), 2 where the check failed.
 """
 
 import argparse
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset import DATASETS, VOC_CLASSES, VOCSegmentation, default_names, find_list
+from dataset import DATASETS, VOC_CLASSES, DatasetError, VOCSegmentation, default_names, find_list
 from dataset.classes import IGNORE_LABEL, Color, read_class_file
 from scripts.data.causes import cityscapes_causes, few, likely_causes
 from scripts.data.inspection import MOST, Inspection, inspect
@@ -27,7 +28,7 @@ from scripts.data.parallel import add_workers_option, parallel_map
 from utils.argtypes import GivenParser, class_count, label_value, target_text
 from utils.command import run_command
 from utils.files import save_json
-from utils.options import DATA_DIR, add_dataset_option, dataset_defaults
+from utils.options import DATA_DIR, Options, add_dataset_option, dataset_defaults
 from utils.outputs import OUTPUT_MARK, Output, check_outputs
 
 KINDS = (
@@ -48,7 +49,7 @@ SHOWN = 5  # examples of each kind
 DARK = 64  # of 256 levels: what 12-bit data in a 16-bit file come to, and less
 
 
-def differing_palettes(entries: list[Inspection]) -> list[str]:
+def differing_palettes(entries: Sequence[Inspection]) -> list[str]:
     """Where palettes give one index several colours: a sentence an index. Grey labels have no palette."""
     users: dict[int, dict[Color, list[str]]] = defaultdict(lambda: defaultdict(list))
     for entry in sorted(entries, key=lambda entry: entry.image_id):
@@ -61,77 +62,120 @@ def differing_palettes(entries: list[Inspection]) -> list[str]:
     ]
 
 
-def compare_lists(lists: dict[str, list[str]], entries: list[Inspection], classes: list[int]) -> dict:
-    """What several lists have in common, and which classes one of them lacks.
+def same_sizes(sets: Mapping[str, VOCSegmentation]) -> set[Path]:
+    """The images that may be copies of one on another list: those of a file size that occurs on several lists."""
+    sizes: dict[Path, int] = {}
+    lists: dict[int, set[str]] = defaultdict(set)
+    for name, data in sets.items():
+        for path in map(data.image_path, data.entries):
+            with suppress(OSError):
+                sizes[path] = path.stat().st_size
+                lists[sizes[path]].add(name)
+    return {path for path, size in sizes.items() if len(lists[size]) > 1}
 
-    Args:
-        lists: name -> ids.
+
+def compare(one: Mapping[str, Inspection], other: Mapping[str, Inspection]) -> tuple[list[str], list[list[str]]]:
+    """The images that are on two lists (id -> Inspection).
+
+    Returns:
+        The ids of those that are one file; for each further image of ``other`` that is, byte for byte, one of ``one``, the two
+        ids.
     """
-    counts = {entry.image_id: entry.counts for entry in entries if entry.counts is not None}
-    absent = {}
-    for name, ids in lists.items():
-        present = sum((counts[image_id] > 0 for image_id in ids if image_id in counts), start=np.zeros(256, dtype=bool))
-        absent[name] = [c for c in classes if not present[c]]
-    shared = [
-        {"lists": [one, other], "ids": both}
-        for one, other in combinations(lists, 2)
-        if (both := sorted(set(lists[one]) & set(lists[other])))
-    ]
-    return {"absent": absent, "shared": shared}
+    paths = {entry.image_path for entry in one.values()}
+    copies = {entry.digest: id for id, entry in sorted(one.items(), reverse=True) if entry.digest}
+    rest = sorted((id, entry) for id, entry in other.items() if entry.image_path not in paths)
+    both = sorted(id for id, entry in other.items() if entry.image_path in paths)
+    return both, [[copies[entry.digest], id] for id, entry in rest if entry.digest in copies]
 
 
-def summarize(entries: list[Inspection], data: VOCSegmentation, lists: dict[str, list[str]]) -> dict:
-    """All that is found, as JSON can hold it."""
-    examples: dict[str, list[str]] = {kind: [] for kind in KINDS}
-    for entry in sorted(entries, key=lambda entry: entry.image_id):
-        for kind, found in entry.problems:
-            examples[kind].append(found)
-    examples["duplicate id"] = [
-        f"{image_id} ({n} times)" for ids in lists.values() for image_id, n in sorted(Counter(ids).items()) if n > 1
-    ]
-    examples["palettes differ"] = differing_palettes(entries)
-    labels = [entry.counts for entry in entries if entry.counts is not None]
-    with_wrong = [entry.counts for entry in entries if entry.counts is not None and "wrong values" in dict(entry.problems)]
-    none = np.zeros(256, dtype=np.int64)
-    counts = sum(labels, start=none)
-    in_pictures = sum((c > 0 for c in labels), start=none)
-    void = sorted({data.ignore_label, IGNORE_LABEL})
-    is_class = [value for value in range(data.num_classes) if value not in void]
-    known = int(counts[is_class].sum())
+def total(counts: Iterable[np.ndarray | None]) -> np.ndarray:
+    """The sum of (256,) counts; None is of a label that could not be read."""
+    return sum((c for c in counts if c is not None), start=np.zeros(256, dtype=np.int64))
 
-    colours = Counter(entry.colours for entry in entries)
-    drawn: Counter[Color] = Counter()
-    drawn_in: Counter[Color] = Counter()
-    for entry in entries:
-        drawn.update(entry.drawn)
-        drawn_in.update(entry.drawn.keys())
+
+def causes_of(entries: Sequence[Inspection], data: VOCSegmentation) -> list[str]:
+    """What the images and labels of one list point to, one sentence each."""
+    counts = total(entry.counts for entry in entries)
+    kinds = {kind for entry in entries for kind, _ in entry.problems}
     if data.NAMES:
-        causes = cityscapes_causes(counts, bool(examples["colour label"]), bool(examples["wrong values"]))
+        causes = cityscapes_causes(counts, "colour label" in kinds, "wrong values" in kinds)
     else:
-        causes = likely_causes(counts, sum(with_wrong, start=none), colours, data.num_classes, data.ignore_label)
-    if examples["palettes differ"]:
-        causes.append(
-            "palettes that differ were re-ordered by a tool, and their indices are wrong, or come from several programs: with "
-            "the colours in classes.txt (`name r g b` a line), each file that was re-ordered is named"
-        )
+        wrong = total(entry.counts for entry in entries if "wrong values" in dict(entry.problems))
+        colours = Counter(entry.colours for entry in entries)
+        causes = likely_causes(counts, wrong, colours, data.num_classes, data.ignore_label)
     if dark := sorted(entry.image_id for entry in entries if entry.brightest < DARK):
         causes.append(
             f"{len(dark)} pictures have no value above {DARK - 1} of 255 ({few(dark)}): 10, 12 or 14-bit data in 16-bit files "
             "come out nearly black; stretch them to the whole range"
         )
-    for kind in ("missing picture", "missing label"):
-        lost = examples[kind]
+    for what in ("picture", "label"):
+        lost = [found for entry in entries if (found := dict(entry.problems).get(f"missing {what}"))]
         if len(lost) == len(entries) and (other := next(Path(lost[0]).parent.glob("*"), None)):
-            causes.append(f"no id of the list has its {kind[8:]}: expected {lost[0]}, the folder has {other.name}")
+            causes.append(f"no id of the list has its {what}: expected {lost[0]}, the folder has {other.name}")
+    return causes
+
+
+def summarize(
+    entries: Sequence[Inspection], sets: Mapping[str, VOCSegmentation], lists: Mapping[str, Mapping[str, Inspection]]
+) -> dict:
+    """All that is found, as JSON can hold it.
+
+    Args:
+        entries: each pair of files once.
+        sets: name of a list -> its data.
+        lists: name -> id -> one of ``entries``.
+    """
+    data = next(iter(sets.values()))
+    examples: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    for entry in sorted(entries, key=lambda entry: entry.image_id):
+        for kind, found in entry.problems:
+            examples[kind].append(found)
+    examples["duplicate id"] = [
+        f"{image_id} ({n} times)" for own in sets.values() for image_id, n in sorted(Counter(own.ids).items()) if n > 1
+    ]
+    examples["palettes differ"] = differing_palettes(entries)
+    labels = [entry.counts for entry in entries if entry.counts is not None]
+    counts, in_pictures = total(labels), total(c > 0 for c in labels)
+    void = sorted({data.ignore_label, IGNORE_LABEL})
+    is_class = [value for value in range(data.num_classes) if value not in void]
+    known = int(counts[is_class].sum())
+
+    drawn: Counter[Color] = Counter()
+    drawn_in: Counter[Color] = Counter()
+    for entry in entries:
+        drawn.update(entry.drawn)
+        drawn_in.update(entry.drawn.keys())
+    causes = {name: causes_of(list(found.values()), sets[name]) for name, found in lists.items()}
+    if examples["palettes differ"]:
+        text = (
+            "palettes that differ were re-ordered by a tool, and their indices are wrong, or come from several programs: with "
+            "the colours in classes.txt (`name r g b` a line), each file that was re-ordered is named"
+        )
+        causes = {name: [*found, text] for name, found in causes.items()}
     sizes = [entry.size for entry in entries if entry.size]
-    absent = [c for c in is_class if not counts[c]]
-    few_classes = len(labels) > 0 and len(is_class) - len(absent) < 2
+    present = {
+        name: total(entry.counts > 0 for entry in found.values() if entry.counts is not None) for name, found in lists.items()
+    }
+    few_classes = any(n.any() and (n[is_class] > 0).sum() < 2 for n in present.values())
+    shared, copies, warnings = [], [], []
+    for one, other in combinations(lists, 2):
+        both, twice = compare(lists[one], lists[other])
+        if both:
+            shared.append({"lists": [one, other], "ids": both})
+            warnings.append(f"{len(both)} ids are on both {one} and {other}: {few(both)}")
+        if twice:
+            copies.append({"lists": [one, other], "ids": twice})
+            warnings.append(
+                f"{len(twice)} images are on both {one} and {other} under other names, byte for byte: "
+                f"{few(map(' = '.join, twice))}; leave them out of one, for what was trained on proves nothing"
+            )
     return {
-        "ids": len(data),
+        "ids": sum(map(len, sets.values())),
         "good": sum(not entry.problems for entry in entries),
         "wrong": any(examples.values()) or few_classes,
         "problems": {kind: {"count": len(found), "examples": found[:SHOWN]} for kind, found in examples.items()},
-        "likely_causes": causes,
+        "likely_causes": list(dict.fromkeys(cause for found in causes.values() for cause in found)),
+        "warnings": warnings,
         "width": [min(w for w, _ in sizes), max(w for w, _ in sizes)] if sizes else None,
         "height": [min(h for _, h in sizes), max(h for _, h in sizes)] if sizes else None,
         "classes": [
@@ -140,9 +184,16 @@ def summarize(entries: list[Inspection], data: VOCSegmentation, lists: dict[str,
         ],
         "void": {"pixels": int(counts[void].sum()), "share": int(counts[void].sum()) / max(int(counts.sum()), 1)},
         "only_void": sum(int(c[void].sum() == c.sum()) for c in labels),
-        "absent": absent,
+        "absent": [c for c in is_class if not counts[c]],
         "colours": [{"colour": color, "pixels": n, "labels": drawn_in[color]} for color, n in drawn.most_common()],
-        "lists": compare_lists(lists, entries, is_class) if len(lists) > 1 else None,
+        "lists": {
+            "absent": {name: [c for c in is_class if not n[c]] for name, n in present.items()},
+            "shared": shared,
+            "copies": copies,
+            "likely_causes": causes,
+        }
+        if len(lists) > 1
+        else None,
     }
 
 
@@ -170,20 +221,40 @@ def print_table(report: dict, names: Sequence[str] | None) -> None:
         for row in report["colours"][:MOST]:
             print(f"{' '.join(map(str, row['colour'])):<28}{row['pixels']:>12}{row['labels']:>8}")
         print(f"and {len(report['colours']) - MOST} more\n" if len(report["colours"]) > MOST else "")
-    if report["lists"]:
-        for shared in report["lists"]["shared"]:
-            print(f"warning: {len(shared['ids'])} ids are on both {' and '.join(shared['lists'])}: {few(shared['ids'])}")
-        for name, absent in report["lists"]["absent"].items():
-            print(f"classes that never occur in {name}: {', '.join(map(str, absent)) or 'none'}")
+    for warning in report["warnings"]:
+        print(f"warning: {warning}")
+    lists = report["lists"] or {"absent": {}, "likely_causes": {}}
+    for name, absent in lists["absent"].items():
+        print(f"classes that never occur in {name}: {', '.join(map(str, absent)) or 'none'}")
     for cause in report["likely_causes"]:
-        print(f"likely cause: {cause}")
-    print(f"{'WRONG' if report['wrong'] else 'OK'}: {report['good']} good pairs, {report['ids']} lines in the list")
+        where = [name for name, found in lists["likely_causes"].items() if cause in found]
+        print(f"likely cause{f' ({where[0]})' if len(where) == 1 else ''}: {cause}")
+    end = "lists" if report["lists"] else "list"
+    print(f"{'WRONG' if report['wrong'] else 'OK'}: {report['good']} good pairs, {report['ids']} lines in the {end}")
 
 
-def check_json(path: Path, data: VOCSegmentation, lists: Sequence[Path]) -> None:
+def check_json(path: Path, sets: Mapping[str, VOCSegmentation]) -> None:
     """Raise :class:`UserError` where the report cannot be written to ``path``, or would replace what is no earlier report."""
-    read = [*lists, data.root / "classes.txt", *(place(i) for i in data.ids for place in (data.image_path, data.label_path))]
-    check_outputs([Output("--json", path.parent, path.name, "the report")], read, [data.image_dir, *data.label_dirs])
+    read: list[str | Path] = list(sets)
+    folders: list[Path] = []
+    for data in sets.values():
+        read += [data.root / "classes.txt", *(place(i) for i in data.ids for place in (data.image_path, data.label_path))]
+        folders += [data.image_dir, *data.label_dirs]
+    check_outputs([Output("--json", path.parent, path.name, "the report")], read, folders)
+
+
+def find_lists(args: Options) -> list[Path]:
+    """The lists of ``--data-list``, else those of train and, where there is one, val."""
+    kind = DATASETS[args.dataset]
+    if args.data_list:
+        return [find_list(args.data_dir, name, (), kind.SOURCE) for name in args.data_list]
+    train = find_list(args.data_dir, None, kind.lists("train", args.image_dir), kind.SOURCE)
+    candidates = kind.lists("val", args.image_dir)
+    try:
+        return [train, find_list(args.data_dir, None, candidates, kind.SOURCE)]
+    except DatasetError:
+        print(f"no val list ({' or '.join(candidates)}): train alone is checked")
+        return [train]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -193,8 +264,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--data-list",
         nargs="+",
-        help="files of ids, also looked for in --data-dir (ImageSets/SegmentationAug/train_aug.txt there, else "
-        "ImageSets/Segmentation/train.txt; Cityscapes: leftImg8bit/train)",
+        help="files of ids, also looked for in --data-dir; only these are read (default: the train list and the val list, "
+        "ImageSets/SegmentationAug/{train_aug,val}.txt there, else ImageSets/Segmentation/{train,val}.txt; Cityscapes: "
+        "leftImg8bit/{train,val})",
     )
     text = "classes with the background (as many as classes.txt has lines, else 21 or 19)"
     parser.add_argument("--num-classes", type=class_count, help=text)
@@ -204,6 +276,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--label-dir", help="folder of the masks (SegmentationClassAug, else SegmentationClass; gtFine)")
     add_workers_option(parser)
+    parser.add_argument("--strict", action="store_true", help="exit status 1 for a warning, too: an image on two lists")
     parser.add_argument("--json", type=target_text, metavar="FILE", help="save the report as JSON, too")
     return parser.parse_args(argv)
 
@@ -211,25 +284,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = dataset_defaults(parse_args(argv))
     kind = DATASETS[args.dataset]
-    candidates = kind.lists("train", args.image_dir)
-    lists = [find_list(args.data_dir, name, candidates, kind.SOURCE) for name in args.data_list or [None]]
+    lists = find_lists(args)
     classes = None if kind.NAMES else read_class_file(args.data_dir)
     num_classes = len(kind.NAMES) or args.num_classes or (classes and classes.count(args.ignore_label)) or len(VOC_CLASSES)
-    entries = {str(path): kind.read_list(path, args.image_dir) for path in lists}
-    union = [entry for found in entries.values() for entry in found]
-    data = kind(args.data_dir, union, args.image_dir, args.label_dir, num_classes, args.ignore_label, classes=classes)
+    options = (args.image_dir, args.label_dir, num_classes, args.ignore_label)
+    sets = {str(path): kind(args.data_dir, kind.read_list(path, args.image_dir), *options, classes=classes) for path in lists}
+    data = next(iter(sets.values()))
     names = data.names or (default_names(num_classes) if num_classes == 21 else None)
-    print(f"{', '.join(entries)}: {len(data)} ids, {num_classes} classes")
+    print(f"{', '.join(sets)}: {sum(map(len, sets.values()))} ids, {num_classes} classes")
 
     if args.json:
-        check_json(Path(args.json), data, lists)
-    options = (num_classes, args.ignore_label, data.colors)
-    tasks = [(i, data.image_path(i), path := data.label_path(i), *options, data.classes_of(path)) for i in data.entries]
-    found = list(tqdm(parallel_map(inspect, tasks, args.workers), "read", len(tasks), unit="pair", disable=None))
-    report = summarize(found, data, {path: [entry.id for entry in ids] for path, ids in entries.items()})
+        check_json(Path(args.json), sets)
+    hashed = same_sizes(sets)
+    tasks: dict[tuple[Path, Path], tuple] = {}  # each pair of files once
+    for own in sets.values():
+        for i in own.entries:
+            image, label = own.image_path(i), own.label_path(i)
+            rest = (num_classes, args.ignore_label, own.colors, own.classes_of(label), image in hashed)
+            tasks.setdefault((image, label), (i, image, label, *rest))
+    found = tqdm(parallel_map(inspect, tasks.values(), args.workers), "read", len(tasks), unit="pair", disable=None)
+    entries = {(entry.image_path, entry.label_path): entry for entry in found}
+    inspected = {name: {i: entries[own.image_path(i), own.label_path(i)] for i in own.entries} for name, own in sets.items()}
+    report = summarize(list(entries.values()), sets, inspected)
+    report["wrong"] |= args.strict and bool(report["warnings"])
     print_table(report, names)
     if args.json:
-        head = {"made_by": OUTPUT_MARK, "data_dir": str(data.root), "data_list": list(entries), "names": names}
+        head = {"made_by": OUTPUT_MARK, "data_dir": str(data.root), "data_list": list(sets), "names": names}
         save_json(args.json, head | report)
     return 1 if report["wrong"] else 0
 

@@ -25,7 +25,8 @@ def put(root, image_id, label, size=None, mode=None):
     for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (root / name).mkdir(parents=True, exist_ok=True)
     height, width = size or np.shape(label)[:2]
-    Image.fromarray(np.full((height, width, 3), 77, dtype=np.uint8)).save(root / f"JPEGImages/{image_id}.jpg")
+    image = Image.fromarray(np.full((height, width, 3), 77, dtype=np.uint8))
+    image.save(root / f"JPEGImages/{image_id}.jpg", comment=image_id)  # no two are one file
     image = Image.fromarray(np.asarray(label, dtype=np.uint8))
     if mode == "P":
         image.putpalette(voc_palette().tobytes())
@@ -384,6 +385,105 @@ def test_several_lists(tmp_path, capsys):
     status, text = check(tmp_path, capsys, "--data-list", *names)
     assert (status, "warning" in text) == (0, False)
     assert f"classes that never occur in {folder / 'train.txt'}: 2, 3\n" in text
+
+
+LISTS = "ImageSets/Segmentation"
+
+
+def write_list(root, name, *lines):
+    (root / LISTS / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
+    return str(root / LISTS / f"{name}.txt")
+
+
+def test_both_lists_are_read_unless_one_is_named(tmp_path, capsys):
+    for name, label in (("a", [[0, 1]]), ("b", [[1, 0]]), ("c", [[0, 9]])):
+        put(tmp_path, name, label)
+    train, report = write_list(tmp_path, "train", "a", "b"), tmp_path / "report.json"
+    words = ["--num-classes", 2, "--json", report]
+    status, text = check(tmp_path, capsys, *words)
+    alone = json.loads(report.read_text())
+    assert (status, alone["data_list"], alone["lists"]) == (0, [train], None)
+    assert "no val list (ImageSets/SegmentationAug/val.txt or ImageSets/Segmentation/val.txt): train alone is checked\n" in text
+    val = write_list(tmp_path, "val", "c")
+    status, text = check(tmp_path, capsys, *words)
+    both = json.loads(report.read_text())
+    assert (status, both["data_list"], both["ids"], both["good"]) == (1, [train, val], 3, 2)
+    assert "c.png holds the value 9" in text
+    assert "no val list" not in text
+    assert text.endswith("WRONG: 2 good pairs, 3 lines in the lists\n")
+    # what reads the report of one list reads that of two
+    assert {key: type(value) for key, value in both.items() if key != "lists"} == {
+        key: type(value) for key, value in alone.items() if key != "lists"
+    }
+    for name, expected in (("train", 0), ("val", 1)):
+        status, text = check(tmp_path, capsys, *words, "--data-list", f"{LISTS}/{name}.txt")
+        assert (status, json.loads(report.read_text())["data_list"]) == (expected, [str(tmp_path / LISTS / f"{name}.txt")])
+
+
+def test_images_that_are_in_both_lists_under_other_names(tmp_path, capsys):
+    for name in ("a", "b", "c", "d", "same_size"):
+        put(tmp_path, name, [[0, 1, 0], [1, 0, 1]])
+    pictures = tmp_path / "JPEGImages"
+    for copy in ("b", "c"):
+        (pictures / f"{copy}.jpg").write_bytes((pictures / "a.jpg").read_bytes())
+    data = bytearray((pictures / "a.jpg").read_bytes())
+    data[data.index(b"\xff\xfe") + 4] ^= 1  # the comment
+    (pictures / "same_size.jpg").write_bytes(data)
+    train, val = write_list(tmp_path, "train", "d", "a"), write_list(tmp_path, "val", "b", "c", "same_size", "d")
+    report = tmp_path / "report.json"
+    for workers in (0, 1):
+        words = ["--data-dir", str(tmp_path), "--num-classes", "2", "--workers", str(workers), "--json", str(report)]
+        assert check_dataset.main(words) == 0
+        text, found = capsys.readouterr().out, json.loads(report.read_text())
+        assert f"warning: 1 ids are on both {train} and {val}: d\n" in text
+        assert f"warning: 2 images are on both {train} and {val} under other names, byte for byte: a = b, a = c; " in text
+        assert found["lists"]["shared"] == [{"lists": [train, val], "ids": ["d"]}]
+        assert found["lists"]["copies"] == [{"lists": [train, val], "ids": [["a", "b"], ["a", "c"]]}]
+        assert (found["wrong"], len(found["warnings"])) == (False, 2)
+        assert "OK: 5 good pairs, 6 lines in the lists" in text
+        assert check_dataset.main([*words, "--strict"]) == 1
+        assert "WRONG: 5 good pairs" in capsys.readouterr().out
+        assert json.loads(report.read_text())["wrong"]
+    write_list(tmp_path, "val", "same_size")
+    status, text = check(tmp_path, capsys, "--num-classes", 2, "--strict")
+    assert (status, "warning" in text) == (0, False)
+
+
+def test_ids_belong_to_their_list(tmp_path, capsys):
+    """Bare ids and pairs of the same files are the same; one id may stand for other files on another list."""
+    for name in ("t0", "t1"):
+        put(tmp_path, name, [[0, 1, 0], [1, 0, 1]])
+    train = write_list(tmp_path, "train", "t0", "t1")
+    val = write_list(tmp_path, "val", "/JPEGImages/t0.jpg /SegmentationClass/t0.png")
+    report = tmp_path / "report.json"
+    status, text = check(tmp_path, capsys, "--num-classes", 2, "--json", report)
+    found = json.loads(report.read_text())
+    assert (status, found["lists"]["shared"]) == (0, [{"lists": [train, val], "ids": ["t0"]}])
+    assert [row["pixels"] for row in found["classes"]] == [6, 6]  # each pair counts once
+    for folder in ("val_images", "val_masks"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "JPEGImages/t1.jpg").rename(tmp_path / "val_images/t0.jpg")
+    (tmp_path / "SegmentationClass/t1.png").rename(tmp_path / "val_masks/t0.png")
+    write_list(tmp_path, "train", "t0")
+    write_list(tmp_path, "val", "val_images/t0.jpg val_masks/t0.png")
+    status, text = check(tmp_path, capsys, "--num-classes", 2)
+    assert (status, "warning" in text) == (0, False)
+    assert "OK: 2 good pairs, 2 lines in the lists" in text
+
+
+def test_what_is_wrong_with_one_list_alone(tmp_path, capsys):
+    """The labels of the other list hide neither the cause nor the fault."""
+    for name, label in (("a", [[0, 255]]), ("b", [[255, 0]]), ("c", [[0, 1]]), ("d", [[1, 2]])):
+        put(tmp_path, name, label)
+    train, val = write_list(tmp_path, "train", "a", "b"), write_list(tmp_path, "val", "c")
+    status, text = check(tmp_path, capsys, "--num-classes", 2)
+    assert status == 1
+    assert f"likely cause ({train}): the labels are binary masks 0/255" in text
+    write_list(tmp_path, "train", "c")
+    write_list(tmp_path, "val", "d")
+    status, text = check(tmp_path, capsys, "--num-classes", 2)
+    assert status == 1
+    assert f"likely cause ({val}): the labels count from 1 to 2: subtract 1 from each" in text
 
 
 def test_every_colour_of_colour_masks_is_listed(tmp_path, capsys):

@@ -375,7 +375,7 @@ def check(root: Path, *options: str) -> tuple[int, dict]:
 
 
 def test_check_dataset(city, capsys):
-    status, report = check(city, "--data-list", "leftImg8bit/train", "leftImg8bit/val")
+    status, report = check(city)
     assert status == 0
     assert (report["ids"], report["good"], report["likely_causes"]) == (5, 5, [])
     labels = [Image.open(path) for path in city.glob("gtFine/*/*/*.png")]
@@ -383,7 +383,8 @@ def test_check_dataset(city, capsys):
     assert [row["pixels"] for row in report["classes"]] == [int((values == c).sum()) for c in range(19)]
     assert report["void"]["pixels"] == int((values == 255).sum())
     assert "traffic light" in capsys.readouterr().out
-    assert check(city)[1]["data_list"] == [str(city / "leftImg8bit/train")]
+    assert report["data_list"] == [str(city / "leftImg8bit" / split) for split in ("train", "val")]
+    assert check(city, "--data-list", "leftImg8bit/train", "leftImg8bit/val")[1] == report
 
 
 def test_check_dataset_finds_what_is_wrong(city):

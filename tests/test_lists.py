@@ -186,6 +186,7 @@ def test_one_id_cannot_stand_for_two_pairs(toy_voc):
     with pytest.raises(DatasetError, match="holds the id toy_0 twice, for other files"):
         label_of(toy_voc, line.format(0) + line.format(1))
     assert label_of(toy_voc, line.format(0) * 2) in (3, 255)
+    assert label_of(toy_voc, "toy_0\n" + line.format(0)) in (3, 255)  # in two spellings
 
 
 def test_a_missing_label_is_reported_where_labels_are(toy_voc):

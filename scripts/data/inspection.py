@@ -1,5 +1,6 @@
 """What one id's two files look like, and what the decoders complain of."""
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -23,9 +24,12 @@ class Inspection:
     """What one id's two files look like."""
 
     image_id: str
+    image_path: Path
+    label_path: Path
     problems: list[tuple[str, str]] = field(default_factory=list)  # (kind, what was found)
     size: tuple[int, int] | None = None  # width, height of the picture
     brightest: int = 255  # value of the picture
+    digest: bytes = b""  # of the picture's file, where it was asked for
     counts: np.ndarray | None = None  # (256,) pixels of each value in a single-channel label
     palette: dict[int, Color] = field(default_factory=dict)  # the colours of the indices that occur
     colours: str = ""  # of a colour label: "table", "grey" or "other"
@@ -61,10 +65,13 @@ def inspect(
     ignore_label: int,
     colors: Mapping[int, Color],
     classes_of: np.ndarray | None = None,
+    with_digest: bool = False,
 ) -> Inspection:
     """Read the two files of one id as training does; runs in the worker processes."""
-    found = Inspection(image_id)
+    found = Inspection(image_id, image_path, label_path)
     picture = inspect_picture(found, image_path)
+    if picture and with_digest:
+        found.digest = hashlib.blake2b(image_path.read_bytes(), digest_size=16).digest()
     label = inspect_label(found, label_path, num_classes, ignore_label, colors, classes_of)
     if picture and label:
         size, orientation = picture
