@@ -12,6 +12,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from glob import escape
 from itertools import combinations
 from pathlib import Path
 
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset import DATASETS, VOC_CLASSES, DatasetError, VOCSegmentation, default_names, find_list
 from dataset.classes import IGNORE_LABEL, Color, read_class_file
+from dataset.lists import LABEL_SUFFIXES, PICTURE_SUFFIXES
 from scripts.data.causes import cityscapes_causes, few, likely_causes
 from scripts.data.inspection import MOST, Inspection, inspect
 from scripts.data.parallel import add_workers_option, parallel_map
@@ -105,13 +107,16 @@ def causes_of(entries: Sequence[Inspection], data: VOCSegmentation) -> list[str]
         causes = likely_causes(counts, wrong, colours, data.num_classes, data.ignore_label)
     if dark := sorted(entry.image_id for entry in entries if entry.brightest < DARK):
         causes.append(
-            f"{len(dark)} pictures have no value above {DARK - 1} of 255 ({few(dark)}): 10, 12 or 14-bit data in 16-bit files "
-            "come out nearly black; stretch them to the whole range"
+            f"{len(dark)} pictures have no value above {DARK - 1} of 255 ({few(dark)}): they are dark, or of 13 or 14 bits in "
+            "files of 16, which come out nearly black; stretch those to the whole range"
         )
-    for what in ("picture", "label"):
-        lost = [found for entry in entries if (found := dict(entry.problems).get(f"missing {what}"))]
-        if len(lost) == len(entries) and (other := next(Path(lost[0]).parent.glob("*"), None)):
+    for what, suffixes in (("picture", PICTURE_SUFFIXES), ("label", LABEL_SUFFIXES)):
+        lost = [Path(found) for entry in entries if (found := dict(entry.problems).get(f"missing {what}"))]
+        near = next((file for path in lost[:SHOWN] for file in path.parent.glob(f"{escape(path.stem)}.*")), None)
+        if len(lost) == len(entries) and (other := near or next(lost[0].parent.glob("*"), None)):
             causes.append(f"no id of the list has its {what}: expected {lost[0]}, the folder has {other.name}")
+        elif near:
+            causes.append(f"the {what} {near} is of a format that is not read; expected {', '.join(suffixes)}")
     return causes
 
 
@@ -167,7 +172,7 @@ def summarize(
             copies.append({"lists": [one, other], "ids": twice})
             warnings.append(
                 f"{len(twice)} images are on both {one} and {other} under other names, byte for byte: "
-                f"{few(map(' = '.join, twice))}; leave them out of one, for what was trained on proves nothing"
+                f"{few(map(' = '.join, twice))}; leave them out of one list, or images that were trained on are scored"
             )
     return {
         "ids": sum(map(len, sets.values())),

@@ -139,6 +139,17 @@ def test_examples_are_bounded(tmp_path, capsys):
     assert ".gif" in text
 
 
+def test_a_format_that_is_not_read_is_named(tmp_path, capsys):
+    for name in ("a", "b[1]"):
+        put(tmp_path, name, [[0, 1]])
+    (tmp_path / "JPEGImages/b[1].jpg").rename(tmp_path / "JPEGImages/b[1].heic")
+    (tmp_path / "SegmentationClass/a.png").rename(tmp_path / "SegmentationClass/a.tif")
+    status, text = check(tmp_path, capsys, "--num-classes", 2)
+    assert status == 1
+    assert "JPEGImages/b[1].heic is of a format that is not read; expected .jpg, .jpeg, .png" in text
+    assert "SegmentationClass/a.tif is of a format that is not read; expected .png\n" in text
+
+
 def test_grey_levels_as_opencv_writes_them(tmp_path, capsys):
     label = np.array([[0, 4, 15, 20, 255]])
     put(tmp_path, "a", label, mode="P")
