@@ -431,6 +431,16 @@ def test_training_on_validation_pictures_is_told_and_marked(toy_voc, tmp_path, c
     assert "1 of the images" in metas[1]["seen_voc_val"]
 
 
+def test_images_are_seen_by_their_files(toy_voc):
+    """Bare ids and pairs of the same files are the same; one id may stand for another image on the val list."""
+    folder = toy_voc / "ImageSets/Segmentation"
+    train = VOCSegmentation(toy_voc, ["toy_0", "toy_1"], num_classes=TOY_CLASSES)
+    for lines, seen in (("toy_2", 0), ("/JPEGImages/toy_0.jpg /SegmentationClassAug/toy_0.png", 1),
+                        ("val_images/toy_0.jpg val_masks/toy_0.png", 0)):  # fmt: skip
+        (folder / "val.txt").write_text(lines)
+        assert setup.seen_val(train)[:2] == ("1 " if seen else "")
+
+
 def test_crops_larger_than_the_pictures_are_told(toy_voc):
     data = VOCSegmentation(toy_voc, ["toy_0", "toy_1"], num_classes=TOY_CLASSES)  # 40 x 55 and 33 x 47
     (toy_voc / "JPEGImages/toy_1.jpg").write_bytes(b"broken")  # no sizes, no error

@@ -1,5 +1,6 @@
 """A training run's set-up: everything that the loop needs, made in order."""
 
+import os
 import shlex
 from argparse import Namespace
 from contextlib import ExitStack, suppress
@@ -200,9 +201,11 @@ def head_lines(options: Options, data: VOCSegmentation, data_list: Path, seen: s
 
 def seen_val(data: VOCSegmentation) -> str:
     """Why a mean IoU on the validation list of ``data`` means nothing after training on it; "" where it means something."""
+    trained = {os.path.splitext(str(entry.image))[0] for entry in data.entries.values()}
     for path in (data.root / name for name in data.lists("val", data.image_folder)):
         with suppress(DatasetError):  # no such list, or none that can be read
-            if common := {entry.id for entry in data.read_list(path, data.image_folder)} & set(data.ids):
+            images = (e.image or f"{data.image_folder}/{e.id}.jpg" for e in data.read_list(path, data.image_folder))
+            if common := {os.path.splitext(image)[0] for image in images} & trained:
                 return f"{len(common)} of the images that it was trained on are on {path.name}"
     return ""
 
