@@ -16,7 +16,11 @@ LABEL_SUFFIXES = (".png",)
 SHOWN = 20  # names in a message
 FOLDERS = 3  # in a message
 IMAGE_DIR = "JPEGImages"
-_PAIR = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, PICTURE_SUFFIXES))}))(?:[ \t]+(.+))?", re.IGNORECASE)
+FOREIGN_SUFFIXES = (".heic", ".heif", ".avif", ".gif", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".svg", ".pdf", ".mat",
+                    ".npy", ".json", ".xml", ".txt")  # fmt: skip
+"""Of files that are neither images nor labels here, but stand in lists."""
+_SUFFIX = "|".join(map(re.escape, (*PICTURE_SUFFIXES, *FOREIGN_SUFFIXES)))
+_COLUMN = re.compile(rf"(.+?(?:{_SUFFIX}))(?:$|[ \t]*[,;][ \t]*|[ \t]+)", re.IGNORECASE)
 
 
 class Entry(NamedTuple):
@@ -53,7 +57,9 @@ def read_list(path: str | Path, image_dir: str = IMAGE_DIR) -> list[Entry]:
                 f"the list of image ids {path} holds {line[:40]!r}... in line {number}, which is too long for a file name; "
                 "expected one id a line"
             )
-        image, label = pair.groups() if (pair := _PAIR.fullmatch(line)) else (None, None)
+        image, label, problem = _columns(line, image_dir)
+        if problem:
+            raise DatasetError(f"the list of image ids {path} holds {line!r} in line {number}: {problem}")
         paths = [image, label] if image else [line]
         if any(_leads_out(text, bare=not image) for text in paths if text):
             raise DatasetError(
@@ -66,6 +72,42 @@ def read_list(path: str | Path, image_dir: str = IMAGE_DIR) -> list[Entry]:
     if not entries:
         raise DatasetError(f"the list of image ids {path} is empty; expected one id a line")
     return _with_ids(entries, image_dir)
+
+
+def is_bare(image_id: str) -> bool:
+    """Whether a line that holds ``image_id`` is read as that id, and as no path."""
+    whole = image_id == image_id.strip(" \t") == _clean(image_id) and not re.search("[\r\n\0\ufeff\\\\]", image_id)
+    return whole and not _leads_out(image_id, bare=True) and _columns(image_id, IMAGE_DIR) == (None, None, "")
+
+
+def _columns(line: str, image_dir: str) -> tuple[str | None, str | None, str]:
+    """The image and the label that a line names, None and None where it is a bare id; and what is wrong with it, or ""."""
+    found = list(_COLUMN.finditer(line))
+    if not found:
+        return None, None, ""
+    columns, rest = [column[1] for column in found], line[found[-1].end() :]
+    endings = [os.path.splitext(column)[1].lower() for column in columns]
+    expected = "expected an id, or an image and its label separated by a blank or tab"
+    if (foreign := next((i for i, ending in enumerate(endings) if ending in FOREIGN_SUFFIXES), None)) is not None:
+        kind, advice = "label", "a PNG of class indices"
+        if foreign == 0:
+            kind, advice = "image", f"{', '.join(PICTURE_SUFFIXES)}; convert it to JPEG or PNG"
+        return None, None, f"{columns[foreign]} is no {kind} that is read here, which is {advice}"
+    if len(columns) > 2 or (rest and (len(columns) == 2 or rest.isdigit())):
+        return None, None, f"it has more columns than image and label, {rest or columns[2]!r}; {expected}"
+    if rest:  # shot.png copy
+        return None, None, ""
+    image, label = columns[0], columns[1] if len(columns) == 2 else None
+    if label and (
+        (endings[0] in LABEL_SUFFIXES and endings[1] not in LABEL_SUFFIXES)
+        or (_inside(label, image_dir) and not _inside(image, image_dir))
+    ):
+        return None, None, f"the label stands before the image; {expected}"
+    if label and endings[1] not in LABEL_SUFFIXES:
+        return None, None, f"{label} is no label that is read here, which is a PNG of class indices"
+    if label and re.match("[ \t]*[,;]", line[len(image) :]):
+        return None, None, f"its columns are separated by {line[len(image) :].strip()[0]!r}; {expected}"
+    return image, label, ""
 
 
 def below(named: str | None, folder: str) -> str | None:

@@ -1,30 +1,40 @@
-"""Turn masks that are drawn in colours into masks of class indices, the PNGs that training reads.
+"""Turn what labelling tools export into masks of class indices, the PNGs that training reads.
 
     python scripts/masks_to_indices.py data/mine/ColourMasks data/mine/SegmentationClass     a folder of masks
     python scripts/masks_to_indices.py cvat_export data/mine               CVAT's "Segmentation mask 1.1", unpacked
     python scripts/masks_to_indices.py labelme_export data/mine            what labelme2voc writes
-    python scripts/masks_to_indices.py pairs data/mine --suffix _mask      x.jpg and x_mask.png in one folder
+    python scripts/masks_to_indices.py roboflow_export data/mine           Roboflow's "Semantic segmentation masks"
+    python scripts/masks_to_indices.py project data/mine                   Supervisely's, SuperAnnotate's, images/ and masks/
+    python scripts/masks_to_indices.py brush_export data/mine              Label Studio's "Brush labels to PNG"
+    python scripts/masks_to_indices.py pairs data/mine --suffix _seg       x.jpg and x_seg.png in one folder
+    python scripts/masks_to_indices.py land data/mine --suffix _mask --image-suffix _sat     x_sat.jpg and x_mask.png
     python scripts/masks_to_indices.py annotations data/ade/SegmentationClass --zero-is-void     ADE20K and kin
 
-A folder of masks is read with its sub-folders, and NEW gets a PNG of the same name for each PNG there. Of the other three, NEW
-becomes a data set: SegmentationClass/, JPEGImages/ (copies), classes.txt and the lists in ImageSets/Segmentation/: those of the
-export for training and validation, else all ids, split by --val-share. For a folder of masks, too, where NEW is named
-SegmentationClass, the lists and classes.txt beside it are written if there are none.
+A folder of masks is read with its sub-folders, and NEW gets a PNG of the same name for each PNG there (x.png for x.jpg.png). Of
+the others, NEW becomes a data set: SegmentationClass/, JPEGImages/ (copies), classes.txt and the lists in
+ImageSets/Segmentation/. The lists are those of the export, else its folders called train, valid, test and so on, else all ids,
+split by --val-share; augmented copies of one source (Roboflow's x.rf.<hash>) stay together. For a folder of masks, too, where
+NEW is named SegmentationClass, the lists and classes.txt beside it are written if there are none.
 
-A mask may be RGB, RGBA or have a palette in any order: what counts is the colour that a pixel is shown in. Grey masks of class
-indices stay what they are. Which class has which colour says classes.txt (`name r g b` a line, in the order of the classes),
-CVAT's labelmap.txt or labelme's class_names.txt in the first folder or beside it, or --classes; without one, the colours are
-PASCAL VOC's. A colour of no class is refused. The first folder is only read, and files that are there already never change.
+A mask may be RGB, RGBA or have a palette in any order: what counts is the colour that a pixel is shown in. Masks of class
+indices stay what they are. Which class has which colour or value says the file of classes in the first folder, in that of the
+masks or beside it, or --classes: classes.txt (`name r g b` or `name` a line, in the order of the classes), labelmap.txt,
+class_names.txt, _classes.csv, class_dict.csv, label_colors.txt, labels.txt, or JSON with COCO's categories; without one,
+colours are PASCAL VOC's. A colour of no class is refused, and then nothing is written. Where each label has a mask of its own,
+as in Label Studio's, pixels without a label become the background, pixels with two void. The first folder is only read, and
+files that are there already never change.
 """
 
 import argparse
 import filecmp
 import os
+import re
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -35,8 +45,8 @@ from dataset.classes import IGNORE_LABEL, VOID_COLOR, Color, read_classes, voc_p
 from dataset.labels import BadLabel, decode_label
 from dataset.lists import IMAGE_DIR
 from dataset.voc import LABEL_DIRS, TRAIN_LISTS, VAL_LISTS
-from scripts.data.colours import VOC, Table, find_table, read_labels
-from scripts.data.layouts import LISTS, Labelled, choose_lists, find_labelled, write_lines
+from scripts.data.colours import NO_COLORS, VOC, Labels, Table, class_lines, find_table, join_layers, read_labels
+from scripts.data.layouts import LISTS, Labelled, check_ids, choose_lists, find_labelled, write_lines
 from scripts.data.parallel import add_workers_option, parallel_map
 from utils.argtypes import Parser, below_one, not_negative, target
 from utils.command import UserError, run_command
@@ -44,6 +54,7 @@ from utils.files import remove_torn_files, write_atomically
 from utils.visualize import save_indexed_png
 
 SHOWN = 50  # files in a message
+BACKGROUND = re.compile("_?background_?", re.IGNORECASE)
 
 
 def color(text: str) -> Color:
@@ -66,52 +77,124 @@ def check_out(source: Path, out: Path) -> None:
         raise UserError(f"{out} is a file; expected a folder to write to")
 
 
-def choose_table(args: argparse.Namespace, home: Path | None) -> Table:
-    """The classes as the masks are drawn; without rows where their values are to be taken as they are stored."""
-    folder = args.masks if args.masks.is_dir() else args.masks.parent
-    table = find_table([folder, folder.parent, *([home] if home else [])], args.classes)
-    if table is None:
-        return Table([], "") if args.zero_is_void else VOC
-    if args.zero_is_void or any(own for _, own in table.rows):
+def choose_table(args: argparse.Namespace, home: Path | None, labelled: Labelled) -> Table | None:
+    """The classes that a file gives; for masks of one label each, else their labels behind the background."""
+    root = args.masks if args.masks.is_dir() else args.masks.parent
+    folders = {folder for path in labelled.masks.values() for folder in path.parents if folder.is_relative_to(root)}
+    inside = sorted(folders | {root}, key=lambda folder: (len(folder.parts), folder))
+    table = find_table(inside, [root.parent, *([home] if home else [])], args.classes, args.zero_is_void)
+    if table or not labelled.layers:
         return table
-    raise UserError(f"{table.origin} gives no colours; expected `name r g b` a line, as in `road 128 64 128`")
+    labels = sorted({label for layers in labelled.layers.values() for label, _ in layers})
+    background = [label for label in labels if BACKGROUND.fullmatch(label)][:1] or ["background"]
+    return Table([(name, None) for name in dict.fromkeys([*background, *labels])], "the names of the masks")
+
+
+def layer_classes(labelled: Labelled, table: Table) -> tuple[dict[str, int], int]:
+    """The class of each label that has masks of its own, and that of pixels without a label, 255 if the background has some.
+
+    Raises:
+        UserError: a label that the table does not name.
+    """
+    named = {re.sub(r"[/\\\\]", "-", name): index for index, (name, _) in enumerate(table.rows)}  # as Label Studio writes files
+    labels = {label: path for layers in labelled.layers.values() for label, path in layers}
+    if wrong := next((label for label in labels if label not in named), None):
+        raise UserError(f"{labels[wrong]} is of the label {wrong}, but {table.origin} names {', '.join(named)}; add it there")
+    rest = next((i for name, i in named.items() if BACKGROUND.fullmatch(name) and name not in labels), IGNORE_LABEL)
+    return {label: named[label] for label in labels}, rest
+
+
+class Options(NamedTuple):
+    """How masks become labels, the same for all.
+
+    Attributes:
+        colors: label of each colour; {} takes values as they are stored.
+        num_classes: of the values.
+        guessed: see :func:`scripts.data.colours.read_labels`.
+        zero_is_void: 0 becomes void, 1.. become 0...
+        palette: (256, 3) uint8 RGB of what is written.
+        classes: of labels that have masks of their own.
+        rest: class of the pixels that have none of them.
+    """
+
+    colors: Mapping[Color, int]
+    num_classes: int
+    guessed: bool
+    zero_is_void: bool
+    palette: np.ndarray
+    classes: Mapping[str, int] = {}
+    rest: int = 0
+
+
+class Outcome(NamedTuple):
+    """What became of a mask: ``problem`` is "" where all is well, ``there`` says that it was written before."""
+
+    path: Path
+    problem: str = ""
+    there: bool = False
+    source: str = ""
+    values: tuple[int, ...] = ()
+    palette: Mapping[int, Color] = {}
 
 
 def convert(
     mask: Path,
+    layers: Sequence[tuple[str, Path]],
     target: Path,
-    picture: tuple[Path, Path] | None,
-    colors: Mapping[Color, int],
-    num_classes: int,
-    zero_is_void: bool,
-    palette: np.ndarray,
-) -> tuple[Path, str]:
-    """Write the indices of one mask, and copy its picture to its place; runs in the worker processes.
+    image: tuple[Path, Path] | None,
+    options: Options,
+    write: bool,
+) -> Outcome:
+    """Read one mask, or its layers, and say what is wrong; if ``write``, write its indices and copy its image to its place.
 
-    Returns:
-        The path of the mask, and "new", "there", or what is wrong.
+    Runs in the worker processes.
     """
     try:
-        labels = read_labels(mask.read_bytes(), colors, num_classes)
+        if layers:
+            layers_read = [(options.classes[label], path.read_bytes()) for label, path in layers]
+            found = Labels(join_layers(layers_read, options.rest), "layers")
+        else:
+            found = read_labels(mask.read_bytes(), options.colors, options.num_classes, options.guessed)
     except (BadLabel, OSError) as error:
-        return mask, str(error) if isinstance(error, BadLabel) else f"cannot be read ({error.strerror or error})"
-    if zero_is_void:
+        return Outcome(mask, str(error) if isinstance(error, BadLabel) else f"cannot be read ({error.strerror or error})")
+    labels = found.values
+    if options.zero_is_void:
         labels = np.where((labels == 0) | (labels == IGNORE_LABEL), IGNORE_LABEL, labels - 1).astype(np.uint8)
-    if picture and os.path.lexists(picture[1]) and not filecmp.cmp(*picture, shallow=False):
-        return mask, f"has a picture that would replace {picture[1]}, which holds something else: choose another folder"
+    if image and os.path.lexists(image[1]) and not filecmp.cmp(*image, shallow=False):
+        return Outcome(mask, f"has an image that would replace {image[1]}, which holds something else: choose another folder")
     if there := os.path.lexists(target):
         try:
             same = np.array_equal(decode_label(target.read_bytes())[0], labels)
         except (BadLabel, OSError):
             same = False
         if not same:
-            return mask, f"would replace {target}, which holds something else: choose another folder"
-    else:
-        save_indexed_png(target, labels, palette)
-    if picture and not picture[1].exists():
-        with open(picture[0], "rb") as file:
-            write_atomically(picture[1], lambda copy: shutil.copyfileobj(file, copy))
-    return mask, "there" if there else "new"
+            return Outcome(mask, f"would replace {target}, which holds something else: choose another folder")
+    elif write:
+        save_indexed_png(target, labels, options.palette)
+    if write and image and not image[1].exists():
+        with open(image[0], "rb") as file:
+            write_atomically(image[1], lambda copy: shutil.copyfileobj(file, copy))
+    return Outcome(mask, "", there, found.source, tuple(np.unique(found.values).tolist()), found.palette)
+
+
+def check_set(outcomes: Sequence[Outcome], table: Table | None, zero_is_void: bool) -> None:
+    """Raise :class:`UserError` where the masks together show that values as they are stored are no class indices."""
+    colors: dict[int, tuple[Color, Path]] = {}
+    for outcome in outcomes:
+        for index, color in outcome.palette.items():
+            first, path = colors.setdefault(index, (color, outcome.path))
+            if first != color:
+                raise UserError(
+                    f"the palettes of {path} and {outcome.path} differ: index {index} is {first} and {color}, so that a tool "
+                    "re-ordered them; write the colours into the file of classes, `name r g b` a line, as in `road 128 64 128`"
+                )
+    values = {value for outcome in outcomes for value in outcome.values}
+    if values == {0, IGNORE_LABEL} and not zero_is_void and {outcome.source for outcome in outcomes} == {"stored"}:
+        name = next((name for name, _ in table.rows[1:]), "object") if table else "object"
+        raise UserError(
+            f"the masks hold 0 and 255 alone, and 255 is void: they are binary; give both a class by their colours, a file of "
+            f"classes with the lines `background 0 0 0` and `{name} 255 255 255`"
+        )
 
 
 def check_classes(home: Path, rows: list[tuple[str, Color | None]]) -> None:
@@ -124,33 +207,32 @@ def check_classes(home: Path, rows: list[tuple[str, Color | None]]) -> None:
         )
 
 
-def write_set(
-    home: Path, ids: list[str], labelled: Labelled, rows: list[tuple[str, Color | None]], args: argparse.Namespace
-) -> None:
-    """Write the lists and classes.txt of the data set ``home`` where it has none, and say what was done."""
-    remove_torn_files([home / "classes.txt", home / LISTS / "train.txt", home / LISTS / "val.txt"])
-    if rows and not (home / "classes.txt").exists():
-        write_lines(home / "classes.txt", (" ".join(map(str, (name, *(own or ())))) for name, own in rows))
-        print(f"{home / 'classes.txt'}: {len(rows)} classes")
+def write_set(home: Path, ids: list[str], labelled: Labelled, table: Table | None, args: argparse.Namespace) -> list[str]:
+    """Write the lists and classes.txt of the data set ``home`` where it has none, and say what was done; returns the lists."""
+    remove_torn_files([home / "classes.txt", *(home / LISTS / f"{name}.txt" for name in ("train", "val", "test"))])
+    if table and not (home / "classes.txt").exists():
+        write_lines(home / "classes.txt", class_lines(*table))
+        print(f"{home / 'classes.txt'}: {len(table.rows)} classes, from {table.origin}")
     names = [name for name in (*TRAIN_LISTS, *VAL_LISTS) if (home / name).exists()]
     if names:
         print(f"the lists that are there stay as they are: {', '.join(names)}")
-    else:
-        lists, origin = choose_lists(ids, labelled.lists, args.val_share, args.seed)
-        for name, found in lists.items():
-            write_lines(home / LISTS / f"{name}.txt", found)
-            print(f"{home / LISTS / name}.txt: {len(found)} ids, {origin}")
-        names = [f"{LISTS}/{name}.txt" for name in lists]
-    words = ["python", "scripts/check_dataset.py", "--data-dir", str(home), "--data-list", *names]
-    print(f"next: {shlex.join(words)}")
+        return names
+    lists, origin = choose_lists(ids, labelled.lists, args.val_share, args.seed)
+    for name, found in lists.items():
+        write_lines(home / LISTS / f"{name}.txt", found)
+        print(f"{home / LISTS / name}.txt: {len(found)} ids, {origin}")
+    if left := len(set(ids).difference(*lists.values())):
+        print(f"{left} ids are on no list")
+    return [f"{LISTS}/{name}.txt" for name in lists]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("masks", type=Path, help="folder of colour masks, one PNG, or what a labelling tool wrote")
     parser.add_argument("out", type=target, metavar="NEW", help="folder to write to; made if it is missing")
-    parser.add_argument("--classes", type=Path, metavar="FILE", help="classes.txt, labelmap.txt or class_names.txt to use")
-    parser.add_argument("--suffix", default="", help="the masks lie beside their pictures, and this ends their names: _mask")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="file of classes to use, whatever is found")
+    parser.add_argument("--suffix", default="", help="ends the names of masks, which may lie beside their images: _mask")
+    parser.add_argument("--image-suffix", default="", help="ends the names of images, with --suffix: _sat")
     parser.add_argument("--zero-is-void", action="store_true", help="0 becomes void (255), and 1..N become 0..N-1")
     parser.add_argument(
         "--void", type=color, action="append", default=[], metavar="R,G,B", help="a colour that means void, beside 224,224,192"
@@ -165,52 +247,89 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if args.masks.is_dir():  # before it is gone through, which takes long for /
         check_out(args.masks, args.out)
-    labelled = find_labelled(args.masks, args.suffix.removesuffix(".png"))
+    labelled = find_labelled(args.masks, args.suffix.removesuffix(".png"), args.image_suffix)
     check_out(args.masks, args.out)
     home = args.out if labelled.pictures is not None else None
     if home is None and args.out.name in LABEL_DIRS and args.masks.is_dir():
         home = args.out.parent
-    table = choose_table(args, home)
-    colors = table.colors()
+    table = choose_table(args, home, labelled)
+    guessed = not table and not args.zero_is_void
+    given = table or (VOC if guessed else Table([], ""))
+    colors = given.colors()
     if taken := [own for own in args.void if own in colors]:
         text = ",".join(map(str, taken[0]))
-        raise UserError(f"--void {text} is the colour of class {colors[taken[0]]} in {table.origin}; leave it out")
-    rows = [] if table is VOC else table.rows[1 if args.zero_is_void and colors else 0 :]  # the classes as they will be
+        raise UserError(f"--void {text} is the colour of class {colors[taken[0]]} in {given.origin}; leave it out")
+    if table and args.zero_is_void and (colors or labelled.layers):  # the classes as they will be
+        table = table._replace(rows=table.rows[1:])
+    if table:
+        class_lines(*table)
     if home:
-        check_classes(home, rows)
+        check_classes(home, table.rows if table else [])
+        check_ids(labelled.masks)
     palette = voc_palette()
     for own, label in colors.items():
         palette[label - args.zero_is_void] = own
     # Void gets a colour of its own, by which a re-ordered palette is told.
     palette[IGNORE_LABEL] = next(own for own in (VOID_COLOR, (255, 255, 255), (1, 1, 1)) if own not in colors)
-    num_classes = len(table.rows) + (args.zero_is_void and not colors) if table.rows else IGNORE_LABEL
+    num_classes = len(given.rows) + (args.zero_is_void and not colors) if given.rows else IGNORE_LABEL
     if colors:
         colors |= {own: IGNORE_LABEL for own in (VOID_COLOR, *args.void) if own not in colors}
+    classes, rest = layer_classes(labelled, given) if labelled.layers else ({}, 0)
+    options = Options(colors, num_classes, guessed, args.zero_is_void, palette, classes, rest)
 
-    masks, pictures = labelled.masks, labelled.pictures
-    folder = args.out if pictures is None else args.out / LABEL_DIRS[-1]
-    copies = {i: (path, args.out / IMAGE_DIR / f"{i}{path.suffix}") for i, path in (pictures or {}).items()}
-    print(f"{len(masks)} masks; " + (f"the colours are those of {table.origin}" if colors else "their values stay"))
+    masks, images = labelled.masks, labelled.pictures
+    folder = args.out if images is None else args.out / LABEL_DIRS[-1]
+    copies = {i: (path, args.out / IMAGE_DIR / f"{i}{path.suffix}") for i, path in (images or {}).items()}
+    print(f"{len(masks)} masks; " + (f"the colours are those of {given.origin}" if colors else "their values stay"))
     if labelled.others:
         print(f"{labelled.others} files that are no .png are left out")
-    options = (colors, num_classes, args.zero_is_void, palette)
-    tasks = ((path, folder / f"{i}.png", copies.get(i), *options) for i, path in masks.items())
     remove_torn_files([*(folder / f"{i}.png" for i in masks), *(copy for _, copy in copies.values())])
-    done = dict(tqdm(parallel_map(convert, tasks, args.workers), "masks", len(masks), unit="mask", disable=None))
-    bad = [f"{path} {outcome}" for path, outcome in sorted(done.items()) if outcome not in ("new", "there")]
-    new = sum(outcome == "new" for outcome in done.values())
-    print(f"{new} masks written to {folder}/, {len(masks) - len(bad) - new} were there already")
-    if bad:
+
+    def convert_all(what: str, options: Options, write: bool) -> list[Outcome]:
+        tasks = (
+            (path, labelled.layers.get(i, ()), folder / f"{i}.png", copies.get(i), options, write) for i, path in masks.items()
+        )
+        found = tqdm(parallel_map(convert, tasks, args.workers), what, len(masks), unit="mask", disable=None)
+        return sorted(found, key=lambda outcome: outcome.path)
+
+    found = convert_all("read", options, write=False)
+    sources = {outcome.source for outcome in found}
+    if (
+        guessed and {"stored", "grey"} <= sources and "colours" not in sources
+    ):  # indices, some of which are VOC's grey by chance
+        options = options._replace(colors={}, num_classes=IGNORE_LABEL, guessed=False)
+        found = convert_all("read", options, write=False)
+    if guessed and "colours" in sources:  # the values of the others are classes of VOC, too
+        wrong = [
+            o for o in found if o.source == "stored" and not o.palette and max({0, *o.values} - {IGNORE_LABEL}) >= len(VOC.rows)
+        ]
+        text = f"is grey and holds values above {len(VOC.rows) - 1}, while other masks have VOC's colours"
+        found = [outcome._replace(problem=text) if outcome in wrong else outcome for outcome in found]
+    if table and not colors and (drawn := [o.path for o in found if o.problem.startswith(NO_COLORS)]):
+        raise UserError(
+            f"{table.origin} gives no colours, but {drawn[0]} has some, and nothing says which class each of them is; expected "
+            "`name r g b` a line, as in `road 128 64 128`"
+        )
+    if bad := [f"{outcome.path} {outcome.problem}" for outcome in found if outcome.problem]:
         print("\n".join(bad[:SHOWN]), file=sys.stderr)
         more = f" (and {len(bad) - SHOWN} more)" if len(bad) > SHOWN else ""
         raise UserError(
-            f"{len(bad)} of {len(masks)} masks could not be turned, see above{more}; mend them, or name their colours with "
-            "--classes or --void, and run the same command"
+            f"{len(bad)} of {len(masks)} masks could not be turned, see above{more}, and nothing was written; mend them, or "
+            "name their colours with --classes or --void, and run the same command"
         )
-    if lost := [image_id for image_id in masks if pictures is not None and image_id not in pictures]:
-        print(f"{len(lost)} masks have no picture: put {lost[0]}.jpg or .png and so on into {args.out / IMAGE_DIR}/")
+    check_set(found, table, args.zero_is_void)
+    there = sum(outcome.there for outcome in found)
+    convert_all("written", options, write=True)
+    print(f"{len(masks) - there} masks written to {folder}/, {there} were there already")
+    if lost := [image_id for image_id in masks if images is not None and image_id not in images]:
+        print(f"{len(lost)} masks have no image: put {lost[0]}.jpg or .png and so on into {args.out / IMAGE_DIR}/")
     if home:
-        write_set(home, [i for i in masks if i in (pictures or masks)], labelled, rows, args)
+        lists = write_set(home, [i for i in masks if i in (images or masks)], labelled, table, args)
+        words = ["python", "scripts/check_dataset.py", "--data-dir", str(home), "--data-list", *lists]
+        count = max((v for o in found for v in o.values if v != IGNORE_LABEL), default=0) + 1 - args.zero_is_void
+        if not table and count > len(VOC.rows):
+            words += ["--num-classes", str(count)]
+        print(f"next: {shlex.join(words)}")
     return 0
 
 

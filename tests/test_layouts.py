@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset import read_ids, read_label, voc_palette
+from dataset import VOCSegmentation, read_ids, read_label, read_list, voc_palette
 from scripts import check_dataset, masks_to_indices
-from scripts.data.layouts import write_lines
+from scripts.data.layouts import check_ids, write_lines
 from tests.helpers_pngs import GREY, PALETTE, RGB, png
 from utils.command import UserError
 
@@ -134,7 +134,7 @@ def test_pairs_in_one_folder(tmp_path, capsys):
     picture(root, "unlabelled.jpg")
     (root / "p11.png").unlink()
     out = run(root, tmp_path / "out", "--suffix", "_mask", "--seed", 3)
-    assert "1 masks have no picture: put p11.jpg" in capsys.readouterr().out
+    assert "1 masks have no image: put p11.jpg" in capsys.readouterr().out
     check_labels(out, expected, 2)
     train, val = lists(out)
     assert sorted(train + val) == list(LABELS)[:11]  # ids whose picture is not there would stop the training
@@ -187,7 +187,7 @@ def test_what_an_export_lacks(tmp_path, capsys):
     for path in (tmp_path / "in/JPEGImages").iterdir():
         path.unlink()
     out = run(tmp_path / "in", tmp_path / "out")
-    assert "12 masks have no picture" in capsys.readouterr().out
+    assert "12 masks have no image" in capsys.readouterr().out
     assert sorted(image_id for found in lists(out) for image_id in found) == list(LABELS)[:10]
     put(tmp_path / "in", "labelmap.txt", "background:0,0,0::\nbig cat:250,50,83::\nno colour:::\n")
     with pytest.raises(UserError, match="masks could not be turned"):
@@ -233,10 +233,201 @@ def test_the_set_can_be_trained_on_as_it_is(tmp_path):
     assert check_dataset.main([*last[3:], "--workers", "0"]) == 0
 
 
-@pytest.mark.parametrize("name", ["a\nb", "a\rb", " a", "a\t", "a\n"])
+@pytest.mark.parametrize(
+    "name", ["a\nb", "a\rb", " a", "a\t", "a\n", "a.jpg 3", "a.jpg b.png", "a.heic b", "sub/a.jpg", "a\\b"]
+)
 def test_a_name_that_is_no_line_is_a_sentence(tmp_path, name):
-    with pytest.raises(UserError, match=r"cannot be a line of .*train\.txt; rename it"):
-        write_lines(tmp_path / "train.txt", ["b", name])
-    assert not list(tmp_path.iterdir())
-    write_lines(tmp_path / "train.txt", ["a b", "c\u2028d"])
-    assert read_ids(tmp_path / "train.txt") == ["a b", "c\u2028d"]
+    with pytest.raises(UserError, match=r"cannot be a line of a list of ids; rename that file"):
+        check_ids(["b", name])
+    names = ["a b", "c\u2028d", "shot.png copy", "p0.5", "train/a_jpg.rf.0f3a", "a,b"]
+    check_ids(names)
+    write_lines(tmp_path / "train.txt", names)
+    assert read_ids(tmp_path / "train.txt") == names
+
+
+# ---- what every layout becomes is read by the data set
+
+STEMS = [f"p{k}" for k in range(6)]
+VALUES = {stem: np.array([[k % 3, k // 3, 2, 0], [0, 1, 2, k % 2]], dtype=np.uint8) for k, stem in enumerate(STEMS)}
+HEX = [(0, 0, 0), (255, 0, 16), (1, 2, 3)]  # colours of the three classes, where masks are drawn
+
+
+def grey(stem):
+    return png(VALUES[stem], 8, GREY)
+
+
+def drawn(stem):
+    return png(np.array(HEX, dtype=np.uint8)[VALUES[stem]], 8, RGB)
+
+
+CSV = "name,r,g,b\nland,0,0,0\nsea,255,0,16\nice,1,2,3\n"
+SUPERVISELY = {
+    "obj_class_to_machine_color.json": '{"road": [2, 2, 2], "car": [1, 1, 1]}',
+    "ds/masks_human/p0.jpg.png": "to look at",
+}
+SUPERANNOTATE = {
+    "classes/classes.json": '[{"name": "car", "color": "#ff0010"}, {"name": "tree", "color": "#010203"}]',
+    "p0.jpg___save.png": "another",
+}
+HASTY = '[{"class_name": "car", "png_index": 1}, {"class_name": "tree", "png_index": 2}]'
+COCO = '{"categories": [{"id": 1, "name": "car"}, {"id": 0, "name": "x"}, {"id": 2, "name": "t"}]}'
+ROBOFLOW = "Pixel Value, Class\n0, background\n1, crack\n2, spall\n"
+
+# name -> id, image and mask of a stem; kind of mask; {file: content}, the first names the classes; their names; options
+LAYOUTS = {
+    "roboflow": ("train/{}_jpg.rf.0a1b", "train/{}_jpg.rf.0a1b.jpg", "train/{}_jpg.rf.0a1b_mask.png", grey,
+                 {"train/_classes.csv": ROBOFLOW}, "background crack spall"),
+    "supervisely": ("ds/{}", "ds/img/{}.jpg", "ds/masks_machine/{}.jpg.png", grey, SUPERVISELY, "background car road"),
+    "supervisely, png": ("{}", "img/{}.png", "masks_machine/{}.png.png", grey, {}, ""),
+    "superannotate": ("{}", "{}.jpg", "{}.jpg___fuse.png", drawn, SUPERANNOTATE, "background car tree"),
+    "deepglobe": ("train/{}", "train/{}_sat.jpg", "train/{}_mask.png", drawn, {"class_dict.csv": CSV}, "land sea ice"),
+    "deepglobe, said": ("{}", "{}_sat.jpg", "{}_m.png", drawn, {"class_dict.csv": CSV}, "land sea ice",
+                        "--suffix", "_m", "--image-suffix", "_sat"),
+    "camvid": ("train/{}", "train/{}.png", "train_labels/{}_L.png", drawn,
+               {"label_colors.txt": "0 0 0\tVoid\n255 0 16\tSky\n1 2 3\tTree\n"}, "Void Sky Tree", "--suffix", "_L"),
+    "segnet": ("train/{}", "train/{}.png", "trainannot/{}.png", grey, {}, ""),
+    "ade": ("training/{}", "images/training/{}.jpg", "annotations/training/{}.png", grey, {}, ""),
+    "two folders": ("a/{}", "Images/a/{}.JPG", "Masks/a/{}.png", grey, {"labels.txt": "a\nb\nc\n"}, "a b c"),
+    "folders in splits": ("train/{}", "train/images/{}.jpg", "train/labels/{}.png", grey, {"notes.json": COCO}, "x car t"),
+    "pairs": ("{}", "{}.jpg", "{}_mask.png", grey, {"label_classes.json": HASTY}, "background car tree"),
+    "copy": ("{}.png copy", "{}.png copy.jpg", "{}.png copy_seg.png", grey, {}, "", "--suffix", "_seg"),
+    "cvat": ("{}", "JPEGImages/{}.jpg", "SegmentationClass/{}.png", drawn,
+             {"labelmap.txt": "bg:0,0,0::\ncar:255,0,16::\ntree:1,2,3::\n"}, "bg car tree"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_is_written_is_read(tmp_path, name, capsys):
+    image_id, image, mask, kind, files, names, *options = LAYOUTS[name]
+    for stem in STEMS:
+        picture(tmp_path / "in", image.format(stem))
+        put(tmp_path / "in", mask.format(stem), kind(stem))
+    for path, content in files.items():
+        put(tmp_path / "in", path, content)
+    out = run(tmp_path / "in", tmp_path / "out", *options)
+    said = capsys.readouterr().out
+    train, val = (read_list(out / f"ImageSets/Segmentation/{split}.txt") for split in ("train", "val"))
+    assert [len(train), len(val)] == [5, 1]
+    data = VOCSegmentation(out, train + val, num_classes=3)
+    data.check_files()
+    assert sorted(data.ids) == [image_id.format(stem) for stem in STEMS]
+    for index, found in enumerate(data.ids):
+        stem = next(stem for stem in STEMS if stem in found)
+        assert np.array_equal(data.load(index)[1], VALUES[stem])
+        assert data.image_path(found).read_bytes() == (tmp_path / "in" / image.format(stem)).read_bytes()
+    assert (data.names or []) == names.split()
+    assert not names or f"3 classes, from {tmp_path / 'in' / next(iter(files))}" in said
+    before = contents(out)
+    run(tmp_path / "in", out, *options)
+    assert contents(out) == before
+
+
+def test_folders_that_are_called_splits_become_the_lists(tmp_path, capsys):
+    for k, stem in enumerate(STEMS):
+        folder = ("Training", "Training", "VAL2017", "test", "test", "Training")[k]
+        put(tmp_path, f"annotations/{folder}/{stem}.png", grey(stem))
+    run(tmp_path / "annotations", tmp_path / "ade/SegmentationClass")
+    assert lists(tmp_path / "ade") == [["Training/p0", "Training/p1", "Training/p5"], ["VAL2017/p2"]]
+    assert read_ids(tmp_path / "ade/ImageSets/Segmentation/test.txt") == ["test/p3", "test/p4"]
+    assert "3 ids, as the folders are called" in capsys.readouterr().out
+    # no folder for validation: it is drawn from that for training, never from that for tests
+    (tmp_path / "annotations/VAL2017/p2.png").unlink()
+    put(tmp_path, "annotations/more/p2.png", grey("p2"))
+    run(tmp_path / "annotations", tmp_path / "new/SegmentationClass", "--val-share", 0.4)
+    train, val = lists(tmp_path / "new")
+    assert (len(train), len(val), sorted(train + val)) == (2, 1, ["Training/p0", "Training/p1", "Training/p5"])
+    out = capsys.readouterr().out
+    assert "val drawn from train with seed 0" in out
+    assert "1 ids are on no list" in out
+
+
+def test_copies_of_one_source_stay_together(tmp_path):
+    for source in range(6):
+        for copy in "abc":
+            put(tmp_path, f"in/s{source}_jpg.rf.{copy}F{source}_mask.png", grey("p0"))
+            picture(tmp_path, f"in/s{source}_jpg.rf.{copy}F{source}.jpg")
+    train, val = lists(run(tmp_path / "in", tmp_path / "out", "--val-share", 0.3))
+    sources = [{name.split(".rf.")[0] for name in found} for found in (train, val)]
+    assert [len(found) for found in (train, val, *sources)] == [12, 6, 4, 2]
+    assert not sources[0] & sources[1]
+
+
+def test_files_of_classes_that_differ_or_cannot_be_written(tmp_path):
+    for split, names in (("train", "0, a\n1, b\n2, c\n"), ("valid", "0, a\n1, c\n2, b\n")):
+        put(tmp_path, f"in/{split}/x_mask.png", grey("p0"))
+        picture(tmp_path, f"in/{split}/x.jpg")
+        put(tmp_path, f"in/{split}/_classes.csv", f"Pixel Value, Class\n{names}")
+    with pytest.raises(UserError, match=r"train/_classes\.csv and .*valid/_classes\.csv name other classes"):
+        run(tmp_path / "in", tmp_path / "out")
+    for text, message in (
+        ("0, a\n1, x: y\n2, c\n", "cannot be written into a classes.txt: it holds no class in line 2"),
+        ("0, a\n1, a\n2, c\n", "cannot be written into a classes.txt: it names a twice"),
+        ("0, a\n1, b\n3, c\n", "gives classes the values 0, 1, 3; expected 0, 1, 2 and so on"),
+    ):
+        put(tmp_path, "csv", text)
+        with pytest.raises(UserError, match=message):
+            run(tmp_path / "in", tmp_path / "out", "--classes", tmp_path / "csv")
+    for text in ("{", "[]", '[{"name": "a"}]', '{"categories": 3}', '{"a": 1}'):
+        put(tmp_path, "c.json", text)
+        with pytest.raises(UserError, match=r"c\.json is no JSON of classes|names 0 classes"):
+            run(tmp_path / "in", tmp_path / "out", "--classes", tmp_path / "c.json")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- Label Studio: a mask for each label
+
+
+def layer(folder, task, label, rows, annotation=5, number=0):
+    name = f"task-{task}-annotation-{annotation}-by-me@x.org-tag-{label}-{number}.png"
+    put(folder, name, png(np.array(rows, dtype=np.uint8) * 255, 8, GREY))
+
+
+def test_masks_of_single_labels_are_put_together(tmp_path, capsys):
+    layer(tmp_path / "in", 1, "traffic-light", [[1, 1, 0, 0]])
+    layer(tmp_path / "in", 1, "car", [[0, 1, 1, 0]])
+    layer(tmp_path / "in", 2, "car", [[0, 0, 1, 0]])
+    layer(tmp_path / "in", 2, "car", [[0, 0, 1, 1]], number=1)
+    out = run(tmp_path / "in", tmp_path / "out")
+    check_labels(out, {"task-1": np.array([[2, 255, 1, 0]]), "task-2": np.array([[0, 0, 1, 1]])}, 3)
+    assert (out / "classes.txt").read_text() == "background\ncar\ntraffic-light\n"
+    assert "2 masks have no image: put task-1.jpg" in capsys.readouterr().out
+    put(tmp_path / "in", "classes.txt", "traffic/light\ncar\nsky\n")  # without a background, the rest is void
+    out = run(tmp_path / "in", tmp_path / "named")
+    check_labels(out, {"task-1": np.array([[0, 255, 1, 255]]), "task-2": np.array([[255, 255, 1, 1]])}, 3)
+    put(tmp_path / "in", "classes.txt", "background\ncar\n")
+    with pytest.raises(UserError, match=r"is of the label traffic-light, but .*classes\.txt names background, car"):
+        run(tmp_path / "in", tmp_path / "few")
+    layer(tmp_path / "in", 2, "car", [[0, 0, 1, 0]], annotation=9)
+    with pytest.raises(UserError, match="holds two annotations of task-2, 5 and 9"):
+        run(tmp_path / "in", tmp_path / "few")
+    assert not (tmp_path / "few").exists()
+
+
+def test_masks_of_single_labels_that_are_none(tmp_path, capsys):
+    layer(tmp_path / "in", 1, "car", [[1, 0, 0, 0]])
+    layer(tmp_path / "in", 1, "sky", [[1, 0]])
+    put(tmp_path / "in", "task-2-annotation-6-by-1-tag-car-0.png", png([[0, 1]], 8, GREY))
+    with pytest.raises(UserError, match="2 of 2 masks could not be turned"):
+        run(tmp_path / "in", tmp_path / "out")
+    err = capsys.readouterr().err
+    assert "holds 1; expected 255 where its label is, and 0" in err
+    assert "another mask of its image" in err
+
+
+def test_polygons_are_named(tmp_path):
+    for text, message in (
+        ('{"images": [{"file_name": "a.png"}], "annotations": [], "categories": []}', "is COCO JSON: .*pycocotools"),
+        ('{"a.png123": {"filename": "a.png", "regions": []}}', "is VIA's JSON: polygons"),
+        ('{"_via_settings": {}, "_via_img_metadata": {"k": {"filename": "a.png", "regions": {}}}}', "is VIA's JSON: polygons"),
+        ('{"shapes": [], "imagePath": "a.png"}', "is labelme's JSON: polygons.* labelme2voc"),
+        ('[{"id": 1, "annotations": [], "data": {}}]', "is Label Studio's JSON: polygons"),
+    ):
+        put(tmp_path, "in/export.json", text)
+        for name in ("a.jpg", "a.png"):
+            if name == "a.png" and "Label Studio" in message:
+                continue
+            picture(tmp_path, f"in/{name}")
+            with pytest.raises(UserError, match=message):
+                run(tmp_path / "in", tmp_path / "out")
+            (tmp_path / "in" / name).unlink()
+    assert not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """Lists of ids as users bring them, and the pairs of files that they stand for."""
 
+import re
 import shutil
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 
 from dataset import DatasetError, VOCSegmentation, find_list, read_class_names, read_ids, read_list
 from dataset.classes import read_class_file
+from dataset.lists import is_bare
 from scripts.data.colours import read_table
 from tests.helpers import TOY_CLASSES
 
@@ -93,6 +95,37 @@ def test_files_that_a_line_names(tmp_path, line, image, label):
 def test_lines_that_lead_out_of_the_folder_are_refused(tmp_path, line):
     with pytest.raises(DatasetError, match=r"list\.txt holds '.*' in line 2, which leads out .*; expected an id such as"):
         read_list(listing(tmp_path, f"good\n{line}\n"))
+
+
+@pytest.mark.parametrize(
+    ("line", "cause"),
+    [
+        ("JPEGImages/a.jpg SegmentationClass/a.png 3", "more columns than image and label, '3'"),
+        ("a.jpg b.png c.png", "more columns than image and label, 'c.png'"),
+        ("a.jpg\tb.png\tsplit", "more columns than image and label, 'split'"),
+        ("JPEGImages/a.jpg 3", "more columns than image and label, '3'"),
+        ("SegmentationClass/a.png JPEGImages/a.jpg", "the label stands before the image"),
+        ("SegmentationClass/a.png /JPEGImages/a.png", "the label stands before the image"),
+        ("JPEGImages/a.jpg,SegmentationClass/a.png", "its columns are separated by ','"),
+        ("JPEGImages/a.jpg; SegmentationClass/a.png", "its columns are separated by ';'"),
+        ("IMG_1.HEIC IMG_1.png", "IMG_1.HEIC is no image that is read here"),
+        ("JPEGImages/IMG_1.heic SegmentationClass/IMG_1.png", "convert it to JPEG or PNG"),
+        ("IMG_1.heic", "IMG_1.heic is no image"),
+        ("a.jpg a.jpg", "a.jpg is no label that is read here, which is a PNG"),
+        ("a.jpg a.mat", "a.mat is no label that is read here, which is a PNG"),
+    ],
+)
+def test_lines_that_are_no_pair_say_why(tmp_path, line, cause):
+    with pytest.raises(DatasetError, match=re.escape("list.txt holds ") + ".* in line 2: .*" + re.escape(cause)):
+        read_list(listing(tmp_path, f"good\n{line}\n"))
+
+
+def test_ids_that_hold_a_suffix(tmp_path):
+    ids = ["shot.png copy", "a.jpg.old", "p0.jpg___fuse", "b.jpeg (2)"]
+    entries = read_list(listing(tmp_path, "\n".join(ids)))
+    assert [(entry.id, entry.image) for entry in entries] == [(name, None) for name in ids]
+    assert all(map(is_bare, ids))
+    assert not any(map(is_bare, ["a.jpg", "a.jpg 2", "a.jpg b.png", "a\nb", " a", "../a", "/a", "a//b", "\ufeffa", ""]))
 
 
 @pytest.mark.parametrize(

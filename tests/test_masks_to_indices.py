@@ -88,7 +88,62 @@ def test_grey_values_that_may_be_colours_or_indices_are_refused(tmp_path, capsys
     assert "is grey, and its values are colours of classes as well as class indices" in capsys.readouterr().err
 
 
-def test_unknown_colours_are_refused_with_their_counts_and_the_rest_is_written(tmp_path, capsys):
+MANY = [[0, 7, 30, 128], [29, 255, 3, 1]]  # indices of 150 classes; 0 and 128 are grey levels of VOC's colours as well
+
+
+def test_indices_stay_indices(tmp_path, capsys):
+    """Of more classes than VOC has, or where the file of classes has names only; colours are asked for where there are some."""
+    put(tmp_path / "in", "a.png", png(MANY, 8, GREY))
+    put(tmp_path / "in", "b.png", png([[0, 128]], 8, GREY))
+    ramp = [(i, i, i) for i in range(256)]
+    put(tmp_path / "in", "c.png", png(MANY, 8, PALETTE, ramp))
+    put(tmp_path / "in", "d.png", png([[(value, value, value) for value in row] for row in MANY], 8, RGB))
+    expected = {"a": MANY, "b": [[0, 128]], "c": MANY, "d": MANY}
+    assert run(tmp_path / "in", tmp_path / "out/SegmentationClass") == 0
+    assert "--num-classes 129" in capsys.readouterr().out.splitlines()[-1]
+    (tmp_path / "classes.txt").write_text("".join(f"name {chr(97 + i // 26)}{chr(97 + i % 26)}\n" for i in range(150)))
+    assert run(tmp_path / "in", tmp_path / "named") == 0
+    for out in ("out/SegmentationClass", "named"):
+        for name, labels in expected.items():
+            assert read_label(tmp_path / out / f"{name}.png", 150, colors={}).tolist() == labels
+    put(tmp_path / "in", "e.png", png([[(0, 0, 1)]], 8, RGB))
+    with pytest.raises(UserError, match=r"classes\.txt gives no colours, but .*e\.png has some.*`name r g b` a line"):
+        run(tmp_path / "in", tmp_path / "drawn")
+    (tmp_path / "classes.txt").write_text("a\nb\nc\n")
+    (tmp_path / "in/e.png").unlink()
+    with pytest.raises(UserError, match="4 of 4 masks"):
+        run(tmp_path / "in", tmp_path / "few")
+    assert "a.png holds the values 3, 7, 29, 30, 128; expected class indices 0..2" in capsys.readouterr().err
+    assert not (tmp_path / "few").exists()
+
+
+def test_palettes_that_differ_ask_for_colours(tmp_path):
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    put(tmp_path / "in", "a.png", png([[0, 1]], 1, PALETTE, [BLACK, RED]))
+    put(tmp_path / "in", "b.png", png([[0, 1, 1]], 1, PALETTE, [RED, BLACK]))
+    with pytest.raises(
+        UserError, match=r"the palettes of .*a\.png and .*b\.png differ: index 0 is \(0, 0, 0\) and \(128, 0, 0\)"
+    ):
+        run(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in/b.png").unlink()
+    assert run(tmp_path / "in", tmp_path / "out") == 0
+    assert read_label(tmp_path / "out/a.png", 2).tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("names", ["", "ground\nthing\n"])
+def test_binary_masks_ask_for_two_classes(tmp_path, names):
+    put(tmp_path / "in", "a.png", png([[0, 255]], 8, GREY))
+    put(tmp_path / "in", "b.png", png([[0, 0]], 8, GREY))
+    if names:
+        (tmp_path / "classes.txt").write_text(names)
+    with pytest.raises(
+        UserError, match=r"hold 0 and 255 alone, and 255 is void: .*`background 0 0 0` and `(object|thing) 255 255 255`"
+    ):
+        run(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_colours_are_refused_with_their_counts_and_nothing_is_written(tmp_path, capsys):
     put(tmp_path / "in", "good.png", KINDS["rgb"])
     put(tmp_path / "in", "bad.png", png([[BLACK, (1, 2, 3), (1, 2, 3), (9, 8, 7)]], 8, RGB))
     put(tmp_path / "in", "half.png", png([[(0, 0, 0, 127)]], 8, RGBA))
@@ -100,11 +155,11 @@ def test_unknown_colours_are_refused_with_their_counts_and_the_rest_is_written(t
     out, err = capsys.readouterr()
     assert "bad.png holds 2 colours of no class: (1, 2, 3) on 2 pixels, (9, 8, 7) on 1 pixels" in err
     assert "half.png holds 1 half transparent pixels" in err
-    assert "grey.png holds 1 colours of no class: (1, 1, 1) on 1 pixels" in err
+    assert "grey.png is grey and holds values above 20, while other masks have VOC's colours" in err
     assert "damaged.png is damaged" in err
     assert "short.png holds the index 3, and its palette has 2 colours" in err
-    assert "1 masks written" in out
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["good.png"]
+    assert "written" not in out
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_that_is_there_is_changed(tmp_path, capsys):
@@ -115,9 +170,10 @@ def test_nothing_that_is_there_is_changed(tmp_path, capsys):
         run(tmp_path / "in", tmp_path / "out")
     assert "b.png, which holds something else: choose another folder" in capsys.readouterr().err
     assert (tmp_path / "out/b.png").read_bytes() == b"the user's own"
+    assert not (tmp_path / "out/a.png").exists()
     (tmp_path / "out/b.png").unlink()
     assert run(tmp_path / "in", tmp_path / "out") == 0
-    assert "1 masks written" in capsys.readouterr().out
+    assert "2 masks written" in capsys.readouterr().out
     before = (tmp_path / "out/a.png").stat().st_mtime_ns
     assert run(tmp_path / "in", tmp_path / "out") == 0
     assert "0 masks written to" in capsys.readouterr().out
@@ -160,6 +216,6 @@ def test_command_line(tmp_path):
     words = [sys.executable, str(SCRIPT), str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "2"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert "6 masks written" in done.stdout
+    assert not (tmp_path / "out").exists()
     assert "1 of 7 masks could not be turned" in done.stderr
     assert "Traceback" not in done.stderr

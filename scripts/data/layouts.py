@@ -1,60 +1,103 @@
-"""What the tools that people label with leave: which masks there are, whose pictures they are, which lists."""
+"""What the tools that people label with leave: which masks there are, whose images they are, which lists."""
 
+import json
 import re
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataset.lists import IMAGE_DIR, PICTURE_SUFFIXES, Listing, read_ids
+from dataset.lists import FOREIGN_SUFFIXES, IMAGE_DIR, PICTURE_SUFFIXES, Listing, is_bare, read_ids
 from utils.command import UserError
 from utils.files import write_atomically
 
 LISTS = "ImageSets/Segmentation"
-MASK_DIRS = {"SegmentationClassPNG": IMAGE_DIR, "SegmentationClass": IMAGE_DIR}
-"""Folders of masks -> of their pictures, as labelme2voc and CVAT write them; of labelme's two, the first holds the PNGs."""
-_SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+LAYOUTS = (
+    ("SegmentationClassPNG", IMAGE_DIR),
+    ("SegmentationClass", IMAGE_DIR),
+    ("masks_machine", "img"),
+    ("annotations", "images"),
+    ("masks?", "images?"),
+    ("labels?", "images?"),
+    ("(.+)_(?:labels?|masks?)", None),
+    ("(.+)annot", None),
+)
+"""Folders of masks and of their images beside them, anywhere in an export: labelme2voc (the first holds the PNGs) and CVAT,
+Supervisely, ADE20K, common use, CamVid (``train_labels`` and ``train``), SegNet (``trainannot`` and ``train``)."""
+SUFFIXES = (("", ""), ("___fuse", ""), ("_mask", ""), ("_mask", "_sat"))
+"""By which the names of masks and those of their images differ from the ids: SuperAnnotate, Roboflow, DeepGlobe."""
+_SPLITS = {"train": "train(ing)?", "val": "val(id(ation)?)?", "test": "test(ing)?"}  # what lists and folders are called
+_COPY = re.compile(r"(.+)\.rf\.[^./]+")  # Roboflow: <source>.rf.<hash>, for each augmented copy of a source
+# Label Studio: the control's name is before the label's, which may hold dashes
+_LAYER = re.compile(r"(task-\d+)-annotation-(\d+)-by-[^-]*-[^-]+-(.+)-\d+")
+_POLYGONS = {
+    "COCO JSON": "export masks, or make them with pycocotools: COCO.annToMask gives the mask of an annotation",
+    "VIA's JSON": "export COCO format from VIA, and make masks of it with pycocotools: COCO.annToMask",
+    "labelme's JSON": "make masks with labelme's own labelme2voc.py, and pass the folder that it writes",
+    "Label Studio's JSON": "export `Brush labels to PNG`, or COCO format and make masks of it with pycocotools",
+}
 
 
 class Labelled(NamedTuple):
     """The masks of a folder.
 
     Attributes:
-        masks: id -> mask; an id is a path below the folder of the masks, without suffix.
-        pictures: id -> its picture, for those that have one; None where the folder is one of masks alone.
-        others: how many files there are that are no PNG, where it is one of masks alone.
+        masks: id -> mask; an id is a path below the folder of the masks, without suffix, also without that of an image.
+        pictures: id -> its image, for those that have one; None where the folder is one of masks alone.
         lists: the folder with the lists of ids, which need not exist.
+        others: how many files there are that are no PNG, where it is one of masks alone.
+        layers: id -> [(label, mask of 0 and 255)], where each label of an image has a mask of its own.
     """
 
     masks: dict[str, Path]
     pictures: dict[str, Path] | None
     lists: Path
     others: int = 0
+    layers: Mapping[str, list[tuple[str, Path]]] = {}
 
 
-def find_labelled(root: Path, suffix: str) -> Labelled:
+def find_labelled(root: Path, suffix: str, image_suffix: str = "") -> Labelled:
     """What is in the folder ``root``, or in the folder of the one mask ``root``.
 
     Args:
-        suffix: by which the names of masks differ from those of their pictures in the same folder: ``"_mask"``; "" where masks
-            have a folder of their own.
+        suffix: by which the names of masks differ from the ids: ``"_mask"``; "" looks for those of SUFFIXES.
+        image_suffix: by which the names of images differ from them: ``"_sat"``.
 
     Raises:
-        UserError: no masks, or two of one name.
+        UserError: no masks, two of one name, or polygons instead of masks.
     """
     if not root.exists():
         raise UserError(f"{root} does not exist; expected a folder of masks, or one PNG")
     if root.is_file():
-        return Labelled(_some(_by_id([root], root.parent, ""), root, ""), None, root.parent / LISTS)
+        return Labelled(_by_id([root], root.parent, "") or _no_masks(root, "", []), None, root.parent / LISTS)
     files = _files(root)
-    if suffix:
-        masks = _by_id(files, root, suffix)
-        return Labelled(_some(masks, root, suffix), _pictures(root, "", masks), root / LISTS)
-    for name, pictures in MASK_DIRS.items():
-        if (folder := root / name).is_dir() and (masks := _by_id(_files(folder), folder, "")):
-            return Labelled(masks, _pictures(root, f"{pictures}/", masks), root / LISTS)
-    masks = _some(_by_id(files, root, ""), root, "")
+    pngs = [path for path in files if path.suffix.lower() == ".png"]
+    if layers := _layers(pngs):
+        masks = {image_id: found[0][1] for image_id, found in layers.items()}
+        images = _pictures(root, masks, {image_id: image_id for image_id in masks}, image_suffix)
+        return Labelled(masks, images, root / LISTS, layers=layers)
+    endings = [(suffix, image_suffix)] if suffix or image_suffix else SUFFIXES
+    without_images = None
+    for ending, image_ending in endings:
+        for mask_dir, image_dir in LAYOUTS:
+            masks, places = _in_folders(root, pngs, ending, mask_dir, image_dir)
+            images = _pictures(root, masks, places, image_ending)
+            if images:
+                return Labelled(masks, images, root / LISTS)
+            if masks and not without_images:
+                without_images = Labelled(masks, images, root / LISTS)
+        if ending:
+            masks = _by_id(pngs, root, ending)
+            images = _pictures(root, masks, {image_id: image_id for image_id in masks}, image_ending)
+            if images or (suffix and masks):
+                return Labelled(masks, images, root / LISTS)
+    if without_images:
+        return without_images
+    masks = {} if suffix else _by_id(pngs, root, "")
+    if not masks or _are_images(files):
+        _no_masks(root, suffix, files)
     return Labelled(masks, None, root.parent / LISTS, len(files) - len(masks))
 
 
@@ -64,58 +107,204 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
+def _bare_stem(name: str) -> str:
+    """``name`` without the suffix of an image: ``"p0.jpg"`` -> ``"p0"``, ``"p0.5"`` as it is."""
+    path = Path(name)
+    return path.stem if path.suffix.lower() in (*PICTURE_SUFFIXES, *FOREIGN_SUFFIXES) else name
+
+
 def _by_id(paths: Iterable[Path], folder: Path, suffix: str) -> dict[str, Path]:
     """{id: mask} of the PNGs whose name ends in ``suffix``; UserError for two of one id."""
     masks: dict[str, Path] = {}
     for path in paths:
         if path.suffix.lower() != ".png" or not path.stem.endswith(suffix) or path.stem == suffix:
             continue
-        image_id = path.relative_to(folder).with_name(path.stem.removesuffix(suffix)).as_posix()
-        if (first := masks.setdefault(image_id, path)) != path:
-            raise UserError(f"{first} and {path} would share one place; rename one of them")
+        _add(masks, path.relative_to(folder).with_name(_bare_stem(path.stem.removesuffix(suffix))).as_posix(), path)
     return masks
 
 
-def _some(masks: dict[str, Path], root: Path, suffix: str) -> dict[str, Path]:
-    if not masks:
-        which = f"PNG whose name ends in {suffix}.png" if suffix else "PNG"
-        raise UserError(f"{root} holds no {which}; masks in other formats have to be saved as PNG without loss first")
-    return masks
+def _add(masks: dict[str, Path], image_id: str, path: Path) -> None:
+    if (first := masks.setdefault(image_id, path)) != path:
+        raise UserError(f"{first} and {path} would share one place; rename one of them")
 
 
-def _pictures(root: Path, folder: str, masks: dict[str, Path]) -> dict[str, Path]:
+def _in_folders(
+    root: Path, pngs: Iterable[Path], suffix: str, mask_dir: str, image_dir: str | None
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """{id: mask} of the PNGs in folders called ``mask_dir``, and {id: where its image is, without suffix}.
+
+    Args:
+        image_dir: what the folder of the images beside it is called; None means the group of ``mask_dir``.
+    """
+    masks: dict[str, Path] = {}
+    places: dict[str, str] = {}
+    beside: dict[Path, str | None] = {}  # folder of masks -> name of that of their images
+    for path in pngs:
+        parts = path.relative_to(root).parts[:-1]
+        stem = path.stem.removesuffix(suffix)
+        for at, part in enumerate(parts):
+            found = re.fullmatch(mask_dir, part, re.IGNORECASE)
+            if not found or not path.stem.endswith(suffix) or not stem:
+                continue
+            folder = root.joinpath(*parts[: at + 1])
+            if folder not in beside:
+                beside[folder] = (
+                    image_dir if image_dir == IMAGE_DIR else _folder(folder.parent, image_dir or re.escape(found[1]))
+                )
+            if images := beside[folder]:
+                kept = [found[1]] if found.lastindex else []
+                image_id = "/".join([*parts[:at], *kept, *parts[at + 1 :], _bare_stem(stem)])
+                _add(masks, image_id, path)
+                places[image_id] = "/".join([*parts[:at], images, *parts[at + 1 :], _bare_stem(stem)])
+                break
+    return masks, places
+
+
+def _folder(parent: Path, name: str) -> str | None:
+    """The name of the folder in ``parent`` that is called so, in any case."""
+    names = sorted(path.name for path in parent.iterdir() if path.is_dir())
+    return next((found for found in names if re.fullmatch(name, found, re.IGNORECASE)), None)
+
+
+def _pictures(root: Path, masks: dict[str, Path], places: dict[str, str], image_suffix: str) -> dict[str, Path]:
+    """{id: image}: the one that a mask's own name holds, as in ``p0.jpg.png``, before others of that name."""
     listing = Listing(root)
-    found = {image_id: listing.find(folder + image_id, PICTURE_SUFFIXES) for image_id in masks}
-    return {image_id: root / name for image_id, name in found.items() if name}
+    found = {}
+    for image_id, place in places.items():
+        own = Path(re.split("___", masks[image_id].stem)[0]).suffix.lower()
+        suffixes = [own, *PICTURE_SUFFIXES] if own in PICTURE_SUFFIXES else PICTURE_SUFFIXES
+        name = listing.find(place + image_suffix, suffixes)
+        if name and root / name != masks[image_id]:
+            found[image_id] = root / name
+    return found
+
+
+def _layers(pngs: Iterable[Path]) -> dict[str, list[tuple[str, Path]]]:
+    """The masks of Label Studio's brush export by their tasks, each with its label; {} where there are none.
+
+    They are called ``task-1-annotation-5-by-1-tag-car-0.png``; each is 255 where its label is, else 0.
+    """
+    layers = defaultdict(list)
+    annotation: dict[str, str] = {}
+    for path in pngs:
+        if found := _LAYER.fullmatch(path.stem):
+            task, number, label = found.groups()
+            if annotation.setdefault(task, number) != number:
+                raise UserError(
+                    f"{path.parent} holds two annotations of {task}, {annotation[task]} and {number}; expected one: "
+                    "move the masks of the other away"
+                )
+            layers[task].append((label, path))
+    return dict(layers)
+
+
+def _are_images(files: Sequence[Path]) -> bool:
+    """Whether the PNGs of a folder are the images that a JSON beside them has polygons of."""
+    pngs = {path.name for path in files if path.suffix.lower() == ".png"}
+    return any((_polygons(path) or ("", set()))[1] & pngs for path in _jsons(files))
+
+
+def _no_masks(root: Path, suffix: str, files: Sequence[Path]) -> Any:
+    """Raise :class:`UserError`: there are no masks; with what there is instead."""
+    for path in _jsons(files):
+        if polygons := _polygons(path):
+            raise UserError(f"{path} is {polygons[0]}: polygons, and no masks; {_POLYGONS[polygons[0]]}")
+    kinds = sorted({path.suffix.lower() for path in files if path.suffix})
+    which = f"PNG whose name ends in {suffix}.png" if suffix else "PNG"
+    holds = f", but {', '.join(kinds[:8])} files" if kinds else ""
+    raise UserError(f"{root} holds no {which}{holds}; masks in other formats have to be saved as PNG without loss first")
+
+
+def _jsons(files: Sequence[Path]) -> list[Path]:
+    """Some of the JSON files: there may be one per image, and all are of one kind."""
+    return [path for path in files if path.suffix.lower() == ".json"][:20]
+
+
+def _polygons(path: Path) -> tuple[str, set[str]] | None:
+    """Whose polygons a JSON file holds, and the names of the images in it; None for any other."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if isinstance(content, list):
+        return ("Label Studio's JSON", set()) if content and "annotations" in _dict(content[0]) else None
+    content = _dict(content)
+    if "annotations" in content and "images" in content:
+        return "COCO JSON", _names(content["images"], "file_name")
+    if "shapes" in content and "imagePath" in content:
+        return "labelme's JSON", _names([content], "imagePath")
+    regions = _dict(content.get("_via_img_metadata", content))
+    if regions and all("regions" in _dict(value) for value in regions.values()):
+        return "VIA's JSON", _names(regions.values(), "filename")
+    return None
+
+
+def _dict(value: Any) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
+def _names(rows: Any, key: str) -> set[str]:
+    return {Path(str(_dict(row).get(key, ""))).name for row in rows}
 
 
 def choose_lists(ids: Sequence[str], lists: Path, val_share: float, seed: int) -> tuple[dict[str, list[str]], str]:
-    """{"train": ids, "val": ids}, each sorted or in the order of its list, and where they come from.
+    """{"train": ids, "val": ids, "test": ids}, those that hold ids, and where they come from.
+
+    They are the lists of the export, else its folders called train, valid, test and so on, which come before a draw.
 
     Args:
         ids: that have all their files.
         lists: a folder that may hold lists for training and validation, which are kept; others (CVAT's ``default.txt``) say
             which ids there are.
-        val_share: of the ids, if they are to be split here.
+        val_share: of the sources of the ids, if they are to be split here. Copies of one source stay together.
         seed: of the split.
     """
     files = sorted(lists.glob("*.txt")) if lists.is_dir() else []
-    named = {_SPLITS[path.stem.lower()]: path for path in files if path.stem.lower() in _SPLITS}
+    named = {name: path for path in files if (name := split_of(path.stem))}
     have = set(ids)
     if "train" in named:
         return {name: [i for i in read_ids(path) if i in have] for name, path in named.items()}, f"as {lists} has them"
     if (default := lists / "default.txt") in files:
         have &= set(read_ids(default))
-    kept = sorted(have)
-    count = min(len(kept) - 1, max(1, round(val_share * len(kept)))) if val_share else 0
-    held_out = set(np.random.default_rng(seed).permutation(len(kept))[:count].tolist())
-    split = {"train": [kept[i] for i in range(len(kept)) if i not in held_out], "val": [kept[i] for i in sorted(held_out)]}
-    return {name: found for name, found in split.items() if found}, f"drawn with seed {seed}"
+    found = defaultdict(list)
+    for image_id in sorted(have):
+        found[next(filter(None, map(split_of, image_id.split("/")[:-1])), "")].append(image_id)
+    rest = found.pop("", [])
+    if "train" not in found:
+        found, rest = (found, rest) if rest else (defaultdict(list), sorted(have))
+    origin = "as the folders are called" if found else ""
+    train = found.get("train", rest)
+    if "val" not in found:
+        train, found["val"] = _draw(train, val_share, seed)
+        origin = f"{origin}, val drawn from train with seed {seed}" if origin else f"drawn with seed {seed}"
+    found["train"] = train
+    return {name: found[name] for name in ("train", "val", "test") if found.get(name)}, origin
+
+
+def split_of(name: str) -> str | None:
+    """``"train"``, ``"val"`` or ``"test"`` by the name of a list or folder: ``Training``, ``valid``, ``val2017``."""
+    return next((split for split, form in _SPLITS.items() if re.fullmatch(rf"{form}(\d{{4}})?", name, re.IGNORECASE)), None)
+
+
+def _draw(ids: Sequence[str], share: float, seed: int) -> tuple[list[str], list[str]]:
+    """Sorted ids in two parts, the second with a share of them; copies of one source are in one part."""
+    source = {image_id: copy[1] if (copy := _COPY.fullmatch(image_id)) else image_id for image_id in ids}
+    names = sorted(set(source.values()))
+    count = min(len(names) - 1, max(1, round(share * len(names)))) if share else 0
+    held_out = {names[i] for i in np.random.default_rng(seed).permutation(len(names))[:count]}
+    return [i for i in ids if source[i] not in held_out], [i for i in ids if source[i] in held_out]
+
+
+def check_ids(ids: Iterable[str]) -> None:
+    """Raise :class:`UserError` for an id that a list cannot hold, as its line would be read as something else."""
+    for image_id in ids:
+        if not is_bare(image_id):
+            raise UserError(
+                f"{image_id!r} cannot be a line of a list of ids; rename that file without line ends, blanks at either end, "
+                "and suffixes of images in the middle"
+            )
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write a text file, a line an entry; UserError for what would be read back as something else."""
-    lines = list(lines)
-    if wrong := next((line for line in lines if re.search(r"[\r\n]|^[ \t]|[ \t]$", line)), None):
-        raise UserError(f"{wrong!r} cannot be a line of {path}; rename it without line ends, and blanks around it")
+    """Write a text file, a line per entry."""
     write_atomically(path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
