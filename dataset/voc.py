@@ -19,7 +19,7 @@ VAL_LISTS = ("ImageSets/SegmentationAug/val.txt", "ImageSets/Segmentation/val.tx
 TEST_LISTS = ("ImageSets/Segmentation/test.txt",)
 
 
-def find_list(data_dir: str | Path, data_list: str | Path | None, candidates: Iterable[str], source: str = "") -> Path:
+def find_list(data_dir: str | Path, data_list: str | Path | None, candidates: Sequence[str], source: str = "") -> Path:
     """The file of image ids: ``data_list`` as given or below ``data_dir``, else the first of ``candidates`` that is there.
 
     Args:
@@ -37,6 +37,8 @@ def find_list(data_dir: str | Path, data_list: str | Path | None, candidates: It
         return found
     names = list(dict.fromkeys(map(str, paths)))
     text = f"{' and '.join(names)} {'do' if len(names) > 1 else 'does'} not exist"
+    if source:
+        text += _found_elsewhere(root, [str(data_list)] if data_list else candidates)
     if data_list:
         raise DatasetError(f"no list of image ids: {text}; pass a file with one id a line")
     if source:
@@ -45,6 +47,15 @@ def find_list(data_dir: str | Path, data_list: str | Path | None, candidates: It
         f"no list of image ids: {text}; run `python scripts/prepare_voc.py` for PASCAL VOC; for data of your own write one, "
         "have scripts/masks_to_indices.py write it (CVAT, labelme, pairs), or pass --data-list"
     )
+
+
+def _found_elsewhere(root: Path, names: Iterable[str]) -> str:
+    """Where a folder is that ``root`` lacks, for messages: archives are often unpacked into folders of their own."""
+    for name in names:
+        if not Path(name).is_absolute() and (path := next((p for r in (root, root / "..") for p in r.glob(f"*/{name}")), None)):
+            top = os.path.normpath(path.parents[name.count("/")])
+            return f", but {os.path.normpath(path)} is there: move what is in {top} to {root}"
+    return ""
 
 
 class VOCSegmentation(Dataset):
@@ -126,7 +137,7 @@ class VOCSegmentation(Dataset):
             names, example = " or ".join(f"{name}/" for name in wanted), self.LABEL.format(PurePosixPath(label_dirs[0]).name)
             raise DatasetError(
                 f"the data set folder {self.root} holds no {names}; expected {example} label masks there{self._holds()}"
-                + (f"; {self.SOURCE}" if self.SOURCE else "")
+                + (f"{_found_elsewhere(self.root, wanted)}; {self.SOURCE}" if self.SOURCE else "")
             )
         listing = Listing(self.root)
         self.entries: dict[str, Entry] = {}

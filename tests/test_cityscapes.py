@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import zipfile
 from fractions import Fraction
 from pathlib import Path
@@ -15,7 +16,7 @@ from torchvision.datasets import Cityscapes
 
 import evaluate as evaluate_script
 import train as train_script
-from dataset import DATASETS, CityscapesSegmentation, DatasetError, to_input
+from dataset import DATASETS, CityscapesSegmentation, DatasetError, find_list, to_input
 from dataset.classes import CITYSCAPES_CLASSES, CITYSCAPES_COLORS
 from deeplab import CRFParams, dense_crf, load_net, predict_windows
 from deeplab.nets import make_net
@@ -154,6 +155,22 @@ def test_lists_that_are_refused(city, tmp_path):
     (city / place(LABEL, "val", "munster_000000_000019")).unlink()
     with pytest.raises(DatasetError, match=r"no label for munster_000000_000019_gtFine_labelIds in \S*gtFine/val/munster"):
         data_of(city).check_files()
+
+
+def test_archives_in_folders_of_their_own_are_named(city, tmp_path):
+    """As `unzip -d` of each archive leaves them, and desktop programs."""
+    for name in ("leftImg8bit", "gtFine"):
+        (tmp_path / "data" / f"{name}_trainvaltest").mkdir(parents=True)
+        shutil.copytree(city / name, tmp_path / "data" / f"{name}_trainvaltest" / name)
+    images, labels = (tmp_path / "data" / f"{name}_trainvaltest" for name in ("leftImg8bit", "gtFine"))
+    lists = CityscapesSegmentation.lists("val", "leftImg8bit")
+    for given in (None, "leftImg8bit/val"):
+        with pytest.raises(DatasetError, match=f"val is there: move what is in {images} to {tmp_path}/data"):
+            find_list(tmp_path / "data", given, lists, CityscapesSegmentation.SOURCE)
+    with pytest.raises(DatasetError, match=f"holds no gtFine/; .* is there: move what is in {labels} to {images}"):
+        data_of(images)
+    with pytest.raises(DatasetError, match=r"nowhere does not exist; unpack"):
+        find_list(images, None, ["leftImg8bit/nowhere"], "unpack")
 
 
 # ---- training
