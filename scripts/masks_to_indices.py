@@ -80,9 +80,14 @@ def check_out(source: Path, out: Path) -> None:
 def choose_table(args: argparse.Namespace, home: Path | None, labelled: Labelled) -> Table | None:
     """The classes that a file gives; for masks of one label each, else their labels behind the background."""
     root = args.masks if args.masks.is_dir() else args.masks.parent
-    folders = {folder for path in labelled.masks.values() for folder in path.parents if folder.is_relative_to(root)}
-    inside = sorted(folders | {root}, key=lambda folder: (len(folder.parts), folder))
-    table = find_table(inside, [root.parent, *([home] if home else [])], args.classes, args.zero_is_void)
+    folders = {path.parent for path in labelled.masks.values()}
+    inside = {folder for each in folders for folder in (each, *each.parents) if folder.is_relative_to(root)}
+    table = find_table(
+        sorted(inside, key=lambda folder: (len(folder.parts), folder)),
+        [root.parent, *([home] if home else [])],
+        args.classes,
+        args.zero_is_void,
+    )
     if table or not labelled.layers:
         return table
     labels = sorted({label for layers in labelled.layers.values() for label, _ in layers})
@@ -280,7 +285,10 @@ def main(argv: list[str] | None = None) -> int:
     masks, images = labelled.masks, labelled.pictures
     folder = args.out if images is None else args.out / LABEL_DIRS[-1]
     copies = {i: (path, args.out / IMAGE_DIR / f"{i}{path.suffix}") for i, path in (images or {}).items()}
-    print(f"{len(masks)} masks; " + (f"the colours are those of {given.origin}" if colors else "their values stay"))
+    known = (
+        f"{len(table.rows)} classes, from {table.origin}" if table else "no file of classes: colours are read as PASCAL VOC's"
+    )
+    print(f"{len(masks)} masks; " + (known if table or guessed else "no file of classes: their values stay"))
     if labelled.others:
         print(f"{labelled.others} files that are no .png are left out")
     remove_torn_files([*(folder / f"{i}.png" for i in masks), *(copy for _, copy in copies.values())])

@@ -341,6 +341,28 @@ def test_folders_that_are_called_splits_become_the_lists(tmp_path, capsys):
     assert "1 ids are on no list" in out
 
 
+def test_a_class_that_is_called_train_is_no_split(tmp_path):
+    for stem, folder in zip(STEMS, ["train", "car", "bus"] * 2):
+        put(tmp_path, f"masks/{folder}/{stem}.png", grey(stem))
+    run(tmp_path / "masks", tmp_path / "out/SegmentationClass")
+    train, val = lists(tmp_path / "out")
+    assert (len(train), len(val)) == (5, 1)
+
+
+def test_the_classes_of_ade20k(tmp_path):
+    put(tmp_path, "ade/objectInfo150.txt", "Idx\tRatio\tTrain\tVal\tStuff\tName\n1\t0.1576\t11664\t1172\t1\twall\n"
+                                           "2\t0.1072\t6046\t612\t1\tbuilding, edifice\n")  # fmt: skip
+    for stem in STEMS:
+        split = "validation" if stem == "p3" else "training"
+        put(tmp_path, f"ade/annotations/{split}/{stem}.png", grey(stem))
+        picture(tmp_path, f"ade/images/{split}/{stem}.jpg")
+    out = run(tmp_path / "ade", tmp_path / "out", "--zero-is-void")
+    assert (out / "classes.txt").read_text() == "wall\nbuilding, edifice\n"
+    assert lists(out) == [[f"training/{stem}" for stem in STEMS if stem != "p3"], ["validation/p3"]]
+    expected = np.array([255, 0, 1])[VALUES["p3"]]
+    assert np.array_equal(read_label(out / "SegmentationClass/validation/p3.png", 2, colors={}), expected)
+
+
 def test_copies_of_one_source_stay_together(tmp_path):
     for source in range(6):
         for copy in "abc":
@@ -391,9 +413,12 @@ def test_masks_of_single_labels_are_put_together(tmp_path, capsys):
     check_labels(out, {"task-1": np.array([[2, 255, 1, 0]]), "task-2": np.array([[0, 0, 1, 1]])}, 3)
     assert (out / "classes.txt").read_text() == "background\ncar\ntraffic-light\n"
     assert "2 masks have no image: put task-1.jpg" in capsys.readouterr().out
+    picture(tmp_path / "in", "0f-my photo.jpg")
+    put(tmp_path / "in", "tasks.json", '[{"id": 2, "data": {"image": "/data/upload/1/0f-my%20photo.jpg"}, "annotations": []}]')
     put(tmp_path / "in", "classes.txt", "traffic/light\ncar\nsky\n")  # without a background, the rest is void
     out = run(tmp_path / "in", tmp_path / "named")
     check_labels(out, {"task-1": np.array([[0, 255, 1, 255]]), "task-2": np.array([[255, 255, 1, 1]])}, 3)
+    assert contents(out / "JPEGImages") == {"task-2.jpg": (tmp_path / "in/0f-my photo.jpg").read_bytes()}
     put(tmp_path / "in", "classes.txt", "background\ncar\n")
     with pytest.raises(UserError, match=r"is of the label traffic-light, but .*classes\.txt names background, car"):
         run(tmp_path / "in", tmp_path / "few")
@@ -416,15 +441,17 @@ def test_masks_of_single_labels_that_are_none(tmp_path, capsys):
 
 def test_polygons_are_named(tmp_path):
     for text, message in (
-        ('{"images": [{"file_name": "a.png"}], "annotations": [], "categories": []}', "is COCO JSON: .*pycocotools"),
-        ('{"a.png123": {"filename": "a.png", "regions": []}}', "is VIA's JSON: polygons"),
-        ('{"_via_settings": {}, "_via_img_metadata": {"k": {"filename": "a.png", "regions": {}}}}', "is VIA's JSON: polygons"),
-        ('{"shapes": [], "imagePath": "a.png"}', "is labelme's JSON: polygons.* labelme2voc"),
-        ('[{"id": 1, "annotations": [], "data": {}}]', "is Label Studio's JSON: polygons"),
+        ('{"images": [{"file_name": "a.png"}], "annotations": [], "categories": []}', "is COCO JSON; .*pycocotools"),
+        ('{"a.png123": {"filename": "a.png", "regions": []}}', "is VIA's JSON"),
+        ('{"_via_settings": {}, "_via_img_metadata": {"k": {"filename": "a.png", "regions": {}}}}', "is VIA's JSON"),
+        ('{"shapes": [], "imagePath": "a.png"}', "is labelme's JSON.* labelme2voc"),
+        ('{"description": "", "objects": [], "size": {}}', "is Supervisely's JSON; export masks"),
+        ('{"metadata": {"name": "a.png"}, "instances": []}', "is SuperAnnotate's JSON; export fused masks"),
+        ('[{"id": 1, "annotations": [], "data": {}}]', "is Label Studio's JSON"),
     ):
         put(tmp_path, "in/export.json", text)
         for name in ("a.jpg", "a.png"):
-            if name == "a.png" and "Label Studio" in message:
+            if name == "a.png" and name not in text:
                 continue
             picture(tmp_path, f"in/{name}")
             with pytest.raises(UserError, match=message):

@@ -16,12 +16,12 @@ from dataset.lists import read_lines
 from utils.command import UserError
 
 TABLES = (
-    "classes.txt", "labelmap.txt", "class_names.txt", "_classes.csv", "class_dict.csv", "label_colors.txt", "labels.txt",
-    "obj_class_to_machine_color.json", "classes.json", "classes/classes.json", "label_classes.json",
-    "_annotations.coco.json", "notes.json", "result.json",
+    "classes.txt", "labelmap.txt", "class_names.txt", "_classes.csv", "class_dict.csv", "label_colors.txt",
+    "objectInfo150.txt", "labels.txt", "obj_class_to_machine_color.json", "classes.json", "classes/classes.json",
+    "label_classes.json", "_annotations.coco.json", "notes.json", "result.json",
 )  # fmt: skip
-"""Files of classes: ours, CVAT's, labelme's, Roboflow's, DeepGlobe's, CamVid's, labelme's again, Supervisely's,
-SuperAnnotate's, Hasty's, and COCO JSON of Roboflow and Label Studio; the first that is there counts."""
+"""Files of classes: ours, CVAT's, labelme's, Roboflow's, DeepGlobe's, CamVid's, ADE20K's, labelme's again,
+Supervisely's, SuperAnnotate's, Hasty's, and COCO JSON of Roboflow and Label Studio; the first that is there counts."""
 NO_COLORS = "has colours"  # how the problem of a mask begins that has colours, where no class has one
 
 
@@ -49,8 +49,8 @@ class Table(NamedTuple):
 VOC = Table([(row.name, row.color) for row in VOC_CLASSES], "PASCAL VOC")
 _CVAT = re.compile(r"(.+?):(?:(\d+),\s*(\d+),\s*(\d+))?:[^:]*(?::[^:]*)?", re.ASCII)
 _COLOR_FIRST = re.compile(r"(\d+)[ \t,;]+(\d+)[ \t,;]+(\d+)[ \t,;]+(\D.*)", re.ASCII)
-_VALUE_FIRST = re.compile(r"(\d+)[ \t,;:]+(\D.*)", re.ASCII)
-_VALUES_TITLE = re.compile(r"(pixel[ _]?value|value|id|index)[ \t,;]+\w+", re.IGNORECASE)
+_VALUE_FIRST = re.compile(r"(\d+)[ \t,;:]+(?:[\d.]+\t\d+\t\d+\t\d+\t+)?(\D.*)", re.ASCII)  # ADE20K: shares and counts between
+_VALUES_TITLE = re.compile(r"(pixel[ _]?value|value|idx?|index)([ \t,;]+\w+)+", re.IGNORECASE)
 _HEX = re.compile("#([0-9a-f]{2})([0-9a-f]{2})([0-9a-f]{2})(?:[0-9a-f]{2})?", re.IGNORECASE)
 
 
@@ -97,7 +97,7 @@ def read_table(path: Path, zero_is_void: bool = False) -> list[tuple[str, Color 
 
     CVAT's ``labelmap.txt`` (``name:r,g,b:parts:actions`` a line), labelme's ``class_names.txt`` or ``labels.txt`` (a name a
     line, ``__ignore__`` first, which is no class; the colours are those of the VOC colour map), CamVid's ``r g b name``,
-    Roboflow's ``value, name``, JSON (see :func:`_read_json`), or what :func:`dataset.classes.read_classes` reads.
+    Roboflow's and ADE20K's ``value, name``, JSON (see :func:`_read_json`), or what :func:`dataset.classes.read_classes` reads.
 
     Raises:
         DatasetError: the file cannot be read.

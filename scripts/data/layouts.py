@@ -3,9 +3,11 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -26,18 +28,19 @@ LAYOUTS = (
 )
 """Folders of masks and of their images beside them, anywhere in an export: labelme2voc (the first holds the PNGs) and CVAT,
 Supervisely, ADE20K, common use, CamVid (``train_labels`` and ``train``), SegNet (``trainannot`` and ``train``)."""
-SUFFIXES = (("", ""), ("___fuse", ""), ("_mask", ""), ("_mask", "_sat"))
-"""By which the names of masks and those of their images differ from the ids: SuperAnnotate, Roboflow, DeepGlobe."""
+SUFFIXES = (("", ""), ("___fuse", ""), ("_mask", ""), ("_mask", "_sat"), ("_L", ""))
+"""By which the names of masks and those of their images differ from the ids: SuperAnnotate, Roboflow, DeepGlobe,
+CamVid."""
 _SPLITS = {"train": "train(ing)?", "val": "val(id(ation)?)?", "test": "test(ing)?"}  # what lists and folders are called
 _COPY = re.compile(r"(.+)\.rf\.[^./]+")  # Roboflow: <source>.rf.<hash>, for each augmented copy of a source
 # Label Studio: the control's name is before the label's, which may hold dashes
 _LAYER = re.compile(r"(task-\d+)-annotation-(\d+)-by-[^-]*-[^-]+-(.+)-\d+")
-_POLYGONS = {
-    "COCO JSON": "export masks, or make them with pycocotools: COCO.annToMask gives the mask of an annotation",
-    "VIA's JSON": "export COCO format from VIA, and make masks of it with pycocotools: COCO.annToMask",
-    "labelme's JSON": "make masks with labelme's own labelme2voc.py, and pass the folder that it writes",
-    "Label Studio's JSON": "export `Brush labels to PNG`, or COCO format and make masks of it with pycocotools",
-}
+_POLYGONS = (  # whose JSON, its keys, where the name of an image stands, what to do
+    ("COCO JSON", {"images", "annotations"}, ("images", "file_name"), "make masks with pycocotools (COCO.annToMask)"),
+    ("labelme's JSON", {"shapes", "imagePath"}, ("", "imagePath"), "make masks with labelme's labelme2voc.py"),
+    ("Supervisely's JSON", {"objects", "size"}, ("", ""), "export masks with its app `Export as masks`"),
+    ("SuperAnnotate's JSON", {"instances", "metadata"}, ("metadata", "name"), "export fused masks (___fuse.png)"),
+)
 
 
 class Labelled(NamedTuple):
@@ -76,8 +79,7 @@ def find_labelled(root: Path, suffix: str, image_suffix: str = "") -> Labelled:
     pngs = [path for path in files if path.suffix.lower() == ".png"]
     if layers := _layers(pngs):
         masks = {image_id: found[0][1] for image_id, found in layers.items()}
-        images = _pictures(root, masks, {image_id: image_id for image_id in masks}, image_suffix)
-        return Labelled(masks, images, root / LISTS, layers=layers)
+        return Labelled(masks, _task_images(files), root / LISTS, layers=layers)
     endings = [(suffix, image_suffix)] if suffix or image_suffix else SUFFIXES
     without_images = None
     for ending, image_ending in endings:
@@ -138,26 +140,28 @@ def _in_folders(
     """
     masks: dict[str, Path] = {}
     places: dict[str, str] = {}
-    beside: dict[Path, str | None] = {}  # folder of masks -> name of that of their images
+    folders: dict[Path, tuple[str, str] | None] = {}  # folder of masks -> where ids and images are below the root
     for path in pngs:
-        parts = path.relative_to(root).parts[:-1]
-        stem = path.stem.removesuffix(suffix)
-        for at, part in enumerate(parts):
-            found = re.fullmatch(mask_dir, part, re.IGNORECASE)
-            if not found or not path.stem.endswith(suffix) or not stem:
-                continue
-            folder = root.joinpath(*parts[: at + 1])
-            if folder not in beside:
-                beside[folder] = (
-                    image_dir if image_dir == IMAGE_DIR else _folder(folder.parent, image_dir or re.escape(found[1]))
-                )
-            if images := beside[folder]:
-                kept = [found[1]] if found.lastindex else []
-                image_id = "/".join([*parts[:at], *kept, *parts[at + 1 :], _bare_stem(stem)])
-                _add(masks, image_id, path)
-                places[image_id] = "/".join([*parts[:at], images, *parts[at + 1 :], _bare_stem(stem)])
-                break
+        if path.parent not in folders:
+            folders[path.parent] = _beside(root, path.parent.relative_to(root).parts, mask_dir, image_dir)
+        stem = _bare_stem(path.stem.removesuffix(suffix))
+        if (where := folders[path.parent]) and stem and path.stem.endswith(suffix):
+            _add(masks, image_id := where[0] + stem, path)
+            places[image_id] = where[1] + stem
     return masks, places
+
+
+def _beside(root: Path, parts: tuple[str, ...], mask_dir: str, image_dir: str | None) -> tuple[str, str] | None:
+    """Where ids and images are for the masks in a folder, of which one part is called ``mask_dir``; None if none is."""
+    for at, part in enumerate(parts):
+        if found := re.fullmatch(mask_dir, part, re.IGNORECASE):
+            name = image_dir or re.escape(found[1])
+            images = name if name == IMAGE_DIR else _folder(root.joinpath(*parts[:at]), name)
+            if images:
+                kept = [found[1]] if found.lastindex else []
+                ids, places = ([*parts[:at], *new, *parts[at + 1 :], ""] for new in (kept, [images]))
+                return "/".join(ids), "/".join(places)
+    return None
 
 
 def _folder(parent: Path, name: str) -> str | None:
@@ -198,44 +202,57 @@ def _layers(pngs: Iterable[Path]) -> dict[str, list[tuple[str, Path]]]:
     return dict(layers)
 
 
+def _task_images(files: Sequence[Path]) -> dict[str, Path]:
+    """{task: image} of Label Studio's tasks, by its JSON export and by files called as the tasks are, as in ``task-1.jpg``."""
+    images = {path.name: path for path in files if path.suffix.lower() in PICTURE_SUFFIXES}
+    found = {path.stem: path for path in images.values() if re.fullmatch(r"task-\d+", path.stem)}
+    rows = (row for _, content in _jsons(files) if isinstance(content, list) for row in map(_dict, content))
+    for row in rows:
+        names = (unquote(value).rpartition("/")[2] for value in _dict(row.get("data")).values() if isinstance(value, str))
+        found |= {f"task-{row.get('id')}": images[name] for name in names if name in images}
+    return found
+
+
 def _are_images(files: Sequence[Path]) -> bool:
     """Whether the PNGs of a folder are the images that a JSON beside them has polygons of."""
     pngs = {path.name for path in files if path.suffix.lower() == ".png"}
-    return any((_polygons(path) or ("", set()))[1] & pngs for path in _jsons(files))
+    return any(found[2] & pngs for path, content in _jsons(files) if (found := _polygons(content)))
 
 
 def _no_masks(root: Path, suffix: str, files: Sequence[Path]) -> Any:
     """Raise :class:`UserError`: there are no masks; with what there is instead."""
-    for path in _jsons(files):
-        if polygons := _polygons(path):
-            raise UserError(f"{path} is {polygons[0]}: polygons, and no masks; {_POLYGONS[polygons[0]]}")
+    for path, content in _jsons(files):
+        if found := _polygons(content):
+            raise UserError(
+                f"{root} holds no masks, but polygons: {path} is {found[0]}; {found[1]}, and pass the folder of the masks"
+            )
     kinds = sorted({path.suffix.lower() for path in files if path.suffix})
     which = f"PNG whose name ends in {suffix}.png" if suffix else "PNG"
     holds = f", but {', '.join(kinds[:8])} files" if kinds else ""
     raise UserError(f"{root} holds no {which}{holds}; masks in other formats have to be saved as PNG without loss first")
 
 
-def _jsons(files: Sequence[Path]) -> list[Path]:
-    """Some of the JSON files: there may be one per image, and all are of one kind."""
-    return [path for path in files if path.suffix.lower() == ".json"][:20]
+def _jsons(files: Sequence[Path]) -> Iterator[tuple[Path, Any]]:
+    """JSON files and what they hold; a few of them, since there may be one per image, and all are of one kind."""
+    for path in [path for path in files if path.suffix.lower() == ".json"][:20]:
+        with suppress(OSError, ValueError, RecursionError):
+            yield path, json.loads(path.read_bytes())
 
 
-def _polygons(path: Path) -> tuple[str, set[str]] | None:
-    """Whose polygons a JSON file holds, and the names of the images in it; None for any other."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
+def _polygons(content: Any) -> tuple[str, str, set[str]] | None:
+    """Whose polygons JSON holds, what to do, and the names of the images in it; None where it holds none."""
     if isinstance(content, list):
-        return ("Label Studio's JSON", set()) if content and "annotations" in _dict(content[0]) else None
+        advice = "export `Brush labels to PNG`, or COCO format and make masks with pycocotools (COCO.annToMask)"
+        return ("Label Studio's JSON", advice, set()) if content and "annotations" in _dict(content[0]) else None
     content = _dict(content)
-    if "annotations" in content and "images" in content:
-        return "COCO JSON", _names(content["images"], "file_name")
-    if "shapes" in content and "imagePath" in content:
-        return "labelme's JSON", _names([content], "imagePath")
-    regions = _dict(content.get("_via_img_metadata", content))
-    if regions and all("regions" in _dict(value) for value in regions.values()):
-        return "VIA's JSON", _names(regions.values(), "filename")
+    for whose, keys, (place, name), advice in _POLYGONS:
+        if keys <= content.keys():
+            rows = content[place] if place else content
+            return whose, advice, _names(rows if isinstance(rows, list) else [rows], name)
+    regions = _dict(content.get("_via_img_metadata", content)).values()
+    if regions and all("regions" in _dict(value) for value in regions):
+        advice = "export COCO format from VIA, and make masks with pycocotools (COCO.annToMask)"
+        return "VIA's JSON", advice, _names(regions, "filename")
     return None
 
 
@@ -243,7 +260,7 @@ def _dict(value: Any) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def _names(rows: Any, key: str) -> set[str]:
+def _names(rows: Iterable[Any], key: str) -> set[str]:
     return {Path(str(_dict(row).get(key, ""))).name for row in rows}
 
 
@@ -270,8 +287,8 @@ def choose_lists(ids: Sequence[str], lists: Path, val_share: float, seed: int) -
     for image_id in sorted(have):
         found[next(filter(None, map(split_of, image_id.split("/")[:-1])), "")].append(image_id)
     rest = found.pop("", [])
-    if "train" not in found:
-        found, rest = (found, rest) if rest else (defaultdict(list), sorted(have))
+    if (rest and [*found] == ["train"]) or (not rest and "train" not in found):  # the former may be a class
+        found, rest = defaultdict(list), sorted(have)
     origin = "as the folders are called" if found else ""
     train = found.get("train", rest)
     if "val" not in found:
