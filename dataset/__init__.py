@@ -12,6 +12,7 @@ from dataset.classes import (
     read_class_names,
     voc_palette,
 )
+from dataset.cocostuff import COCOStuffSegmentation
 from dataset.images import DatasetError, read_image
 from dataset.labels import read_label
 from dataset.lists import read_ids, read_list
@@ -19,13 +20,19 @@ from dataset.sampler import StepSampler
 from dataset.transforms import Crop, PadCrop, RandomMirror, RandomScale, TrainTransform, to_input
 from dataset.voc import VOCSegmentation, find_list
 
-DATASETS: dict[str, type[VOCSegmentation]] = {"voc": VOCSegmentation, "cityscapes": CityscapesSegmentation}
+DATASETS: dict[str, type[VOCSegmentation]] = {
+    "voc": VOCSegmentation,
+    "cityscapes": CityscapesSegmentation,
+    "cocostuff": COCOStuffSegmentation,
+}
+"""What --dataset chooses from; README.md says how to add one."""
 
 __all__ = [
     "DATASETS",
     "IGNORE_LABEL",
     "MEAN_BGR",
     "VOC_CLASSES",
+    "COCOStuffSegmentation",
     "CityscapesSegmentation",
     "Crop",
     "DatasetError",

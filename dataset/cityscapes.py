@@ -1,14 +1,15 @@
 """Cityscapes in its official layout: ``leftImg8bit/<split>/<city>/*_leftImg8bit.png``, ``gtFine/.../*_gtFine_labelIds.png``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import ClassVar
 
 import numpy as np
 
-from dataset.classes import CITYSCAPES_CLASSES, CITYSCAPES_COLORS, IGNORE_LABEL, ClassFile, Color
+from dataset.classes import CITYSCAPES_CLASSES, CITYSCAPES_COLORS, IGNORE_LABEL
 from dataset.images import DatasetError
-from dataset.lists import LABEL_SUFFIXES, PICTURE_SUFFIXES, Entry, Listing, read_list
-from dataset.voc import VOCSegmentation
+from dataset.lists import LABEL_SUFFIXES, Entry, Listing, read_folder, read_list
+from dataset.voc import Server, VOCSegmentation
 
 NUM_IDS = 34  # label ids 0..33; -1, the license plate, is 255 in a file
 
@@ -32,15 +33,22 @@ class CityscapesSegmentation(VOCSegmentation):
     """
 
     TITLE = "Cityscapes"
+    ABOUT = "the official folders, labelIds read as the 19 train ids"
     SHORT = "CS"
     SOURCE = (
         "for --dataset cityscapes unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip of "
         "www.cityscapes-dataset.com there"
     )
     NAMES = tuple(row.name for row in CITYSCAPES_CLASSES)
+    COLORS = CITYSCAPES_COLORS
+    DATA_DIR = "data/cityscapes"
     IMAGE_DIR = "leftImg8bit"
     LABEL_DIRS = ("gtFine",)
     LABEL = "<split>/<city>/<city>_<sequence>_<frame>_{}_labelIds.png"
+    TRAINING: ClassVar = {"input_size": (769, 769), "scale_range": (0.7, 2.1)}
+    TOOLBOX_TRAINING: ClassVar = {"batch_size": 8, "iter_size": 1, "num_steps": 40_000}
+    # Found by <city>_<sequence>_<frame>*.png, in regular label ids (cityscapesScripts, evalPixelLevelSemanticLabeling.py).
+    SERVER = Server(CITYSCAPES_CLASSES, "L", "", (".zip",), "upload it to the pixel-level semantic labeling task")
 
     @classmethod
     def lists(cls, split: str, image_dir: str) -> tuple[str, ...]:
@@ -57,11 +65,7 @@ class CityscapesSegmentation(VOCSegmentation):
         path = Path(path)
         if path.is_dir():
             ending = f"_{PurePosixPath(image_dir).name}"
-            files = [file for file in sorted(path.glob("*/*")) if file.suffix.lower() in PICTURE_SUFFIXES]
-            names = [file.relative_to(path).as_posix() for file in files if file.stem.endswith(ending) and file.name[0] != "."]
-            if not names:
-                raise DatasetError(f"the folder {path} holds no picture; expected <city>/<city>_<sequence>_<frame>{ending}.png")
-            entries = [Entry("", f"{image_dir}/{path.name}/{name}") for name in names]
+            entries = read_folder(path, image_dir, f"*/*{ending}.*", f"<city>/<city>_<sequence>_<frame>{ending}.png")
         else:
             entries = read_list(path, image_dir)
         for entry in entries:
@@ -71,10 +75,6 @@ class CityscapesSegmentation(VOCSegmentation):
                     "leftImg8bit/val/munster/munster_000000_000019_leftImg8bit.png, with the label's path behind it or without"
                 )
         return [entry._replace(id=_split(str(entry.image), image_dir)[1]) for entry in entries]
-
-    def names_and_colors(self, classes: ClassFile | None) -> tuple[Sequence[str] | None, Mapping[int, Color]]:
-        """The names and the colours of the classes, which no file changes."""
-        return self.NAMES, CITYSCAPES_COLORS
 
     def find_label(self, listing: Listing, entry: Entry, label_dirs: Sequence[str]) -> str:
         """Where the label of an entry that names none is, or should be: label ids come before train ids."""
@@ -86,6 +86,20 @@ class CityscapesSegmentation(VOCSegmentation):
     def classes_of(self, label_path: Path) -> np.ndarray | None:
         """The train ids of label ids; None for a file that holds train ids already."""
         return None if label_path.stem.endswith("_labelTrainIds") else train_ids()
+
+    def causes(self, counts: np.ndarray, colours: bool, wrong: bool) -> list[str]:
+        """See :meth:`dataset.voc.VOCSegmentation.causes`."""
+        causes = []
+        if colours:
+            causes.append("labels in colours are the *_color.png files, which are to be looked at; expected *_labelIds.png")
+        if wrong:
+            causes.append("label ids are 0..33, as in *_labelIds.png; files of train ids have the name *_labelTrainIds.png")
+        last = 5  # what train ids are taken for where they are read as label ids: 17 is the pole, 18 is not scored
+        if counts[: last + 1].any() and not counts[last + 1 : IGNORE_LABEL].any():
+            causes.append(
+                "no class behind the pole occurs: the files may hold train ids; let their names end in _labelTrainIds.png then"
+            )
+        return causes
 
 
 def _split(image: str, image_dir: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""The classes of PASCAL VOC, of Cityscapes and of a ``classes.txt``: names and colours; the ignore label; the mean colour."""
+"""The classes of the data sets and of a ``classes.txt``: names and colours; the ignore label; the mean colour."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -84,6 +84,32 @@ CITYSCAPES_CLASSES = (  # in the order of the train ids, which are the classes h
 CITYSCAPES_COLORS: dict[int, Color] = {
     **{index: row.color for index, row in enumerate(CITYSCAPES_CLASSES)},
     IGNORE_LABEL: (0, 0, 0),
+}
+
+COCO_NAMES = (  # in the order of the values in stuffthingmaps: 91 things, then 91 kinds of stuff (cocostuff, labels.txt)
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light", "fire hydrant",
+    "street sign", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear",
+    "zebra", "giraffe", "hat", "backpack", "umbrella", "shoe", "eye glasses", "handbag", "tie", "suitcase", "frisbee", "skis",
+    "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
+    "plate", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
+    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "mirror", "dining table", "window",
+    "desk", "toilet", "door", "tv", "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave", "oven", "toaster",
+    "sink", "refrigerator", "blender", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+    "hair brush", "banner", "blanket", "branch", "bridge", "building-other", "bush", "cabinet", "cage", "cardboard", "carpet",
+    "ceiling-other", "ceiling-tile", "cloth", "clothes", "clouds", "counter", "cupboard", "curtain", "desk-stuff", "dirt",
+    "door-stuff", "fence", "floor-marble", "floor-other", "floor-stone", "floor-tile", "floor-wood", "flower", "fog",
+    "food-other", "fruit", "furniture-other", "grass", "gravel", "ground-other", "hill", "house", "leaves", "light", "mat",
+    "metal", "mirror-stuff", "moss", "mountain", "mud", "napkin", "net", "paper", "pavement", "pillow", "plant-other",
+    "plastic", "platform", "playingfield", "railing", "railroad", "river", "road", "rock", "roof", "rug", "salad", "sand",
+    "sea", "shelf", "sky-other", "skyscraper", "snow", "solid-other", "stairs", "stone", "straw", "structural-other", "table",
+    "tent", "textile-other", "towel", "tree", "vegetable", "wall-brick", "wall-concrete", "wall-other", "wall-panel",
+    "wall-stone", "wall-tile", "wall-wood", "water-other", "waterdrops", "window-blind", "window-other", "wood",
+)  # fmt: skip
+COCO_UNUSED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)  # things that were removed before the labels were published
+COCO_COLORS: dict[int, Color] = {  # none are published; the VOC colour map is large enough
+    label: (red, green, blue)
+    for label, (red, green, blue) in enumerate(voc_palette().tolist())
+    if label < len(COCO_NAMES) or label == IGNORE_LABEL
 }
 
 
@@ -237,14 +263,18 @@ def one_class_warning(present: Iterable[int]) -> str | None:
     return f"nothing but class {classes[0]} occurs in the labels: there is nothing to tell apart"
 
 
-def absent_classes(present: Iterable[int], names: Sequence[str], ignore_label: int = IGNORE_LABEL) -> str:
+def absent_classes(
+    present: Iterable[int], names: Sequence[str], ignore_label: int = IGNORE_LABEL, unused: Sequence[int] = ()
+) -> str:
     """The classes that labels lack, as ``"3 bird, 4 boat"``; "" where they lack none, or hold one class or none at all.
 
     Args:
         present: the values that occur in labels as they are read: class indices, and 255 for void.
         names: of all classes, in the order of their indices.
         ignore_label: a class that is declared void is none.
+        unused: classes that no label of the data set has.
     """
     values = set(present)
-    absent = [f"{index} {name}" for index, name in enumerate(names) if index not in values and index != ignore_label]
+    known = values | {ignore_label, *unused}
+    absent = [f"{index} {name}" for index, name in enumerate(names) if index not in known]
     return "" if one_class_warning(values) else ", ".join(absent)

@@ -110,6 +110,23 @@ def _columns(line: str, image_dir: str) -> tuple[str | None, str | None, str]:
     return image, label, ""
 
 
+def read_folder(path: Path, image_dir: str, pattern: str = "*", expected: str = "images such as <id>.jpg") -> list[Entry]:
+    """The entries of all images in a folder, ``<root>/<image_dir>`` or one in it, in the order of their names.
+
+    Args:
+        pattern: of their paths below ``path``.
+        expected: for the message.
+
+    Raises:
+        DatasetError: there are none.
+    """
+    files = [file for file in sorted(path.glob(pattern)) if file.suffix.lower() in PICTURE_SUFFIXES and file.name[0] != "."]
+    if not files:
+        raise DatasetError(f"the folder {path} holds no image; expected {expected}")
+    folder = image_dir if path.name == PurePosixPath(image_dir).name else f"{image_dir}/{path.name}"
+    return _with_ids([Entry("", f"{folder}/{file.relative_to(path).as_posix()}") for file in files], image_dir)
+
+
 def below(named: str | None, folder: str) -> str | None:
     """``named`` if it lies below ``folder``, else None."""
     return named if named and _inside(named, folder) else None

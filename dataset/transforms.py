@@ -5,14 +5,15 @@ and a ``numpy.random.Generator``; it draws once and applies the same geometry to
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
-import torch
-from torch import Tensor
 
 from dataset.classes import IGNORE_LABEL, MEAN_BGR
+
+if TYPE_CHECKING:  # --help need not wait for torch
+    from torch import Tensor
 
 
 class RandomScale:
@@ -73,9 +74,9 @@ class Crop(NamedTuple):
         present: (256,) bool, the label values of the whole image as it was read; in a batch (N, 256).
     """
 
-    image: Tensor
-    label: Tensor
-    present: Tensor
+    image: "Tensor"
+    label: "Tensor"
+    present: "Tensor"
 
 
 class TrainTransform:
@@ -94,6 +95,8 @@ class TrainTransform:
         self.transforms = list(transforms)
 
     def __call__(self, image: np.ndarray, label: np.ndarray, draw: int) -> Crop:
+        import torch
+
         rng = np.random.default_rng((self.seed, draw))
         present = np.bincount(label.ravel(), minlength=256) > 0
         for transform in self.transforms:
@@ -102,7 +105,7 @@ class TrainTransform:
         return Crop(*(torch.from_numpy(array.copy()) for array in arrays))  # a mirrored view has no bytes of its own
 
 
-def to_input(images: Tensor | np.ndarray) -> Tensor:
+def to_input(images: "Tensor | np.ndarray") -> "Tensor":
     """The net's input: images minus the mean colour, on the device where they lie. Nothing else subtracts the mean.
 
     Args:
@@ -111,6 +114,8 @@ def to_input(images: Tensor | np.ndarray) -> Tensor:
     Returns:
         (..., 3, H, W) float32, which lies pixel by pixel in memory (channels last).
     """
+    import torch
+
     images = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
     pixels = images.to(torch.float32)
     for channel, mean in enumerate(MEAN_BGR):  # plain numbers: a mean colour as a tensor would have to be copied to the device

@@ -3,15 +3,14 @@
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from torch.utils.data import Dataset
 
-from dataset.classes import IGNORE_LABEL, ClassFile, Color, read_class_file
+from dataset.classes import IGNORE_LABEL, VOC_CLASSES, ClassFile, Color, NamedClass, read_class_file
 from dataset.images import DatasetError, read_picture
 from dataset.labels import read_label
-from dataset.lists import IMAGE_DIR, LABEL_SUFFIXES, PICTURE_SUFFIXES, Entry, Listing, below, read_list
+from dataset.lists import IMAGE_DIR, LABEL_SUFFIXES, PICTURE_SUFFIXES, Entry, Listing, below, read_folder, read_list
 
 LABEL_DIRS = ("SegmentationClassAug", "SegmentationClass")
 TRAIN_LISTS = ("ImageSets/SegmentationAug/train_aug.txt", "ImageSets/Segmentation/train.txt")
@@ -58,7 +57,25 @@ def _found_elsewhere(root: Path, names: Iterable[str]) -> str:
     return ""
 
 
-class VOCSegmentation(Dataset):
+class Server(NamedTuple):
+    """What an evaluation server takes: the masks of the test images in an archive.
+
+    Attributes:
+        classes: their ids are the values in the masks.
+        mode: of the masks, in Pillow's words: P with a palette, L grey.
+        folder: of the masks in the archive.
+        suffixes: of the archive.
+        advice: what to do with it.
+    """
+
+    classes: tuple[NamedClass, ...]
+    mode: str
+    folder: str
+    suffixes: tuple[str, ...]
+    advice: str
+
+
+class VOCSegmentation:
     """Pairs of image and label mask: ``<root>/<image_dir>/<id>.jpg`` (or another of PICTURE_SUFFIXES, in any case) and
     ``<root>/<label_dir>/<id>.png``.
 
@@ -89,13 +106,24 @@ class VOCSegmentation(Dataset):
             once); a file is missing (:meth:`check_files`) or wrong (when it is read).
     """
 
+    # What a data set says of itself; another one is a subclass in which some of it is different.
     TITLE: ClassVar[str] = "PASCAL VOC"
+    ABOUT: ClassVar[str] = "PASCAL VOC, or data of your own in its layout"  # for --help
     SHORT: ClassVar[str] = "VOC12"  # in the names of snapshots
-    SOURCE: ClassVar[str] = ""  # see find_list
+    SOURCE: ClassVar[str] = ""  # where it is to be had, see find_list
     NAMES: ClassVar[tuple[str, ...]] = ()  # of the classes, where the data set has no others
+    COLORS: ClassVar[Mapping[int, Color]] = {}  # of these classes and of the ignore label
+    UNUSED: ClassVar[tuple[int, ...]] = ()  # those of these classes that no label has
+    DATA_DIR: ClassVar[str] = "data/VOCdevkit/VOC2012"
     IMAGE_DIR: ClassVar[str] = IMAGE_DIR
     LABEL_DIRS: ClassVar[tuple[str, ...]] = LABEL_DIRS
     LABEL: ClassVar[str] = "<id>.png"  # the name of a label below its folder, whose own name is {}; for messages
+    TRAINING: ClassVar[Mapping[str, Any]] = {}  # defaults of training where those of the options, VOC's, do not fit
+    TOOLBOX_TRAINING: ClassVar[Mapping[str, Any]] = {}  # those of pytorch-segmentation-toolbox for DeepLabv3 and PSPNet
+    SERVER: ClassVar[Server | None] = Server(  # comp6: any training data but the test set
+        VOC_CLASSES, "P", "results/VOC2012/Segmentation/comp6_test_cls/", (".tgz", ".tar.gz"),
+        "upload it as comp6 of the segmentation challenge",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -155,11 +183,13 @@ class VOCSegmentation(Dataset):
 
     @classmethod
     def read_list(cls, path: str | Path, image_dir: str) -> list[Entry]:
-        """The entries of such a list, see :func:`dataset.lists.read_list`."""
-        return read_list(path, image_dir)
+        """The entries of such a list, or of a folder of images, see :func:`dataset.lists.read_list` and ``read_folder``."""
+        return read_folder(Path(path), image_dir) if os.path.isdir(path) else read_list(path, image_dir)
 
     def names_and_colors(self, classes: ClassFile | None) -> tuple[Sequence[str] | None, Mapping[int, Color]]:
-        """The names and the colours of the classes, those of ``classes.txt``."""
+        """The names and the colours of the classes: those of the data set, else those of ``classes.txt``."""
+        if self.NAMES:
+            return self.NAMES, self.COLORS
         classes = classes or read_class_file(self.root)
         return classes.names(self.num_classes), classes.colors(self.num_classes)
 
@@ -171,6 +201,19 @@ class VOCSegmentation(Dataset):
     def classes_of(self, label_path: Path) -> np.ndarray | None:
         """What the values of a label file mean, see :func:`dataset.labels.read_label`; None where they are the classes."""
         return None
+
+    def causes(self, counts: np.ndarray, colours: bool, wrong: bool) -> list[str]:
+        """What labels that were looked at point to, one sentence each, for a data set that has ``NAMES``.
+
+        Args:
+            counts: (256,) pixels of each class as it is read.
+            colours, wrong: whether a label has colours, or a value that is neither a class nor the ignore label.
+        """
+        return []
+
+    def remark(self) -> str:
+        """What to know where scores on this data are compared with published ones, in a sentence; "" where there is nothing."""
+        return ""
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -24,13 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataset import DATASETS, VOC_CLASSES, DatasetError, VOCSegmentation, default_names, find_list
 from dataset.classes import IGNORE_LABEL, Color, read_class_file
 from dataset.lists import LABEL_SUFFIXES, PICTURE_SUFFIXES
-from scripts.data.causes import cityscapes_causes, few, likely_causes
+from scripts.data.causes import few, likely_causes
 from scripts.data.inspection import MOST, Inspection, inspect
 from scripts.data.parallel import add_workers_option, parallel_map
 from utils.argtypes import GivenParser, class_count, label_value, target_text
 from utils.command import run_command
 from utils.files import save_json
-from utils.options import DATA_DIR, Options, add_dataset_option, dataset_defaults
+from utils.options import DATA_DIR, Options, add_dataset_option, dataset_defaults, elsewhere
 from utils.outputs import OUTPUT_MARK, Output, check_outputs
 
 KINDS = (
@@ -100,7 +100,7 @@ def causes_of(entries: Sequence[Inspection], data: VOCSegmentation) -> list[str]
     counts = total(entry.counts for entry in entries)
     kinds = {kind for entry in entries for kind, _ in entry.problems}
     if data.NAMES:
-        causes = cityscapes_causes(counts, "colour label" in kinds, "wrong values" in kinds)
+        causes = data.causes(counts, "colour label" in kinds, "wrong values" in kinds)
     else:
         wrong = total(entry.counts for entry in entries if "wrong values" in dict(entry.problems))
         colours = Counter(entry.colours for entry in entries)
@@ -143,6 +143,7 @@ def summarize(
     counts, in_pictures = total(labels), total(c > 0 for c in labels)
     void = sorted({data.ignore_label, IGNORE_LABEL})
     is_class = [value for value in range(data.num_classes) if value not in void]
+    used = [value for value in is_class if value not in data.UNUSED]
     known = int(counts[is_class].sum())
 
     drawn: Counter[Color] = Counter()
@@ -189,10 +190,10 @@ def summarize(
         ],
         "void": {"pixels": int(counts[void].sum()), "share": int(counts[void].sum()) / max(int(counts.sum()), 1)},
         "only_void": sum(int(c[void].sum() == c.sum()) for c in labels),
-        "absent": [c for c in is_class if not counts[c]],
+        "absent": [c for c in used if not counts[c]],
         "colours": [{"colour": color, "pixels": n, "labels": drawn_in[color]} for color, n in drawn.most_common()],
         "lists": {
-            "absent": {name: [c for c in is_class if not n[c]] for name, n in present.items()},
+            "absent": {name: [c for c in used if not n[c]] for name, n in present.items()},
             "shared": shared,
             "copies": copies,
             "likely_causes": causes,
@@ -265,21 +266,22 @@ def find_lists(args: Options) -> list[Path]:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = GivenParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_dataset_option(parser)
-    parser.add_argument("--data-dir", default=DATA_DIR, help="its folder (%(default)s, Cityscapes data/cityscapes)")
+    text = f"its folder (%(default)s{elsewhere(lambda kind: kind.DATA_DIR)})"
+    parser.add_argument("--data-dir", default=DATA_DIR, help=text)
     parser.add_argument(
         "--data-list",
         nargs="+",
         help="files of ids, also looked for in --data-dir; only these are read (default: the train list and the val list, "
-        "ImageSets/SegmentationAug/{train_aug,val}.txt there, else ImageSets/Segmentation/{train,val}.txt; Cityscapes: "
-        "leftImg8bit/{train,val})",
+        "ImageSets/SegmentationAug/{train_aug,val}.txt there, else ImageSets/Segmentation/{train,val}.txt"
+        f"{elsewhere(lambda kind: ' and '.join(kind.lists(split, kind.IMAGE_DIR)[0] for split in ('train', 'val')))})",
     )
-    text = "classes with the background (as many as classes.txt has lines, else 21 or 19)"
+    text = "classes with the background (as many as classes.txt has lines, else those of --dataset, VOC 21)"
     parser.add_argument("--num-classes", type=class_count, help=text)
     parser.add_argument("--ignore-label", type=label_value, default=IGNORE_LABEL, help="a label that means void, beside 255")
-    parser.add_argument(
-        "--image-dir", default="JPEGImages", help="folder of the pictures in --data-dir (%(default)s, leftImg8bit)"
-    )
-    parser.add_argument("--label-dir", help="folder of the masks (SegmentationClassAug, else SegmentationClass; gtFine)")
+    text = f"folder of the pictures in --data-dir (%(default)s{elsewhere(lambda kind: kind.IMAGE_DIR)})"
+    parser.add_argument("--image-dir", default=VOCSegmentation.IMAGE_DIR, help=text)
+    text = "folder of the masks (SegmentationClassAug, else SegmentationClass"
+    parser.add_argument("--label-dir", help=f"{text}{elsewhere(lambda kind: ' or '.join(kind.LABEL_DIRS))})")
     add_workers_option(parser)
     parser.add_argument("--strict", action="store_true", help="exit status 1 for a warning, too: an image on two lists")
     parser.add_argument("--json", type=target_text, metavar="FILE", help="save the report as JSON, too")

@@ -23,10 +23,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dataset import DATASETS
 from utils.argtypes import Parser, helpers, positive, target
 from utils.command import UserError, run_command
 from utils.files import write_atomically
-from utils.options import DATASETS, TRAINED_WEIGHTS, Options, add_device_options, add_net_options, add_prediction_options
+from utils.options import TRAINED_WEIGHTS, Options, add_device_options, add_net_options, add_prediction_options
 from utils.outputs import Output, check_outputs, mark_zip
 from utils.processes import default_processes
 
@@ -198,7 +199,6 @@ def open_work(args: argparse.Namespace) -> Work:
     Raises:
         UserError, WeightsError, DatasetError: something is missing, or does not fit.
     """
-    from dataset.classes import CITYSCAPES_CLASSES
     from utils.evaluation.predict import open_trained_net, snapshot_colors
     from utils.visualize import Classes, class_names, make_palette
 
@@ -206,11 +206,13 @@ def open_work(args: argparse.Namespace) -> Work:
     if args.probabilities and (videos := [source.path for source in sources if source.is_video]):
         raise UserError(f"--probabilities of a video ({videos[0]}) would fill the disk; leave it out, or take single frames")
     net, weights, device, loaded = open_trained_net(args)
-    table = CITYSCAPES_CLASSES if args.dataset == "cityscapes" else ()
-    if table and net.num_classes != len(table):
-        raise UserError(f"{args.restore_from} has {net.num_classes} classes, not Cityscapes' {len(table)}; leave --dataset out")
-    names = class_names(net.num_classes, weights.meta.get("classes"), [row.name for row in table])
-    colors = snapshot_colors(weights) or {index: row.color for index, row in enumerate(table)}
+    data = DATASETS[args.dataset or "voc"]
+    if data.NAMES and net.num_classes != (count := len(data.NAMES)):
+        raise UserError(
+            f"{args.restore_from} has {net.num_classes} classes, not the {count} of {data.TITLE}; leave --dataset out"
+        )
+    names = class_names(net.num_classes, weights.meta.get("classes"), data.NAMES)
+    colors = snapshot_colors(weights) or data.COLORS
     return Work(Options(vars(args)), sources, net, weights, device, Classes(names, make_palette(colors)), [*loaded, *lines])
 
 

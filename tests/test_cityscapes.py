@@ -16,7 +16,7 @@ from torchvision.datasets import Cityscapes
 
 import evaluate as evaluate_script
 import train as train_script
-from dataset import DATASETS, CityscapesSegmentation, DatasetError, find_list, to_input
+from dataset import CityscapesSegmentation, DatasetError, find_list, to_input
 from dataset.classes import CITYSCAPES_CLASSES, CITYSCAPES_COLORS
 from deeplab import CRFParams, dense_crf, load_net, predict_windows
 from deeplab.nets import make_net
@@ -26,8 +26,8 @@ from tests.helpers_runs import log_lines
 from utils import options
 from utils.command import UserError
 from utils.evaluation.options import evaluation_parser
-from utils.evaluation.submission import CITYSCAPES_SERVER, pack
-from utils.training.options import TRAINING, settle, training_parser
+from utils.evaluation.submission import encode, pack
+from utils.training.options import settle, training_parser
 
 # id -> train id, typed in by hand
 TRAIN_IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13, 27: 14,
@@ -73,7 +73,6 @@ def test_the_table():
     theirs = {row.train_id: (row.id, row.name, row.color) for row in Cityscapes.classes if not row.ignore_in_eval}
     assert dict(enumerate(CITYSCAPES_CLASSES)) == theirs  # torchvision's table
     assert {**{index: row[2] for index, row in theirs.items()}, 255: (0, 0, 0)} == CITYSCAPES_COLORS
-    assert tuple(DATASETS) == tuple(options.DATASETS)
 
 
 def test_label_ids_become_train_ids(city):
@@ -148,9 +147,7 @@ def test_lists_that_are_refused(city, tmp_path):
     with pytest.raises(DatasetError, match=r"ids\.txt holds 'lindau_000000_000019', which names no picture; expected lines"):
         data_of(city, tmp_path / "ids.txt")
     (city / "leftImg8bit/demo/cologne").mkdir(parents=True)
-    with pytest.raises(
-        DatasetError, match=r"demo holds no picture; expected <city>/<city>_<sequence>_<frame>_leftImg8bit\.png"
-    ):
+    with pytest.raises(DatasetError, match=r"demo holds no image; expected <city>/<city>_<sequence>_<frame>_leftImg8bit\.png"):
         data_of(city, "leftImg8bit/demo")
     (city / place(LABEL, "val", "munster_000000_000019")).unlink()
     with pytest.raises(DatasetError, match=r"no label for munster_000000_000019_gtFine_labelIds in \S*gtFine/val/munster"):
@@ -243,9 +240,6 @@ def test_defaults_hang_on_the_data_set():
         return vars(settle(parser.parse_args([*words])))
 
     names = ("data_dir", "image_dir", "input_size", "scale_range")
-    defaults = options.DATASETS["cityscapes"]
-    assert defaults["image_dir"] == CityscapesSegmentation.IMAGE_DIR
-    assert TRAINING.keys() <= options.DATASETS.keys()
     voc, cityscapes = settled(), settled("--dataset", "cityscapes")
     assert [voc[name] for name in names] == ["data/VOCdevkit/VOC2012", "JPEGImages", (321, 321), (0.5, 1.5)]
     assert [cityscapes[name] for name in names] == ["data/cityscapes", "leftImg8bit", (769, 769), (0.7, 2.1)]
@@ -330,7 +324,7 @@ def test_a_net_of_other_classes_is_refused(city, tmp_path):
     words = ["--restore-from", str(tmp_path / "net.pth"), "--dataset", "cityscapes", "--device", "cpu"]
     with pytest.raises(UserError, match="a net for 4 classes, but Cityscapes names 19"):
         evaluate_script.main([*words, "--data-dir", str(city)])
-    with pytest.raises(UserError, match="has 4 classes, not Cityscapes' 19"):
+    with pytest.raises(UserError, match="has 4 classes, not the 19 of Cityscapes"):
         predict.main([str(city / "leftImg8bit/val/lindau"), *words, "--save-dir", str(tmp_path / "out")])
 
 
@@ -368,12 +362,13 @@ def test_the_zip_holds_regular_ids(city, run, tmp_path, capsys):
 def test_what_the_server_would_refuse_is_never_packed(city, run, tmp_path):
     files = {"berlin": city / place(PICTURE, "test", "berlin_000000_000019")}
     classes = np.resize(np.arange(19, dtype=np.uint8), SIZE)
-    pack(tmp_path / "good.zip", {"berlin": CITYSCAPES_SERVER.mask(classes)}, files, CITYSCAPES_SERVER)
+    server = CityscapesSegmentation.SERVER
+    pack(tmp_path / "good.zip", {"berlin": encode(classes, server)}, files, server)
     for values, message in ((classes, r"is \(80, 48\) L; .* with the labels 7, 8, 11,"), (classes[1:], r"is \(80, 47\) L")):
         file = io.BytesIO()
         Image.fromarray(values).save(file, "PNG")  # train ids
         with pytest.raises(UserError, match=message):
-            pack(tmp_path / "a.zip", {"berlin": file.getvalue()}, files, CITYSCAPES_SERVER)
+            pack(tmp_path / "a.zip", {"berlin": file.getvalue()}, files, server)
     with pytest.raises(UserError, match=r"the server of Cityscapes takes zip files; end the name in \.zip"):
         evaluate(city, run, "--submission", tmp_path / "a.tgz")
     with zipfile.ZipFile(tmp_path / "mine.zip", "w") as packed:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import evaluate as evaluate_script
-from dataset import DatasetError, voc_palette
+from dataset import DatasetError, VOCSegmentation, voc_palette
 from deeplab import deeplabv2
 from scripts import predict
 from tests.helpers import TOY_SIZES
@@ -72,10 +72,10 @@ def test_what_the_server_would_refuse_is_never_packed(test_set, voc_net, snapsho
         ({"toy_0": indexed_png(good + 21)}, r"with the labels 0, 1, .*, 20"),
     ):
         with pytest.raises(UserError, match=message):
-            pack(tmp_path / "a.tgz", masks, files)
-    with pytest.raises(UserError, match=r"a\.zip: the server of VOC takes gzipped tar files"):
+            pack(tmp_path / "a.tgz", masks, files, VOCSegmentation.SERVER)
+    with pytest.raises(UserError, match=r"a\.zip: the server of PASCAL VOC takes gzipped tar files"):
         submit(test_set, voc_net, tmp_path / "a.zip")
-    with pytest.raises(UserError, match="has 4 classes; the server expects VOC's 21"):
+    with pytest.raises(UserError, match="has 4 classes; the server expects PASCAL VOC's 21"):
         submit(test_set, snapshot, tmp_path / "a.tgz")
     with pytest.raises(UserError, match="among the data"):
         submit(test_set, voc_net, test_set / "JPEGImages/a.tgz")

@@ -13,7 +13,7 @@ from typing import Any
 import cv2
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from dataset import DATASETS, IGNORE_LABEL, VOCSegmentation, find_list
 from dataset.classes import ClassFile
@@ -29,7 +29,7 @@ def list_of(args: AnyOptions, split: str, num_classes: int | None = None) -> Pat
     """The list of ``--data-list``, else the one of ``"train"``, ``"val"`` or ``"test"``; see :func:`dataset.find_list`."""
     kind = DATASETS[args.dataset]
     source = kind.SOURCE
-    for name, other in DATASETS.items():  # such as Cityscapes, whose 19 classes were asked for
+    for name, other in DATASETS.items():  # whose 19 or 182 classes were asked for
         if not kind.NAMES and num_classes == len(other.NAMES):
             source = f"for the {num_classes} classes of {other.TITLE} pass --dataset {name}"
     return find_list(args.data_dir, args.data_list, kind.lists(split, args.image_dir), source)
@@ -99,9 +99,10 @@ def layout_words(args: AnyOptions) -> list[str]:
 
 
 def make_loader(
-    data: Dataset, batch_sampler: Iterable, num_workers: int, device: torch.device, collate_fn: Callable | None = None
+    data: Any, batch_sampler: Iterable, num_workers: int, device: torch.device, collate_fn: Callable | None = None
 ) -> DataLoader:
-    """A loader whose workers use one thread each and leave signals to the main process; see :func:`running`."""
+    """A loader of a map-style data set; its workers use one thread each and leave signals to the main process, see
+    :func:`running`."""
     return DataLoader(
         data,
         batch_sampler=batch_sampler,

@@ -34,14 +34,22 @@ class Scores:
     class_iou: np.ndarray
     class_accuracy: np.ndarray
 
-    def as_dict(self, class_names: Sequence[str]) -> dict[str, object]:
+    @property
+    def labelled_mean_iou(self) -> float:
+        """The mean IoU of the classes in the labels; one that is only predicted counts in ``mean_iou`` with 0, and not here."""
+        return _mean(self.class_iou[~np.isnan(self.class_accuracy)])
+
+    def as_dict(self, class_names: Sequence[str], labelled: bool = False) -> dict[str, object]:
         """The scores as plain values for JSON, NaN as None; one entry a class under ``"classes"``.
+
+        Args:
+            labelled: with ``labelled_mean_iou``.
 
         Raises:
             ValueError: not one name a class.
         """
         _check_names(class_names, len(self.class_iou))
-        names = ("pixel_accuracy", "mean_accuracy", "mean_iou", "frequency_weighted_iou")
+        names = ("pixel_accuracy", "mean_accuracy", "mean_iou", "frequency_weighted_iou", *["labelled_mean_iou"] * labelled)
         return {name: _json_number(getattr(self, name)) for name in names} | {
             "classes": [
                 {"id": i, "name": str(name), "iou": _json_number(iou), "accuracy": _json_number(accuracy)}
@@ -49,12 +57,13 @@ class Scores:
             ],
         }
 
-    def table(self, class_names: Sequence[str], palette: np.ndarray | None = None) -> str:
+    def table(self, class_names: Sequence[str], palette: np.ndarray | None = None, labelled: bool = False) -> str:
         """A table for the terminal: one line a class in percent (``-`` for NaN), then the four scores of the set.
 
         Args:
             palette: (256, 3) uint8 RGB; a patch of its colour then begins each class's line, for terminals with 24-bit colours
                 (ISO 8613-6).
+            labelled: with ``labelled_mean_iou``.
 
         Raises:
             ValueError: not one name a class.
@@ -66,6 +75,8 @@ class Scores:
             "mean IoU": self.mean_iou,
             "frequency-weighted IoU": self.frequency_weighted_iou,
         }
+        if labelled:
+            summary["mean IoU of labelled classes"] = self.labelled_mean_iou
         width = max(len(name) for name in (*class_names, *summary))
         header = f"{'':3} {'class':{width}} {'IoU %':>8} {'accuracy %':>10}"
         rule = "-" * len(header)

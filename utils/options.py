@@ -1,16 +1,17 @@
 """The command lines of train.py, train_msc.py and evaluate.py: the options that they share, and their defaults."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from dataset import DATASETS, VOCSegmentation
 from utils.argtypes import below_one, helpers, label_value, not_negative, numbers, positive, share, size
 from utils.command import UserError
 from utils.processes import default_processes
 
-DATA_DIR = "data/VOCdevkit/VOC2012"
+DATA_DIR = VOCSegmentation.DATA_DIR
 INITIAL_WEIGHTS = "weights/MS_DeepLab_resnet_pretrained_COCO_init.pth"
 TRAINED_WEIGHTS = "snapshots/VOC12_scenes_20000.pth"
 # The choices that the net offers, written out so that --help and a mistyped flag answer without loading torch;
@@ -22,11 +23,6 @@ LOSS_SIZES = ("output", "input")
 TRUNKS = ("auto", "torchvision", "caffe", "rgb-1x1", "bgr-3x3")
 ABN = ("abs", "signed")
 FUSIONS = ("max", "mean")
-# The data sets, and their defaults where those of the options, which are PASCAL VOC's, do not fit.
-DATASETS: dict[str, dict[str, Any]] = {
-    "voc": {},
-    "cityscapes": {"data_dir": "data/cityscapes", "image_dir": "leftImg8bit"},
-}
 
 # What the processes of one command may be given differently: what lies elsewhere on another machine, and how that works.
 # Lists, weights and the kind of device are compared by what they are.
@@ -80,14 +76,21 @@ def with_own_places(options: Options, asked: Options, resumed: bool) -> Options:
     return options.replace(**{name: value for name, value in own.items() if name in asked.given or not resumed})
 
 
-def add_dataset_option(parser: Any, default: str | None = "voc", more: str = "") -> None:
+def elsewhere(value: Callable[[type[VOCSegmentation]], Any]) -> str:
+    """For a help text: the defaults of the other data sets than VOC, ``", Cityscapes 769,769"``; None is none."""
+    found = [(kind.TITLE, value(kind)) for kind in DATASETS.values() if kind is not VOCSegmentation]
+    texts = [(title, ",".join(map(str, given)) if isinstance(given, tuple) else given) for title, given in found]
+    return "".join(f", {title} {text}" for title, text in texts if text is not None)
+
+
+def add_dataset_option(parser: Any, default: str | None = "voc") -> None:
     """Whose layout and labels are read; :func:`dataset_defaults` brings the defaults that hang on it."""
     parser.add_argument(
         "--dataset",
         choices=DATASETS,
         default=default,
-        help="voc: PASCAL VOC, or data of your own in its layout; cityscapes: the official folders, labelIds read as the 19 "
-        f"train ids{more} (default: {default or 'the one that the net was trained on'})",
+        help="; ".join(f"{name}: {kind.ABOUT}" for name, kind in DATASETS.items())
+        + f" (default: {default or 'the one that the net was trained on'})",
     )
 
 
@@ -96,18 +99,17 @@ def dataset_defaults(args: AnyOptions, trained_on: str = "voc", more: Mapping[st
 
     Args:
         trained_on: the data set where the command line names none.
-        more: defaults beside those in :data:`DATASETS`.
+        more: defaults beside the folders.
 
     Raises:
         UserError: another number of classes was given.
     """
-    from dataset import DATASETS as KINDS
-
     options = Options({**vars(args), "dataset": args.dataset or trained_on})
-    count = len(KINDS[options.dataset].NAMES)
+    kind = DATASETS[options.dataset]
+    count = len(kind.NAMES)
     if count and "num_classes" in options.given and options.num_classes != count:
         raise UserError(f"--dataset {options.dataset} has {count} classes; leave --num-classes {options.num_classes} out")
-    defaults = {**DATASETS[options.dataset], **(more or {})}
+    defaults = {"data_dir": kind.DATA_DIR, "image_dir": kind.IMAGE_DIR, **(more or {})}
     return options.replace(**{name: value for name, value in defaults.items() if name not in options.given})
 
 
@@ -148,26 +150,25 @@ def add_prediction_options(parser: Any) -> None:
 def add_data_options(parser: argparse.ArgumentParser, split: str, ignore_label: int | None) -> None:
     """Where the pictures, the labels and the weights are; shared by training and evaluation."""
     group = parser.add_argument_group("data")
-    if split == "train":
-        add_dataset_option(group, more=", by default in crops of 769,769 at scales 0.7 to 2.1")
-    else:
-        add_dataset_option(group, default=None)
-    group.add_argument("--data-dir", default=DATA_DIR, help="its folder (default: %(default)s, Cityscapes data/cityscapes)")
+    add_dataset_option(group, default="voc" if split == "train" else None)
+    text = f"its folder (default: %(default)s{elsewhere(lambda kind: kind.DATA_DIR)})"
+    group.add_argument("--data-dir", default=DATA_DIR, help=text)
     group.add_argument(
         "--data-list",
-        help="file of image ids, one a line, or of pictures and labels; also looked for in --data-dir (default: "
-        f"ImageSets/SegmentationAug/{'train_aug' if split == 'train' else split}.txt there, else "
-        f"ImageSets/Segmentation/{split}.txt; Cityscapes: all of leftImg8bit/{split})",
+        help="file of image ids, one a line, or of pictures and labels, or a folder of pictures; also looked for in "
+        f"--data-dir (default: ImageSets/SegmentationAug/{'train_aug' if split == 'train' else split}.txt there, else "
+        f"ImageSets/Segmentation/{split}.txt{elsewhere(lambda kind: ' or '.join(kind.lists(split, kind.IMAGE_DIR)))})",
     )
     group.add_argument(
         "--image-dir",
-        default="JPEGImages",
-        help="folder of the pictures in --data-dir: .jpg, .jpeg, .png, .bmp, .tif or .webp (default: %(default)s, Cityscapes "
-        "leftImg8bit)",
+        default=VOCSegmentation.IMAGE_DIR,
+        help="folder of the pictures in --data-dir: .jpg, .jpeg, .png, .bmp, .tif or .webp (default: %(default)s"
+        f"{elsewhere(lambda kind: kind.IMAGE_DIR)})",
     )
     group.add_argument(
         "--label-dir",
-        help="folder of the masks in --data-dir (default: SegmentationClassAug, else SegmentationClass; Cityscapes gtFine)",
+        help="folder of the masks in --data-dir (default: SegmentationClassAug, else SegmentationClass"
+        f"{elsewhere(lambda kind: ' or '.join(kind.LABEL_DIRS))})",
     )
     group.add_argument(
         "--ignore-label",

@@ -46,11 +46,29 @@ DRIVE = "https://drive.google.com/file/d/{}/view?resourcekey={}"
 PREPARE = "python scripts/prepare_voc.py --data-dir {directory}/VOCdevkit/VOC2012 --sbd {directory}/SBD/benchmark_RELEASE"
 EVALUATE, TRAIN = "python evaluate.py --restore-from {path}", "python train.py --restore-from {path}"
 HEAD_START = TRAIN + " --not-restore-last"
+STUFF = "http://calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset/"
+COCO = "http://images.cocodataset.org/zips/"
+CHECK = "python scripts/check_dataset.py --dataset cocostuff --data-dir {directory}/cocostuff"
 
 
 def drive(name: str, filename: str, key: tuple[str, str], unverified: str, after: str) -> Item:
     page = DRIVE.format(*key)
     return Item(name, filename, "weights", "MIT (repository)", about="177 MB", manual=page, unverified=unverified, after=after)
+
+
+def coco(
+    name: str,
+    url: str,
+    about: str,
+    folder: str,
+    holds: str,
+    after: str,
+    licence: str = "pictures: Flickr terms; labels: CC BY 4.0",
+) -> Item:
+    """Archives of COCO and COCO-Stuff, of which no check sums are published."""
+    unverified = "size; whether the server still answers; what folders the archive holds"
+    return Item(name, url.rpartition("/")[2], "data", licence, (url,), about=about, folder=folder, unpack=folder, holds=holds,
+                unverified=unverified, after=after)  # fmt: skip
 
 
 def kazuto(name: str, filename: str, about: str, after: str) -> Item:
@@ -99,6 +117,16 @@ CATALOGUE = (
         "warns); size; number of masks (12,031 expected)",
         after="python scripts/prepare_voc.py --data-dir {directory}/VOCdevkit/VOC2012 --aug {path}",
     ),
+    coco("coco-train2017", COCO + "train2017.zip", "18 GB", "cocostuff/images", "cocostuff/images/train2017", CHECK),
+    coco("coco-val2017", COCO + "val2017.zip", "1 GB", "cocostuff/images", "cocostuff/images/val2017", CHECK),
+    coco(
+        "cocostuff164k", STUFF + "stuffthingmaps_trainval2017.zip", "659 MB", "cocostuff/annotations",
+        "cocostuff/annotations/train2017", CHECK, "CC BY 4.0",
+    ),
+    coco(
+        "cocostuff10k", STUFF + "cocostuff-10k-v1.1.zip", "2.0 GB", "cocostuff10k", "cocostuff10k/imageLists",
+        "python scripts/prepare_cocostuff.py --data-dir {directory}/cocostuff10k",
+    ),
     drive(
         "coco-init", "MS_DeepLab_resnet_pretrained_COCO_init.pth",
         ("0BxhUwxvLPO7TVFJQU1dwbXhHdEk", "0-7UxnHrm5eDCyvz2G35aKgA"),
@@ -126,7 +154,7 @@ CATALOGUE = (
     ),
     Item(
         "caffe-init", "deeplabv2_resnet101_init.caffemodel", "weights", "not known",
-        ("http://calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset/deeplabv2_resnet101_init.caffemodel",),
+        (STUFF + "deeplabv2_resnet101_init.caffemodel",),
         about="171 MB", folder="caffe",
         unverified="size (derived); whether it is the init.caffemodel of the official archive", after=HEAD_START,
     ),
@@ -151,8 +179,10 @@ CATALOGUE = (
         unverified="size (derived); whether the link still answers", after=EVALUATE,
     ),
     kazuto("voc-kazuto1011", "deeplabv2_resnet101_msc-vocaug-20000.pth", "177 MB", EVALUATE),
-    kazuto("cocostuff10k-kazuto1011", "deeplabv2_resnet101_msc-cocostuff10k-20000.pth", "224 MB", HEAD_START),
-    kazuto("cocostuff164k-kazuto1011", "deeplabv2_resnet101_msc-cocostuff164k-100000.pth", "224 MB", HEAD_START),
+    kazuto("cocostuff10k-kazuto1011", "deeplabv2_resnet101_msc-cocostuff10k-20000.pth", "224 MB",
+           EVALUATE + " --dataset cocostuff --data-dir data/cocostuff10k"),
+    kazuto("cocostuff164k-kazuto1011", "deeplabv2_resnet101_msc-cocostuff164k-100000.pth", "224 MB",
+           EVALUATE + " --dataset cocostuff"),
     torchvision("resnet18-v1", "resnet18-f37072fd.pth", "44.7 MiB"),
     torchvision("resnet34-v1", "resnet34-b627a593.pth", "83.3 MiB"),
     torchvision("resnet50-v1", "resnet50-0676ba61.pth", "97.8 MiB"),

@@ -54,26 +54,6 @@ def likely_causes(
     return causes
 
 
-def cityscapes_causes(counts: np.ndarray, colours: bool, wrong: bool) -> list[str]:
-    """What the labels of Cityscapes point to, one sentence each.
-
-    Args:
-        counts: (256,) pixels of each train id as they are read.
-        colours, wrong: whether a label has colours, or a value that is no label id.
-    """
-    causes = []
-    if colours:
-        causes.append("labels in colours are the *_color.png files, which are to be looked at; expected *_labelIds.png")
-    if wrong:
-        causes.append("label ids are 0..33, as in *_labelIds.png; files of train ids are told by the name *_labelTrainIds.png")
-    last = 5  # what train ids are taken for where they are read as label ids: 17 is the pole, 18 is not scored
-    if counts[: last + 1].any() and not counts[last + 1 : IGNORE_LABEL].any():
-        causes.append(
-            "no class behind the pole occurs: the files may hold train ids; let their names end in _labelTrainIds.png then"
-        )
-    return causes
-
-
 def _voc_levels() -> dict[int, str]:
     """The grey levels of VOC's colours, and whose; OpenCV rounds down where it reads a PNG as grey, else to the nearest."""
     grey = voc_palette()[: len(VOC_CLASSES)] @ (0.299, 0.587, 0.114)

@@ -21,18 +21,26 @@ AUG_DIR, VOC_DIR = "SegmentationClassAug", "SegmentationClass"
 # ---- one mask: bytes -> checked class indices -> palette PNG; runs in the worker processes
 
 
-def decode_mat(data: bytes) -> np.ndarray:
-    """The class mask (H, W) of an SBD ``cls/<id>.mat``: the field ``Segmentation`` of the 1x1 struct ``GTcls``."""
+def read_mat(data: bytes, name: str, expected: str) -> dict[str, np.ndarray]:
+    """What a MATLAB file holds; BadLabel, with what was ``expected``, where the array ``name`` is not among it."""
     from scipy.io import loadmat
 
     try:
         content = loadmat(io.BytesIO(data))
     except Exception as error:  # by where a file is broken, scipy raises OSError, TypeError, zlib.error and ten others
         raise BadLabel(f"is not a readable MATLAB file ({type(error).__name__}: {error})") from None
-    classes = content.get("GTcls")
-    if not isinstance(classes, np.ndarray) or classes.size != 1 or "Segmentation" not in (classes.dtype.names or ()):
+    if not isinstance(content.get(name), np.ndarray):
         names = ", ".join(name for name in content if not name.startswith("__")) or "nothing"
-        raise BadLabel(f"holds {names}, expected GTcls.Segmentation as in SBD's cls folder")
+        raise BadLabel(f"holds {names}, expected {expected}")
+    return content
+
+
+def decode_mat(data: bytes) -> np.ndarray:
+    """The class mask (H, W) of an SBD ``cls/<id>.mat``: the field ``Segmentation`` of the 1x1 struct ``GTcls``."""
+    expected = "GTcls.Segmentation as in SBD's cls folder"
+    classes = read_mat(data, "GTcls", expected)["GTcls"]
+    if classes.size != 1 or "Segmentation" not in (classes.dtype.names or ()):
+        raise BadLabel(f"holds GTcls, expected {expected}")
     return np.asarray(classes["Segmentation"].item())
 
 
@@ -43,13 +51,13 @@ def decode_png(data: bytes) -> np.ndarray:
     return mask
 
 
-def checked(mask: np.ndarray, picture: Path) -> np.ndarray:
+def checked(mask: np.ndarray, picture: Path, num_classes: int = len(VOC_CLASSES)) -> np.ndarray:
     """``mask`` as (H, W) uint8, or BadLabel where type, values or size are not those of a mask of ``picture``."""
     if mask.ndim != 2 or mask.dtype.kind not in "ui":
         raise BadLabel(f"is an array {mask.shape} of {mask.dtype}, expected height x width integers")
-    wrong = [int(value) for value in np.unique(mask) if not (0 <= value < len(VOC_CLASSES) or value == IGNORE_LABEL)]
+    wrong = [int(value) for value in np.unique(mask) if not (0 <= value < num_classes or value == IGNORE_LABEL)]
     if wrong:
-        raise BadLabel(f"holds {', '.join(map(str, wrong[:5]))}, expected 0..{len(VOC_CLASSES) - 1} and {IGNORE_LABEL}")
+        raise BadLabel(f"holds {', '.join(map(str, wrong[:5]))}, expected 0..{num_classes - 1} and {IGNORE_LABEL}")
     try:
         with Image.open(picture) as image:
             width, height = image.size

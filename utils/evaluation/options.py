@@ -3,6 +3,7 @@
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
+from dataset import DATASETS
 from utils.argtypes import GivenParser, class_count, size, target_text
 from utils.options import (
     TRAINED_WEIGHTS,
@@ -37,7 +38,7 @@ def evaluation_parser(description: str) -> GivenParser:
     )
 
     group = parser.add_argument_group("output")
-    text = "write the predictions here as <id>.png: class indices with a palette, for Cityscapes train ids"
+    text = "write the predictions here as <id>.png: class indices, as in training, with a palette"
     group.add_argument("--save-dir", type=target_text, help=text)
     group.add_argument(
         "--save-panels",
@@ -52,8 +53,8 @@ def evaluation_parser(description: str) -> GivenParser:
         metavar="DIR",
         help="write a page with scores, confusions and pictures here: DIR/index.html",
     )
-    text = "predict the test list, without labels, and pack the masks for the server: FILE.tgz for VOC, FILE.zip with regular "
-    text += "label ids for Cityscapes"
+    servers = [f"FILE{kind.SERVER.suffixes[0]} for {kind.TITLE}" for kind in DATASETS.values() if kind.SERVER]
+    text = f"predict the test list, without labels, and pack the masks in the ids of the server: {', '.join(servers)}"
     group.add_argument("--submission", type=target_text, metavar="FILE", help=text)
     group.add_argument(
         "--compare", type=target_text, metavar="DIR", help="an earlier report, beside which the new one puts its scores"

@@ -123,6 +123,8 @@ class Report:
         colors = ["rgb({}, {}, {})".format(*color) for color in self.classes.palette[: len(matrix)].tolist()]
         names = {"mean_iou": "mean IoU %", "pixel_accuracy": "pixel accuracy %", "mean_accuracy": "mean accuracy %"}
         names["frequency_weighted_iou"] = "frequency-weighted IoU %"
+        if "labelled_mean_iou" in parts[0]:
+            names["labelled_mean_iou"] = "mean IoU of labelled classes %"
         pictures = [self._picture(record) for record in records if "number" in record]
         pictures.sort(key=lambda picture: (picture["iou"] is None, picture["iou"], picture["number"]))
         text = "Worst mean IoU first, of a picture's own classes. Click one to enlarge it; then the arrow keys go on, and the "

@@ -44,8 +44,9 @@ def run(args: Namespace) -> int:
         distributed.everywhere(lambda: check_outputs(planned_outputs(options, data), *what_is_read(options, data, data_list)))
         page = open_report(options, data, classes)
         distributed.everywhere(lambda: to_device(net, device, options.compile))
-        notes = []
-        if weights.seen_voc_val and "val" in data_list.stem and dataset_of(weights.meta) == options.dataset:
+        notes = [text] if (text := data.remark()) else []
+        on_val = "val" in data_list.stem or data_list in [data.root / name for name in data.lists("val", data.image_folder)]
+        if weights.seen_voc_val and on_val and dataset_of(weights.meta) == options.dataset:
             notes.append(f"warning: scores on {data.TITLE} val mean nothing here: {weights.seen_voc_val}")
         if distributed.is_main():
             print(*lines, f"{len(data)} pictures of {data_list}", *notes, sep="\n")
@@ -71,7 +72,7 @@ def run(args: Namespace) -> int:
     present = next(iter(matrices.values())).present()
     if warning := one_class_warning(present):
         notes.append(f"warning: these scores mean little: {warning}")
-    elif absent := absent_classes(present, classes.names, data.ignore_label):
+    elif absent := absent_classes(present, classes.names, data.ignore_label, data.UNUSED):
         notes.append(f"no label has the classes {absent}")
     records = distributed.gather(page.records) if page else []
 
@@ -79,7 +80,7 @@ def run(args: Namespace) -> int:
         result = {"made_by": OUTPUT_MARK, "restore_from": options.restore_from, "weights": weights.scheme}
         result |= {"step": weights.meta.get("step"), "data_list": str(data_list)}
         result |= {name: getattr(options, name) for name in ("scales", "mirror", "input_size", "fuse", "window")}
-        result |= {"overlap": str(options.overlap), **print_scores(classes, matrices)}
+        result |= {"overlap": str(options.overlap), **print_scores(classes, matrices, bool(data.UNUSED))}
         for note in notes[printed:]:
             print(f"\n{note}")
         if options.save_json:
@@ -143,16 +144,16 @@ def what_is_read(options: Options, data: VOCSegmentation, data_list: Path) -> tu
     return files, [data.image_dir, *(data.root / name for name in (*data.LABEL_DIRS, options.label_dir) if name)]
 
 
-def print_scores(classes: Classes, matrices: dict[str, ConfusionMatrix]) -> dict[str, dict]:
-    """Print a table for each matrix, and return the same for JSON."""
+def print_scores(classes: Classes, matrices: dict[str, ConfusionMatrix], labelled: bool) -> dict[str, dict]:
+    """Print a table for each matrix, with the mean over ``labelled`` classes alone if asked for; return the same for JSON."""
     palette = classes.palette if sys.stdout.isatty() and "NO_COLOR" not in os.environ else None
     stream = getattr(sys.stdout, "stream", sys.stdout)  # colours are escapes of our own
     names = list(map(shown, classes.names))
     result = {}
     for title, matrix in matrices.items():
         scores = matrix.scores()
-        print(*filter(None, ("", title, scores.table(names, palette))), sep="\n", file=stream)
-        entry = {**scores.as_dict(classes.names), "confusion_matrix": matrix.matrix.tolist()}
+        print(*filter(None, ("", title, scores.table(names, palette, labelled))), sep="\n", file=stream)
+        entry = {**scores.as_dict(classes.names, labelled), "confusion_matrix": matrix.matrix.tolist()}
         result[title.replace(" ", "_").lower() or "scores"] = entry
     return result
 

@@ -1,4 +1,4 @@
-"""What the evaluation servers of PASCAL VOC and Cityscapes take: the masks of the test pictures, packed as they say."""
+"""What the evaluation servers of the data sets take: the masks of the test pictures, packed as they say."""
 
 import io
 import tarfile
@@ -7,15 +7,14 @@ from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dataset import DATASETS, VOC_CLASSES, DatasetError
-from dataset.classes import CITYSCAPES_CLASSES, NamedClass
+from dataset import DATASETS, DatasetError
+from dataset.voc import Server
 from deeplab import Net
 from deeplab.weights import Weights
 from utils import distributed
@@ -30,46 +29,6 @@ from utils.loader import list_of
 from utils.options import Options
 from utils.outputs import OUTPUT_MARK, Output, check_outputs, marked_gzip
 from utils.visualize import indexed_png
-
-
-class Server(NamedTuple):
-    """What a server takes.
-
-    Attributes:
-        title: of the data set.
-        classes: their ids are the values in the masks.
-        mode: of the masks, in Pillow's words: P with a palette, L grey.
-        folder: of the masks in the archive.
-        suffixes: of the archive.
-        advice: what to do with it.
-    """
-
-    title: str
-    classes: tuple[NamedClass, ...]
-    mode: str
-    folder: str
-    suffixes: tuple[str, ...]
-    advice: str
-
-    def mask(self, labels: np.ndarray) -> bytes:
-        """The PNG file of a picture's (H, W) uint8 classes: its values are the server's ids."""
-        ids = np.array([row.id for row in self.classes], dtype=np.uint8)[labels]
-        if self.mode == "P":
-            return indexed_png(ids)
-        file = io.BytesIO()
-        Image.fromarray(ids).save(file, "PNG")
-        return file.getvalue()
-
-
-VOC = Server(  # comp6: any training data but the test set
-    "VOC", VOC_CLASSES, "P", "results/VOC2012/Segmentation/comp6_test_cls/", (".tgz", ".tar.gz"),
-    "upload it as comp6 of the segmentation challenge",
-)  # fmt: skip
-# Found by <city>_<sequence>_<frame>*.png, in regular label ids (cityscapesScripts, evalPixelLevelSemanticLabeling.py).
-CITYSCAPES_SERVER = Server(
-    "Cityscapes", CITYSCAPES_CLASSES, "L", "", (".zip",), "upload it to the pixel-level semantic labeling task"
-)
-SERVERS = {"voc": VOC, "cityscapes": CITYSCAPES_SERVER}
 
 
 def run(args: Namespace) -> int:
@@ -97,7 +56,7 @@ def run(args: Namespace) -> int:
             masks = {}
             with reading(Pictures(list(files.items())), order, options.num_workers, device) as pictures:
                 for picture in predictions(net, pictures, device, pool=pool, **prediction_options(options)):
-                    masks[picture.id] = server.mask(picture.mask)
+                    masks[picture.id] = encode(picture.mask, server)
                     bar.update()
             return masks
 
@@ -123,16 +82,16 @@ def open_work(
     """
     net, weights, device, lines = open_trained_net(args)
     options = settled(args, weights)
-    server = SERVERS[options.dataset]
+    title, server = DATASETS[options.dataset].TITLE, DATASETS[options.dataset].SERVER
+    if server is None:
+        raise UserError(f"--submission: {title} has no server that takes masks; evaluate.py without it compares with labels")
     if net.num_classes != (count := len(server.classes)):
         raise UserError(
-            f"{options.restore_from} has {net.num_classes} classes; the server expects {server.title}'s {count}; see --dataset"
+            f"{options.restore_from} has {net.num_classes} classes; the server expects {title}'s {count}; see --dataset"
         )
     if not path.name.endswith(server.suffixes):
         kind = "zip" if server.mode == "L" else "gzipped tar"
-        raise UserError(
-            f"--submission {path}: the server of {server.title} takes {kind} files; end the name in {server.suffixes[0]}"
-        )
+        raise UserError(f"--submission {path}: the server of {title} takes {kind} files; end the name in {server.suffixes[0]}")
     data_list = list_of(options, "test")
     return options, net, weights, device, server, data_list, test_files(options, data_list), lines
 
@@ -158,7 +117,17 @@ def test_files(options: Options, data_list: Path) -> dict[str, Path]:
     return files
 
 
-def pack(path: Path, masks: Mapping[str, bytes], files: Mapping[str, Path], server: Server = VOC) -> None:
+def encode(labels: np.ndarray, server: Server) -> bytes:
+    """The PNG file of an image's (H, W) uint8 classes: its values are the server's ids."""
+    ids = np.array([row.id for row in server.classes], dtype=np.uint8)[labels]
+    if server.mode == "P":
+        return indexed_png(ids)
+    file = io.BytesIO()
+    Image.fromarray(ids).save(file, "PNG")
+    return file.getvalue()
+
+
+def pack(path: Path, masks: Mapping[str, bytes], files: Mapping[str, Path], server: Server) -> None:
     """Write the archive, once every id and size is as the server checks them.
 
     Raises:

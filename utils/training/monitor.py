@@ -28,12 +28,20 @@ class ClassWatch:
         names: of all classes, in the order of their indices.
         ignore_label: a label that means void, beside 255.
         fixed: the data set has these classes and no fewer.
+        unused: classes that no label of the data set has.
     """
 
-    def __init__(self, labels: int, names: Sequence[str], ignore_label: int = IGNORE_LABEL, fixed: bool = False) -> None:
+    def __init__(
+        self,
+        labels: int,
+        names: Sequence[str],
+        ignore_label: int = IGNORE_LABEL,
+        fixed: bool = False,
+        unused: Sequence[int] = (),
+    ) -> None:
         self.labels = self.left = labels
         self.over = False
-        self.names, self.ignore_label, self.fixed = names, ignore_label, fixed
+        self.names, self.ignore_label, self.fixed, self.unused = names, ignore_label, fixed, unused
         self.present = torch.zeros(256, dtype=torch.bool)
 
     def add(self, present: Tensor) -> None:
@@ -50,7 +58,7 @@ class ClassWatch:
         present = [value for value in range(256) if occurs[value]]
         if text := one_class_warning(present):
             return f"warning: {text}"
-        if not (absent := absent_classes(present, self.names, self.ignore_label)):
+        if not (absent := absent_classes(present, self.names, self.ignore_label, self.unused)):
             return ""
         used = max(value for value in present if value < len(self.names)) + 1
         fewer = used < len(self.names) and not self.fixed

@@ -2,8 +2,8 @@
 
 from argparse import Namespace
 from functools import partial
-from typing import Any
 
+from dataset import DATASETS
 from utils.argtypes import (
     GivenParser,
     below_one,
@@ -28,16 +28,20 @@ from utils.options import (
     add_device_options,
     add_net_options,
     dataset_defaults,
+    elsewhere,
     flag,
 )
 
 # The first torch whose compiled code moves running statistics once a step where activations are computed again: 2.9, 2.10 and
 # 2.14 do; 2.4 to 2.8 move them twice (2.4 with one compiler backend only).
 COUNTS_ONCE = "2.9"
-# What a data set is trained with where those of the options, which are PASCAL VOC's, do not fit; and what
-# pytorch-segmentation-toolbox trains DeepLabv3 and PSPNet with on it, beside the nets' own `defaults`.
-TRAINING: dict[str, dict[str, Any]] = {"cityscapes": {"input_size": (769, 769), "scale_range": (0.7, 2.1)}}
-TOOLBOX_TRAINING: dict[str, dict[str, Any]] = {"cityscapes": {"batch_size": 8, "iter_size": 1, "num_steps": 40_000}}
+
+
+def trained_with(name: str, default: str = "%(default)s") -> str:
+    """For a help text: an option's default, that on the other data sets than VOC, and the toolbox's, where it has one."""
+    text = f"(default: {default}{elsewhere(lambda kind: kind.TRAINING.get(name))}"
+    toolbox = elsewhere(lambda kind: kind.TOOLBOX_TRAINING.get(name)).removeprefix(", ")
+    return f"{text}; with --net deeplabv3 or pspnet on {toolbox})" if toolbox else f"{text})"
 
 
 def training_parser(description: str, *, batch_size: int, iter_size: int, snapshot_dir: str) -> GivenParser:
@@ -45,11 +49,11 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
     parser = GivenParser(description=description)
     add_data_options(parser, "train", 255)
     group = parser.add_argument_group("augmentation")
-    text = "crop in pixels (default: 321,321, Cityscapes 769,769)"
+    text = f"crop in pixels {trained_with('input_size', '321,321')}"
     group.add_argument("--input-size", type=size, default=(321, 321), metavar="H,W", help=text)
     group.add_argument("--random-mirror", action="store_true", help="mirror every other picture")
     group.add_argument("--random-scale", action="store_true", help="scale each picture by a random factor of --scale-range")
-    text = "drawn from uniformly (default: 0.5,1.5, Cityscapes 0.7,2.1)"
+    text = f"drawn from uniformly {trained_with('scale_range', '0.5,1.5')}"
     group.add_argument("--scale-range", type=scale_range, default=(0.5, 1.5), metavar="LOW,HIGH", help=text)
 
     add_net_options(parser)
@@ -83,12 +87,11 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
     group.add_argument("--sync-bn", action="store_true", help="with --batch-norm full: share batch statistics over the GPUs")
 
     group = parser.add_argument_group("optimisation")
-    toolbox, theirs = "(default: %(default)s; with --net deeplabv3 or pspnet on Cityscapes {})", TOOLBOX_TRAINING["cityscapes"]
-    text = "pictures a batch " + toolbox.format(theirs["batch_size"])
+    text = f"pictures a batch {trained_with('batch_size')}"
     group.add_argument("--batch-size", type=positive, default=batch_size, help=text)
-    text = "batches a step " + toolbox.format(theirs["iter_size"])
+    text = f"batches a step {trained_with('iter_size')}"
     group.add_argument("--iter-size", type=positive, default=iter_size, help=text)
-    text = "optimiser steps " + toolbox.format(theirs["num_steps"])
+    text = f"optimiser steps {trained_with('num_steps')}"
     group.add_argument("--num-steps", type=positive, default=20000, help=text)
     group.add_argument(
         "--learning-rate", type=number, default=2.5e-4, help="base rate (default: %(default)s; deeplabv3 and pspnet 0.01)"
@@ -167,9 +170,8 @@ def settle(args: Namespace) -> Options:
     given = set(args.given)
     if not (args.ohem or args.resume) and (alone := given & {"ohem_threshold", "ohem_keep"}):
         raise UserError(f"{flag(min(alone))} says how --ohem chooses its pixels; add --ohem, or leave it out")
-    defaults = TRAINING.get(args.dataset, {})
-    if args.net not in (None, "deeplabv2"):
-        defaults = defaults | TOOLBOX_TRAINING.get(args.dataset, {})
+    kind = DATASETS[args.dataset]
+    defaults = {**kind.TRAINING, **(kind.TOOLBOX_TRAINING if args.net not in (None, "deeplabv2") else {})}
     options = dataset_defaults(args, more=defaults)
     batch_norm = options.batch_norm
     if options.is_training and batch_norm == "frozen":

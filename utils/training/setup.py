@@ -123,7 +123,9 @@ class Run:
         self.losses = Meter(device, self.describe)
         self.data_wait = DataWait(device, workers)
         labels = min(LABELS_TO_JUDGE, len(data))
-        self.class_watch = ClassWatch(labels, self.classes.names, options.ignore_label, fixed=bool(data.NAMES))
+        self.class_watch = ClassWatch(
+            labels, self.classes.names, options.ignore_label, fixed=bool(data.NAMES), unused=data.UNUSED
+        )
 
         new_log = partial(RunLog, self.lock, vars(start.options), start.step)
         self.log = distributed.everywhere(lambda: stack.enter_context(new_log()) if rank == 0 else None)

@@ -1,0 +1,69 @@
+"""COCO-Stuff as published: the 164k images with ``stuffthingmaps``, or the 10k that scripts/prepare_cocostuff.py prepared."""
+
+from typing import ClassVar
+
+import numpy as np
+
+from dataset.classes import COCO_COLORS, COCO_NAMES, COCO_UNUSED
+from dataset.images import DatasetError
+from dataset.voc import VOCSegmentation
+
+PREPARED = "annotations_png"  # of the 10k, beside the .mat files in annotations/
+
+
+class COCOStuffSegmentation(VOCSegmentation):
+    """Pairs of image and label, as :class:`dataset.voc.VOCSegmentation` has them, with 182 classes of which 171 occur.
+
+    164k: a list is a folder, ``images/train2017``, whose ``<12 digits>.jpg`` have labels ``annotations/train2017/<same>.png``
+    (stuffthingmaps: grey, a value is the class, 255 unlabelled). An id is ``train2017/<12 digits>``.
+    10k (version 1.1): the lists are those in ``imageLists``, of which ``test`` is what others call val; labels are read from
+    ``annotations_png``. Images keep their sizes; kazuto1011 warps both to 513x513 for the scores that are published, and draws
+    scales from 0.5, 0.75, 1.0, 1.25 and 1.5, where here they are drawn uniformly.
+
+    Sources: nightrome/cocostuff, nightrome/cocostuff10k, kazuto1011/deeplab-pytorch.
+    """
+
+    TITLE = "COCO-Stuff"
+    ABOUT = "COCO-Stuff, its 164k images of 2017, or its 10k as scripts/prepare_cocostuff.py leaves them"
+    SHORT = "COCO"
+    SOURCE = (
+        "for --dataset cocostuff get the 164k images with `python scripts/download.py coco-train2017 coco-val2017 "
+        "cocostuff164k`, or the 10k with `python scripts/download.py cocostuff10k` and `python scripts/prepare_cocostuff.py`"
+    )
+    NAMES = COCO_NAMES
+    COLORS = COCO_COLORS
+    UNUSED = COCO_UNUSED
+    DATA_DIR = "data/cocostuff"
+    IMAGE_DIR = "images"
+    LABEL_DIRS = ("annotations", PREPARED)
+    TRAINING: ClassVar = {"num_steps": 100_000}  # of the 164k, as published; the 10k 20,000
+    SERVER = None
+
+    @classmethod
+    def lists(cls, split: str, image_dir: str) -> tuple[str, ...]:
+        """The folder of a split of the 164k, or a list of the 10k."""
+        return f"{image_dir}/{split}2017", f"imageLists/{'train' if split == 'train' else 'test'}.txt"
+
+    def check_files(self) -> None:
+        """See :meth:`dataset.voc.VOCSegmentation.check_files`; labels of the 10k that are not prepared are named."""
+        if any(self.root.glob("annotations/*.mat")) and not (self.root / PREPARED).is_dir():
+            raise DatasetError(
+                f"{self.root / 'annotations'} holds the .mat files of the 10k; `python scripts/prepare_cocostuff.py --data-dir "
+                f"{self.root}` makes labels of them, in {PREPARED}/"
+            )
+        super().check_files()
+
+    def remark(self) -> str:
+        """See :meth:`dataset.voc.VOCSegmentation.remark`."""
+        if not any(str(entry.label).startswith(f"{PREPARED}/") for entry in self.entries.values()):
+            return ""
+        return "note: published scores of the 10k are of images and labels warped to 513x513; here they keep their sizes"
+
+    def causes(self, counts: np.ndarray, colours: bool, wrong: bool) -> list[str]:
+        """See :meth:`dataset.voc.VOCSegmentation.causes`."""
+        causes = []
+        if colours:
+            causes.append("labels in colours are to be looked at; expected grey PNGs, as in stuffthingmaps_trainval2017.zip")
+        if wrong:
+            causes.append("values are 0..181, and 255 unlabelled; where they count from 1, as in the .mat files, subtract 1")
+        return causes
