@@ -289,6 +289,9 @@ def main(argv: list[str] | None = None) -> int:
         f"{len(table.rows)} classes, from {table.origin}" if table else "no file of classes: colours are read as PASCAL VOC's"
     )
     print(f"{len(masks)} masks; " + (known if table or guessed else "no file of classes: their values stay"))
+    if labelled.layers:
+        name = "void" if options.rest == IGNORE_LABEL else given.rows[options.rest][0]
+        print(f"the masks of each label are put together: pixels without a label become {name}, those with two void")
     if labelled.others:
         print(f"{labelled.others} files that are no .png are left out")
     remove_torn_files([*(folder / f"{i}.png" for i in masks), *(copy for _, copy in copies.values())])

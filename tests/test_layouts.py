@@ -361,6 +361,9 @@ def test_the_classes_of_ade20k(tmp_path):
     assert lists(out) == [[f"training/{stem}" for stem in STEMS if stem != "p3"], ["validation/p3"]]
     expected = np.array([255, 0, 1])[VALUES["p3"]]
     assert np.array_equal(read_label(out / "SegmentationClass/validation/p3.png", 2, colors={}), expected)
+    put(tmp_path, "named.csv", "Pixel Value, Class\n0, other\n1, wall\n2, house\n")  # a name for 0, too
+    out = run(tmp_path / "ade", tmp_path / "named", "--zero-is-void", "--classes", tmp_path / "named.csv")
+    assert (out / "classes.txt").read_text() == "wall\nhouse\n"
 
 
 def test_copies_of_one_source_stay_together(tmp_path):

@@ -119,15 +119,18 @@ def test_indices_stay_indices(tmp_path, capsys):
 
 def test_palettes_that_differ_ask_for_colours(tmp_path):
     (tmp_path / "classes.txt").write_text("a\nb\n")
-    put(tmp_path / "in", "a.png", png([[0, 1]], 1, PALETTE, [BLACK, RED]))
-    put(tmp_path / "in", "b.png", png([[0, 1, 1]], 1, PALETTE, [RED, BLACK]))
+    put(tmp_path / "in", "a.png", png([[0, 1]], 1, PALETTE, [(9, 8, 7), RED]))
+    put(tmp_path / "in", "b.png", png([[0, 1, 1]], 1, PALETTE, [RED, (9, 8, 7)]))
     with pytest.raises(
-        UserError, match=r"the palettes of .*a\.png and .*b\.png differ: index 0 is \(0, 0, 0\) and \(128, 0, 0\)"
+        UserError, match=r"the palettes of .*a\.png and .*b\.png differ: index 0 is \(9, 8, 7\) and \(128, 0, 0\)"
     ):
         run(tmp_path / "in", tmp_path / "out")
     (tmp_path / "in/b.png").unlink()
     assert run(tmp_path / "in", tmp_path / "out") == 0
     assert read_label(tmp_path / "out/a.png", 2).tolist() == [[0, 1]]
+    put(tmp_path / "in", "a.png", png([[0, 1]], 1, PALETTE, [RED, BLACK]))  # alone, but of the colour map that labelme writes
+    with pytest.raises(UserError, match=r"classes\.txt gives no colours, but .*a\.png has some"):
+        run(tmp_path / "in", tmp_path / "other")
 
 
 @pytest.mark.parametrize("names", ["", "ground\nthing\n"])

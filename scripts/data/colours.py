@@ -155,7 +155,7 @@ def _by_value(path: Path, pairs: Iterable[tuple[Any, Any]], zero_is_void: bool) 
     if values != list(range(first, first + len(pairs))):
         shown = ", ".join(map(str, values[:8])) + ", ..." * (len(values) > 8)
         raise UserError(f"{path} gives classes the values {shown}; expected 0, 1, 2 and so on, or from 1, without gaps")
-    rows: list[tuple[str, Color | None]] = [(name, None) for _, name in pairs]
+    rows: list[tuple[str, Color | None]] = [(name, None) for value, name in pairs if value or not zero_is_void]
     return rows if first == 0 or zero_is_void else [("background", None), *rows]
 
 
@@ -200,10 +200,17 @@ def read_labels(data: bytes, table: Mapping[Color, int], num_classes: int, guess
                 raise
             return stored
     stored = _as_stored(pixels, palette, mode)
-    if stored is None:
+    if stored is None or _is_reordered(stored.palette):
         raise BadLabel(f"{NO_COLORS}, and nothing says which class each is; expected `name r g b` a line in a classes.txt")
     check_values(np.unique(stored.values).tolist(), num_classes)
     return stored
+
+
+def _is_reordered(palette: Mapping[int, Color]) -> bool:
+    """Whether colours are those of VOC's colour map, but stand at other values, as tools re-order them."""
+    home = {color: index for index, color in enumerate(map(tuple, voc_palette().tolist()))}
+    colors = set(palette.values())
+    return 1 < len(palette) == len(colors) and colors <= home.keys() and any(home[c] != i for i, c in palette.items())
 
 
 def _as_stored(pixels: np.ndarray, palette: np.ndarray, mode: str) -> Labels | None:
