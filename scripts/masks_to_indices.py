@@ -45,7 +45,7 @@ from dataset.classes import IGNORE_LABEL, VOID_COLOR, Color, read_classes, voc_p
 from dataset.labels import BadLabel, decode_label
 from dataset.lists import IMAGE_DIR
 from dataset.voc import LABEL_DIRS, TRAIN_LISTS, VAL_LISTS
-from scripts.data.colours import NO_COLORS, VOC, Labels, Table, class_lines, find_table, join_layers, read_labels
+from scripts.data.colours import NO_COLORS, VOC, Labels, Table, class_lines, find_table, is_reordered, join_layers, read_labels
 from scripts.data.layouts import LISTS, Labelled, check_ids, choose_lists, find_labelled, write_lines
 from scripts.data.parallel import add_workers_option, parallel_map
 from utils.argtypes import Parser, below_one, not_negative, target
@@ -193,6 +193,13 @@ def check_set(outcomes: Sequence[Outcome], table: Table | None, zero_is_void: bo
                     f"the palettes of {path} and {outcome.path} differ: index {index} is {first} and {color}, so that a tool "
                     "re-ordered them; write the colours into the file of classes, `name r g b` a line, as in `road 128 64 128`"
                 )
+    # A tool orders the colours of each mask for itself, so that palettes of various colours that agree were left alone.
+    various = {tuple(outcome.palette) for outcome in outcomes if outcome.palette}
+    if len(various) == 1 and is_reordered({index: color for index, (color, _) in colors.items()}):
+        raise UserError(
+            f"the palette of {next(iter(colors.values()))[1]} has VOC's colours in another order, so that a tool may have "
+            "re-ordered it; write the colours into the file of classes, `name r g b` a line, as in `road 128 64 128`"
+        )
     values = {value for outcome in outcomes for value in outcome.values}
     if values == {0, IGNORE_LABEL} and not zero_is_void and {outcome.source for outcome in outcomes} == {"stored"}:
         name = next((name for name, _ in table.rows[1:]), "object") if table else "object"

@@ -129,8 +129,11 @@ def test_palettes_that_differ_ask_for_colours(tmp_path):
     assert run(tmp_path / "in", tmp_path / "out") == 0
     assert read_label(tmp_path / "out/a.png", 2).tolist() == [[0, 1]]
     put(tmp_path / "in", "a.png", png([[0, 1]], 1, PALETTE, [RED, BLACK]))  # alone, but of the colour map that labelme writes
-    with pytest.raises(UserError, match=r"classes\.txt gives no colours, but .*a\.png has some"):
+    with pytest.raises(UserError, match=r"the palette of .*a\.png has VOC's colours in another order"):
         run(tmp_path / "in", tmp_path / "other")
+    put(tmp_path / "in", "b.png", png([[0, 0]], 1, PALETTE, [RED, BLACK]))  # CamVid's are such; masks of various colours agree
+    assert run(tmp_path / "in", tmp_path / "other") == 0
+    assert read_label(tmp_path / "other/a.png", 2).tolist() == [[0, 1]]
 
 
 @pytest.mark.parametrize("names", ["", "ground\nthing\n"])

@@ -200,13 +200,13 @@ def read_labels(data: bytes, table: Mapping[Color, int], num_classes: int, guess
                 raise
             return stored
     stored = _as_stored(pixels, palette, mode)
-    if stored is None or _is_reordered(stored.palette):
+    if stored is None:
         raise BadLabel(f"{NO_COLORS}, and nothing says which class each is; expected `name r g b` a line in a classes.txt")
     check_values(np.unique(stored.values).tolist(), num_classes)
     return stored
 
 
-def _is_reordered(palette: Mapping[int, Color]) -> bool:
+def is_reordered(palette: Mapping[int, Color]) -> bool:
     """Whether colours are those of VOC's colour map, but stand at other values, as tools re-order them."""
     home = {color: index for index, color in enumerate(map(tuple, voc_palette().tolist()))}
     colors = set(palette.values())

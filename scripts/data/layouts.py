@@ -19,6 +19,7 @@ LISTS = "ImageSets/Segmentation"
 LAYOUTS = (
     ("SegmentationClassPNG", IMAGE_DIR),
     ("SegmentationClass", IMAGE_DIR),
+    ("SegmentationClassAug", IMAGE_DIR),
     ("masks_machine", "img"),
     ("annotations", "images"),
     ("masks?", "images?"),
