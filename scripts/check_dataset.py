@@ -11,9 +11,7 @@ import argparse
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from glob import escape
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +24,7 @@ from dataset.classes import IGNORE_LABEL, Color, read_class_file
 from dataset.lists import LABEL_SUFFIXES, PICTURE_SUFFIXES
 from scripts.data.causes import few, likely_causes
 from scripts.data.inspection import MOST, Inspection, inspect
+from scripts.data.leaks import find_leaks, same_sizes
 from scripts.data.parallel import add_workers_option, parallel_map
 from utils.argtypes import GivenParser, class_count, label_value, target_text
 from utils.command import run_command
@@ -62,32 +61,6 @@ def differing_palettes(entries: Sequence[Inspection]) -> list[str]:
         for index, colors in sorted(users.items())
         if len(colors) > 1
     ]
-
-
-def same_sizes(sets: Mapping[str, VOCSegmentation]) -> set[Path]:
-    """The images that may be copies of one on another list: those of a file size that occurs on several lists."""
-    sizes: dict[Path, int] = {}
-    lists: dict[int, set[str]] = defaultdict(set)
-    for name, data in sets.items():
-        for path in map(data.image_path, data.entries):
-            with suppress(OSError):
-                sizes[path] = path.stat().st_size
-                lists[sizes[path]].add(name)
-    return {path for path, size in sizes.items() if len(lists[size]) > 1}
-
-
-def compare(one: Mapping[str, Inspection], other: Mapping[str, Inspection]) -> tuple[list[str], list[list[str]]]:
-    """The images that are on two lists (id -> Inspection).
-
-    Returns:
-        The ids of those that are one file; for each further image of ``other`` that is, byte for byte, one of ``one``, the two
-        ids.
-    """
-    paths = {entry.image_path for entry in one.values()}
-    copies = {entry.digest: id for id, entry in sorted(one.items(), reverse=True) if entry.digest}
-    rest = sorted((id, entry) for id, entry in other.items() if entry.image_path not in paths)
-    both = sorted(id for id, entry in other.items() if entry.image_path in paths)
-    return both, [[copies[entry.digest], id] for id, entry in rest if entry.digest in copies]
 
 
 def total(counts: Iterable[np.ndarray | None]) -> np.ndarray:
@@ -163,18 +136,7 @@ def summarize(
         name: total(entry.counts > 0 for entry in found.values() if entry.counts is not None) for name, found in lists.items()
     }
     few_classes = any(n.any() and (n[is_class] > 0).sum() < 2 for n in present.values())
-    shared, copies, warnings = [], [], []
-    for one, other in combinations(lists, 2):
-        both, twice = compare(lists[one], lists[other])
-        if both:
-            shared.append({"lists": [one, other], "ids": both})
-            warnings.append(f"{len(both)} ids are on both {one} and {other}: {few(both)}")
-        if twice:
-            copies.append({"lists": [one, other], "ids": twice})
-            warnings.append(
-                f"{len(twice)} images are on both {one} and {other} under other names, byte for byte: "
-                f"{few(map(' = '.join, twice))}; leave them out of one list, or images that were trained on are scored"
-            )
+    shared, copies, warnings = find_leaks(lists)
     return {
         "ids": sum(map(len, sets.values())),
         "good": sum(not entry.problems for entry in entries),
@@ -231,7 +193,7 @@ def print_table(report: dict, names: Sequence[str] | None) -> None:
         print(f"warning: {warning}")
     lists = report["lists"] or {"absent": {}, "likely_causes": {}}
     for name, absent in lists["absent"].items():
-        print(f"classes that never occur in {name}: {', '.join(map(str, absent)) or 'none'}")
+        print(f"classes that never occur in {name}: {few(absent) or 'none'}")
     for cause in report["likely_causes"]:
         where = [name for name, found in lists["likely_causes"].items() if cause in found]
         print(f"likely cause{f' ({where[0]})' if len(where) == 1 else ''}: {cause}")
@@ -293,12 +255,13 @@ def main(argv: list[str] | None = None) -> int:
     kind = DATASETS[args.dataset]
     lists = find_lists(args)
     classes = None if kind.NAMES else read_class_file(args.data_dir)
-    num_classes = len(kind.NAMES) or args.num_classes or (classes and classes.count(args.ignore_label)) or len(VOC_CLASSES)
+    count = len(kind.NAMES) or args.num_classes or (classes and classes.count(args.ignore_label))
+    num_classes, note = count or len(VOC_CLASSES), "" if count else " (VOC's: neither classes.txt nor --num-classes is given)"
     options = (args.image_dir, args.label_dir, num_classes, args.ignore_label)
     sets = {str(path): kind(args.data_dir, kind.read_list(path, args.image_dir), *options, classes=classes) for path in lists}
     data = next(iter(sets.values()))
     names = data.names or (default_names(num_classes) if num_classes == 21 else None)
-    print(f"{', '.join(sets)}: {sum(map(len, sets.values()))} ids, {num_classes} classes")
+    print(f"{', '.join(sets)}: {sum(map(len, sets.values()))} ids, {num_classes} classes{note}")
 
     if args.json:
         check_json(Path(args.json), sets)

@@ -370,7 +370,9 @@ def test_misuse(tmp_path, capsys):
     (tmp_path / "classes.txt").write_text("sky\nroad\nsea\n")
     with pytest.raises(DatasetError, match="leave --num-classes out to take the 3"):
         check(tmp_path, capsys, "--num-classes", 2)
-    assert "1 ids, 3 classes" in check(tmp_path, capsys)[1]
+    assert "1 ids, 3 classes\n" in check(tmp_path, capsys)[1]
+    (tmp_path / "classes.txt").unlink()
+    assert "1 ids, 21 classes (VOC's: neither classes.txt nor --num-classes is given)\n" in check(tmp_path, capsys)[1]
 
 
 def test_several_lists(tmp_path, capsys):

@@ -194,7 +194,7 @@ def test_two_processes_validate_as_evaluate_does(two_ranks, tmp_path):
             assert result["mean_iou"] == pytest.approx(line["val_mean_iou"], abs=2e-6)
     assert [line["step"] for line in lines] == [1, 2]
     assert [result["half"][0] for result in results] == ["OtherProcessFailed", "DatasetError"]
-    assert all("toy_5.jpg is not a picture" in result["half"][1] for result in results)
+    assert all("toy_5.jpg is not an image" in result["half"][1] for result in results)
     assert torch.load(folder / "half/last.ckpt", weights_only=True)["step"] == 1
 
 

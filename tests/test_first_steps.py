@@ -161,7 +161,7 @@ def test_broken_pictures_do_not_end_a_prediction(toy_voc, snapshot, tmp_path, ca
     assert "left out: 1 .txt" in out
     assert "4 masks in" in out
     assert "2 of 6 pictures were left out:" in err
-    assert "toy_1.jpg is not a picture" in err
+    assert "toy_1.jpg is not an image" in err
     assert "toy_3.jpg is cut off" in err
     assert {path.stem for path in (tmp_path / "out").iterdir()} == {"toy_0", "toy_2", "toy_4", "toy_5"}
 
