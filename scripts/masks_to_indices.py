@@ -182,8 +182,43 @@ def convert(
     return Outcome(mask, "", there, found.source, tuple(np.unique(found.values).tolist()), found.palette)
 
 
-def check_set(outcomes: Sequence[Outcome], table: Table | None, zero_is_void: bool) -> None:
-    """Raise :class:`UserError` where the masks together show that values as they are stored are no class indices."""
+def settle(args: argparse.Namespace, given: Table, table: Table | None, labelled: Labelled) -> Options:
+    """How the masks become labels.
+
+    Args:
+        given: the classes as the masks have them, PASCAL VOC's where there is no ``table``.
+        table: see :func:`choose_table`.
+    """
+    colors = given.colors()
+    if taken := [own for own in args.void if own in colors]:
+        text = ",".join(map(str, taken[0]))
+        raise UserError(f"--void {text} is the colour of class {colors[taken[0]]} in {given.origin}; leave it out")
+    palette = voc_palette()
+    for own, label in colors.items():
+        palette[label - args.zero_is_void] = own
+    # Void gets a colour of its own, by which a re-ordered palette is told.
+    palette[IGNORE_LABEL] = next(own for own in (VOID_COLOR, (255, 255, 255), (1, 1, 1)) if own not in colors)
+    num_classes = len(given.rows) + (args.zero_is_void and not colors) if given.rows else IGNORE_LABEL
+    if colors:
+        colors |= {own: IGNORE_LABEL for own in (VOID_COLOR, *args.void) if own not in colors}
+    classes, rest = layer_classes(labelled, given) if labelled.layers else ({}, 0)
+    return Options(colors, num_classes, not table and not args.zero_is_void, args.zero_is_void, palette, classes, rest)
+
+
+def check_masks(outcomes: Sequence[Outcome], table: Table | None, options: Options) -> None:
+    """Raise :class:`UserError` where a mask is wrong, or all together show that values as they are stored are no classes."""
+    if table and not options.colors and (drawn := [o.path for o in outcomes if o.problem.startswith(NO_COLORS)]):
+        raise UserError(
+            f"{table.origin} gives no colours, but {drawn[0]} has some, and nothing says which class each of them is; expected "
+            "`name r g b` a line, as in `road 128 64 128`"
+        )
+    if bad := [f"{outcome.path} {outcome.problem}" for outcome in outcomes if outcome.problem]:
+        print("\n".join(bad[:SHOWN]), file=sys.stderr)
+        more = f" (and {len(bad) - SHOWN} more)" if len(bad) > SHOWN else ""
+        raise UserError(
+            f"{len(bad)} of {len(outcomes)} masks could not be turned, see above{more}, and nothing was written; mend them, or "
+            "name their colours with --classes or --void, and run the same command"
+        )
     colors: dict[int, tuple[Color, Path]] = {}
     for outcome in outcomes:
         for index, color in outcome.palette.items():
@@ -201,7 +236,7 @@ def check_set(outcomes: Sequence[Outcome], table: Table | None, zero_is_void: bo
             "re-ordered it; write the colours into the file of classes, `name r g b` a line, as in `road 128 64 128`"
         )
     values = {value for outcome in outcomes for value in outcome.values}
-    if values == {0, IGNORE_LABEL} and not zero_is_void and {outcome.source for outcome in outcomes} == {"stored"}:
+    if values == {0, IGNORE_LABEL} and not options.zero_is_void and {outcome.source for outcome in outcomes} == {"stored"}:
         name = next((name for name, _ in table.rows[1:]), "object") if table else "object"
         raise UserError(
             f"the masks hold 0 and 255 alone, and 255 is void: they are binary; give both a class by their colours, a file of "
@@ -265,37 +300,21 @@ def main(argv: list[str] | None = None) -> int:
     if home is None and args.out.name in LABEL_DIRS and args.masks.is_dir():
         home = args.out.parent
     table = choose_table(args, home, labelled)
-    guessed = not table and not args.zero_is_void
-    given = table or (VOC if guessed else Table([], ""))
-    colors = given.colors()
-    if taken := [own for own in args.void if own in colors]:
-        text = ",".join(map(str, taken[0]))
-        raise UserError(f"--void {text} is the colour of class {colors[taken[0]]} in {given.origin}; leave it out")
-    if table and args.zero_is_void and (colors or labelled.layers):  # the classes as they will be
+    given = table or (Table([], "") if args.zero_is_void else VOC)
+    options = settle(args, given, table, labelled)
+    if table and args.zero_is_void and (options.colors or labelled.layers):  # the classes as they will be
         table = table._replace(rows=table.rows[1:])
     if table:
         class_lines(*table)
     if home:
         check_classes(home, table.rows if table else [])
         check_ids(labelled.masks)
-    palette = voc_palette()
-    for own, label in colors.items():
-        palette[label - args.zero_is_void] = own
-    # Void gets a colour of its own, by which a re-ordered palette is told.
-    palette[IGNORE_LABEL] = next(own for own in (VOID_COLOR, (255, 255, 255), (1, 1, 1)) if own not in colors)
-    num_classes = len(given.rows) + (args.zero_is_void and not colors) if given.rows else IGNORE_LABEL
-    if colors:
-        colors |= {own: IGNORE_LABEL for own in (VOID_COLOR, *args.void) if own not in colors}
-    classes, rest = layer_classes(labelled, given) if labelled.layers else ({}, 0)
-    options = Options(colors, num_classes, guessed, args.zero_is_void, palette, classes, rest)
 
     masks, images = labelled.masks, labelled.pictures
     folder = args.out if images is None else args.out / LABEL_DIRS[-1]
     copies = {i: (path, args.out / IMAGE_DIR / f"{i}{path.suffix}") for i, path in (images or {}).items()}
-    known = (
-        f"{len(table.rows)} classes, from {table.origin}" if table else "no file of classes: colours are read as PASCAL VOC's"
-    )
-    print(f"{len(masks)} masks; " + (known if table or guessed else "no file of classes: their values stay"))
+    unknown = "no file of classes: " + ("colours are read as PASCAL VOC's" if options.guessed else "values stay")
+    print(f"{len(masks)} masks; " + (f"{len(table.rows)} classes, from {table.origin}" if table else unknown))
     if labelled.layers:
         name = "void" if options.rest == IGNORE_LABEL else given.rows[options.rest][0]
         print(f"the masks of each label are put together: pixels without a label become {name}, those with two void")
@@ -304,38 +323,22 @@ def main(argv: list[str] | None = None) -> int:
     remove_torn_files([*(folder / f"{i}.png" for i in masks), *(copy for _, copy in copies.values())])
 
     def convert_all(what: str, options: Options, write: bool) -> list[Outcome]:
-        tasks = (
-            (path, labelled.layers.get(i, ()), folder / f"{i}.png", copies.get(i), options, write) for i, path in masks.items()
-        )
+        files = ((path, labelled.layers.get(i, ()), folder / f"{i}.png", copies.get(i)) for i, path in masks.items())
+        tasks = ((*each, options, write) for each in files)
         found = tqdm(parallel_map(convert, tasks, args.workers), what, len(masks), unit="mask", disable=None)
         return sorted(found, key=lambda outcome: outcome.path)
 
     found = convert_all("read", options, write=False)
     sources = {outcome.source for outcome in found}
-    if (
-        guessed and {"stored", "grey"} <= sources and "colours" not in sources
-    ):  # indices, some of which are VOC's grey by chance
+    if options.guessed and {"stored", "grey"} <= sources and "colours" not in sources:  # indices that are also VOC's grey
         options = options._replace(colors={}, num_classes=IGNORE_LABEL, guessed=False)
         found = convert_all("read", options, write=False)
-    if guessed and "colours" in sources:  # the values of the others are classes of VOC, too
-        wrong = [
-            o for o in found if o.source == "stored" and not o.palette and max({0, *o.values} - {IGNORE_LABEL}) >= len(VOC.rows)
-        ]
-        text = f"is grey and holds values above {len(VOC.rows) - 1}, while other masks have VOC's colours"
-        found = [outcome._replace(problem=text) if outcome in wrong else outcome for outcome in found]
-    if table and not colors and (drawn := [o.path for o in found if o.problem.startswith(NO_COLORS)]):
-        raise UserError(
-            f"{table.origin} gives no colours, but {drawn[0]} has some, and nothing says which class each of them is; expected "
-            "`name r g b` a line, as in `road 128 64 128`"
-        )
-    if bad := [f"{outcome.path} {outcome.problem}" for outcome in found if outcome.problem]:
-        print("\n".join(bad[:SHOWN]), file=sys.stderr)
-        more = f" (and {len(bad) - SHOWN} more)" if len(bad) > SHOWN else ""
-        raise UserError(
-            f"{len(bad)} of {len(masks)} masks could not be turned, see above{more}, and nothing was written; mend them, or "
-            "name their colours with --classes or --void, and run the same command"
-        )
-    check_set(found, table, args.zero_is_void)
+    if options.guessed and "colours" in sources:  # the values of the others are VOC's classes, too
+        classes = {*range(len(VOC.rows)), IGNORE_LABEL}
+        wrong = f"is grey and holds values above {len(VOC.rows) - 1}, while other masks have VOC's colours"
+        grey = [outcome.source == "stored" and not outcome.palette for outcome in found]
+        found = [o._replace(problem=wrong) if is_grey and not {*o.values} <= classes else o for o, is_grey in zip(found, grey)]
+    check_masks(found, table, options)
     there = sum(outcome.there for outcome in found)
     convert_all("written", options, write=True)
     print(f"{len(masks) - there} masks written to {folder}/, {there} were there already")

@@ -1,10 +1,8 @@
 """What the tools that people label with leave: which masks there are, whose images they are, which lists."""
 
-import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -12,6 +10,7 @@ from urllib.parse import unquote
 import numpy as np
 
 from dataset.lists import FOREIGN_SUFFIXES, IMAGE_DIR, PICTURE_SUFFIXES, Listing, is_bare, read_ids
+from scripts.data.causes import polygons, read_jsons
 from utils.command import UserError
 from utils.files import write_atomically
 
@@ -36,12 +35,6 @@ _SPLITS = {"train": "train(ing)?", "val": "val(id(ation)?)?", "test": "test(ing)
 _COPY = re.compile(r"(.+)\.rf\.[^./]+")  # Roboflow: <source>.rf.<hash>, for each augmented copy of a source
 # Label Studio: the control's name is before the label's, which may hold dashes
 _LAYER = re.compile(r"(task-\d+)-annotation-(\d+)-by-[^-]*-[^-]+-(.+)-\d+")
-_POLYGONS = (  # whose JSON, its keys, where the name of an image stands, what to do
-    ("COCO JSON", {"images", "annotations"}, ("images", "file_name"), "make masks with pycocotools (COCO.annToMask)"),
-    ("labelme's JSON", {"shapes", "imagePath"}, ("", "imagePath"), "make masks with labelme's labelme2voc.py"),
-    ("Supervisely's JSON", {"objects", "size"}, ("", ""), "export masks with its app `Export as masks`"),
-    ("SuperAnnotate's JSON", {"instances", "metadata"}, ("metadata", "name"), "export fused masks (___fuse.png)"),
-)
 
 
 class Labelled(NamedTuple):
@@ -207,9 +200,9 @@ def _task_images(files: Sequence[Path]) -> dict[str, Path]:
     """{task: image} of Label Studio's tasks, by its JSON export and by files called as the tasks are, as in ``task-1.jpg``."""
     images = {path.name: path for path in files if path.suffix.lower() in PICTURE_SUFFIXES}
     found = {path.stem: path for path in images.values() if re.fullmatch(r"task-\d+", path.stem)}
-    rows = (row for _, content in _jsons(files) if isinstance(content, list) for row in map(_dict, content))
+    rows = (row for _, content in read_jsons(files) if isinstance(content, list) for row in content if isinstance(row, dict))
     for row in rows:
-        names = (unquote(value).rpartition("/")[2] for value in _dict(row.get("data")).values() if isinstance(value, str))
+        names = (unquote(value).rpartition("/")[2] for value in dict(row.get("data") or {}).values() if isinstance(value, str))
         found |= {f"task-{row.get('id')}": images[name] for name in names if name in images}
     return found
 
@@ -217,13 +210,13 @@ def _task_images(files: Sequence[Path]) -> dict[str, Path]:
 def _are_images(files: Sequence[Path]) -> bool:
     """Whether the PNGs of a folder are the images that a JSON beside them has polygons of."""
     pngs = {path.name for path in files if path.suffix.lower() == ".png"}
-    return any(found[2] & pngs for path, content in _jsons(files) if (found := _polygons(content)))
+    return any(found[2] & pngs for path, content in read_jsons(files) if (found := polygons(content)))
 
 
 def _no_masks(root: Path, suffix: str, files: Sequence[Path]) -> Any:
     """Raise :class:`UserError`: there are no masks; with what there is instead."""
-    for path, content in _jsons(files):
-        if found := _polygons(content):
+    for path, content in read_jsons(files):
+        if found := polygons(content):
             raise UserError(
                 f"{root} holds no masks, but polygons: {path} is {found[0]}; {found[1]}, and pass the folder of the masks"
             )
@@ -231,38 +224,6 @@ def _no_masks(root: Path, suffix: str, files: Sequence[Path]) -> Any:
     which = f"PNG whose name ends in {suffix}.png" if suffix else "PNG"
     holds = f", but {', '.join(kinds[:8])} files" if kinds else ""
     raise UserError(f"{root} holds no {which}{holds}; masks in other formats have to be saved as PNG without loss first")
-
-
-def _jsons(files: Sequence[Path]) -> Iterator[tuple[Path, Any]]:
-    """JSON files and what they hold; a few of them, since there may be one per image, and all are of one kind."""
-    for path in [path for path in files if path.suffix.lower() == ".json"][:20]:
-        with suppress(OSError, ValueError, RecursionError):
-            yield path, json.loads(path.read_bytes())
-
-
-def _polygons(content: Any) -> tuple[str, str, set[str]] | None:
-    """Whose polygons JSON holds, what to do, and the names of the images in it; None where it holds none."""
-    if isinstance(content, list):
-        advice = "export `Brush labels to PNG`, or COCO format and make masks with pycocotools (COCO.annToMask)"
-        return ("Label Studio's JSON", advice, set()) if content and "annotations" in _dict(content[0]) else None
-    content = _dict(content)
-    for whose, keys, (place, name), advice in _POLYGONS:
-        if keys <= content.keys():
-            rows = content[place] if place else content
-            return whose, advice, _names(rows if isinstance(rows, list) else [rows], name)
-    regions = _dict(content.get("_via_img_metadata", content)).values()
-    if regions and all("regions" in _dict(value) for value in regions):
-        advice = "export COCO format from VIA, and make masks with pycocotools (COCO.annToMask)"
-        return "VIA's JSON", advice, _names(regions, "filename")
-    return None
-
-
-def _dict(value: Any) -> dict:
-    return value if isinstance(value, dict) else {}
-
-
-def _names(rows: Iterable[Any], key: str) -> set[str]:
-    return {Path(str(_dict(row).get(key, ""))).name for row in rows}
 
 
 def choose_lists(ids: Sequence[str], lists: Path, val_share: float, seed: int) -> tuple[dict[str, list[str]], str]:
