@@ -6,6 +6,7 @@
     python scripts/masks_to_indices.py roboflow_export data/mine           Roboflow's "Semantic segmentation masks"
     python scripts/masks_to_indices.py project data/mine                   Supervisely's, SuperAnnotate's, images/ and masks/
     python scripts/masks_to_indices.py brush_export data/mine              Label Studio's "Brush labels to PNG"
+    python scripts/masks_to_indices.py coco_export data/mine               COCO JSON with polygons, and its images
     python scripts/masks_to_indices.py pairs data/mine --suffix _seg       x.jpg and x_seg.png in one folder
     python scripts/masks_to_indices.py land data/mine --suffix _mask --image-suffix _sat     x_sat.jpg and x_mask.png
     python scripts/masks_to_indices.py annotations data/ade/SegmentationClass --zero-is-void     ADE20K and kin
@@ -20,9 +21,9 @@ A mask may be RGB, RGBA or have a palette in any order: what counts is the colou
 indices stay what they are. Which class has which colour or value says the file of classes in the first folder, in that of the
 masks or beside it, or --classes: classes.txt (`name r g b` or `name` a line, in the order of the classes), labelmap.txt,
 class_names.txt, _classes.csv, class_dict.csv, label_colors.txt, labels.txt, or JSON with COCO's categories; without one,
-colours are PASCAL VOC's. A colour of no class is refused, and then nothing is written. Where each label has a mask of its own,
-as in Label Studio's, pixels without a label become the background, pixels with two void. The first folder is only read, and
-files that are there already never change.
+colours are PASCAL VOC's. A colour of no class is refused, and then nothing is written. Of Label Studio's masks, one per
+label, and of polygons the first class is the background: the pixels without a label. Where two labels have one pixel, it becomes
+void for masks, and the later label's for polygons. The first folder is only read, and files that are there already never change.
 """
 
 import argparse
@@ -45,9 +46,21 @@ from dataset.classes import IGNORE_LABEL, VOID_COLOR, Color, read_classes, voc_p
 from dataset.labels import BadLabel, decode_label
 from dataset.lists import IMAGE_DIR
 from dataset.voc import LABEL_DIRS, TRAIN_LISTS, VAL_LISTS
-from scripts.data.colours import NO_COLORS, VOC, Labels, Table, class_lines, find_table, is_reordered, join_layers, read_labels
+from scripts.data.colours import (
+    NO_COLORS,
+    TABLES,
+    VOC,
+    Labels,
+    Table,
+    class_lines,
+    find_table,
+    is_reordered,
+    join_layers,
+    read_labels,
+)
 from scripts.data.layouts import LISTS, Labelled, check_ids, choose_lists, find_labelled, write_lines
 from scripts.data.parallel import add_workers_option, parallel_map
+from scripts.data.polygons import Region
 from utils.argtypes import Parser, below_one, not_negative, target
 from utils.command import UserError, run_command
 from utils.files import remove_torn_files, write_atomically
@@ -81,18 +94,16 @@ def choose_table(args: argparse.Namespace, home: Path | None, labelled: Labelled
     """The classes that a file gives; for masks of one label each, else their labels behind the background."""
     root = args.masks if args.masks.is_dir() else args.masks.parent
     folders = {path.parent for path in labelled.masks.values()}
-    inside = {folder for each in folders for folder in (each, *each.parents) if folder.is_relative_to(root)}
-    table = find_table(
-        sorted(inside, key=lambda folder: (len(folder.parts), folder)),
-        [root.parent, *([home] if home else [])],
-        args.classes,
-        args.zero_is_void,
-    )
+    below = {folder for each in folders for folder in (each, *each.parents) if folder.is_relative_to(root)}
+    inside = sorted(below, key=lambda folder: (len(folder.parts), folder))
+    beside = [root.parent, *([home] if home else [])]
+    names = [name for name in TABLES if not labelled.layers or not name.endswith(".json")]  # whose ids are no class indices
+    table = find_table(inside, beside, args.classes, args.zero_is_void, names)
     if table or not labelled.layers:
         return table
-    labels = sorted({label for layers in labelled.layers.values() for label, _ in layers})
+    labels = labelled.labels
     background = [label for label in labels if BACKGROUND.fullmatch(label)][:1] or ["background"]
-    return Table([(name, None) for name in dict.fromkeys([*background, *labels])], "the names of the masks")
+    return Table([(name, None) for name in dict.fromkeys([*background, *labels])], "the export's labels")
 
 
 def layer_classes(labelled: Labelled, table: Table) -> tuple[dict[str, int], int]:
@@ -102,11 +113,11 @@ def layer_classes(labelled: Labelled, table: Table) -> tuple[dict[str, int], int
         UserError: a label that the table does not name.
     """
     named = {re.sub(r"[/\\\\]", "-", name): index for index, (name, _) in enumerate(table.rows)}  # as Label Studio writes files
-    labels = {label: path for layers in labelled.layers.values() for label, path in layers}
+    labels = {re.sub(r"[/\\]", "-", label): label for label in labelled.labels}
     if wrong := next((label for label in labels if label not in named), None):
-        raise UserError(f"{labels[wrong]} is of the label {wrong}, but {table.origin} names {', '.join(named)}; add it there")
+        raise UserError(f"the export has the label {wrong}, but {table.origin} names {', '.join(named)}; add it there")
     rest = next((i for name, i in named.items() if BACKGROUND.fullmatch(name) and name not in labels), IGNORE_LABEL)
-    return {label: named[label] for label in labels}, rest
+    return {label: named[name] for name, label in labels.items()}, rest
 
 
 class Options(NamedTuple):
@@ -144,7 +155,7 @@ class Outcome(NamedTuple):
 
 def convert(
     mask: Path,
-    layers: Sequence[tuple[str, Path]],
+    layers: Sequence[tuple[str, Path | Region]],
     target: Path,
     image: tuple[Path, Path] | None,
     options: Options,
@@ -156,8 +167,10 @@ def convert(
     """
     try:
         if layers:
-            layers_read = [(options.classes[label], path.read_bytes()) for label, path in layers]
-            found = Labels(join_layers(layers_read, options.rest), "layers")
+            read = [
+                (options.classes[label], layer.read_bytes() if isinstance(layer, Path) else layer) for label, layer in layers
+            ]
+            found = Labels(join_layers(read, options.rest), "layers")
         else:
             found = read_labels(mask.read_bytes(), options.colors, options.num_classes, options.guessed)
     except (BadLabel, OSError) as error:
@@ -317,7 +330,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(masks)} masks; " + (f"{len(table.rows)} classes, from {table.origin}" if table else unknown))
     if labelled.layers:
         name = "void" if options.rest == IGNORE_LABEL else given.rows[options.rest][0]
-        print(f"the masks of each label are put together: pixels without a label become {name}, those with two void")
+        print(f"the labels of each image are put together: pixels without a label become {name}")
     if labelled.others:
         print(f"{labelled.others} files that are no .png are left out")
     remove_torn_files([*(folder / f"{i}.png" for i in masks), *(copy for _, copy in copies.values())])

@@ -423,7 +423,7 @@ def test_masks_of_single_labels_are_put_together(tmp_path, capsys):
     check_labels(out, {"task-1": np.array([[0, 255, 1, 255]]), "task-2": np.array([[255, 255, 1, 1]])}, 3)
     assert contents(out / "JPEGImages") == {"task-2.jpg": (tmp_path / "in/0f-my photo.jpg").read_bytes()}
     put(tmp_path / "in", "classes.txt", "background\ncar\n")
-    with pytest.raises(UserError, match=r"is of the label traffic-light, but .*classes\.txt names background, car"):
+    with pytest.raises(UserError, match=r"has the label traffic-light, but .*classes\.txt names background, car"):
         run(tmp_path / "in", tmp_path / "few")
     layer(tmp_path / "in", 2, "car", [[0, 0, 1, 0]], annotation=9)
     with pytest.raises(UserError, match="holds two annotations of task-2, 5 and 9"):
@@ -444,7 +444,7 @@ def test_masks_of_single_labels_that_are_none(tmp_path, capsys):
 
 def test_polygons_are_named(tmp_path):
     for text, message in (
-        ('{"images": [{"file_name": "a.png"}], "annotations": [], "categories": []}', "is COCO JSON; .*pycocotools"),
+        ('{"images": [{"file_name": "a.png"}], "annotations": []}', "is COCO JSON; export categories"),
         ('{"a.png123": {"filename": "a.png", "regions": []}}', "is VIA's JSON"),
         ('{"_via_settings": {}, "_via_img_metadata": {"k": {"filename": "a.png", "regions": {}}}}', "is VIA's JSON"),
         ('{"shapes": [], "imagePath": "a.png"}', "is labelme's JSON.* labelme2voc"),

@@ -1,23 +1,13 @@
-"""What the values and colours that are found in a set of labels point to, and files that hold polygons instead."""
+"""What the values and colours that are found in a set of labels point to."""
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 
 from dataset.classes import IGNORE_LABEL, VOC_CLASSES, one_class_warning, voc_palette
 from dataset.labels import TO_INDICES
 
-_POLYGONS = (  # whose JSON, its keys, where the name of an image stands, what to do
-    ("COCO JSON", {"images", "annotations"}, ("images", "file_name"), "make masks with pycocotools (COCO.annToMask)"),
-    ("labelme's JSON", {"shapes", "imagePath"}, ("", "imagePath"), "make masks with labelme's labelme2voc.py"),
-    ("Supervisely's JSON", {"objects", "size"}, ("", ""), "export masks with its app `Export as masks`"),
-    ("SuperAnnotate's JSON", {"instances", "metadata"}, ("metadata", "name"), "export fused masks (___fuse.png)"),
-)
 VOID_GREY = {220}  # of the colour (224, 224, 192) of VOC's void
 
 
@@ -105,35 +95,3 @@ def _wrong_values(values: set[int], wrong: set[int], grey: bool, num_classes: in
             "pictures; resize labels by nearest neighbour and save PNGs"
         )
     return f"the largest label is {largest}: pass --num-classes {largest + 1} if all of them are classes"
-
-
-def read_jsons(files: Sequence[Path]) -> Iterator[tuple[Path, Any]]:
-    """JSON files and what they hold; a few of them, since there may be one per image, and all are of one kind."""
-    for path in [path for path in files if path.suffix.lower() == ".json"][:20]:
-        with suppress(OSError, ValueError, RecursionError):
-            yield path, json.loads(path.read_bytes())
-
-
-def polygons(content: Any) -> tuple[str, str, set[str]] | None:
-    """Whose polygons JSON holds, what to do, and the names of the images in it; None where it holds none."""
-    if isinstance(content, list):
-        advice = "export `Brush labels to PNG`, or COCO format and make masks with pycocotools (COCO.annToMask)"
-        return ("Label Studio's JSON", advice, set()) if content and "annotations" in _dict(content[0]) else None
-    content = _dict(content)
-    for whose, keys, (place, name), advice in _POLYGONS:
-        if keys <= content.keys():
-            rows = content[place] if place else content
-            return whose, advice, _names(rows if isinstance(rows, list) else [rows], name)
-    regions = _dict(content.get("_via_img_metadata", content)).values()
-    if regions and all("regions" in _dict(value) for value in regions):
-        advice = "export COCO format from VIA, and make masks with pycocotools (COCO.annToMask)"
-        return "VIA's JSON", advice, _names(regions, "filename")
-    return None
-
-
-def _dict(value: Any) -> dict:
-    return value if isinstance(value, dict) else {}
-
-
-def _names(rows: Iterable[Any], key: str) -> set[str]:
-    return {Path(str(_dict(row).get(key, ""))).name for row in rows}

@@ -13,6 +13,7 @@ from dataset.classes import IGNORE_LABEL, VOC_CLASSES, Color, is_voc, read_class
 from dataset.images import DatasetError, read_bytes
 from dataset.labels import BadLabel, check_values, decode_label, read_png, single_channel
 from dataset.lists import read_lines
+from scripts.data.polygons import Region
 from utils.command import UserError
 
 TABLES = (
@@ -70,15 +71,21 @@ def class_lines(rows: Iterable[tuple[str, Color | None]], origin: str) -> list[s
     return lines
 
 
-def find_table(inside: Sequence[Path], beside: Sequence[Path], given: Path | None, zero_is_void: bool = False) -> Table | None:
-    """The classes that ``given`` names, else the first of TABLES in the folders; None where there is none.
+def find_table(
+    inside: Sequence[Path],
+    beside: Sequence[Path],
+    given: Path | None,
+    zero_is_void: bool = False,
+    names: Sequence[str] = TABLES,
+) -> Table | None:
+    """The classes that ``given`` names, else the first of ``names`` in the folders; None where there is none.
 
     Args:
         inside: the folders of the masks, of which all that have that file must agree.
         beside: folders that are looked into where these have none.
         zero_is_void: value 0 has no name.
     """
-    path = given or next((f / name for f in (*inside, *beside) for name in TABLES if (f / name).is_file()), None)
+    path = given or next((f / name for f in (*inside, *beside) for name in names if (f / name).is_file()), None)
     if path is None:
         return None
     rows = read_table(path, zero_is_void)
@@ -253,30 +260,37 @@ def _by_color(
     return Labels(labels, "grey")
 
 
-def join_layers(layers: Sequence[tuple[int, bytes]], rest: int) -> np.ndarray:
-    """Masks that hold 255 where their class is, else 0, as one of class indices, (H, W) uint8; 255 where two classes are.
+def join_layers(layers: Sequence[tuple[int, bytes | Region]], rest: int) -> np.ndarray:
+    """Masks or regions of one class each as one mask of class indices, (H, W) uint8.
+
+    Later regions cover earlier ones, as tools show them; of masks nobody knows the order, so that where two are is 255.
 
     Args:
-        layers: class and PNG of each.
+        layers: class, and PNG of 255 where it is, else 0, or region.
         rest: the class of the pixels that have none, or 255.
 
     Raises:
         BadLabel: a mask that holds other values, or is of another size.
     """
     labels, taken = np.zeros(0, dtype=np.uint8), np.zeros(0, dtype=bool)
-    for place, (index, data) in enumerate(layers):
-        values = decode_label(data)[0]
-        if other := sorted(set(np.unique(values).tolist()) - {0, 255}):
-            raise BadLabel(f"holds {', '.join(map(str, other[:8]))}; expected 255 where its label is, and 0")
+    for place, (index, layer) in enumerate(layers):
+        here = layer.mask() if isinstance(layer, Region) else _binary(layer)
         if place == 0:
-            labels, taken = np.full(values.shape, rest, dtype=np.uint8), np.zeros(values.shape, dtype=bool)
-        if values.shape != labels.shape:
-            raise BadLabel(f"is {labels.shape[::-1]} pixels, another mask of its image {values.shape[::-1]}")
-        here = values == 255
-        labels[here & taken & (labels != index)] = IGNORE_LABEL
-        labels[here & ~taken] = index
+            labels, taken = np.full(here.shape, rest, dtype=np.uint8), np.zeros(here.shape, dtype=bool)
+        if here.shape != labels.shape:
+            raise BadLabel(f"is {labels.shape[::-1]} pixels, another mask of its image {here.shape[::-1]}")
+        twice = here & taken & (labels != index) & (not isinstance(layer, Region))
+        labels[here] = index
+        labels[twice] = IGNORE_LABEL
         taken |= here
     return labels
+
+
+def _binary(data: bytes) -> np.ndarray:
+    values = decode_label(data)[0]
+    if other := sorted(set(np.unique(values).tolist()) - {0, 255}):
+        raise BadLabel(f"holds {', '.join(map(str, other[:8]))}; expected 255 where its label is, and 0")
+    return values == 255
 
 
 def to_indices(colors: np.ndarray, table: Mapping[Color, int]) -> np.ndarray:

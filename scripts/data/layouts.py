@@ -10,7 +10,7 @@ from urllib.parse import unquote
 import numpy as np
 
 from dataset.lists import FOREIGN_SUFFIXES, IMAGE_DIR, PICTURE_SUFFIXES, Listing, is_bare, read_ids
-from scripts.data.causes import polygons, read_jsons
+from scripts.data.polygons import Region, polygons, read_coco, read_jsons
 from utils.command import UserError
 from utils.files import write_atomically
 
@@ -45,14 +45,16 @@ class Labelled(NamedTuple):
         pictures: id -> its image, for those that have one; None where the folder is one of masks alone.
         lists: the folder with the lists of ids, which need not exist.
         others: how many files there are that are no PNG, where it is one of masks alone.
-        layers: id -> [(label, mask of 0 and 255)], where each label of an image has a mask of its own.
+        layers: id -> [(label, mask of 0 and 255, or region)], where each label of an image is apart from the others.
+        labels: of all layers, in the order of their classes.
     """
 
     masks: dict[str, Path]
     pictures: dict[str, Path] | None
     lists: Path
     others: int = 0
-    layers: Mapping[str, list[tuple[str, Path]]] = {}
+    layers: Mapping[str, Sequence[tuple[str, Path | Region]]] = {}
+    labels: Sequence[str] = ()
 
 
 def find_labelled(root: Path, suffix: str, image_suffix: str = "") -> Labelled:
@@ -73,7 +75,8 @@ def find_labelled(root: Path, suffix: str, image_suffix: str = "") -> Labelled:
     pngs = [path for path in files if path.suffix.lower() == ".png"]
     if layers := _layers(pngs):
         masks = {image_id: found[0][1] for image_id, found in layers.items()}
-        return Labelled(masks, _task_images(files), root / LISTS, layers=layers)
+        labels = sorted({label for found in layers.values() for label, _ in found})
+        return Labelled(masks, _task_images(files), root / LISTS, 0, layers, labels)
     endings = [(suffix, image_suffix)] if suffix or image_suffix else SUFFIXES
     without_images = None
     for ending, image_ending in endings:
@@ -93,7 +96,7 @@ def find_labelled(root: Path, suffix: str, image_suffix: str = "") -> Labelled:
         return without_images
     masks = {} if suffix else _by_id(pngs, root, "")
     if not masks or _are_images(files):
-        _no_masks(root, suffix, files)
+        return _annotated(root, files) or _no_masks(root, suffix, files)
     return Labelled(masks, None, root.parent / LISTS, len(files) - len(masks))
 
 
@@ -194,6 +197,47 @@ def _layers(pngs: Iterable[Path]) -> dict[str, list[tuple[str, Path]]]:
                 )
             layers[task].append((label, path))
     return dict(layers)
+
+
+def _annotated(root: Path, files: Sequence[Path]) -> Labelled | None:
+    """The images of COCO JSON with their polygons; None where there is none.
+
+    Where no folder says to which split an image belongs, but the JSON's name does (``instances_train.json``), an id begins with
+    that.
+    """
+    found, labels = read_coco(files)
+    by_name = defaultdict(list)
+    for path in files:
+        if path.suffix.lower() in PICTURE_SUFFIXES:
+            by_name[path.name].append(path)
+    masks: dict[str, Path] = {}
+    for each in found:
+        splits = [split for split in map(split_of, re.split("[^A-Za-z0-9]", each.origin.stem)) if split]
+        image = _named(root, each.origin.parent, each.name, by_name, splits)
+        parts = [part for part in image.relative_to(root).parts[:-1] if part != "images"]
+        image_id = "/".join([*([] if any(map(split_of, parts)) else splits[:1]), *parts, image.stem])
+        if image_id in masks:
+            raise UserError(f"{each.origin} annotates {image_id} once more; expected each image once, in one JSON file")
+        masks[image_id] = image
+    layers = {image_id: each.regions for image_id, each in zip(masks, found)}
+    images = {image_id: path for image_id, path in masks.items() if path.is_file()}
+    return Labelled(masks, images, root / LISTS, 0, layers, labels) if found else None
+
+
+def _named(root: Path, folder: Path, name: str, by_name: Mapping[str, Sequence[Path]], splits: Sequence[str | None]) -> Path:
+    """The image that a JSON in ``folder`` calls so; where it should be if there is none. UserError for several."""
+    places = by_name.get(Path(name).name, [])
+    for near in (
+        [folder / name],
+        [root / name],
+        [path for path in places if set(splits) & set(map(split_of, path.parts))],
+        places,
+    ):
+        if fits := [path for path in near if path in places]:
+            if len(fits) > 1:
+                raise UserError(f"{name} may be {fits[0]} or {fits[1]}; put the JSON into the folder of its images")
+            return fits[0]
+    return folder / Path(name).name
 
 
 def _task_images(files: Sequence[Path]) -> dict[str, Path]:

@@ -1,0 +1,143 @@
+"""Polygons, which labelling tools export instead of masks: those of COCO JSON are drawn, the others are named."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from utils.command import UserError
+
+_POLYGONS = (  # whose JSON, its keys, where the name of an image stands, what to do
+    ("COCO JSON", {"images", "annotations"}, ("images", "file_name"), "export categories and polygons as well"),
+    ("labelme's JSON", {"shapes", "imagePath"}, ("", "imagePath"), "make masks with labelme's labelme2voc.py"),
+    ("Supervisely's JSON", {"objects", "size"}, ("", ""), "export masks with its app `Export as masks`"),
+    ("SuperAnnotate's JSON", {"instances", "metadata"}, ("metadata", "name"), "export fused masks (___fuse.png)"),
+)
+
+
+class Region(NamedTuple):
+    """What an annotation of COCO JSON covers.
+
+    Attributes:
+        size: (H, W) of the image.
+        polygons: x and y in turn, in pixels from the upper left corner of the image.
+        counts: lengths of runs of pixels outside and inside in turn, down the columns (COCO's uncompressed RLE).
+    """
+
+    size: tuple[int, int]
+    polygons: Sequence[Sequence[float]] = ()
+    counts: Sequence[int] = ()
+
+    def mask(self) -> np.ndarray:
+        """(H, W) bool: the pixels whose centres lie in one of the polygons, by the even-odd rule, or those of the runs."""
+        height, width = self.size
+        if self.counts:
+            runs = np.repeat(np.arange(len(self.counts)) % 2 == 1, self.counts)
+            return runs.reshape(width, height).T
+        covered = np.zeros(self.size, dtype=bool)
+        for polygon in self.polygons:
+            points = np.array(polygon, dtype=np.float64).reshape(-1, 2) - 0.5  # the centre of the first pixel is (0, 0)
+            crossings = np.zeros((height, width + 1), dtype=np.int64)  # at the first pixel that is right of an edge
+            for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0)):
+                low, high = (min(max(int(np.ceil(y)), 0), height) for y in sorted((y0, y1)))
+                rows = np.arange(low, high)
+                if len(rows):
+                    x = x0 + (rows - y0) * (x1 - x0) / (y1 - y0)
+                    crossings[rows, np.ceil(x).clip(0, width).astype(np.int64)] += 1
+            covered |= crossings.cumsum(axis=1)[:, :width] % 2 == 1
+        return covered
+
+
+class Annotated(NamedTuple):
+    """An image of a COCO JSON file: its name there, and [(category, region)] in the order of the file."""
+
+    origin: Path
+    name: str
+    regions: list[tuple[str, Region]]
+
+
+def read_coco(files: Sequence[Path]) -> tuple[list[Annotated], list[str]]:
+    """The images that are annotated in the COCO JSON files among ``files``, and the categories in the order of their ids.
+
+    Raises:
+        UserError: files of other categories, or regions that are no polygons.
+    """
+    images: list[Annotated] = []
+    categories: list[str] = []
+    for path, content in read_jsons(files):
+        if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= content.keys():
+            continue
+        try:
+            found, names = _read_one(path, content)
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise UserError(
+                f"{path} is no whole COCO JSON ({type(error).__name__}: {error}); expected images with file_name, height and "
+                "width, and annotations with category_id, image_id and segmentation"
+            ) from None
+        if categories not in ([], names):
+            raise UserError(f"{path} has the categories {names}, another JSON file {categories}; pass one of them alone")
+        images, categories = images + found, names
+    return images, categories
+
+
+def _read_one(path: Path, content: Mapping[str, Any]) -> tuple[list[Annotated], list[str]]:
+    names = {row["id"]: str(row["name"]) for row in sorted(content["categories"], key=lambda row: row["id"])}
+    used = {row["category_id"] for row in content["annotations"]}
+    above = {row.get("supercategory") for row in content["categories"]}  # which Roboflow lists among them
+    categories = [name for number, name in names.items() if number in used or name not in above]
+    rows = {row["id"]: row for row in content["images"]}
+    sizes = {number: (int(row["height"]), int(row["width"])) for number, row in rows.items()}
+    regions = {number: [(categories[0], Region(size))] for number, size in sizes.items()}
+    for row in content["annotations"]:
+        number = row["image_id"]
+        regions[number].append((names[row["category_id"]], _region(path, row, sizes[number])))
+    files = {number: str(row["file_name"]).replace("\\", "/") for number, row in rows.items()}
+    return [Annotated(path, files[number], found) for number, found in regions.items()], categories
+
+
+def _region(path: Path, row: Mapping[str, Any], size: tuple[int, int]) -> Region:
+    shape = row.get("segmentation")
+    if isinstance(shape, list) and shape and all(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in shape):
+        return Region(size, polygons=[[float(value) for value in polygon] for polygon in shape])
+    if isinstance(shape, dict) and isinstance(shape["counts"], list) and sum(shape["counts"]) == size[0] * size[1]:
+        return Region(size, counts=shape["counts"])
+    kind = "compressed RLE" if isinstance(shape, dict) else "no polygon but a box" if not shape else "no polygon"
+    raise UserError(
+        f"annotation {row.get('id')} in {path} is {kind}; expected polygons: export those, or make masks with pycocotools "
+        "(COCO.annToMask) and pass their folder"
+    )
+
+
+def read_jsons(files: Sequence[Path]) -> Iterator[tuple[Path, Any]]:
+    """JSON files and what they hold; a few of them, since there may be one per image, and all are of one kind."""
+    for path in [path for path in files if path.suffix.lower() == ".json"][:20]:
+        with suppress(OSError, ValueError, RecursionError):
+            yield path, json.loads(path.read_bytes())
+
+
+def polygons(content: Any) -> tuple[str, str, set[str]] | None:
+    """Whose polygons JSON holds, what to do, and the names of the images in it; None where it holds none."""
+    if isinstance(content, list):
+        advice = "export `Brush labels to PNG` or COCO format"
+        return ("Label Studio's JSON", advice, set()) if content and "annotations" in _dict(content[0]) else None
+    content = _dict(content)
+    for whose, keys, (place, name), advice in _POLYGONS:
+        if keys <= content.keys():
+            rows = content[place] if place else content
+            return whose, advice, _names(rows if isinstance(rows, list) else [rows], name)
+    regions = _dict(content.get("_via_img_metadata", content)).values()
+    if regions and all("regions" in _dict(value) for value in regions):
+        advice = "export COCO format"
+        return "VIA's JSON", advice, _names(regions, "filename")
+    return None
+
+
+def _dict(value: Any) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
+def _names(rows: Iterable[Any], key: str) -> set[str]:
+    return {Path(str(_dict(row).get(key, ""))).name for row in rows}

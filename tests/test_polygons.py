@@ -1,0 +1,157 @@
+"""Polygons of COCO JSON as masks, against a naive test of each pixel, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset import read_ids, read_label
+from scripts import masks_to_indices
+from scripts.data.polygons import Region
+from utils.command import UserError
+
+H, W = 9, 13
+
+
+def naive(polygon, height, width):
+    """Even-odd rule for the centre of each pixel: how many edges are left of it."""
+    points = list(zip(polygon[::2], polygon[1::2]))
+    mask = np.zeros((height, width), dtype=bool)
+    for row in range(height):
+        for column in range(width):
+            y, x = row + 0.5, column + 0.5
+            left = 0
+            for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1]):
+                if (y0 <= y) != (y1 <= y):
+                    left += x0 + (y - y0) * (x1 - x0) / (y1 - y0) <= x
+            mask[row, column] = left % 2
+    return mask
+
+
+def test_polygons_against_a_naive_test_of_each_pixel():
+    rng = np.random.default_rng(0)
+    for corners in (3, 4, 7):
+        for _ in range(20):
+            polygon = rng.uniform(-3, 16, 2 * corners).tolist()  # beyond the edges, too, and crossing itself
+            assert np.array_equal(Region((H, W), [polygon]).mask(), naive(polygon, H, W))
+    square = Region((H, W), [[2, 1, 5, 1, 5, 4, 2, 4]]).mask()  # from corner to corner: 3 x 3 pixels
+    assert np.argwhere(square).tolist() == [[y, x] for y in (1, 2, 3) for x in (2, 3, 4)]
+    two = Region((H, W), [[2, 1, 5, 1, 5, 4, 2, 4], [3, 2, 7, 2, 7, 8, 3, 8]]).mask()
+    assert two.sum() == 9 + 24 - 4  # parts of one annotation are joined
+    runs = Region((2, 3), counts=[1, 2, 3]).mask()  # down the columns
+    assert runs.tolist() == [[False, True, False], [True, False, False]]
+    assert not Region((H, W)).mask().any()
+
+
+def square(x, y, side=2):
+    return [x, y, x + side, y, x + side, y + side, x, y + side]
+
+
+CATEGORIES = [(0, "things", "none"), (3, "road", "things"), (7, "car", "things")]  # as Roboflow has them; ids with gaps
+
+
+def coco(path, names, categories=CATEGORIES, **more):
+    """A road in each image, under a car."""
+    images = [{"id": 10 + k, "file_name": name, "height": H, "width": W} for k, name in enumerate(names)]
+    annotations = []
+    for k, image in enumerate(images):
+        annotations += [
+            {"id": 2 * k, "image_id": image["id"], "category_id": 3, "segmentation": [square(k, 0, 6)]},
+            {"id": 2 * k + 1, "image_id": image["id"], "category_id": 7, "segmentation": [square(k, 0)], **more},
+        ]
+    content = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": number, "name": name, "supercategory": above} for number, name, above in categories],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def image(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (W, H), (len(path.name), 2, 3)).save(path)
+
+
+def run(source, out, *options):
+    assert masks_to_indices.main([str(source), str(out), "--workers", "0", *map(str, options)]) == 0
+    return out
+
+
+def expected(k):
+    labels = np.zeros((H, W), dtype=np.uint8)
+    labels[0:6, k : k + 6] = 1
+    labels[0:2, k : k + 2] = 2
+    return labels
+
+
+# where the JSON and its images are, and the ids
+PLACES = {
+    "roboflow": ("{}/_annotations.coco.json", "{}/{}.jpg", "{}/{}"),
+    "coco": ("annotations/instances_{}2017.json", "{}2017/{}.jpg", "{}2017/{}"),
+    "cvat": ("annotations/instances_{}.json", "images/{}/{}.png", "{}/{}"),
+    "one folder of images": ("{}.json", "images/{}_{}.jpg", "{}/{}_{}"),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_coco_json_becomes_a_data_set(tmp_path, name):
+    json_file, picture, image_id = PLACES[name]
+    ids = {}
+    for split in ("train", "val"):
+        names = [picture.format(split, f"p{k}") for k in range(3)]
+        for each in names:
+            image(tmp_path / "in" / each)
+        coco(tmp_path / "in" / json_file.format(split), [each.rpartition("/")[2] for each in names])
+        folder = image_id.count("{}") == 3
+        ids[split] = [image_id.format(*[split] * (1 + folder), f"p{k}") for k in range(3)]
+    out = run(tmp_path / "in", tmp_path / "out")
+    assert (out / "classes.txt").read_text() == "background\nroad\ncar\n"
+    for split, found in ids.items():
+        assert read_ids(out / f"ImageSets/Segmentation/{split}.txt") == found
+        for k, each in enumerate(found):
+            assert np.array_equal(read_label(out / f"SegmentationClass/{each}.png", 3, colors={}), expected(k))
+            assert [path.stem for path in (out / "JPEGImages").glob(f"{each}.*")] == [each.rpartition("/")[2]]
+    run(tmp_path / "in", out)
+
+
+def test_images_without_regions_and_names_in_a_file(tmp_path):
+    coco(tmp_path / "in/result.json", ["images/p0.jpg", "images\\\\p1.jpg"])
+    content = json.loads((tmp_path / "in/result.json").read_text())
+    content["annotations"] = content["annotations"][:2]
+    (tmp_path / "in/result.json").write_text(json.dumps(content))
+    for k in range(2):
+        image(tmp_path / f"in/images/p{k}.jpg")
+    (tmp_path / "classes.txt").write_text("car\nroad\nbackground\nsky\n")
+    out = run(tmp_path / "in", tmp_path / "out")
+    order = np.array([2, 1, 0])
+    assert np.array_equal(read_label(out / "SegmentationClass/p0.png", 4, colors={}), order[expected(0)])
+    assert (read_label(out / "SegmentationClass/p1.png", 4, colors={}) == 2).all()
+
+
+def test_what_is_refused(tmp_path):
+    image(tmp_path / "in/p0.jpg")
+    for more, message in (
+        ({"segmentation": {"size": [H, W], "counts": "abc"}}, "annotation 1 in .* is compressed RLE; .*pycocotools"),
+        ({"segmentation": [], "bbox": [1, 2, 3, 4]}, "annotation 1 in .* is no polygon but a box"),
+        ({"segmentation": [[1, 2, 3]]}, "annotation 1 in .* is no polygon; expected polygons"),
+        ({"category_id": 99}, "is no whole COCO JSON"),
+    ):
+        coco(tmp_path / "in/a.json", ["p0.jpg"], **more)
+        with pytest.raises(UserError, match=message):
+            run(tmp_path / "in", tmp_path / "out")
+    coco(tmp_path / "in/a.json", ["p0.jpg"])
+    coco(tmp_path / "in/b.json", ["p0.jpg"])
+    with pytest.raises(UserError, match=r"b\.json annotates p0 once more"):
+        run(tmp_path / "in", tmp_path / "out")
+    coco(tmp_path / "in/b.json", ["p1.jpg"], [(3, "road", ""), (7, "lorry", "")])
+    with pytest.raises(UserError, match=r"b\.json has the categories \['road', 'lorry'\], another JSON file \['road', 'car'\]"):
+        run(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in/b.json").unlink()
+    for folder in "xy":
+        image(tmp_path / f"in/{folder}/p5.jpg")
+    coco(tmp_path / "in/a.json", ["p5.jpg"])
+    with pytest.raises(UserError, match=r"p5\.jpg may be .*x/p5\.jpg or .*y/p5\.jpg"):
+        run(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
