@@ -21,9 +21,9 @@ A mask may be RGB, RGBA or have a palette in any order: what counts is the colou
 indices stay what they are. Which class has which colour or value says the file of classes in the first folder, in that of the
 masks or beside it, or --classes: classes.txt (`name r g b` or `name` a line, in the order of the classes), labelmap.txt,
 class_names.txt, _classes.csv, class_dict.csv, label_colors.txt, labels.txt, or JSON with COCO's categories; without one,
-colours are PASCAL VOC's. A colour of no class is refused, and then nothing is written. Of Label Studio's masks, one per
-label, and of polygons the first class is the background: the pixels without a label. Where two labels have one pixel, it becomes
-void for masks, and the later label's for polygons. The first folder is only read, and files that are there already never change.
+colours are PASCAL VOC's. A colour of no class is refused, and then nothing is written. Of Label Studio's masks, one per label,
+and of polygons class 0 is the background: the pixels without a label. A pixel with two labels becomes void in masks; the later
+polygon covers the earlier. The first folder is only read, and files that are there already never change.
 """
 
 import argparse

@@ -444,7 +444,7 @@ def test_masks_of_single_labels_that_are_none(tmp_path, capsys):
 
 def test_polygons_are_named(tmp_path):
     for text, message in (
-        ('{"images": [{"file_name": "a.png"}], "annotations": []}', "is COCO JSON; export categories"),
+        ('{"images": [{"file_name": "a.png"}], "annotations": []}', "is COCO JSON; it lacks `categories`"),
         ('{"a.png123": {"filename": "a.png", "regions": []}}', "is VIA's JSON"),
         ('{"_via_settings": {}, "_via_img_metadata": {"k": {"filename": "a.png", "regions": {}}}}', "is VIA's JSON"),
         ('{"shapes": [], "imagePath": "a.png"}', "is labelme's JSON.* labelme2voc"),

@@ -261,9 +261,7 @@ def _no_masks(root: Path, suffix: str, files: Sequence[Path]) -> Any:
     """Raise :class:`UserError`: there are no masks; with what there is instead."""
     for path, content in read_jsons(files):
         if found := polygons(content):
-            raise UserError(
-                f"{root} holds no masks, but polygons: {path} is {found[0]}; {found[1]}, and pass the folder of the masks"
-            )
+            raise UserError(f"{root} holds no masks, but polygons: {path} is {found[0]}; {found[1]}")
     kinds = sorted({path.suffix.lower() for path in files if path.suffix})
     which = f"PNG whose name ends in {suffix}.png" if suffix else "PNG"
     holds = f", but {', '.join(kinds[:8])} files" if kinds else ""

@@ -11,8 +11,13 @@ import numpy as np
 from utils.command import UserError
 
 _POLYGONS = (  # whose JSON, its keys, where the name of an image stands, what to do
-    ("COCO JSON", {"images", "annotations"}, ("images", "file_name"), "export categories and polygons as well"),
-    ("labelme's JSON", {"shapes", "imagePath"}, ("", "imagePath"), "make masks with labelme's labelme2voc.py"),
+    ("COCO JSON", {"images", "annotations"}, ("images", "file_name"), "it lacks `categories`; export it whole"),
+    (
+        "labelme's JSON",
+        {"shapes", "imagePath"},
+        ("", "imagePath"),
+        "run labelme's labelme2voc.py, and pass the folder that it writes",
+    ),
     ("Supervisely's JSON", {"objects", "size"}, ("", ""), "export masks with its app `Export as masks`"),
     ("SuperAnnotate's JSON", {"instances", "metadata"}, ("metadata", "name"), "export fused masks (___fuse.png)"),
 )
@@ -121,7 +126,7 @@ def read_jsons(files: Sequence[Path]) -> Iterator[tuple[Path, Any]]:
 def polygons(content: Any) -> tuple[str, str, set[str]] | None:
     """Whose polygons JSON holds, what to do, and the names of the images in it; None where it holds none."""
     if isinstance(content, list):
-        advice = "export `Brush labels to PNG` or COCO format"
+        advice = "export `Brush labels to PNG` or COCO format, and pass that folder"
         return ("Label Studio's JSON", advice, set()) if content and "annotations" in _dict(content[0]) else None
     content = _dict(content)
     for whose, keys, (place, name), advice in _POLYGONS:
@@ -130,7 +135,7 @@ def polygons(content: Any) -> tuple[str, str, set[str]] | None:
             return whose, advice, _names(rows if isinstance(rows, list) else [rows], name)
     regions = _dict(content.get("_via_img_metadata", content)).values()
     if regions and all("regions" in _dict(value) for value in regions):
-        advice = "export COCO format"
+        advice = "export COCO format from VIA, and pass its folder with the images"
         return "VIA's JSON", advice, _names(regions, "filename")
     return None
 
