@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset import VOCSegmentation, read_ids, read_label, read_list, voc_palette
+from dataset import VOCSegmentation, read_class_names, read_ids, read_label, read_list, voc_palette
 from scripts import check_dataset, masks_to_indices
 from scripts.data.layouts import check_ids, write_lines
 from tests.helpers_pngs import GREY, PALETTE, RGB, png
@@ -387,6 +387,7 @@ def test_files_of_classes_that_differ_or_cannot_be_written(tmp_path):
     for text, message in (
         ("0, a\n1, x: y\n2, c\n", "cannot be written into a classes.txt: it holds no class in line 2"),
         ("0, a\n1, a\n2, c\n", "cannot be written into a classes.txt: it names a twice"),
+        ("1 2 300 c\n1 2 3 a\n", "gives c a colour above 255"),
         ("0, a\n1, b\n3, c\n", "gives classes the values 0, 1, 3; expected 0, 1, 2 and so on"),
     ):
         put(tmp_path, "csv", text)
@@ -429,6 +430,26 @@ def test_masks_of_single_labels_are_put_together(tmp_path, capsys):
     with pytest.raises(UserError, match="holds two annotations of task-2, 5 and 9"):
         run(tmp_path / "in", tmp_path / "few")
     assert not (tmp_path / "few").exists()
+
+
+def test_a_label_for_the_background(tmp_path):
+    layer(tmp_path / "in", 1, "Background", [[1, 0, 0, 0]])
+    layer(tmp_path / "in", 1, "car", [[0, 1, 0, 0]])
+    put(tmp_path / "in", "result.json", '{"categories": [{"id": 0, "name": "car"}, {"id": 5, "name": "Background"}]}')
+    put(tmp_path / "in", "notes.json", '{"other": "things"}')
+    out = run(tmp_path / "in", tmp_path / "out")
+    check_labels(out, {"task-1": np.array([[0, 1, 255, 255]])}, 2)
+    assert (out / "classes.txt").read_text() == "Background\ncar\n"
+
+
+def test_json_that_names_no_classes_is_passed_over(tmp_path):
+    known = '{"categories": [{"id": 0, "name": "a"}, {"id": 1, "name": "b"}]}'
+    for text, names in (('{"scores": [1]}', None), (known, ["a", "b"])):
+        put(tmp_path, "in/masks/a.png", png([[0, 1]], 8, GREY))
+        picture(tmp_path, "in/images/a.jpg")
+        put(tmp_path, "in/result.json", text)
+        out = run(tmp_path / "in", tmp_path / str(names))
+        assert read_class_names(out, 2) == names
 
 
 def test_masks_of_single_labels_that_are_none(tmp_path, capsys):

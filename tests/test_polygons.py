@@ -133,7 +133,13 @@ def test_images_without_regions_and_names_in_a_file(tmp_path):
 def test_what_is_refused(tmp_path):
     image(tmp_path / "in/p0.jpg")
     for more, message in (
-        ({"segmentation": {"size": [H, W], "counts": "abc"}}, "annotation 1 in .* is compressed RLE; .*pycocotools"),
+        (
+            {"segmentation": {"size": [H, W], "counts": "abc"}},
+            "annotation 1 .* is RLE of another kind or size; .*pycocotools",
+        ),
+        ({"segmentation": {"size": [H, W], "counts": [-1, H * W + 1]}}, "annotation 1 in .* is RLE of another kind or size"),
+        ({"segmentation": [[1, 2, 3, float("nan"), 5, 6]]}, "annotation 1 in .* is no polygon"),
+        ({"segmentation": [["x"] * 6]}, "is no whole COCO JSON"),
         ({"segmentation": [], "bbox": [1, 2, 3, 4]}, "annotation 1 in .* is no polygon but a box"),
         ({"segmentation": [[1, 2, 3]]}, "annotation 1 in .* is no polygon; expected polygons"),
         ({"category_id": 99}, "is no whole COCO JSON"),

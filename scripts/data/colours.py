@@ -82,16 +82,22 @@ def find_table(
 
     Args:
         inside: the folders of the masks, of which all that have that file must agree.
-        beside: folders that are looked into where these have none.
+        beside: folders that are looked into where these have none, but for JSON.
         zero_is_void: value 0 has no name.
     """
-    path = given or next((f / name for f in (*inside, *beside) for name in names if (f / name).is_file()), None)
+    text = [name for name in names if not name.endswith(".json")]
+    places = [*(folder / name for folder in inside for name in names), *(folder / name for folder in beside for name in text)]
+    path = given or next(
+        (path for path in places if path.is_file() and (path.suffix != ".json" or _read_json(path, False))), None
+    )
     if path is None:
         return None
     rows = read_table(path, zero_is_void)
     for other in (folder / path.name for folder in inside if not given):
         if other.is_file() and read_table(other, zero_is_void) != rows:
             raise UserError(f"{path} and {other} name other classes; expected the same, or --classes FILE to say which")
+    if wrong := next((name for name, color in rows if color and max(color) > 255), None):
+        raise UserError(f"{path} gives {wrong} a colour above 255; expected red, green and blue of 0..255")
     if not 1 <= len(rows) <= IGNORE_LABEL:
         raise UserError(f"{path} names {len(rows)} classes; expected at most {IGNORE_LABEL}: that label means void")
     if not any(color for _, color in rows) and is_voc([name for name, _ in rows]):
@@ -111,7 +117,9 @@ def read_table(path: Path, zero_is_void: bool = False) -> list[tuple[str, Color 
         UserError: it is JSON without classes, or leaves out values.
     """
     if path.suffix.lower() == ".json":
-        return _read_json(path, zero_is_void)
+        if (found := _read_json(path, zero_is_void)) is None:
+            raise UserError(f"{path} is no JSON of classes; expected COCO's categories, or names and colours")
+        return found
     lines = [line for line in read_lines(path, "the file of classes") if line and not line.startswith("#")]
     cvat = [_CVAT.fullmatch(line) for line in lines]
     if lines and all(cvat):
@@ -130,20 +138,22 @@ def read_table(path: Path, zero_is_void: bool = False) -> list[tuple[str, Color 
     return read_classes(path)
 
 
-def _read_json(path: Path, zero_is_void: bool) -> list[tuple[str, Color | None]]:
+def _read_json(path: Path, zero_is_void: bool) -> list[tuple[str, Color | None]] | None:
     """The classes of COCO JSON (``categories``), of SuperAnnotate's ``classes.json`` (``name``, ``color``), Hasty's
-    ``label_classes.json`` (``class_name``, ``png_index``) or Supervisely's ``obj_class_to_machine_color.json``."""
+    ``label_classes.json`` (``class_name``, ``png_index``) or Supervisely's ``obj_class_to_machine_color.json``; None of other
+    JSON."""
     try:
         content: Any = json.loads(read_bytes(path, "the file of classes"))
         if isinstance(content, dict) and "categories" in content:
             return _by_value(path, [(row["id"], row["name"]) for row in content["categories"]], zero_is_void)
         if isinstance(content, dict):
-            return _by_value(path, [(value, name) for name, (value, *_) in content.items()], zero_is_void)
+            greys = [(value, name) for name, (value, *others) in content.items() if others == [value, value]]
+            return _by_value(path, greys, zero_is_void) if greys else None
         if "png_index" in content[0]:
             return _by_value(path, [(row["png_index"], row["class_name"]) for row in content], zero_is_void)
         found: list[tuple[str, Color | None]] = [(row["name"], _color(row["color"])) for row in content]
     except (ValueError, TypeError, LookupError, RecursionError):
-        raise UserError(f"{path} is no JSON of classes; expected COCO's categories, or names and colours") from None
+        return None
     return found if any(color == (0, 0, 0) for _, color in found) else [("background", (0, 0, 0)), *found]
 
 

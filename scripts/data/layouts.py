@@ -215,7 +215,7 @@ def _annotated(root: Path, files: Sequence[Path]) -> Labelled | None:
         splits = [split for split in map(split_of, re.split("[^A-Za-z0-9]", each.origin.stem)) if split]
         image = _named(root, each.origin.parent, each.name, by_name, splits)
         parts = [part for part in image.relative_to(root).parts[:-1] if part != "images"]
-        image_id = "/".join([*([] if any(map(split_of, parts)) else splits[:1]), *parts, image.stem])
+        image_id = "/".join([*([] if any(map(split_of, parts)) else splits[:1]), *parts, _bare_stem(image.stem)])
         if image_id in masks:
             raise UserError(f"{each.origin} annotates {image_id} once more; expected each image once, in one JSON file")
         masks[image_id] = image
@@ -246,7 +246,9 @@ def _task_images(files: Sequence[Path]) -> dict[str, Path]:
     found = {path.stem: path for path in images.values() if re.fullmatch(r"task-\d+", path.stem)}
     rows = (row for _, content in read_jsons(files) if isinstance(content, list) for row in content if isinstance(row, dict))
     for row in rows:
-        names = (unquote(value).rpartition("/")[2] for value in dict(row.get("data") or {}).values() if isinstance(value, str))
+        data = row.get("data")
+        values = data.values() if isinstance(data, dict) else ()
+        names = (unquote(value).rpartition("/")[2] for value in values if isinstance(value, str))
         found |= {f"task-{row.get('id')}": images[name] for name in names if name in images}
     return found
 

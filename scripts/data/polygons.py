@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dataset.images import LARGEST
 from utils.command import UserError
 
 _POLYGONS = (  # whose JSON, its keys, where the name of an image stands, what to do
@@ -45,14 +46,15 @@ class Region(NamedTuple):
         covered = np.zeros(self.size, dtype=bool)
         for polygon in self.polygons:
             points = np.array(polygon, dtype=np.float64).reshape(-1, 2) - 0.5  # the centre of the first pixel is (0, 0)
-            crossings = np.zeros((height, width + 1), dtype=np.int64)  # at the first pixel that is right of an edge
+            left, top = np.floor(points.min(axis=0)).clip(0, (width, height)).astype(int)
+            right, bottom = np.ceil(points.max(axis=0)).clip(0, (width, height)).astype(int)
+            crossings = np.zeros((bottom - top, right - left + 1), dtype=np.int32)  # at the first pixel right of an edge
             for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0)):
-                low, high = (min(max(int(np.ceil(y)), 0), height) for y in sorted((y0, y1)))
-                rows = np.arange(low, high)
-                if len(rows):
+                low, high = np.ceil(sorted((y0, y1))).clip(top, bottom).astype(int)
+                if len(rows := np.arange(low, high)):
                     x = x0 + (rows - y0) * (x1 - x0) / (y1 - y0)
-                    crossings[rows, np.ceil(x).clip(0, width).astype(np.int64)] += 1
-            covered |= crossings.cumsum(axis=1)[:, :width] % 2 == 1
+                    crossings[rows - top, np.ceil(x).clip(left, right).astype(int) - left] += 1
+            covered[top:bottom, left:right] |= crossings.cumsum(axis=1)[:, :-1] % 2 == 1
         return covered
 
 
@@ -95,6 +97,8 @@ def _read_one(path: Path, content: Mapping[str, Any]) -> tuple[list[Annotated], 
     categories = [name for number, name in names.items() if number in used or name not in above]
     rows = {row["id"]: row for row in content["images"]}
     sizes = {number: (int(row["height"]), int(row["width"])) for number, row in rows.items()}
+    if wrong := next((size for size in sizes.values() if min(size) < 1 or size[0] * size[1] > LARGEST), None):
+        raise ValueError(f"an image of {wrong[1]}x{wrong[0]} pixels")
     regions = {number: [(categories[0], Region(size))] for number, size in sizes.items()}
     for row in content["annotations"]:
         number = row["image_id"]
@@ -106,10 +110,13 @@ def _read_one(path: Path, content: Mapping[str, Any]) -> tuple[list[Annotated], 
 def _region(path: Path, row: Mapping[str, Any], size: tuple[int, int]) -> Region:
     shape = row.get("segmentation")
     if isinstance(shape, list) and shape and all(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in shape):
-        return Region(size, polygons=[[float(value) for value in polygon] for polygon in shape])
-    if isinstance(shape, dict) and isinstance(shape["counts"], list) and sum(shape["counts"]) == size[0] * size[1]:
-        return Region(size, counts=shape["counts"])
-    kind = "compressed RLE" if isinstance(shape, dict) else "no polygon but a box" if not shape else "no polygon"
+        polygons = [[float(value) for value in polygon] for polygon in shape]
+        if all(abs(value) < LARGEST for polygon in polygons for value in polygon):  # no NaN either
+            return Region(size, polygons)
+    counts = shape["counts"] if isinstance(shape, dict) else None
+    if isinstance(counts, list) and min(counts, default=0) >= 0 and sum(counts) == size[0] * size[1]:
+        return Region(size, counts=[int(count) for count in counts])
+    kind = "RLE of another kind or size" if isinstance(shape, dict) else "no polygon but a box" if not shape else "no polygon"
     raise UserError(
         f"annotation {row.get('id')} in {path} is {kind}; expected polygons: export those, or make masks with pycocotools "
         "(COCO.annToMask) and pass their folder"
