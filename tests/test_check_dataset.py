@@ -185,6 +185,7 @@ def counts(**pixels):
         (counts(v1=5, v2=7, v3=1, v255=4), 4, 255, "class 0 never occurs"),
         (counts(v0=5, v3=7, v11=1), 11, 255, "--ignore-label 11 if it is void"),
         (counts(v0=5, v1=2, v33=7), 19, 255, "pass --num-classes 34"),
+        (counts(v0=5, v21=2, v56=7, v113=1), 11, 255, "4 values so far apart may be grey levels of colours"),
         (counts(v2=5), 3, 255, "nothing but class 2 occurs"),
         (np.ones(256, dtype=np.int64), 21, 255, "255 different values"),
     ],

@@ -94,4 +94,6 @@ def _wrong_values(values: set[int], wrong: set[int], grey: bool, num_classes: in
             f"{len(values)} different values: labels that were resized with interpolation or saved as JPEG, or ordinary "
             "pictures; resize labels by nearest neighbour and save PNGs"
         )
-    return f"the largest label is {largest}: pass --num-classes {largest + 1} if all of them are classes"
+    gaps = f"; {len(values)} values so far apart may be grey levels of colours: go back to the masks that have the colours"
+    text = f"the largest label is {largest}: pass --num-classes {largest + 1} if all of them are classes"
+    return text + (gaps if 4 * len(values) < largest else "")
