@@ -20,7 +20,7 @@ FOREIGN_SUFFIXES = (".heic", ".heif", ".avif", ".gif", ".jp2", ".jxl", ".dng", "
                     ".npy", ".json", ".xml", ".txt")  # fmt: skip
 """Of files that are neither images nor labels here, but stand in lists."""
 _SUFFIX = "|".join(map(re.escape, (*PICTURE_SUFFIXES, *FOREIGN_SUFFIXES)))
-_COLUMN = re.compile(rf"(.+?(?:{_SUFFIX}))(?:$|[ \t]*[,;][ \t]*|[ \t]+)", re.IGNORECASE)
+_COLUMN_END = re.compile(rf"(?<=.)({_SUFFIX})(?:$|[ \t]*[,;][ \t]*|[ \t]+)", re.IGNORECASE)
 
 
 class Entry(NamedTuple):
@@ -82,21 +82,22 @@ def is_bare(image_id: str) -> bool:
 
 def _columns(line: str, image_dir: str) -> tuple[str | None, str | None, str]:
     """The image and the label that a line names, None and None where it is a bare id; and what is wrong with it, or ""."""
-    found = list(_COLUMN.finditer(line))
-    if not found:
+    ends = list(_COLUMN_END.finditer(line))
+    if not ends:
         return None, None, ""
-    columns, rest = [column[1] for column in found], line[found[-1].end() :]
+    columns = [line[start : end.end(1)] for start, end in zip([0, *(end.end() for end in ends)], ends)]
+    rest = line[ends[-1].end() :]
     endings = [os.path.splitext(column)[1].lower() for column in columns]
     expected = "expected an id, or an image and its label separated by a blank or tab"
+    if len(columns) == 1 and rest and (endings[0] in FOREIGN_SUFFIXES or not rest.isdigit()):  # shot.png copy
+        return None, None, ""
     if (foreign := next((i for i, ending in enumerate(endings) if ending in FOREIGN_SUFFIXES), None)) is not None:
         kind, advice = "label", "a PNG of class indices"
         if foreign == 0:
             kind, advice = "image", f"{', '.join(PICTURE_SUFFIXES)}; convert it to JPEG or PNG"
         return None, None, f"{columns[foreign]} is no {kind} that is read here, which is {advice}"
-    if len(columns) > 2 or (rest and (len(columns) == 2 or rest.isdigit())):
+    if len(columns) > 2 or rest:
         return None, None, f"it has more columns than image and label, {rest or columns[2]!r}; {expected}"
-    if rest:  # shot.png copy
-        return None, None, ""
     image, label = columns[0], columns[1] if len(columns) == 2 else None
     if label and (
         (endings[0] in LABEL_SUFFIXES and endings[1] not in LABEL_SUFFIXES)

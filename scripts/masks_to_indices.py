@@ -103,7 +103,7 @@ def choose_table(args: argparse.Namespace, home: Path | None, labelled: Labelled
         return table
     labels = labelled.labels
     background = [label for label in labels if BACKGROUND.fullmatch(label)][:1] or ["background"]
-    return Table([(name, None) for name in dict.fromkeys([*background, *labels])], "the export's labels")
+    return Table([(name, None) for name in dict.fromkeys([*background, *labels])], f"the labels in {args.masks}")
 
 
 def layer_classes(labelled: Labelled, table: Table) -> tuple[dict[str, int], int]:

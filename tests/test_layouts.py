@@ -233,9 +233,7 @@ def test_the_set_can_be_trained_on_as_it_is(tmp_path):
     assert check_dataset.main([*last[3:], "--workers", "0"]) == 0
 
 
-@pytest.mark.parametrize(
-    "name", ["a\nb", "a\rb", " a", "a\t", "a\n", "a.jpg 3", "a.jpg b.png", "a.heic b", "sub/a.jpg", "a\\b"]
-)
+@pytest.mark.parametrize("name", ["a\nb", "a\rb", " a", "a\t", "a\n", "a.jpg 3", "a.jpg b.png", "a.heic", "sub/a.jpg", "a\\b"])
 def test_a_name_that_is_no_line_is_a_sentence(tmp_path, name):
     with pytest.raises(UserError, match=r"cannot be a line of a list of ids; rename that file"):
         check_ids(["b", name])

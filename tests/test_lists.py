@@ -121,7 +121,7 @@ def test_lines_that_are_no_pair_say_why(tmp_path, line, cause):
 
 
 def test_ids_that_hold_a_suffix(tmp_path):
-    ids = ["shot.png copy", "a.jpg.old", "p0.jpg___fuse", "b.jpeg (2)"]
+    ids = ["shot.png copy", "a.jpg.old", "p0.jpg___fuse", "b.jpeg (2)", "scan.pdf 3", "a.heic b"]
     entries = read_list(listing(tmp_path, "\n".join(ids)))
     assert [(entry.id, entry.image) for entry in entries] == [(name, None) for name in ids]
     assert all(map(is_bare, ids))
