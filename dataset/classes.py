@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from dataset.images import DatasetError
-from dataset.lists import read_lines
+from dataset.lists import SHOWN, read_lines
 
 Color: TypeAlias = tuple[int, int, int]
 """Red, green, blue, 0..255."""
@@ -266,7 +266,7 @@ def one_class_warning(present: Iterable[int]) -> str | None:
 def absent_classes(
     present: Iterable[int], names: Sequence[str], ignore_label: int = IGNORE_LABEL, unused: Sequence[int] = ()
 ) -> str:
-    """The classes that labels lack, as ``"3 bird, 4 boat"``; "" where they lack none, or hold one class or none at all.
+    """The classes that labels lack, as ``"3 bird, 4 boat"``, 20 of many; "" where they lack none, or hold one class or none.
 
     Args:
         present: the values that occur in labels as they are read: class indices, and 255 for void.
@@ -277,4 +277,5 @@ def absent_classes(
     values = set(present)
     known = values | {ignore_label, *unused}
     absent = [f"{index} {name}" for index, name in enumerate(names) if index not in known]
-    return "" if one_class_warning(values) else ", ".join(absent)
+    more = f" and {len(absent) - SHOWN} more" if len(absent) > SHOWN else ""
+    return "" if one_class_warning(values) else ", ".join(absent[:SHOWN]) + more

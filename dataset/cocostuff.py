@@ -46,12 +46,16 @@ class COCOStuffSegmentation(VOCSegmentation):
 
     def check_files(self) -> None:
         """See :meth:`dataset.voc.VOCSegmentation.check_files`; labels of the 10k that are not prepared are named."""
-        if any(self.root.glob("annotations/*.mat")) and not (self.root / PREPARED).is_dir():
-            raise DatasetError(
-                f"{self.root / 'annotations'} holds the .mat files of the 10k; `python scripts/prepare_cocostuff.py --data-dir "
-                f"{self.root}` makes labels of them, in {PREPARED}/"
-            )
+        if text := self._unprepared():
+            raise DatasetError(text)
         super().check_files()
+
+    def _unprepared(self) -> str:
+        """The sentence where labels are .mat files still, else ""."""
+        if (self.root / PREPARED).is_dir() or not any(self.root.glob("annotations/*.mat")):
+            return ""
+        command = f"python scripts/prepare_cocostuff.py --data-dir {self.root}"
+        return f"{self.root / 'annotations'} holds the .mat files of the 10k; `{command}` makes labels of them, in {PREPARED}/"
 
     def remark(self) -> str:
         """See :meth:`dataset.voc.VOCSegmentation.remark`."""
@@ -61,7 +65,7 @@ class COCOStuffSegmentation(VOCSegmentation):
 
     def causes(self, counts: np.ndarray, colours: bool, wrong: bool) -> list[str]:
         """See :meth:`dataset.voc.VOCSegmentation.causes`."""
-        causes = []
+        causes = [text] if (text := self._unprepared()) else []
         if colours:
             causes.append("labels in colours are to be looked at; expected grey PNGs, as in stuffthingmaps_trainval2017.zip")
         if wrong:

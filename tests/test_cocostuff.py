@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from tests.helpers_cocostuff import IDS, NEVER, SIZE, make_10k, make_164k
 from tests.helpers_published import kazuto_state, random_net
 from utils.command import UserError
 from utils.metrics import ConfusionMatrix
+from utils.training.log import is_ours
 
 pytestmark = pytest.mark.usefixtures("thin_nets")
 
@@ -105,17 +107,20 @@ def test_values_are_classes(coco):
         data_of(coco).load(0)
 
 
-def test_the_10k_is_prepared_first(tmp_path):
+def test_the_10k_is_prepared_first(tmp_path, capsys):
     root = make_10k(tmp_path / "ten")
     data = data_of(root, "imageLists/test.txt")
     with pytest.raises(DatasetError, match=r"holds the \.mat files of the 10k; `python scripts/prepare_cocostuff\.py"):
         data.check_files()
+    words = ["--dataset", "cocostuff", "--data-dir", str(root), "--workers", "0"]
+    assert check_dataset.main(words) == 1
+    assert f"likely cause: {root / 'annotations'} holds the .mat files of the 10k" in capsys.readouterr().out
 
 
 # ---- training and evaluation
 
 
-def test_a_run_says_what_it_was_trained_on(run, capsys):
+def test_a_run_says_what_it_was_trained_on(run, tmp_path, capsys):
     meta = torch.load(run / "COCO_scenes_2.pth", weights_only=True)["meta"]
     assert (meta["num_classes"], meta["classes"][123], meta["colors"][2]) == (182, "grass", [0, 128, 0])
     assert (meta["args"]["dataset"], meta["args"]["scale_range"]) == ("cocostuff", (0.5, 1.5))
@@ -123,8 +128,11 @@ def test_a_run_says_what_it_was_trained_on(run, capsys):
     words = ["--snapshot-dir", str(run), "--resume", "--device", "cpu"]
     assert train_script.main(words) == 0
     assert "all 2 steps are done" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"COCO_scenes_2\.pth|last\.ckpt"):  # another run's folder
-        train_script.main(["--dataset", "cocostuff", "--data-dir", str(run / "coco"), *words[:2], "--restore-from", "none"])
+    shutil.copy(run / "COCO_scenes_2.pth", tmp_path)
+    with pytest.raises(UserError, match=r"holds snapshots already \(COCO_scenes_2\.pth\), which this run would overwrite"):
+        train_script.main(["--dataset", "cocostuff", "--data-dir", str(run / "coco"), "--snapshot-dir", str(tmp_path),
+                           "--restore-from", "none", "--device", "cpu", "--backbone", "resnet18"])  # fmt: skip
+    assert is_ours("COCO_scenes_2.pth")
     with pytest.raises(UserError, match="--dataset cocostuff has 182 classes; leave --num-classes 171 out"):
         train_script.main(["--dataset", "cocostuff", "--num-classes", "171"])
 

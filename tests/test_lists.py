@@ -329,3 +329,21 @@ def test_a_line_that_is_no_name_is_a_sentence(tmp_path):
     (tmp_path / "list.json").write_text("{" + '"id": 1, ' * 100 + "}")
     with pytest.raises(DatasetError, match=r"in line 1, which is too long for a file name"):
         read_list(tmp_path / "list.json")
+
+
+def test_a_list_may_be_a_folder_of_images(toy_voc):
+    """All images in it, by name; below the folder of images their ids are paths."""
+    (toy_voc / "JPEGImages/notes.txt").touch()
+    (toy_voc / "JPEGImages/walk").mkdir()
+    shutil.copy(toy_voc / "JPEGImages/toy_0.jpg", toy_voc / "JPEGImages/walk/b.JPG")
+    shutil.copy(toy_voc / "JPEGImages/toy_0.jpg", toy_voc / "JPEGImages/walk/a.jpg")
+    entries = VOCSegmentation.read_list(toy_voc / "JPEGImages", "JPEGImages")
+    assert [entry.id for entry in entries] == [f"toy_{i}" for i in range(6)]
+    VOCSegmentation(toy_voc, entries, num_classes=TOY_CLASSES).check_files()
+    entries = VOCSegmentation.read_list(toy_voc / "JPEGImages/walk", "JPEGImages")
+    assert [(entry.id, entry.image) for entry in entries] == [
+        ("walk/a", "JPEGImages/walk/a.jpg"),
+        ("walk/b", "JPEGImages/walk/b.JPG"),
+    ]
+    with pytest.raises(DatasetError, match="ImageSets holds no image; expected images such as"):
+        VOCSegmentation.read_list(toy_voc / "ImageSets", "JPEGImages")

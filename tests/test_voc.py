@@ -210,6 +210,11 @@ def test_classes_that_labels_lack(present, ignore_label, text):
     assert absent_classes(present, ["ground", "red", "blue"], ignore_label) == text
 
 
+def test_many_classes_that_labels_lack_are_counted():
+    """Of 182 classes a few labels lack most; those that no label has are not among them."""
+    assert absent_classes([0, 1, 5], [f"c{i}" for i in range(30)], unused=[2, 29]).endswith("21 c21, 22 c22, 23 c23 and 5 more")
+
+
 def test_names_where_nobody_gave_them():
     assert default_names(2) == ["class 0", "class 1"]
     assert default_names(21)[::20] == ["background", "tvmonitor"]
