@@ -200,12 +200,16 @@ def test_published_weights_are_read_with_their_182_classes(coco, tmp_path, capsy
     assert (len(scores["classes"]), scores["classes"][181]["name"]) == (182, "wood")
 
 
-def test_a_net_of_182_classes_that_says_nothing(run, tmp_path):
+def test_a_net_of_182_classes_that_says_nothing(run, toy_voc, tmp_path, capsys):
     """Where data is missing, --dataset is named; predict.py takes the names and colours of it."""
     path = tmp_path / "bare.pth"
     torch.save(torch.load(run / "COCO_scenes_2.pth", weights_only=True)["model"], path)
     with pytest.raises(DatasetError, match="for the 182 classes of COCO-Stuff pass --dataset cocostuff"):
         evaluate(tmp_path, path)
+    advice = "for the 182 classes of COCO-Stuff pass --dataset cocostuff"
+    for dataset, told in (("voc", True), ("cocostuff", False)):  # labels 0..3 would be scored as person, bicycle, ...
+        assert evaluate(toy_voc if dataset == "voc" else run / "coco", path, "--dataset", dataset) == 0
+        assert (advice in capsys.readouterr().out) == told
     words = [run / "coco/images/val2017/000000000139.jpg", "--restore-from", path, "--device", "cpu", "--num-workers", "0",
              "--save-dir", tmp_path / "masks", "--probabilities", "--dataset", "cocostuff"]  # fmt: skip
     assert predict.main([*map(str, words)]) == 0

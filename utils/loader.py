@@ -28,11 +28,19 @@ MORE_SHARED_MEMORY = "give it more with `docker run --shm-size=1g` or `--ipc=hos
 def list_of(args: AnyOptions, split: str, num_classes: int | None = None) -> Path:
     """The list of ``--data-list``, else the one of ``"train"``, ``"val"`` or ``"test"``; see :func:`dataset.find_list`."""
     kind = DATASETS[args.dataset]
-    source = kind.SOURCE
-    for name, other in DATASETS.items():  # whose 19 or 182 classes were asked for
-        if not kind.NAMES and num_classes == len(other.NAMES):
-            source = f"for the {num_classes} classes of {other.TITLE} pass --dataset {name}"
+    source = other_dataset(args, num_classes) or kind.SOURCE
     return find_list(args.data_dir, args.data_list, kind.lists(split, args.image_dir), source)
+
+
+def other_dataset(args: AnyOptions, num_classes: int | None) -> str:
+    """The advice where VOC's layout is to be read, but the 19 or 182 classes are those of another data set, else ""."""
+    kinds = {} if DATASETS[args.dataset].NAMES else DATASETS
+    found = (
+        f"for the {num_classes} classes of {kind.TITLE} pass --dataset {name}"
+        for name, kind in kinds.items()
+        if len(kind.NAMES) == num_classes
+    )
+    return next(found, "")
 
 
 def open_dataset(

@@ -27,7 +27,7 @@ from utils.evaluation.report import Report, head_of, prepare_folder
 from utils.evaluation.report import planned as report_outputs
 from utils.evaluation.score import score, share
 from utils.files import save_json
-from utils.loader import open_dataset, what_is_compared
+from utils.loader import open_dataset, other_dataset, what_is_compared
 from utils.metrics import ConfusionMatrix
 from utils.options import Options
 from utils.outputs import OUTPUT_MARK, Output, check_outputs
@@ -115,6 +115,8 @@ def open_work(
         )
     if args.ignore_label is None and options.ignore_label != IGNORE_LABEL:
         lines.append(f"--ignore-label {options.ignore_label}, as it was trained with")
+    if file and file.rows is None and not weights.meta.get("args") and (text := other_dataset(options, net.num_classes)):
+        lines.append(f"warning: nothing says that these labels have the {net.num_classes} classes of the net; {text}")
     data, data_list = open_dataset(options, "val", net.num_classes, classes=file)
     names = class_names(net.num_classes, weights.meta.get("classes"), data.names)
     if 0 <= options.ignore_label < net.num_classes:
