@@ -268,6 +268,14 @@ def test_the_worked_example_is_a_data_set(tmp_path, monkeypatch, capsys):
     assert f"context: {kind.ABOUT}" in " ".join(capsys.readouterr().out.split())
 
 
+def test_the_readmes_table_names_what_there_is():
+    """Each thing that a data set may say is an attribute of the base, and each is in the table."""
+    table = "".join(re.findall(r"^\|(.*?)\|", (ROOT / "dataset/README.md").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"`(\w+)", table))
+    assert {name for name in vars(VOCSegmentation) if name.isupper()} - named == {"LABEL", "TOOLBOX_TRAINING"}  # Cityscapes'
+    assert named <= vars(VOCSegmentation).keys()
+
+
 def test_what_a_data_set_says_of_itself():
     for kind in DATASETS.values():
         assert issubclass(kind, VOCSegmentation)
