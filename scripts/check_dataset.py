@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset import DATASETS, VOC_CLASSES, DatasetError, VOCSegmentation, default_names, find_list
+from dataset import DATASETS, VOC_CLASSES, DatasetError, VOCSegmentation, default_names
 from dataset.classes import IGNORE_LABEL, Color, read_class_file
 from dataset.lists import LABEL_SUFFIXES, PICTURE_SUFFIXES
 from scripts.data.causes import few, likely_causes
@@ -28,6 +28,7 @@ from scripts.data.leaks import find_leaks, same_sizes
 from scripts.data.parallel import add_workers_option, parallel_map
 from utils.argtypes import GivenParser, class_count, label_value, target_text
 from utils.command import run_command
+from utils.data import list_of
 from utils.files import save_json
 from utils.options import DATA_DIR, Options, add_dataset_option, dataset_defaults, elsewhere
 from utils.outputs import OUTPUT_MARK, Output, check_outputs
@@ -213,16 +214,15 @@ def check_json(path: Path, sets: Mapping[str, VOCSegmentation]) -> None:
 
 def find_lists(args: Options) -> list[Path]:
     """The lists of ``--data-list``, else those of train and, where there is one, val."""
-    kind = DATASETS[args.dataset]
     if args.data_list:
-        return [find_list(args.data_dir, name, (), kind.SOURCE) for name in args.data_list]
-    train = find_list(args.data_dir, None, kind.lists("train", args.image_dir), kind.SOURCE)
-    candidates = kind.lists("val", args.image_dir)
+        return [list_of(args.replace(data_list=name), "train") for name in args.data_list]
+    lists = [list_of(args, "train", args.num_classes)]
     try:
-        return [train, find_list(args.data_dir, None, candidates, kind.SOURCE)]
+        return [*lists, list_of(args, "val")]
     except DatasetError:
-        print(f"no val list ({' or '.join(candidates)}): train alone is checked")
-        return [train]
+        names = DATASETS[args.dataset].lists("val", args.image_dir)
+        print(f"no val list ({' or '.join(names)}): train alone is checked")
+        return lists
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -16,7 +16,6 @@ from tests.helpers import TOY_CLASSES, save_palette_png
 from tests.helpers_runs import SCRATCH, SMALL, STEPS, TORCH, command, log_lines, model, train, train_msc
 from utils import visualize
 from utils.command import UserError, run_command
-from utils.loader import crop_warning
 from utils.training import setup, validation
 from utils.training.monitor import Diverged
 from utils.training.options import COUNTS_ONCE, training_parser
@@ -444,9 +443,9 @@ def test_images_are_seen_by_their_files(toy_voc):
 def test_crops_larger_than_the_pictures_are_told(toy_voc):
     data = VOCSegmentation(toy_voc, ["toy_0", "toy_1"], num_classes=TOY_CLASSES)  # 40 x 55 and 33 x 47
     (toy_voc / "JPEGImages/toy_1.jpg").write_bytes(b"broken")  # no sizes, no error
-    assert crop_warning(data, (40, 55)) == crop_warning(data, (33, 41)) == crop_warning(data, (50, 80)) == ""
-    assert "75% of the crops of 80x110 will be padding" in crop_warning(data, (80, 110))
-    assert "95% of the crops of 40x1100 will be padding" in crop_warning(data, (40, 1100))
+    assert setup.crop_warning(data, (40, 55)) == setup.crop_warning(data, (33, 41)) == setup.crop_warning(data, (50, 80)) == ""
+    assert "75% of the crops of 80x110 will be padding" in setup.crop_warning(data, (80, 110))
+    assert "95% of the crops of 40x1100 will be padding" in setup.crop_warning(data, (40, 1100))
 
 
 def test_panels_of_large_pictures_are_shrunk_and_never_end_a_run(toy_voc, tmp_path, monkeypatch, capsys):

@@ -1,10 +1,8 @@
-"""From the command line's data options to a data set, its loader, and the life of that loader's workers."""
+"""A data set's loader, and the life of its workers."""
 
 import multiprocessing
 import os
-import shlex
 import shutil
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,98 +10,13 @@ from typing import Any
 
 import cv2
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 
-from dataset import DATASETS, IGNORE_LABEL, VOCSegmentation, find_list
-from dataset.classes import ClassFile
 from utils.command import UserError
-from utils.options import AnyOptions
 from utils.processes import start_helper
 
 SHARED_MEMORY = Path("/dev/shm")
 MORE_SHARED_MEMORY = "give it more with `docker run --shm-size=1g` or `--ipc=host`"
-
-
-def list_of(args: AnyOptions, split: str, num_classes: int | None = None) -> Path:
-    """The list of ``--data-list``, else the one of ``"train"``, ``"val"`` or ``"test"``; see :func:`dataset.find_list`."""
-    kind = DATASETS[args.dataset]
-    source = other_dataset(args, num_classes) or kind.SOURCE
-    return find_list(args.data_dir, args.data_list, kind.lists(split, args.image_dir), source)
-
-
-def other_dataset(args: AnyOptions, num_classes: int | None) -> str:
-    """The advice where VOC's layout is to be read, but the 19 or 182 classes are those of another data set, else ""."""
-    kinds = {} if DATASETS[args.dataset].NAMES else DATASETS
-    found = (
-        f"for the {num_classes} classes of {kind.TITLE} pass --dataset {name}"
-        for name, kind in kinds.items()
-        if len(kind.NAMES) == num_classes
-    )
-    return next(found, "")
-
-
-def open_dataset(
-    args: AnyOptions,
-    split: str,
-    num_classes: int,
-    transform: Callable | None = None,
-    classes: ClassFile | None = None,
-) -> tuple[VOCSegmentation, Path]:
-    """The data set of ``--data-dir`` and ``--data-list``, all of whose files are there, and the list that was used.
-
-    Args:
-        split: ``"train"`` or ``"val"``, whose list is used where ``--data-list`` names none.
-        classes: ``classes.txt`` where it was read before; None reads it.
-
-    Raises:
-        DatasetError: no such folder or list, files are missing, ``classes.txt`` does not fit.
-    """
-    data_list = list_of(args, split, num_classes)
-    entries = DATASETS[args.dataset].read_list(data_list, args.image_dir)
-    ignore_label = IGNORE_LABEL if args.ignore_label is None else args.ignore_label
-    options = (args.image_dir, args.label_dir, num_classes, ignore_label, transform)
-    advice = _check_command(args, data_list, num_classes, ignore_label)
-    data = DATASETS[args.dataset](args.data_dir, entries, *options, advice, classes)
-    data.check_files()
-    return data, data_list
-
-
-def what_is_compared(data: VOCSegmentation) -> dict[str, Any]:
-    """The classes and the files of a data set, for :func:`utils.distributed.check_same`."""
-    files = [f"{data.entries[id].image} {data.entries[id].label}" for id in data.ids]
-    return {"classes": list(data.names or ()), "colours": dict(data.colors), "pictures": files}
-
-
-def crop_warning(data: VOCSegmentation, crop: tuple[int, int]) -> str:
-    """The sentence where crops (height, width) are more padding than image, told by the sizes of some images; else ""."""
-    filled = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of large ones
-        for image_id in data.ids[:: max(1, len(data) // 20)]:
-            with suppress(Exception), Image.open(data.image_path(image_id)) as image:  # a broken one is told when it is read
-                filled.append(min(image.height, crop[0]) * min(image.width, crop[1]) / (crop[0] * crop[1]))
-    if not filled or (share := sum(filled) / len(filled)) > 0.5:
-        return ""
-    return (
-        f"warning: {1 - share:.0%} of the crops of {crop[0]}x{crop[1]} will be padding, for the pictures are smaller; "
-        "lower --input-size"
-    )
-
-
-def _check_command(args: AnyOptions, data_list: Path, num_classes: int, ignore_label: int) -> str:
-    """The command that finds all that is wrong with a data set."""
-    words = ["python", "scripts/check_dataset.py", "--data-dir", args.data_dir, "--data-list", data_list]
-    words += ["--num-classes", num_classes]
-    words += ["--ignore-label", ignore_label] if ignore_label != IGNORE_LABEL else []
-    return f"to find all such files, run {shlex.join(map(str, words + layout_words(args)))}"
-
-
-def layout_words(args: AnyOptions) -> list[str]:
-    """The options by which another command reads the same data in ``--data-dir``."""
-    words = ["--dataset", args.dataset] if args.dataset != "voc" else []
-    words += ["--image-dir", args.image_dir] if args.image_dir != DATASETS[args.dataset].IMAGE_DIR else []
-    return words + (["--label-dir", args.label_dir] if args.label_dir else [])
 
 
 def make_loader(

@@ -18,6 +18,7 @@ from deeplab.weights import Weights
 from utils import distributed
 from utils.checkpoint import dataset_of
 from utils.command import UserError, shown
+from utils.data import open_dataset, other_dataset, what_is_compared
 from utils.evaluation.comparison import open_other
 from utils.evaluation.crf_pool import open_pool
 from utils.evaluation.images import Sample
@@ -27,7 +28,6 @@ from utils.evaluation.report import Report, head_of, prepare_folder
 from utils.evaluation.report import planned as report_outputs
 from utils.evaluation.score import score, share
 from utils.files import save_json
-from utils.loader import open_dataset, other_dataset, what_is_compared
 from utils.metrics import ConfusionMatrix
 from utils.options import Options
 from utils.outputs import OUTPUT_MARK, Output, check_outputs

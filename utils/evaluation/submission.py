@@ -19,13 +19,13 @@ from deeplab import Net
 from deeplab.weights import Weights
 from utils import distributed
 from utils.command import UserError
+from utils.data import list_of
 from utils.evaluation.crf_pool import open_pool
 from utils.evaluation.images import Pictures, reading
 from utils.evaluation.options import settled
 from utils.evaluation.predict import check_same_work, open_trained_net, prediction_options, predictions, to_device
 from utils.evaluation.score import share
 from utils.files import write_atomically
-from utils.loader import list_of
 from utils.options import Options
 from utils.outputs import OUTPUT_MARK, Output, check_outputs, marked_gzip
 from utils.visualize import indexed_png

@@ -18,7 +18,7 @@ from deeplab.loss import LossFunction
 from deeplab.weights import CONFIG
 from utils import distributed
 from utils.command import UserError
-from utils.loader import what_is_compared
+from utils.data import what_is_compared
 from utils.options import Options, flag
 from utils.training.optimizer import poly_lr
 from utils.training.options import training_parser

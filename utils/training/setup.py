@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import warnings
 from argparse import Namespace
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from dataset import DatasetError, PadCrop, RandomMirror, RandomScale, StepSampler, TrainTransform, VOCSegmentation
@@ -18,8 +20,9 @@ from deeplab.toolbox import ChannelDropout
 from utils import distributed
 from utils.checkpoint import Snapshots, make_meta
 from utils.command import UserError
+from utils.data import layout_words, list_of, open_dataset
 from utils.device import check_compiler, select_device
-from utils.loader import crop_warning, fitting_workers, layout_words, list_of, make_loader, open_dataset, running
+from utils.loader import fitting_workers, make_loader, running
 from utils.options import Options, shared_options, with_own_places
 from utils.training.identity import compare_data, loss_name, new_run
 from utils.training.lock import FolderLock
@@ -210,6 +213,22 @@ def seen_val(data: VOCSegmentation) -> str:
             if common := {os.path.splitext(image)[0] for image in images} & trained:
                 return f"{len(common)} of the images that it was trained on are on {path.name}"
     return ""
+
+
+def crop_warning(data: VOCSegmentation, crop: tuple[int, int]) -> str:
+    """The sentence where crops (height, width) are more padding than image, told by the sizes of some images; else ""."""
+    filled = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of large ones
+        for image_id in data.ids[:: max(1, len(data) // 20)]:
+            with suppress(Exception), Image.open(data.image_path(image_id)) as image:  # a broken one is told when it is read
+                filled.append(min(image.height, crop[0]) * min(image.width, crop[1]) / (crop[0] * crop[1]))
+    if not filled or (share := sum(filled) / len(filled)) > 0.5:
+        return ""
+    return (
+        f"warning: {1 - share:.0%} of the crops of {crop[0]}x{crop[1]} will be padding, for the pictures are smaller; "
+        "lower --input-size"
+    )
 
 
 def last_words(run: Run, done: int) -> str:

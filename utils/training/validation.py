@@ -13,10 +13,10 @@ from deeplab.weights import check_sums
 from utils import distributed
 from utils.checkpoint import save_snapshot
 from utils.command import UserError
+from utils.data import open_dataset, what_is_compared
 from utils.evaluation.images import Sample
 from utils.evaluation.score import score
 from utils.files import DiskError
-from utils.loader import open_dataset, what_is_compared
 from utils.metrics import ConfusionMatrix
 from utils.options import Options
 from utils.visualize import panel, scale, tile_factor
