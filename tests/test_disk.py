@@ -99,11 +99,11 @@ def test_lines_of_the_log_wait_for_space(tmp_path, capsys):
                     step, resource.getrlimit(resource.RLIMIT_FSIZE)[0]
                 )
             )
-            run.line(step, {"loss": 1.0}, 0.1, 1)
+            run.line(step, {"loss": 1.0}, 0.1, 1, 0.0, [])
             if step == 3:
                 assert [line["step"] for line in log_lines(tmp_path)] == [1]
         limit((tmp_path / "log.jsonl").stat().st_size)
-        run.line(6, {"loss": 1.0}, 0.1, 1)
+        run.line(6, {"loss": 1.0}, 0.1, 1, 0.0, [])
         limit(None)
     assert [line["step"] for line in log_lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
     said = capsys.readouterr().out

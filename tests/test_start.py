@@ -227,7 +227,7 @@ def test_tensorboard_forgets_the_steps_that_are_done_again(toy_voc, tmp_path):
     for first, last in ((0, 4), (2, 5)):
         with log.RunLog(FolderLock(tmp_path), options, first) as run:
             for step in range(first + 1, last + 1):
-                run.line(step, {"loss": float(10 * first + step)}, 0.1, 1, 0.0)
+                run.line(step, {"loss": float(10 * first + step)}, 0.1, 1, 0.0, [])
     events = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
     assert [(event.step, event.value) for event in events] == [(1, 1), (2, 2), (3, 23), (4, 24), (5, 25)]
 
