@@ -15,11 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
+from dataset import CityscapesSegmentation, VOCSegmentation
 from scripts.predict import write_probabilities
 from utils import files, outputs
 from utils.command import UserError
 from utils.evaluation.images import Picture
-from utils.evaluation.submission import CITYSCAPES_SERVER, VOC, pack
+from utils.evaluation.submission import pack
 from utils.evaluation.video import VideoFile
 from utils.files import remove_torn, remove_torn_files, save_json, write_atomically
 from utils.outputs import OUTPUT_MARK, Output, check_outputs
@@ -87,8 +88,8 @@ def write_each_kind(folder: Path) -> list[Path]:
         film.write(pixels)
     grey = io.BytesIO()
     Image.fromarray(np.full((34, 48), 7, np.uint8)).save(grey, "PNG")
-    pack(folder / "a.tgz", {"a": indexed_png(pixels[..., 0] * 0)}, {"a": folder / "a.jpg"}, VOC)
-    pack(folder / "a.zip", {"a": grey.getvalue()}, {"a": folder / "a.jpg"}, CITYSCAPES_SERVER)
+    pack(folder / "a.tgz", {"a": indexed_png(pixels[..., 0] * 0)}, {"a": folder / "a.jpg"}, VOCSegmentation.SERVER)
+    pack(folder / "a.zip", {"a": grey.getvalue()}, {"a": folder / "a.jpg"}, CityscapesSegmentation.SERVER)
     save_json(folder / "a.json", {"made_by": OUTPUT_MARK, "a": 1})
     return sorted(folder.iterdir())
 
