@@ -12,15 +12,45 @@ from torchvision.ops import FrozenBatchNorm2d
 
 BATCH_NORM_MODES = ("frozen", "stats", "full")
 
-Folded = Mapping[nn.Module, tuple[Tensor, Tensor]]
-"""A frozen batch norm -> the weight and the bias of the convolution before it that does the batch norm as well."""
+
+class Folded:
+    """The frozen batch norms of a net, for the forward passes that share one backward pass: each is a part of the convolution
+    before it.
+
+    The scale and shift of all are computed at once. A convolution's weight is multiplied by its scale where it is first used,
+    and the product is kept for the other passes. So the backward pass makes the gradients one by one, the last layer's first,
+    and DistributedDataParallel sends them while it goes on.
+
+    Args:
+        constants: frozen batch norm -> its scale, (C, 1, 1, 1), and its shift, (C,), of type ``dtype``.
+        dtype: of the weights and biases.
+    """
+
+    def __init__(self, constants: Mapping[nn.Module, tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
+        self.constants, self.dtype = constants, dtype
+        self.products: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def weight_and_bias(self, conv: nn.Conv2d, bn: nn.Module) -> tuple[Tensor, Tensor]:
+        """Of the convolution that does ``bn`` as well."""
+        if bn not in self.products:
+            scale, shift = self.constants[bn]
+            bias = shift if conv.bias is None else (conv.bias * scale.flatten() + shift).to(self.dtype)
+            self.products[bn] = (conv.weight * scale).to(self.dtype), bias
+        return self.products[bn]
+
+    def multiply(self, module: nn.Module) -> None:
+        """Multiply all weights of a module now: what is recomputed in the backward pass must find them as it did before."""
+        for conv, bn in conv_bn_pairs(module):
+            if bn in self.constants:
+                self.weight_and_bias(conv, bn)
 
 
 def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, folded: Folded | None = None) -> Tensor:
     """``bn(conv(x))``, in one convolution where ``folded``, of :func:`fold`, holds ``bn``: (N, C_out, h, w)."""
-    if not folded or bn not in folded:
+    if folded is None or bn not in folded.constants:
         return bn(conv(x))
-    return F.conv2d(x, *folded[bn], conv.stride, conv.padding, conv.dilation, conv.groups)
+    weight, bias = folded.weight_and_bias(conv, bn)
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def conv_bn_pairs(net: nn.Module) -> list[tuple[nn.Conv2d, nn.Module]]:
@@ -38,23 +68,18 @@ def fold(net: nn.Module) -> Folded:
     but no activation is stored between the two, as the unfolded pair does. Nothing is kept from one call to the next: for all
     layers at once, the constants cost eight operations, and cannot be older than the buffers that they come from.
 
-    Returns:
-        The weights and biases, under autocast in its type; other batch norms are not in it.
+    Under autocast weights and biases are of its type. Other batch norms are left alone.
     """
-    frozen = [(conv, bn) for conv, bn in conv_bn_pairs(net) if isinstance(bn, FrozenBatchNorm2d)]
+    frozen = [bn for _, bn in conv_bn_pairs(net) if isinstance(bn, FrozenBatchNorm2d)]
     if not frozen:
-        return {}
-    scale, shift = scale_and_shift([bn for _, bn in frozen])
+        return Folded({}, torch.float32)
+    scale, shift = scale_and_shift(frozen)
     device = scale.device.type
     autocast = not scale.is_meta and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else scale.dtype
-    channels = [conv.out_channels for conv, _ in frozen]
-    folded = {}
-    scales, shifts = scale[:, None, None, None].split(channels), shift.to(dtype).split(channels)
-    for (conv, bn), a, b in zip(frozen, scales, shifts):
-        bias = b if conv.bias is None else (conv.bias * a.flatten() + b).to(dtype)
-        folded[bn] = (conv.weight * a).to(dtype), bias
-    return folded
+    channels = [len(bn.weight) for bn in frozen]
+    constants = zip(scale[:, None, None, None].split(channels), shift.to(dtype).split(channels))
+    return Folded(dict(zip(frozen, constants)), dtype)
 
 
 def scale_and_shift(norms: Sequence[Any]) -> tuple[Tensor, Tensor]:

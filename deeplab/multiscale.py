@@ -54,11 +54,14 @@ def multiscale_logits(
         One (N, C, h_s, w_s) a scale, in the order of ``scales``.
     """
     inputs = [resize(images, scaled_size(images.shape[-2:], scale)) for scale in scales]
-    forward = partial(net, folded=fold(net)) if isinstance(net, DilatedResNet) else net  # folded once for all scales
+    folded = fold(net) if isinstance(net, DilatedResNet) else None  # once for all scales
+    forward = partial(net, folded=folded) if folded else net
     plain = partial(forward, auxiliary=False) if hasattr(net, "dsn") else forward
     first = forward if auxiliary else plain
     if not one_scale_at_a_time:
         return [first(inputs[0]), *map(plain, inputs[1:])]
+    if folded:
+        folded.multiply(net)
     # Backward goes through what was computed last first: the first scale, whose activations are then gone before those of the
     # others come back, one scale after another. Running statistics move in the second pass of the others, which makes it the
     # order in which they move without this option: first scale, second, third.

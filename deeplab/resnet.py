@@ -82,6 +82,7 @@ class Bottleneck(nn.Module):
 
 def _recomputed(block: nn.Module, x: Tensor, folded: Folded) -> Tensor:
     """``block(x, folded)`` whose activations are computed again in the backward pass instead of being kept."""
+    folded.multiply(block)
     if torch.compiler.is_compiling():  # compiled code moves the statistics once, whatever it recomputes
         return checkpoint(block, x, folded, use_reentrant=False, preserve_rng_state=False)
     contexts = lambda: (nullcontext(), kept_statistics(block))  # noqa: E731 (of the first pass, of the second)
