@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deeplab.batch_norm import Folded, fold
@@ -11,6 +13,7 @@ from deeplab.inference import check_input
 from deeplab.resnet import DilatedResNet, check_classes
 
 ATROUS_RATES = (6, 12, 18, 24)  # ASPP-L of the paper
+PRODUCT_CLASSES = 32  # above that the taps of all rates together need too much memory
 
 
 class ASPP(nn.Module):
@@ -21,6 +24,7 @@ class ASPP(nn.Module):
 
     def __init__(self, in_channels: int, num_classes: int, rates: Sequence[int] = ATROUS_RATES) -> None:
         super().__init__()
+        self.num_classes = num_classes
         self.conv2d_list = nn.ModuleList(nn.Conv2d(in_channels, num_classes, 3, padding=rate, dilation=rate) for rate in rates)
         self.reset_parameters()
 
@@ -34,10 +38,28 @@ class ASPP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, h, w) -> (N, num_classes, h, w)"""
+        if self.training and x.dtype in (torch.bfloat16, torch.float16) and self.num_classes <= PRODUCT_CLASSES:
+            return self._as_one_product(x)
         first, *others = self.conv2d_list
         logits = first(x)
         for conv in others:
             logits = logits + conv(x)
+        return logits
+
+    def _as_one_product(self, x: Tensor) -> Tensor:
+        """The same sum of convolutions, as one 1x1 convolution to every tap of every rate and a sum of shifted taps.
+
+        Tensor cores take channels by eights, which 21 classes are not; all taps together are 756 channels. The taps are summed
+        in float32, so that the error is below that of the convolutions, whose sum is rounded after each. (F.fold adds what it
+        finds at one place at the places of a window around it: the convolution's window turned by half.)
+        """
+        convs: list[Any] = [*self.conv2d_list]
+        taps = torch.cat([conv.weight.flip(2, 3).permute(0, 2, 3, 1).flatten(0, 2) for conv in convs])  # rates*C*9 in
+        exact = torch.promote_types(x.dtype, torch.float32)
+        parts = F.conv2d(x, taps[:, :, None, None]).to(exact).flatten(2).chunk(len(convs), dim=1)  # N C*9 h*w each
+        logits = torch.stack([conv.bias for conv in convs]).sum(dim=0)[:, None, None]
+        for part, conv in zip(parts, convs):
+            logits = logits + F.fold(part, x.shape[2:], 3, dilation=conv.dilation, padding=conv.padding)
         return logits
 
 
