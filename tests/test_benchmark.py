@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
+import train as train_script
 from deeplab import deeplabv2, single_scale_loss
 from scripts import benchmark
 from scripts.bench import gpu_check, inputs, measure, prediction, reference
@@ -292,6 +293,32 @@ def test_the_gpu_check_names_tests_that_exist():
     paths = [word for options in gpu_check.TESTS.values() for word in options if word.startswith("tests")]
     assert len(paths) == len(gpu_check.TESTS)
     assert all((gpu_check.ROOT / path).exists() for path in paths)
+
+
+def test_the_real_steps_of_the_gpu_check_are_taken(tmp_path):
+    """Its own command, with small crops: frozen batch norm over random weights, as published nets have it, diverges at once."""
+    command = gpu_check.real_steps_command(tmp_path, "resnet101", 1, 65, 3)
+    assert command[0] == "train.py"
+    assert train_script.main([*command[1:], "--num-workers", "0", "--device", "cpu", "--log-every", "1"]) == 0
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "snapshots/log.jsonl").read_text().splitlines()]
+    assert len(losses) == 3
+    assert all(2 < loss < 4 for loss in losses)  # log(21) = 3.04 is what a net knows that knows nothing
+
+
+def test_the_table_of_the_gpu_check_is_whole_whatever_fails(tmp_path, monkeypatch, capsys):
+    def real_steps(check):
+        raise ZeroDivisionError("no steps")
+
+    for name, text in {"tests": "done", "limits": "done", "benchmark": "failed, status 2"}.items():
+        monkeypatch.setattr(gpu_check.Check, name, lambda check, name=name, text=text: check.table.update({name: text}))
+    monkeypatch.setattr(gpu_check.Check, "real_steps", real_steps)
+    monkeypatch.setattr(sys, "argv", ["gpu_check"])
+    assert gpu_check.main() == 1
+    out = capsys.readouterr().out.splitlines()
+    table = dict(line.split("  ", 1) for line in out[-7:])
+    assert table["tests"].strip() == table["limits"].strip() == "done"
+    assert "failed: ZeroDivisionError: no steps" in table["real steps"]
+    assert "real steps, benchmark failed: please" in out[-1]
 
 
 def test_the_utilisation_is_what_nvidia_smi_reports(tmp_path, monkeypatch):

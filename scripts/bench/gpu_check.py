@@ -8,19 +8,21 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import timer
 
 from deeplab import single_scale_loss
-from scripts.bench.inputs import make_images
+from scripts.bench.inputs import make_images, random_net
 from scripts.bench.memory import step_memory
 from scripts.bench.training import our_step
 from utils.command import UserError, run_command
@@ -89,50 +91,91 @@ class Check:
 
     def real_steps(self) -> None:
         """A run of train.py, data loading included, with the utilisation of the GPU."""
-        images, snapshots = self.folder / "images", self.folder / "snapshots"
-        make_images(images, 60, 21)
-        options = (
-            "--restore-from none --batch-norm frozen --learning-rate 1e-6 --random-scale --random-mirror --save-num-images=0"
-        )
-        command = ["train.py", *options.split(), "--data-dir", str(images), "--snapshot-dir", str(snapshots)]
-        command += ["--backbone", self.net, "--batch-size", str(self.batch), "--input-size", f"{self.crop},{self.crop}"]
-        command += ["--num-steps", str(self.steps), *(["--amp", "bf16"] if self.kind == "cuda" else [])]
+        command = real_steps_command(self.folder, self.net, self.batch, self.crop, self.steps)
         with utilisation() as used:
-            succeeded = self.run("real steps", command)
+            succeeded = self.run("real steps", command + (["--amp", "bf16"] if self.kind == "cuda" else []))
         if not succeeded:
             return
-        lines = [json.loads(line) for line in (snapshots / "log.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (self.folder / "snapshots/log.jsonl").read_text().splitlines()]
         steady = lines[len(lines) // 2 :]
         speed, self.data_wait = median(x["images_per_s"] for x in steady), mean(x["data_wait"] for x in steady)
         self.table["real steps"] = f"{speed:.1f} images/s, {self.data_wait:.0%} of the time waiting for data"
         if used:
             self.table["real steps"] += f", GPU used {mean(used[len(used) // 2 :]):.0f} %"
 
-    def limits(self) -> None:
-        """How long the host takes to launch the kernels of a step, how long the step takes, and so what limits it."""
-        args = Namespace(backbone=self.net, num_classes=21, batch_size=self.batch, input_size=(self.crop, self.crop))
-        amp = "bf16" if self.kind == "cuda" else "off"
+    def step(self, crop: int, batch: int, amp: str) -> Callable[[], object]:
+        """A step of the training loop that has been taken three times."""
+        torch.backends.cudnn.benchmark = True  # as in training: crops are of one size
+        args = Namespace(backbone=self.net, num_classes=21, batch_size=batch, input_size=(crop, crop))
         run = our_step(args, self.device, single_scale_loss, amp=amp).run
         for _ in range(3):
             run()
+        return run
+
+    def limits(self) -> None:
+        """How long a step takes, how long the host takes to launch one, and so what limits it."""
+        amp = "bf16" if self.kind == "cuda" else "off"
+        run = self.step(self.crop, self.batch, amp)
         start = timer()  # waits for the device
         for _ in range(5):
             run()
-        launched = (time.perf_counter() - start) / 5
         took = (timer() - start) / 5
         self.table[f"a step, {amp}"] = f"{1000 * took:.1f} ms"
         if self.kind == "cpu":
             return
         peak = torch.cuda.max_memory_allocated()
-        computed = step_memory(self.net, 21, args.input_size, self.batch, amp=True).peak
+        computed = step_memory(self.net, 21, (self.crop, self.crop), self.batch, amp=True).peak
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             run()
             torch.cuda.synchronize()
-        kernels = sum(event.count for event in profiler.key_averages())
+        events = profiler.events() or []
+        kernels = sum(event.device_type == DeviceType.CUDA for event in events)  # the others are calls of the runtime
+        launch = self.step(33, 1, amp)  # so little work that the device never holds the host up
+        start = timer()
+        for _ in range(5):
+            launch()
+        launched = (time.perf_counter() - start) / 5
         self.table[f"a step, {amp}"] += f", which the host launches in {1000 * launched:.1f} ms, {kernels} kernels and copies"
         self.table[f"memory of it, {amp}"] = f"{peak / 1e6:.0f} MB at its peak, computed {computed / 1e6:.0f} MB"
         limit = "the host: see --compile" if launched > 0.9 * took else "arithmetic"
         self.table["limited by"] = "data: see --num-workers" if self.data_wait > MUCH_WAITING else limit
+
+    def all(self) -> None:
+        """Every part; what fails in one is a line of the table, and the others follow."""
+        for part in (self.tests, self.real_steps, self.limits, self.benchmark):
+            try:
+                part()
+            except Exception as error:
+                traceback.print_exc()
+                self.table[part.__name__.replace("_", " ")] = f"failed: {type(error).__name__}: {str(error)[:200]}"
+
+    def advice(self) -> str:
+        """What to do with the table."""
+        if failed := [name for name, text in self.table.items() if "failed" in text]:
+            return f"{', '.join(failed)} failed: please open an issue with this table and what stands above it"
+        if self.kind == "cpu":
+            return "this machine has no CUDA device; on one that has, the same command tries it"
+        return (
+            "all parts ran: please send us this table; training is `python train.py --random-mirror --random-scale --amp bf16`"
+        )
+
+
+def real_steps_command(folder: Path, net: str, batch: int, crop: int, steps: int) -> list[str]:
+    """The command of some steps on made-up images, both made in ``folder``, from weights with moderate values.
+
+    Random weights behind frozen batch norm would let the activations grow from block to block, and the loss without bounds.
+    """
+    make_images(folder / "images", 60, 21)
+    args = Namespace(backbone=net, num_classes=21)
+    torch.save(random_net(args).state_dict(), folder / "start.pth")
+    sizes = ["--batch-size", str(batch), "--input-size", f"{crop},{crop}", "--num-steps", str(steps), "--learning-rate", "1e-6"]
+    places = ["--data-dir", str(folder / "images"), "--snapshot-dir", str(folder / "snapshots"), "--save-num-images", "0"]
+    return ["train.py", "--restore-from", str(folder / "start.pth"), "--random-scale", "--random-mirror", *sizes, *places]
+
+
+def first_card() -> str:
+    """The number of the card that torch calls 0, for nvidia-smi, which knows nothing of CUDA_VISIBLE_DEVICES."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
 
 
 @contextmanager
@@ -142,7 +185,8 @@ def utilisation() -> Iterator[list[float]]:
     if not torch.cuda.is_available() or not shutil.which("nvidia-smi"):
         yield found
         return
-    command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--id=0", "--loop-ms=500"]
+    query = ["--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", f"--id={first_card()}", "--loop-ms=500"]
+    command = ["nvidia-smi", *query]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as reporter:
         try:
             yield found
@@ -163,7 +207,7 @@ def card() -> str:
     properties = torch.cuda.get_device_properties(0)
     driver = ""
     if shutil.which("nvidia-smi"):
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={first_card()}"]
         driver = ", driver " + subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return f"{properties.name}, {properties.total_memory / 2**30:.0f} GB{driver}"
 
@@ -176,10 +220,8 @@ def main() -> int:
         check.table["card"] = card()
         check.table["torch"] = f"{torch.__version__}, CUDA {torch.version.cuda}, {os.cpu_count()} cores"
         print(*(f"{name}: {text}" for name, text in check.table.items()), sep="\n")
-        check.tests()
-        check.real_steps()
-        check.limits()
-        check.benchmark()
+        check.all()
+    check.table["next"] = check.advice()
     width = max(map(len, check.table))
     print("\n" + "\n".join(f"{name:{width}}  {text}" for name, text in check.table.items()))
     return 1 if any("failed" in text for text in check.table.values()) else 0

@@ -13,6 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from dataset import PadCrop, RandomMirror, RandomScale, StepSampler, TrainTransform, to_input
 from deeplab import multi_scale_loss, single_scale_loss
+from deeplab.loss import Objective
 from scripts.bench import reference
 from scripts.bench.inputs import open_images, our_modes, random_net, reference_net
 from scripts.bench.measure import Row, Runner, Table
@@ -55,15 +56,16 @@ def our_step(
     """A step of the training loop, without data loading and log."""
     net = random_net(args).to(device).to(memory_format=torch.channels_last).train()
     net.grad_checkpoint = grad_checkpoint
+    objective = Objective(net, loss, **loss_options)
     if compiled:
-        net.compile()
+        objective.compile(dynamic=False)
     optimizer = GuardedSGD(net, LEARNING_RATE)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     images, labels = random_batch(args, device)
 
     def run() -> None:
         with autocast(device, amp):
-            losses = loss(net, to_input(images), labels.long(), **loss_options)
+            losses = objective(to_input(images), labels.long())
         scaler.scale(losses["loss"]).backward()
         scaler.step(optimizer)
         scaler.update()

@@ -102,9 +102,10 @@ class Run:
             self.optimizer.load_momentum(start.checkpoint["optimizer"])
             scale = {name: start.checkpoint["scaler"].get(name) for name in ("scale", "_growth_tracker")}
             self.scaler.load_state_dict(self.scaler.state_dict() | scale)
-        if options.compile:
-            net.compile()
-        self.objective = distributed.wrap(Objective(net, loss_function, **loss_options(options)), device)
+        objective = Objective(net, loss_function, **loss_options(options))
+        if options.compile:  # net and loss in one graph; one scale at a time, the scales are recomputed around the net
+            (net if getattr(options, "one_scale_at_a_time", False) else objective).compile(dynamic=False)
+        self.objective = distributed.wrap(objective, device)
 
         # The batches.
         crop_bytes = 4 * options.input_size[0] * options.input_size[1]
