@@ -302,7 +302,7 @@ def test_the_real_steps_of_the_gpu_check_are_taken(tmp_path):
     assert train_script.main([*command[1:], "--num-workers", "0", "--device", "cpu", "--log-every", "1"]) == 0
     losses = [json.loads(line)["loss"] for line in (tmp_path / "snapshots/log.jsonl").read_text().splitlines()]
     assert len(losses) == 3
-    assert all(2 < loss < 4 for loss in losses)  # log(21) = 3.04 is what a net knows that knows nothing
+    assert all(2 < loss < 5 for loss in losses), losses  # log(21) = 3.04 is what a net knows that knows nothing
 
 
 def test_the_table_of_the_gpu_check_is_whole_whatever_fails(tmp_path, monkeypatch, capsys):

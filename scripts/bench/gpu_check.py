@@ -168,7 +168,7 @@ def real_steps_command(folder: Path, net: str, batch: int, crop: int, steps: int
     make_images(folder / "images", 60, 21)
     args = Namespace(backbone=net, num_classes=21)
     torch.save(random_net(args).state_dict(), folder / "start.pth")
-    sizes = ["--batch-size", str(batch), "--input-size", f"{crop},{crop}", "--num-steps", str(steps), "--learning-rate", "1e-6"]
+    sizes = ["--batch-size", str(batch), "--input-size", f"{crop},{crop}", "--num-steps", str(steps), "--learning-rate", "1e-8"]
     places = ["--data-dir", str(folder / "images"), "--snapshot-dir", str(folder / "snapshots"), "--save-num-images", "0"]
     return ["train.py", "--restore-from", str(folder / "start.pth"), "--random-scale", "--random-mirror", *sizes, *places]
 
