@@ -54,7 +54,7 @@ class ASPP(nn.Module):
         finds at one place at the places of a window around it: the convolution's window turned by half.)
         """
         convs: list[Any] = [*self.conv2d_list]
-        taps = torch.cat([conv.weight.flip(2, 3).permute(0, 2, 3, 1).flatten(0, 2) for conv in convs])  # rates*C*9 in
+        taps = torch.cat([conv.weight for conv in convs]).flip(2, 3).permute(0, 2, 3, 1).flatten(0, 2)  # rates*C*9 in
         exact = torch.promote_types(x.dtype, torch.float32)
         parts = F.conv2d(x, taps[:, :, None, None]).to(exact).flatten(2).chunk(len(convs), dim=1)  # N C*9 h*w each
         logits = torch.stack([conv.bias for conv in convs]).sum(dim=0)[:, None, None]

@@ -198,7 +198,6 @@ def check_net_options(options: Options) -> None:
 
     processes, batch_norm, frozen = distributed.world_size(), options.batch_norm, options.batch_norm == "frozen"
     several_scales = "one_scale_at_a_time" in vars(options)  # train_msc.py's
-    at_once = several_scales and not options.one_scale_at_a_time
     if options.sync_bn and frozen:
         raise UserError("--sync-bn has nothing to do with frozen batch norm; add --batch-norm full")
     if options.net == "deeplabv2" and options.aux_weight is not None:
@@ -216,16 +215,10 @@ def check_net_options(options: Options) -> None:
             f"{batch_norm} cannot take statistics; enlarge the crop or the batch"
         )
     version = TorchVersion(torch.__version__)  # compares by numbers: 2.9 is older than 2.10
-    if options.compile and options.grad_checkpoint and not frozen:
-        if at_once:  # torch keeps the first scale's running statistics for its backward pass; the second scale moves them
-            raise UserError(
-                f"--compile and --grad-checkpoint cannot both be had with --batch-norm {batch_norm} on three scales at once; "
-                "add --one-scale-at-a-time, or leave one of them out"
-            )
-        if version < COUNTS_ONCE:
-            raise UserError(
-                f"--compile and --grad-checkpoint with --batch-norm {batch_norm} need torch {COUNTS_ONCE}: torch {version} "
-                "would move the running statistics twice a step; leave one of them out"
-            )
-    if options.compile and several_scales and not at_once and version < "2.5":
+    if options.compile and options.grad_checkpoint and not frozen and version < COUNTS_ONCE:
+        raise UserError(
+            f"--compile and --grad-checkpoint with --batch-norm {batch_norm} need torch {COUNTS_ONCE}: torch {version} "
+            "would move the running statistics twice a step; leave one of them out"
+        )
+    if options.compile and several_scales and options.one_scale_at_a_time and version < "2.5":
         raise UserError(f"--compile with --one-scale-at-a-time needs torch 2.5, and this is {version}; leave one of them out")
