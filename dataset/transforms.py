@@ -38,7 +38,7 @@ class RandomMirror:
 
     def __call__(self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         if rng.random() < 0.5:
-            return image[:, ::-1], label[:, ::-1]
+            return cv2.flip(image, 1), cv2.flip(label, 1)
         return image, label
 
 
@@ -98,11 +98,11 @@ class TrainTransform:
         import torch
 
         rng = np.random.default_rng((self.seed, draw))
-        present = np.bincount(label.ravel(), minlength=256) > 0
+        present = cv2.calcHist([label], [0], None, [256], [0, 256]).ravel() > 0
         for transform in self.transforms:
             image, label = transform(image, label, rng)
         arrays = (image, label, present)
-        return Crop(*(torch.from_numpy(array.copy()) for array in arrays))  # a mirrored view has no bytes of its own
+        return Crop(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))  # a crop alone, not the whole image
 
 
 def to_input(images: "Tensor | np.ndarray") -> "Tensor":

@@ -92,9 +92,10 @@ def predict_grid(
         scaled = resize(images, scaled_size((height, width), scale))
         scaled_height, scaled_width = scaled.shape[-2:]
         scaled = pad(scaled, canvas_size(scaled.shape[-2:]))
-        logits = net(scaled)
+        logits = net(torch.cat([scaled, scaled.flip(-1)]) if mirror else scaled)
         if mirror:
-            logits = (logits + net(scaled.flip(-1)).flip(-1)) / 2
+            straight, flipped = logits.chunk(2)
+            logits = (straight + flipped.flip(-1)) / 2
         logits = _sample(logits, height, scaled_height, dim=2)
         grids.append(_sample(logits, width, scaled_width, dim=3))
     return fused(grids, len(grids), fuse)

@@ -83,7 +83,7 @@ def test_statistics_of_each_process_are_told(toy_voc, monkeypatch):
         args = parser.parse_args(["--data-dir", str(toy_voc), *SMALL, "--batch-norm", "full", "--batch-size", "6", *options])
         data, data_list = setup.open_training_data(args)
         monkeypatch.setattr(setup.distributed, "world_size", lambda processes=processes: processes)
-        (note,) = [line for line in setup.head_lines(args, data, data_list, "") if "batch statistics" in line] or [""]
+        (note,) = [line for line in setup.head_lines(args, data, data_list, "", torch.device("cpu")) if "batch statistics" in line] or [""]
         assert ("each process takes batch statistics of its own 3 images" in note) == bool(note) == told
 
 

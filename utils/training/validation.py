@@ -1,13 +1,19 @@
 """Looking at a net while it is trained: the mean IoU of evaluate.py, the best snapshot so far, and panels."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dataset import to_input
 from dataset.classes import ClassFile
+from deeplab import Net
+from deeplab.batch_norm import fold
 from deeplab.inference import predict_classes
 from deeplab.weights import check_sums
 from utils import distributed
@@ -84,22 +90,15 @@ class Validation:
 
         if run.options.batch_norm != "frozen":
             distributed.broadcast(run.net.buffers())  # the running statistics of the process that saves
-        benchmark = torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = False  # images are of many sizes
-        run.net.eval()
         try:
-            with torch.random.fork_rng(devices=[]):  # workers take their seeds from torch's generator
-                # The forward pass itself: a compiled one would be compiled again, and for each size.
+            with predicting(run.net) as forward, torch.random.fork_rng(devices=[]):  # workers take their seeds from torch's
                 options = {"num_workers": run.options.num_workers, "finish": stop_between_images}
-                return score(run.net.forward, self.data, run.device, **options)[""]
+                return score(forward, self.data, run.device, **options)[""]
         except _Stopped:
             return None
         except Exception as error:  # an image, a label, a worker: the other processes must know
             run.ending.error = error
             return None
-        finally:
-            run.net.train()
-            torch.backends.cudnn.benchmark = benchmark
 
     def save(self, run: "Run", done: int, mean_iou: float) -> str:
         """Write ``best.pth``; returns what went wrong, else ""."""
@@ -109,6 +108,24 @@ class Validation:
         except DiskError as error:
             return str(error)
         return ""
+
+
+@contextmanager
+def predicting(net: Net) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A net in training as one that predicts images of many sizes: its forward pass, with batch norm folded once for all.
+
+    It is the pass itself, since a compiled one would be compiled again, and for each size.
+    """
+    benchmark = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    net.eval()
+    try:
+        with torch.inference_mode():
+            folded = fold(net)
+        yield partial(net.forward, folded=folded)
+    finally:
+        net.train()
+        torch.backends.cudnn.benchmark = benchmark
 
 
 class _Stopped(Exception):
@@ -141,17 +158,14 @@ def save_panels(run: "Run", done: int) -> str:
         "", or a sentence where it did not work: an image to look at is no reason to end a run.
     """
     assert run.log
-    run.net.eval()
     try:
-        for index in range(min(run.options.save_num_images, len(run.data))):
-            image, label = run.data.load(index)
-            factor = min(1.0, tile_factor(label.shape))
-            image, label = scale(image, factor), scale(label, factor)
-            with torch.inference_mode():
-                prediction = predict_classes(run.net.forward, to_input(image).to(run.device)).cpu().numpy()
-            run.log.picture(run.data.ids[index], done, panel(image[:, :, ::-1], label, prediction, run.classes))
+        with predicting(run.net) as forward, torch.inference_mode():
+            for index in range(min(run.options.save_num_images, len(run.data))):
+                image, label = run.data.load(index)
+                factor = min(1.0, tile_factor(label.shape))
+                image, label = scale(image, factor), scale(label, factor)
+                prediction = predict_classes(forward, to_input(image).to(run.device)).cpu().numpy()
+                run.log.picture(run.data.ids[index], done, panel(image[:, :, ::-1], label, prediction, run.classes))
     except Exception as error:
         return f"warning: no panels at step {done} ({type(error).__name__}: {error})"
-    finally:
-        run.net.train()
     return ""
