@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from functools import wraps
 from pathlib import Path
 
@@ -105,12 +106,16 @@ STEPS = {
 
 
 def at(acts: dict):
-    """The loss, before whose n-th call ``acts[n]()`` is done."""
+    """The loss, before whose n-th call ``acts[n]()`` is done, with all snapshots before it written."""
 
     @wraps(single_scale_loss)
     def loss(*args, **options):
         loss.calls += 1
-        acts.get(loss.calls, lambda: None)()
+        if loss.calls in acts:
+            for thread in threading.enumerate():
+                if thread.name == "snapshot":
+                    thread.join()
+            acts[loss.calls]()
         return single_scale_loss(*args, **options)
 
     loss.calls = 0

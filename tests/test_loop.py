@@ -83,8 +83,26 @@ def test_statistics_of_each_process_are_told(toy_voc, monkeypatch):
         args = parser.parse_args(["--data-dir", str(toy_voc), *SMALL, "--batch-norm", "full", "--batch-size", "6", *options])
         data, data_list = setup.open_training_data(args)
         monkeypatch.setattr(setup.distributed, "world_size", lambda processes=processes: processes)
-        (note,) = [line for line in setup.head_lines(args, data, data_list, "", torch.device("cpu")) if "batch statistics" in line] or [""]
+        (note,) = [
+            line for line in setup.head_lines(args, data, data_list, "", torch.device("cpu")) if "batch statistics" in line
+        ] or [""]
         assert ("each process takes batch statistics of its own 3 images" in note) == bool(note) == told
+
+
+def test_bf16_is_named_where_the_card_has_it(toy_voc, monkeypatch):
+    parser = training_parser("", batch_size=10, iter_size=1, snapshot_dir="snapshots")
+    args = parser.parse_args(["--data-dir", str(toy_voc), *SMALL])
+    data, data_list = setup.open_training_data(args)
+    for device, capability, amp, named in (
+        ("cuda", (9, 0), "off", True),
+        ("cuda", (7, 5), "off", False),
+        ("cuda", (9, 0), "fp16", False),
+        ("cpu", None, "off", False),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        args.amp = amp
+        said = "\n".join(setup.head_lines(args, data, data_list, "", torch.device(device)))
+        assert ("bf16 is about twice as fast on this card: --amp bf16" in said) == named
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(toy_voc, tmp_path):

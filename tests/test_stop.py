@@ -173,14 +173,14 @@ def test_the_sentence_of_a_stop_needs_no_reader(tmp_path):
 @pytest.mark.parametrize("validated", [False, True])
 def test_a_stop_in_the_last_save(validated, toy_voc, tmp_path, monkeypatch, capfd):
     """Everything is saved; what of the last score is still to come is said, and --resume brings it."""
-    save = checkpoint.save_snapshot
+    save = checkpoint._save
 
     def stopped(path, *args, **options):
         save(path, *args, **options)
         if path.name == "VOC12_scenes_2.pth":
-            signal.raise_signal(signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(checkpoint, "save_snapshot", stopped)
+    monkeypatch.setattr(checkpoint, "_save", stopped)
     options = [*SCRATCH, "--num-steps", "2", *(["--val-every", "1"] if validated else [])]
     assert train(toy_voc, tmp_path, *options) == 128 + signal.SIGTERM
     monkeypatch.undo()

@@ -2,12 +2,16 @@
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
+from torch.utils._pytree import tree_map
 
 from dataset import MEAN_BGR
 from deeplab import Net
@@ -42,7 +46,16 @@ def save_snapshot(path: str | Path, net: nn.Module, meta: dict, **more: Any) -> 
     Raises:
         DiskError: it cannot be written.
     """
-    write_atomically(path, lambda file: torch.save({"model": net.state_dict(), "meta": meta, **more}, file))
+    _save(Path(path), net.state_dict(), meta, **more)
+
+
+def _save(path: Path, model: Mapping[str, Tensor], meta: dict, **more: Any) -> None:
+    write_atomically(path, lambda file: torch.save({"model": model, "meta": meta, **more}, file))
+
+
+def _copy(value: Any) -> Any:
+    """A tensor as it is now, on the host; anything else as it is."""
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 
 class Snapshots:
@@ -56,32 +69,53 @@ class Snapshots:
     def __init__(self, folder: Path, keep: int, numbers: Sequence[int], prefix: str = "VOC12") -> None:
         self.folder, self.keep, self.prefix = folder, keep, prefix
         self.numbers = [step for step in numbers if _is_snapshot(self.path(step), step)]
+        self.writing: Future[str] | None = None
 
     def path(self, step: int) -> Path:
         """The numbered snapshot of a step, by its published name."""
         return self.folder / f"{self.prefix}_scenes_{step}.pth"
 
-    def save(self, net: nn.Module, meta: dict, numbered: bool, **state: Any) -> str:
-        """Save ``last.ckpt`` with ``state`` and, if ``numbered``, the step's own snapshot without it.
+    def save(self, net: nn.Module, meta: dict, numbered: bool, **state: Any) -> None:
+        """Save ``last.ckpt`` with ``state`` and, if ``numbered``, the step's own snapshot without it, while training goes on.
 
-        Returns:
-            What could not be written, in sentences, else ""; the files of before are then as they were.
+        What is saved is copied to the host, and written by a thread, of which there is one: a save waits for the one before
+        it. :meth:`problem` says whether it was written.
         """
+        self.wait()
+        model = net.state_dict()  # its metadata stay
+        for name, tensor in model.items():
+            model[name] = _copy(tensor)
+        self.writing = Future()
+        # Not a pool, whose idle thread would be there when workers are forked.
+        write = partial(self._write, model, meta, numbered, tree_map(_copy, state))
+        Thread(target=_run, args=(self.writing, write), name="snapshot").start()
+
+    def _write(self, model: Mapping[str, Tensor], meta: dict, numbered: bool, state: dict[str, Any]) -> str:
+        """Write both files; returns what could not be written, else "". The files of before are then as they were."""
         step, problems = meta["step"], []
         numbers = [number for number in self.numbers if number != step] + [step] * numbered
         try:
-            save_snapshot(self.folder / "last.ckpt", net, meta, **state, step=step, numbers=numbers)
+            _save(self.folder / "last.ckpt", model, meta, **state, step=step, numbers=numbers)
         except DiskError as error:
             problems.append(str(error))
         if numbered:
             try:
-                save_snapshot(self.path(step), net, meta)
+                _save(self.path(step), model, meta)
                 self.numbers = numbers[-self.keep :]  # of 0: all
                 for number in numbers[: -len(self.numbers)]:
                     self.path(number).unlink(missing_ok=True)
             except (DiskError, OSError) as error:
                 problems.append(str(error))
         return "; ".join(problems)
+
+    def problem(self) -> str:
+        """What the last save could not write, once it has ended; "" while it goes on, and where it was asked before."""
+        return self.wait() if self.writing and self.writing.done() else ""
+
+    def wait(self) -> str:
+        """:meth:`problem`, after the end of the last save."""
+        writing, self.writing = self.writing, None
+        return writing.result() if writing else ""
 
     def check_space(self, net: nn.Module, optimizer: optim.Optimizer, count: int) -> str:
         """Make sure, before any work is done, that what is saved first can be written.
@@ -115,6 +149,14 @@ class Snapshots:
                 "alone with --keep N"
             )
         return ""
+
+
+def _run(future: "Future[str]", write: Callable[[], str]) -> None:
+    """Call a function in this thread, for the future's result."""
+    try:
+        future.set_result(write())
+    except BaseException as error:
+        future.set_exception(error)
 
 
 def _is_snapshot(path: Path, step: int) -> bool:

@@ -69,10 +69,9 @@ def train(run: Run) -> None:
         warning = run.class_watch.warning()
         if run.log:
             run.log.bar.update()
-            if warning:
-                run.log.say(warning)
+            run.log.say(warning, not_saved(run, run.snapshots.problem()))
         if run.due(options.save_pred_every, done):
-            save(run, done)  # where the disk is full the run goes on, and tries again at the next snapshot
+            save(run, done)  # in a thread, while training goes on
         if run.validation and run.due(options.val_every, done):
             run.losses.check()
             run.validation.run(run, done)
@@ -115,31 +114,36 @@ def save(run: Run, done: int, numbered: bool = True) -> None:
     """Save step ``done``; where a loss or a weight is no number, all processes raise alike and none saves."""
     run.losses.check()
     check_weights(run.net, done)
-    run.problem = distributed.from_main(lambda: write(run, done, numbered))
+    distributed.from_main(lambda: write(run, done, numbered))
     run.saved = done
 
 
-def write(run: Run, done: int, numbered: bool) -> str:
-    """Write ``last.ckpt`` and, if ``numbered``, the step's snapshot and panels; returns what could not be written, else ""."""
+def write(run: Run, done: int, numbered: bool) -> None:
+    """Begin to write ``last.ckpt`` and, if ``numbered``, the step's snapshot; save the step's panels."""
+    assert run.log
     run.lock.check()
+    run.log.say(not_saved(run, run.snapshots.wait()))
     state = {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "ids": run.ids}
-    problem = run.snapshots.save(run.net, run.meta_at(done), numbered, **state)
-    if run.log:
-        later = "; training goes on, and tries again at the next snapshot" if done < run.options.num_steps else ""
-        run.log.say(f"WARNING: step {done} is not saved: {problem}{later}" if problem else "")
-        run.log.say(save_panels(run, done) if numbered else "")
-    return problem
+    run.snapshots.save(run.net, run.meta_at(done), numbered, **state)
+    run.log.say(save_panels(run, done) if numbered else "")
+
+
+def not_saved(run: Run, problem: str) -> str:
+    """The warning that the step of the last save is not saved; where the disk is full the run goes on."""
+    text = f"WARNING: step {run.saved} is not saved: {problem}; training goes on, and tries again at the next snapshot"
+    return text if problem else ""
 
 
 def finish(run: Run, done: int) -> None:
     """Save what is not saved yet, say what comes next, and raise what has ended the run."""
-    run.ending.is_due()  # asked again for what came in the last save or the last validation
     if done > run.saved:
         if run.losses.steps:
             report(run, done)
         save(run, done, numbered=done == run.options.num_steps)
-    if run.log and not run.problem:
+    problem = distributed.from_main(run.snapshots.wait)
+    run.ending.is_due()  # asked again for what came in the last save or the last validation
+    if run.log and not problem:
         run.log.say(last_words(run, done))
     run.ending.raise_error()
-    if run.problem:
-        raise DiskError(f"the run ended at step {done}, which is not saved: {run.problem}; then add --resume")
+    if problem:
+        raise DiskError(f"the run ended at step {done}, which is not saved: {problem}; then add --resume")

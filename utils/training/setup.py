@@ -76,7 +76,6 @@ class Run:
         self.options = options = with_own_places(start.options, asked, resumed is not None)
         distributed.everywhere(lambda: check_net_options(options))
         self.start = self.saved = start.step
-        self.problem = ""
 
         # The data.
         self.data, data_list = distributed.everywhere(lambda: open_training_data(options, class_file))
@@ -121,6 +120,7 @@ class Run:
         own_meta = {"seen_voc_val": start.seen_voc_val or seen, "colors": colors, "run": run_id}
         self.meta = make_meta(net, names, start.step, vars(start.options), **own_meta)
         self.snapshots = Snapshots(Path(options.snapshot_dir), options.keep, start.checkpoint.get("numbers") or [], data.SHORT)
+        stack.callback(self.snapshots.wait)  # whatever ends the run
         planned = -(-options.num_steps // options.save_pred_every) - start.step // options.save_pred_every
         space = distributed.from_main(lambda: self.snapshots.check_space(net, self.optimizer, planned))
         self.validation = Validation(options, class_file, run_id) if options.val_every else None
