@@ -1,9 +1,19 @@
-"""The dense CRF that sharpens a prediction along the edges of the image (Kraehenbuehl & Koltun, arXiv:1210.5644)."""
+"""The dense CRF that sharpens a prediction along the edges of the image (Kraehenbuehl & Koltun, arXiv:1210.5644).
 
+Two ways to compute the same function: pydensecrf on the host, and torch operations on any device.
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Literal, TypeVar
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from deeplab.permutohedral import Lattice
 
 MIN_PROBABILITY = 1e-5  # a probability of 0 would be an infinite energy that no neighbour could ever outvote
 TOLERANCE = 1e-3  # how far a probability may be outside 0..1
@@ -47,9 +57,17 @@ class CRFParams:
 
 
 PUBLISHED = CRFParams()
+Backend = Literal["pydensecrf", "torch"]
+ArrayOrTensor = TypeVar("ArrayOrTensor", np.ndarray, Tensor)
 
 
-def dense_crf(image: np.ndarray, probabilities: np.ndarray, params: CRFParams = PUBLISHED, prune: float = 0.0) -> np.ndarray:
+def dense_crf(
+    image: ArrayOrTensor,
+    probabilities: ArrayOrTensor,
+    params: CRFParams = PUBLISHED,
+    prune: float = 0.0,
+    backend: Backend = "pydensecrf",
+) -> ArrayOrTensor:
     """Refine class probabilities with a fully connected CRF, by mean field with a Potts model.
 
     The energy is -log p (p no lower than 1e-5) plus, for each pair of pixels with different classes, the two kernels of
@@ -58,54 +76,117 @@ def dense_crf(image: np.ndarray, probabilities: np.ndarray, params: CRFParams = 
     pixel itself. All channels of ``image`` weigh the same: RGB and BGR give the same, but for that approximation.
 
     Args:
-        image: (H, W, 3) uint8, the raw image, 0..255, never the mean-subtracted input of the net.
-        probabilities: (C, H, W) floating point, softmax over the classes: 0..1, summing to 1 at each pixel.
+        image: (H, W, 3) uint8, the raw image, 0..255, never the mean-subtracted input of the net; or (N, H, W, 3).
+        probabilities: (C, H, W) or (N, C, H, W) floating point, softmax over the classes: 0..1, summing to 1 at each pixel.
+            NumPy arrays or tensors, on one device, as the image.
         params: the settings, by default the published ones.
-        prune: classes whose probability is nowhere above this are left out, which saves time in proportion, and get
-            probability 0. 0 leaves nothing out.
+        prune: classes whose probability is nowhere in an image above this are left out of it, which saves time in proportion,
+            and get probability 0. 0 leaves nothing out.
+        backend: ``"pydensecrf"`` computes on the host, one image at a time. ``"torch"`` computes all images at once on the
+            device of the tensors; it equals pydensecrf to rounding (1e-4, as much as pydensecrf's own results move when its
+            inputs move by 1e-7) and gives the same bits each time. Of VOC's 500x375 with 21 classes it takes 0.4 GB an image.
 
     Returns:
-        (C, H, W) float32 probabilities. The inputs are not changed.
+        float32 probabilities of the shape, kind and device of ``probabilities``. The inputs are not changed.
 
     Raises:
-        ValueError: a shape or dtype other than the above, sizes that differ, or values outside 0..1 (logits, NaN).
+        ValueError: a shape or dtype other than the above, sizes that differ, or values outside 0..1 (logits, NaN); the values
+            of tensors on a GPU are not looked at, which would wait for it. Widths so small that the lattice has no room.
         CRFUnavailable: pydensecrf is not installed.
     """
-    image, probabilities = np.asarray(image), np.asarray(probabilities)
-    _check(image, probabilities)
-    densecrf = find_densecrf()
+    if backend not in ("pydensecrf", "torch"):
+        raise ValueError(f"the backend of the CRF is {backend!r}; expected 'pydensecrf' or 'torch'")
+    images, classes = _tensor(image), _tensor(probabilities)
+    _check(images, classes)
+    single = classes.ndim == 3
+    if single:
+        images, classes = images[None], classes[None]
+    kept = None
     if prune > 0:
-        kept = probabilities.max(axis=(1, 2)) > prune
-        kept[probabilities.max(axis=(1, 2)).argmax()] = True
-        refined = np.zeros(probabilities.shape, dtype=np.float32)
+        highest = classes.amax(dim=(2, 3))
+        kept = (highest > prune) | one_hot(highest.argmax(dim=1), classes.shape[1]).bool()  # (N, C)
+    if backend == "torch":
+        refined = _mean_field(images, classes, params, kept)
+    else:
+        refined = _by_pydensecrf(images.cpu().numpy(), classes.cpu().numpy(), params, kept)
+    refined = refined[0] if single else refined
+    return refined.numpy() if isinstance(probabilities, np.ndarray) else refined.to(classes.device)
+
+
+def _mean_field(images: Tensor, probabilities: Tensor, params: CRFParams, kept: Tensor | None) -> Tensor:
+    """:func:`dense_crf` in torch, on inputs that were checked: (N, H, W, 3), (N, C, H, W) -> (N, C, H, W) float32."""
+    count, classes, height, width = probabilities.shape
+    energy = probabilities.float().clamp_min(MIN_PROBABILITY).log()  # minus the energy
+    if kept is not None:
+        energy = energy.masked_fill(~kept[:, :, None, None], -torch.inf)
+        used = kept.any(dim=0).nonzero().flatten()  # columns that no image keeps cost nothing; this waits for the device
+        energy = energy[:, used]
+    energy = energy.permute(0, 2, 3, 1).reshape(count * height * width, -1).contiguous()
+    # A probability of an image is a row, of -inf where a class is left out: exp makes it 0 each time.
+    lattices = list(_lattices(images, params)) if params.iterations else []
+    refined = _softmax(energy)
+    for _ in range(params.iterations):
+        message = energy.clone()
+        for lattice in lattices:
+            message += lattice(refined)
+        refined = _softmax(message)
+    refined = refined.view(count, height, width, -1).permute(0, 3, 1, 2)
+    if kept is None:
+        return refined.contiguous()
+    return refined.new_zeros(count, classes, height, width).index_copy_(1, used, refined)
+
+
+def _lattices(images: Tensor, params: CRFParams) -> Iterator[Lattice]:
+    """The two kernels, normalised and weighted; one whose weight is 0 is left out."""
+    count, height, width, _ = images.shape
+    position = torch.arange(max(height, width), dtype=torch.float32, device=images.device)
+    x = position[:width].expand(count, height, width)
+    y = position[:height, None].expand(count, height, width)
+    colors = images.permute(3, 0, 1, 2).float()
+    for weight, sxy, channels in (
+        (params.gaussian_weight, params.gaussian_sxy, ()),
+        (params.bilateral_weight, params.bilateral_sxy, tuple(colors)),
+    ):
+        if weight > 0:
+            # Divided by a tensor: CUDA would multiply by the reciprocal of a number, and rounding decides which vertices exist.
+            widths = [position.new_full((), value) for value in (sxy, params.bilateral_srgb)]
+            features = [x / widths[0], y / widths[0], *(channel / widths[1] for channel in channels)]
+            bounds = [(width - 1) / sxy, (height - 1) / sxy, *([255 / params.bilateral_srgb] * len(channels))]
+            yield Lattice(torch.stack(features, dim=1).flatten(2), bounds).normalise(weight)
+
+
+def _softmax(values: Tensor) -> Tensor:
+    """The softmax of each row. Torch's own takes ten times as long on a CPU where a row is shorter than 16."""
+    if values.shape[1] >= 16 or values.device.type != "cpu":
+        return values.softmax(dim=1)
+    powers = (values - values.amax(dim=1, keepdim=True)).exp_()
+    return powers.div_(powers.sum(dim=1, keepdim=True))
+
+
+def _by_pydensecrf(images: np.ndarray, probabilities: np.ndarray, params: CRFParams, kept: Tensor | None) -> Tensor:
+    """:func:`dense_crf` by pydensecrf, on inputs that were checked; the same shapes as :func:`_mean_field`."""
+    densecrf = find_densecrf()
+    count, classes, height, width = probabilities.shape
+    refined = torch.zeros(count, classes, height, width)
+    for i, image in enumerate(images):
         # A pixel's probabilities need not add up to 1 again: a common factor changes nothing in the mean field.
-        refined[kept] = _mean_field(image, probabilities[kept], params, densecrf)
-        return refined
-    return _mean_field(image, probabilities, params, densecrf)
-
-
-def _mean_field(image: np.ndarray, probabilities: np.ndarray, params: CRFParams, densecrf: ModuleType) -> np.ndarray:
-    """:func:`dense_crf` on inputs that were checked."""
-    classes, height, width = probabilities.shape
-    likely = np.maximum(probabilities.reshape(classes, -1).astype(np.float32), MIN_PROBABILITY)
-    crf = densecrf.DenseCRF2D(width, height, classes)
-    crf.setUnaryEnergy(np.ascontiguousarray(-np.log(likely)))
-    crf.addPairwiseGaussian(
-        sxy=params.gaussian_sxy,
-        compat=params.gaussian_weight,
-        kernel=densecrf.DIAG_KERNEL,
-        normalization=densecrf.NORMALIZE_SYMMETRIC,
-    )
-    crf.addPairwiseBilateral(
-        sxy=params.bilateral_sxy,
-        srgb=params.bilateral_srgb,
-        rgbim=np.ascontiguousarray(image),
-        compat=params.bilateral_weight,
-        kernel=densecrf.DIAG_KERNEL,
-        normalization=densecrf.NORMALIZE_SYMMETRIC,
-    )
-    refined = crf.inference(params.iterations)  # C x H*W float32
-    return np.array(refined, dtype=np.float32).reshape(classes, height, width)
+        used = slice(None) if kept is None else np.flatnonzero(kept[i].cpu().numpy())
+        likely = probabilities[i, used].reshape(-1, height * width).astype(np.float32)
+        likely = np.maximum(likely, MIN_PROBABILITY)
+        crf = densecrf.DenseCRF2D(width, height, len(likely))
+        crf.setUnaryEnergy(np.ascontiguousarray(-np.log(likely)))
+        how = {"kernel": densecrf.DIAG_KERNEL, "normalization": densecrf.NORMALIZE_SYMMETRIC}
+        crf.addPairwiseGaussian(sxy=params.gaussian_sxy, compat=params.gaussian_weight, **how)
+        crf.addPairwiseBilateral(
+            sxy=params.bilateral_sxy,
+            srgb=params.bilateral_srgb,
+            rgbim=np.ascontiguousarray(image),
+            compat=params.bilateral_weight,
+            **how,
+        )
+        result = np.array(crf.inference(params.iterations), dtype=np.float32)  # C x H*W
+        refined[i, used] = torch.from_numpy(result).view(-1, height, width)
+    return refined
 
 
 def find_densecrf() -> ModuleType:
@@ -121,19 +202,29 @@ def find_densecrf() -> ModuleType:
     return densecrf
 
 
-def _check(image: np.ndarray, probabilities: np.ndarray) -> None:
-    if image.ndim != 3 or image.shape[2] != 3 or image.size == 0 or image.dtype != np.uint8:
+def _tensor(values: np.ndarray | Tensor) -> Tensor:
+    """The values as a tensor, which takes no reversed axis and no read-only memory."""
+    return values if isinstance(values, Tensor) else torch.from_numpy(np.require(values, requirements=["C", "W"]))
+
+
+def _check(images: Tensor, probabilities: Tensor) -> None:
+    shape = tuple(images.shape)
+    if images.ndim not in (3, 4) or shape[-1] != 3 or images.numel() == 0 or images.dtype != torch.uint8:
         raise ValueError(
-            f"the image of the CRF is {image.dtype} of shape {image.shape}; expected the raw uint8 picture of shape (H, W, 3)"
+            f"the image of the CRF is {images.dtype} of shape {shape}; expected the raw image, torch.uint8 or numpy.uint8, of "
+            "shape (H, W, 3)"
         )
-    floating = np.issubdtype(probabilities.dtype, np.floating)
-    if not floating or probabilities.shape[1:] != image.shape[:2] or len(probabilities) == 0:
+    found = tuple(probabilities.shape)
+    classes = found[-3] if len(found) == len(shape) else 0
+    if not probabilities.is_floating_point() or not classes or found != (*shape[:-3], classes, *shape[-3:-1]):
+        expected = ", ".join(map(str, (*shape[:-3], "C", *shape[-3:-1])))
         raise ValueError(
-            f"the probabilities of the CRF are {probabilities.dtype} of shape {probabilities.shape}; expected floating point "
-            f"of shape (C, {image.shape[0]}, {image.shape[1]})"
+            f"the probabilities of the CRF are {probabilities.dtype} of shape {found}; expected floating point of shape "
+            f"({expected})"
         )
-    low, high = float(probabilities.min()), float(probabilities.max())
-    if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # NaN fails both
-        raise ValueError(
-            f"the probabilities of the CRF lie in {low:.4g}..{high:.4g}; expected 0..1: give the softmax of the logits"
-        )
+    if probabilities.device.type == "cpu":
+        low, high = float(probabilities.min()), float(probabilities.max())
+        if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # NaN fails both
+            raise ValueError(
+                f"the probabilities of the CRF lie in {low:.4g}..{high:.4g}; expected 0..1: give the softmax of the logits"
+            )

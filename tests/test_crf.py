@@ -7,10 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deeplab.crf import CRFParams, CRFUnavailable, dense_crf
+from tests.helpers_devices import NoConstants
 
 ROOT = Path(__file__).resolve().parent.parent
+BACKENDS = ["pydensecrf", "torch"]
 
 
 def exact_mean_field(image, probabilities, params):
@@ -72,10 +78,11 @@ def from_labels(labels, classes, confidence):
     [({}, 0.05), ({"bilateral_weight": 0.0}, 0.05), ({"gaussian_weight": 0.0}, 0.005)],
     ids=["both", "gaussian", "bilateral"],
 )
-def test_one_iteration_agrees_with_the_exact_sums(image, settings, tolerance, seed):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_iteration_agrees_with_the_exact_sums(image, settings, tolerance, seed, backend):
     params = CRFParams(iterations=1, **settings)
     p = random_probabilities(np.random.default_rng(seed), 3, *image.shape[:2])
-    refined, exact = dense_crf(image, p, params), exact_mean_field(image, p, params)
+    refined, exact = dense_crf(image, p, params, backend=backend), exact_mean_field(image, p, params)
     assert refined.dtype == np.float32
     assert refined.shape == p.shape
     np.testing.assert_allclose(refined.sum(axis=0), 1, atol=1e-5)
@@ -190,16 +197,16 @@ def changed(value):
 @pytest.mark.parametrize(
     ("image", "probabilities", "message"),
     [
-        (IMAGE.transpose(2, 0, 1), UNIFORM, r"uint8 of shape \(3, 4, 6\); expected the raw uint8 picture of shape \(H, W, 3\)"),
+        (IMAGE.transpose(2, 0, 1), UNIFORM, r"uint8 of shape \(3, 4, 6\); expected the raw image.* of shape \(H, W, 3\)"),
         (IMAGE[:, :, 0], UNIFORM, r"of shape \(4, 6\)"),
         (np.zeros((4, 6, 4), np.uint8), UNIFORM, r"shape \(4, 6, 4\)"),
         (np.zeros((0, 6, 3), np.uint8), UNIFORM[:, :0], r"shape \(0, 6, 3\)"),
-        (IMAGE.astype(np.float32) - 104, UNIFORM, "image of the CRF is float32 of shape"),
+        (IMAGE.astype(np.float32) - 104, UNIFORM, "image of the CRF is torch.float32 of shape"),
         (IMAGE, UNIFORM.transpose(1, 2, 0), r"float32 of shape \(4, 6, 3\); expected floating point of shape \(C, 4, 6\)"),
         (IMAGE, UNIFORM[:, :3], r"shape \(3, 3, 6\)"),
         (IMAGE, UNIFORM[0], r"shape \(4, 6\)"),
         (IMAGE, UNIFORM[:0], r"shape \(0, 4, 6\)"),
-        (IMAGE, (UNIFORM * 255).astype(np.uint8), "probabilities of the CRF are uint8"),
+        (IMAGE, (UNIFORM * 255).astype(np.uint8), "probabilities of the CRF are torch.uint8"),
         (IMAGE, changed(np.nan), r"lie in nan\.\.nan"),
         (IMAGE, changed(np.inf), r"lie in 0\.3333\.\.inf"),
         (IMAGE, changed(-0.2), r"lie in -0\.2\.\.0\.3333; expected 0\.\.1"),
@@ -265,3 +272,152 @@ def test_pruning_leaves_out_what_is_nowhere_likely():
     assert dense_crf(image, border, prune=0.2499)[0].any()
     flat = np.full((4, 3, 3), 0.25, np.float32)
     assert dense_crf(image[:3, :3], flat, prune=0.5).argmax(0).max() == 0  # the likeliest class is always kept
+
+
+def photograph(rng, height, width):
+    """Smooth regions, edges and grain, as a camera makes them."""
+    coarse = torch.from_numpy(rng.random((1, 3, 5, 7)) * 255)
+    regions = torch.nn.functional.interpolate(coarse, (height, width), mode="nearest")
+    shading = torch.nn.functional.interpolate(coarse.flip(2), (height, width), mode="bilinear")
+    image = (0.7 * regions + 0.3 * shading)[0].permute(1, 2, 0).numpy() + rng.normal(0, 3, (height, width, 3))
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def blobs(rng, classes, height, width):
+    """What a net's softmax looks like: smooth logits."""
+    coarse = torch.from_numpy(rng.normal(0, 2.5, (1, classes, 5, 6)).astype(np.float32))
+    return torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear", align_corners=True).softmax(1)[0].numpy()
+
+
+def assert_equal_to_rounding(found, expected):
+    """Within 1e-4, as far as pydensecrf's own results move when its inputs move by 1e-7."""
+    assert found.dtype == expected.dtype
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    second, first = np.sort(np.concatenate([np.zeros_like(expected[:1]), expected]), axis=0)[-2:]
+    assert ((found.argmax(0) == expected.argmax(0)) | (first - second < 1e-4)).all()
+
+
+IMAGES = {
+    "photograph": lambda rng: photograph(rng, 97, 121),
+    "noise": lambda rng: rng.integers(0, 256, (38, 29, 3), dtype=np.uint8),
+    "dark": lambda rng: np.zeros((17, 22, 3), np.uint8),
+    "constant": lambda rng: np.full((24, 33, 3), 200, np.uint8),
+    "1x1": lambda rng: photograph(rng, 1, 1),
+    "31x1": lambda rng: photograph(rng, 31, 1),
+    "1x26": lambda rng: photograph(rng, 1, 26),
+}
+
+
+@pytest.mark.parametrize("classes", [1, 2, 11, 21, 150])
+@pytest.mark.parametrize("name", IMAGES)
+def test_torch_equals_pydensecrf(name, classes):
+    rng = np.random.default_rng(classes)
+    image = IMAGES[name](rng)
+    p = blobs(rng, classes, *image.shape[:2])
+    assert_equal_to_rounding(dense_crf(image, p, backend="torch"), dense_crf(image, p))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"iterations": 0},
+        {"iterations": 1},
+        {"iterations": 13},
+        {"gaussian_weight": 7.5},
+        {"gaussian_weight": 0.0},
+        {"gaussian_sxy": 3.7},
+        {"gaussian_sxy": 0.4},
+        {"bilateral_weight": 11.0},
+        {"bilateral_weight": 0.0},
+        {"bilateral_sxy": 3.0},
+        {"bilateral_sxy": 1000.0},
+        {"bilateral_srgb": 20.0},
+        {"bilateral_srgb": 0.9},
+    ],
+    ids=str,
+)
+def test_torch_equals_pydensecrf_at_other_settings(settings):
+    rng = np.random.default_rng(7)
+    image, p = photograph(rng, 45, 62), blobs(rng, 5, 45, 62)
+    params = CRFParams(**settings)
+    assert_equal_to_rounding(dense_crf(image, p, params, backend="torch"), dense_crf(image, p, params))
+
+
+def test_a_batch_is_its_images_one_by_one():
+    """With pruning, which leaves other classes out of each."""
+    rng = np.random.default_rng(38)
+    images = np.stack([photograph(rng, 21, 34) for _ in range(3)])
+    p = np.stack([blobs(rng, 7, 21, 34) for _ in range(3)])
+    p[0, 2] *= 1e-3
+    p[1, 4] *= 1e-3
+    p[:, 6] *= 1e-3
+    assert (p[0, 2].max(), p[0, 4].max()) < (0.01, 1)
+    for prune in (0.0, 0.01):
+        expected = np.stack([dense_crf(image, one, prune=prune) for image, one in zip(images, p, strict=True)])
+        for backend in BACKENDS:
+            refined = dense_crf(images, p, prune=prune, backend=backend)
+            for one, of_it in zip(refined, expected, strict=True):
+                assert_equal_to_rounding(one, of_it)
+            assert refined[0, 2].any() == (prune == 0)
+    tensors = dense_crf(torch.from_numpy(images), torch.from_numpy(p), prune=0.01)
+    assert isinstance(tensors, torch.Tensor)
+    np.testing.assert_array_equal(tensors, dense_crf(images, p, prune=0.01))
+
+
+def test_torch_gives_the_same_bits_on_one_thread_and_two():
+    rng = np.random.default_rng(9)
+    image, p = torch.from_numpy(photograph(rng, 90, 121)), torch.from_numpy(blobs(rng, 21, 90, 121))
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            results.append(dense_crf(image, p, backend="torch"))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operators that make the host wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name in ("aten::nonzero", "aten::_local_scalar_dense", "aten::masked_select", "aten::_unique2"):
+            self.names.append(func._schema.name)
+        result = func(*args, **(kwargs or {}))
+        if func._schema.name in ("aten::_to_copy", "aten::copy_"):
+            devices = {x.device.type for x in (*args, result) if isinstance(x, torch.Tensor)}
+            self.names += ["copy"] if len(devices) > 1 else []
+        return result
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_torch_waits_for_a_gpu_once_a_lattice(count):
+    """On fake CUDA tensors, whose values cannot come to the host."""
+    with FakeTensorMode(shape_env=ShapeEnv()), Waits() as waits, NoConstants("cuda"):
+        images = torch.zeros(count, 40, 55, 3, dtype=torch.uint8, device="cuda")
+        p = torch.zeros(count, 21, 40, 55, device="cuda")
+        refined = dense_crf(images, p, backend="torch")
+    assert (refined.device.type, refined.shape, refined.dtype) == ("cuda", p.shape, torch.float32)
+    assert waits.names == ["aten::nonzero"] * 2
+
+
+@pytest.mark.cuda
+def test_torch_on_a_gpu_equals_pydensecrf():
+    rng = np.random.default_rng(10)
+    image, p = photograph(rng, 97, 121), blobs(rng, 21, 97, 121)
+    on_gpu = [torch.from_numpy(array).cuda() for array in (image, p)]
+    refined = dense_crf(*on_gpu, backend="torch")
+    assert refined.is_cuda
+    assert_equal_to_rounding(refined.cpu().numpy(), dense_crf(image, p))
+    assert torch.equal(refined, dense_crf(*on_gpu, backend="torch"))
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="'cuda'; expected 'pydensecrf' or 'torch'"):
+        dense_crf(IMAGE, UNIFORM, backend="cuda")
