@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from deeplab import Net
     from deeplab.weights import Weights
+    from utils.evaluation.crf_device import DeviceCRF
     from utils.evaluation.crf_pool import CRFPool
     from utils.evaluation.images import Picture
     from utils.visualize import Classes
@@ -147,11 +148,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
 
     from utils import distributed
-    from utils.evaluation.crf_pool import open_pool
+    from utils.evaluation.crf_device import open_crf
     from utils.evaluation.predict import check_same_work, to_device
 
     with ExitStack() as stack:
-        pool = open_pool(args, stack)
+        pool = open_crf(args, stack)
         work = distributed.everywhere(lambda: open_work(args))
         pictures = [f"{source.name}{source.path.suffix}" for source in work.sources]
         check_same_work(work.options, work.device, work.weights, {"pictures": pictures})
@@ -216,7 +217,7 @@ def open_work(args: argparse.Namespace) -> Work:
     return Work(Options(vars(args)), sources, net, weights, device, Classes(names, make_palette(colors)), [*loaded, *lines])
 
 
-def segment(work: Work, sources: list[Source], pool: "CRFPool | None") -> list[str]:
+def segment(work: Work, sources: list[Source], pool: "CRFPool | DeviceCRF | None") -> list[str]:
     """Predict images and videos, and write what is asked for; why some could not be read."""
     from tqdm import tqdm
 

@@ -4,9 +4,12 @@ import io
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from scipy.io import savemat
 from scipy.sparse import csc_matrix
+
+from utils.evaluation.images import Sample
 
 SIZE = (48, 80)
 CITIES = {"train": ("aachen_000000_000019", "aachen_000001_000019", "bochum_000000_000313"),
@@ -85,3 +88,12 @@ def jpeg_bytes(image_id):
 def write(path, data):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
+
+
+def samples_with_logits(count: int) -> list[tuple[Sample, torch.Tensor]]:
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    sizes = [(9 + 8 * (i % 3), 33 - 8 * (i % 2)) for i in range(count)]
+    images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    logits = [torch.randn(4, size[0] // 8 + 1, size[1] // 8 + 1) for size in sizes]
+    return [(Sample(str(i), image, image[..., 0]), x) for i, (image, x) in enumerate(zip(images, logits))]

@@ -7,25 +7,14 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 from deeplab import dense_crf
 from deeplab.inference import enlarge
 from tests.helpers import ROOT, hear_ctrl_c
+from tests.helpers_data import samples_with_logits as pictures
 from utils.command import UserError
 from utils.evaluation.crf_pool import CRFPool
-from utils.evaluation.images import Sample
-
-
-def pictures(count: int) -> list[tuple[Sample, torch.Tensor]]:
-    rng = np.random.default_rng(0)
-    torch.manual_seed(0)
-    sizes = [(9 + 8 * (i % 3), 33 - 8 * (i % 2)) for i in range(count)]
-    images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
-    logits = [torch.randn(4, size[0] // 8 + 1, size[1] // 8 + 1) for size in sizes]
-    return [(Sample(str(i), image, image[..., 0]), x) for i, (image, x) in enumerate(zip(images, logits))]
 
 
 def test_pictures_come_back_in_order_and_are_taken_as_they_are_needed():

@@ -2,8 +2,10 @@
 
 import os
 import sys
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from utils.command import UserError, put
 from utils.distributed import is_main, rank, world_size
@@ -98,3 +100,17 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
     """The context of ``--amp``: ``"off"`` (float32), ``"bf16"`` or ``"fp16"``."""
     dtype = torch.float16 if amp == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype=dtype, enabled=amp != "off")
+
+
+def to_host(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy a tensor to the host; what is returned waits until it is there, and for nothing that came later."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu
+    copy, there = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
+    there.record()
+
+    def wait() -> Tensor:
+        there.synchronize()
+        return copy
+
+    return wait

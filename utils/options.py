@@ -132,6 +132,13 @@ def add_prediction_options(parser: Any) -> None:
     text = "refine with the dense CRF; evaluate.py reports the scores before and after"
     parser.add_argument("--crf", action="store_true", help=text)
     parser.add_argument(
+        "--crf-backend",
+        choices=("auto", "pydensecrf", "torch"),
+        default="auto",
+        help="pydensecrf computes the CRF in processes, torch on the device of the net; both give the same to rounding "
+        "(default: auto, torch on a GPU, whose first image is compared with pydensecrf's)",
+    )
+    parser.add_argument(
         "--crf-workers",
         type=positive,
         default=default_processes(32),

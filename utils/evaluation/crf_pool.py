@@ -3,11 +3,9 @@
 import ctypes
 import multiprocessing
 import sys
-from argparse import Namespace
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
@@ -17,7 +15,6 @@ from torch import Tensor
 
 from deeplab.crf import dense_crf, find_densecrf
 from deeplab.inference import OUTPUT_STRIDE, enlarge_rows
-from utils import distributed
 from utils.command import UserError
 from utils.evaluation.images import AnyPicture, Picture
 from utils.processes import start_helper
@@ -57,6 +54,8 @@ class CRFPool:
     Raises:
         CRFUnavailable: pydensecrf is not installed.
     """
+
+    on_host = True
 
     def __init__(self, workers: int, prune: float = 0.0, stride: int = OUTPUT_STRIDE) -> None:
         find_densecrf()
@@ -118,21 +117,6 @@ class CRFPool:
             raise UserError(f"a process of the CRF was killed at picture {picture.id}; {advice}") from None
         finally:
             self.idle.put(connection)
-
-
-def open_pool(args: Namespace, stack: ExitStack) -> CRFPool | None:
-    """Join the other processes, once the pool of ``--crf`` is open: forked, its processes are copies of a still small one.
-
-    Args:
-        stack: ends the pool.
-    """
-
-    def make() -> CRFPool | None:
-        if not args.crf:
-            return None
-        return stack.enter_context(CRFPool(args.crf_workers, args.crf_prune, logits_stride(args.window)))
-
-    return distributed.start(make)
 
 
 def logits_stride(window: tuple[int, int] | None) -> int:

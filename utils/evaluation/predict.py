@@ -19,7 +19,8 @@ from deeplab.inference import NO_CLASS, OVERLAP, enlarge_to_classes, predict_gri
 from deeplab.weights import Weights, build_net, load_weights
 from utils import distributed
 from utils.command import UserError
-from utils.device import autocast, check_compiler, select_device
+from utils.device import autocast, check_compiler, select_device, to_host
+from utils.evaluation.crf_device import DeviceCRF
 from utils.evaluation.crf_pool import CRFPool, logits_stride
 from utils.evaluation.images import AnyPicture, group_by_canvas
 from utils.options import TRAINED_WEIGHTS, Options, shared_options
@@ -108,7 +109,7 @@ def predictions(
     pictures: Iterable[AnyPicture],
     device: torch.device,
     *,
-    pool: CRFPool | None = None,
+    pool: CRFPool | DeviceCRF | None = None,
     **options: Any,
 ) -> Iterator[AnyPicture]:
     """The one prediction loop: evaluation, validation, submission and scripts/predict.py go over what it yields.
@@ -132,7 +133,10 @@ def predictions(
         UserError: an image does not fit ``canvas``.
         NotFinite: the net's logits are not finite.
     """
-    predicted = _predicted(net, pictures, device, crf=pool is not None, **options)
+    logits_to: Callable[[Tensor], Callable[[], Tensor]] | None = None
+    if pool:
+        logits_to = to_host if pool.on_host else lambda logits: lambda: logits
+    predicted = _predicted(net, pictures, device, logits_to=logits_to, **options)
     if pool:
         pairs = pool.refine((picture, picture.logits) for picture in predicted)
     else:
@@ -147,14 +151,14 @@ def _predicted(
     pictures: Iterable[AnyPicture],
     device: torch.device,
     *,
-    crf: bool,
+    logits_to: Callable[[Tensor], Callable[[], Tensor]] | None,
     batch_size: int = 1,
     canvas: tuple[int, int] | None = None,
     window: tuple[int, int] | None = None,
     keep_logits: bool = False,
     **options: Any,
 ) -> Iterator[AnyPicture]:
-    """:func:`predictions` up to the CRF, for which the logits come on the host."""
+    """:func:`predictions` up to the CRF, for which ``logits_to`` brings the logits to where it computes."""
     stride = logits_stride(window)
     ahead: deque[tuple[AnyPicture, Callable[[], Tensor], Callable[[], Tensor] | None]] = deque()  # on the way to the host
     for group, size in group_by_canvas(pictures, canvas, batch_size, stride):
@@ -163,7 +167,7 @@ def _predicted(
             picture.classes = enlarge_to_classes(logits, picture.image.shape[:2], stride)
             if keep_logits:
                 picture.logits = logits
-            ahead.append((picture, to_host(picture.classes), to_host(logits) if crf else None))
+            ahead.append((picture, to_host(picture.classes), logits_to(logits) if logits_to else None))
             if len(ahead) > batch_size:
                 yield arrived(*ahead.popleft())
     yield from (arrived(*entry) for entry in ahead)
@@ -216,17 +220,3 @@ def predict_batch(
         if window:
             return predict_windows(net, batch, window, overlap, scales, mirror, fuse)
         return predict_grid(net, batch, scales, mirror, fuse).float()
-
-
-def to_host(tensor: Tensor) -> Callable[[], Tensor]:
-    """Begin to copy a tensor to the host; what is returned waits until it is there, and for nothing that came later."""
-    if tensor.device.type != "cuda":
-        return tensor.cpu
-    copy, there = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
-    there.record()
-
-    def wait() -> Tensor:
-        there.synchronize()
-        return copy
-
-    return wait

@@ -20,7 +20,7 @@ from utils.checkpoint import dataset_of
 from utils.command import UserError, shown
 from utils.data import open_dataset, other_dataset, what_is_compared
 from utils.evaluation.comparison import open_other
-from utils.evaluation.crf_pool import open_pool
+from utils.evaluation.crf_device import open_crf
 from utils.evaluation.images import Sample
 from utils.evaluation.options import settled
 from utils.evaluation.predict import check_same_work, open_trained_net, prediction_options, snapshot_colors, to_device
@@ -37,7 +37,7 @@ from utils.visualize import Classes, class_names, make_palette, save_panel, save
 def run(args: Namespace) -> int:
     """Evaluate as ``args`` say (see :mod:`utils.evaluation.options`), print the scores and save what was asked for."""
     with ExitStack() as stack:
-        pool = open_pool(args, stack)
+        pool = open_crf(args, stack)
         options, net, weights, device, data, data_list, classes, lines = distributed.everywhere(lambda: open_work(args))
         check_same_work(options, device, weights, what_is_compared(data))
         # Nobody writes before all have looked.

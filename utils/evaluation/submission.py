@@ -20,7 +20,7 @@ from deeplab.weights import Weights
 from utils import distributed
 from utils.command import UserError
 from utils.data import list_of
-from utils.evaluation.crf_pool import open_pool
+from utils.evaluation.crf_device import open_crf
 from utils.evaluation.images import Pictures, reading
 from utils.evaluation.options import settled
 from utils.evaluation.predict import check_same_work, open_trained_net, prediction_options, predictions, to_device
@@ -39,7 +39,7 @@ def run(args: Namespace) -> int:
     """
     path = Path(args.submission)
     with ExitStack() as stack:
-        pool = open_pool(args, stack)
+        pool = open_crf(args, stack)
         work = distributed.everywhere(lambda: open_work(args, path))
         options, net, weights, device, server, data_list, files, lines = work
         check_same_work(options, device, weights, {"pictures": [f"{id} {file.name}" for id, file in files.items()]})
