@@ -18,6 +18,7 @@ need neither a hash table nor vectors of integers.
 """
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LIMIT = 2**63 - 1  # of a packed vertex
-CPU_VALUES = 2**18  # values a product writes at once on a CPU: a larger result would be new memory, slowly mapped, each time
+CPU_VALUES = 2**18  # that a product writes at once on a CPU
 
 
 class Lattice:
@@ -75,6 +76,7 @@ class Lattice:
         real = point < points
         row = torch.where(real, order % (sets * padded) // padded * points + point, 0)
         self.vertices = count
+        self._tables: dict[int, Tensor] = {}
         self._points = sets * points
         self._splat_rows = row.int()
         # One vertex more than there are is none of them: nothing is added to it, and it stands where a neighbour is missing.
@@ -93,11 +95,31 @@ class Lattice:
         self._blur_weights = self._blur_weights.flatten()
 
     def __call__(self, values: Tensor) -> Tensor:
-        """Filter ``values`` (B * N, C) float32; returns the same shape."""
-        table = _product(self._splat_rows, self._splat_starts, self._splat_weights, values)
-        for rows in self._blur_rows:
-            table = _product(rows, self._blur_starts, self._blur_weights, table)
-        return _product(self._slice_rows, self._slice_starts, self._slice_weights, table)
+        """Filter ``values`` (B * N, C) float32; returns the same shape, on a CPU in memory that the next call uses again."""
+        table = self._product(0, self._splat_rows, self._splat_starts, self._splat_weights, values)
+        for axis, rows in enumerate(self._blur_rows):
+            table = self._product((axis + 1) % 2, rows, self._blur_starts, self._blur_weights, table)
+        return self._product(2, self._slice_rows, self._slice_starts, self._slice_weights, table)
+
+    def _product(self, place: int, rows: Tensor, starts: Tensor, weights: Tensor, table: Tensor) -> Tensor:
+        """The sparse product sum_k weights[k] * table[rows[k]] over starts[i] <= k < starts[i + 1], for each i.
+
+        On a CPU it is written by blocks into one of three tables, since large memory is mapped anew, and slowly, each time that
+        it is asked for.
+        """
+        count = starts.shape[0] - 1
+        product = partial(F.embedding_bag, mode="sum", include_last_offset=True)
+        if table.device.type != "cpu":
+            return product(rows, table, starts, per_sample_weights=weights)
+        result = self._tables.get(place)
+        if result is None or result.shape[1] != table.shape[1]:
+            result = self._tables[place] = table.new_empty(count, table.shape[1])
+        size = max(1, CPU_VALUES // table.shape[1])
+        for first in range(0, count, size):
+            part = starts[first : first + size + 1]
+            a, b = int(part[0]), int(part[-1])
+            result[first : first + size] = product(rows[a:b], table, part - a, per_sample_weights=weights[a:b])
+        return result
 
     def normalise(self, weight: float) -> "Lattice":
         """Make the filter k_ij into weight * k_ij / sqrt(n_i n_j), n_i = sum_j k_ij, at no cost per call."""
@@ -174,19 +196,3 @@ def _neighbours(unique: Tensor, step: int, count: int) -> Tensor:
     after = torch.where(found, after, count)
     before = torch.full((count + 1,), count, device=unique.device).scatter_(0, after, here)[:count]
     return torch.stack([here, after, before], 1).flatten().int()
-
-
-def _product(rows: Tensor, starts: Tensor, weights: Tensor, table: Tensor) -> Tensor:
-    """The sparse product sum_k weights[k] * table[rows[k]] over starts[i] <= k < starts[i + 1], for each i."""
-    count = starts.shape[0] - 1
-    if table.device.type != "cpu" or count * table.shape[1] <= CPU_VALUES:
-        return F.embedding_bag(rows, table, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
-    result = table.new_empty(count, table.shape[1])
-    size = CPU_VALUES // table.shape[1]
-    for first in range(0, count, size):
-        part = starts[first : first + size + 1]
-        a, b = int(part[0]), int(part[-1])
-        result[first : first + size] = F.embedding_bag(
-            rows[a:b], table, part - a, mode="sum", per_sample_weights=weights[a:b], include_last_offset=True
-        )
-    return result

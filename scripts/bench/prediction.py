@@ -1,6 +1,7 @@
 """The parts after training: evaluation, from disk to the confusion matrix, and the dense CRF."""
 
 import itertools
+import timeit
 from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -10,12 +11,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.benchmark import timer
 
-from deeplab import fold_batch_norm
-from deeplab.inference import canvas_size
+from deeplab import CRFParams, dense_crf, fold_batch_norm
+from deeplab.inference import canvas_size, enlarge
 from scripts.bench import reference
 from scripts.bench.inputs import open_images, our_modes, random_net, reference_net
 from scripts.bench.measure import Row, Runner, Table
+from utils.evaluation.crf_device import DeviceCRF
 from utils.evaluation.crf_pool import CRFPool
 from utils.evaluation.images import Sample, Samples
 from utils.evaluation.predict import to_device
@@ -71,6 +74,21 @@ def crf_inputs(args: Namespace, count: int) -> list[tuple[Sample, Tensor]]:
     return inputs
 
 
+def torch_parts(sample: Sample, logits: Tensor, device: torch.device) -> Iterator[str]:
+    """How the time of an image's CRF in torch is shared out, and how far it is from pydensecrf's."""
+    image = torch.from_numpy(sample.image).to(device)
+    probabilities = enlarge(logits[None].to(device), image.shape[:2])[0].softmax(dim=0)
+    seconds = {}
+    for iterations in (1, 11):
+        run = partial(dense_crf, image, probabilities, CRFParams(iterations), backend="torch")
+        run()
+        seconds[iterations] = timeit.Timer(run, timer=timer).timeit(1)
+    each = (seconds[11] - seconds[1]) / 10
+    apart = (dense_crf(image, probabilities) - dense_crf(image, probabilities, backend="torch")).abs().max()
+    yield f"torch, an image: lattices {1000 * (seconds[1] - each):.0f} ms, an iteration {1000 * each:.1f} ms"
+    yield f"torch and pydensecrf: the largest difference of a probability is {float(apart):.1e}"
+
+
 def crf(args: Namespace, device: torch.device) -> Table:
     """The dense CRF on one process and on all cores, ours and the reference on as many."""
     processes = sorted({1, default_processes(32)})
@@ -94,6 +112,17 @@ def crf(args: Namespace, device: torch.device) -> Table:
 
         return Runner(run, close=pool.close)
 
+    def on_device(name: str) -> Runner:
+        refine = DeviceCRF(args.batch_size if device.type == "cuda" else 1).refine
+
+        def run() -> None:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)  # one core, on a CPU
+            results[name] = [prediction for _, prediction in refine((sample, x.to(device)) for sample, x in inputs)]
+            torch.set_num_threads(threads)
+
+        return Runner(run)
+
     rows = []
     for workers in processes:
         where = f"{workers} process{'es' * (workers > 1)}"
@@ -103,6 +132,9 @@ def crf(args: Namespace, device: torch.device) -> Table:
             name = f"ours, {where}" + f" --crf-prune {prune}" * (prune > 0)
             rows.append(Row(name, partial(ours, name, workers, prune), len(inputs), base=base))
 
+    name = f"ours --crf-backend torch, {'one core' if device.type == 'cpu' else device.type}"
+    rows.append(Row(name, partial(on_device, name), len(inputs), base=rows[0].name))
+
     def remarks(entries: dict[str, dict]) -> Iterator[str]:
         expected = np.concatenate([classes.flatten() for classes in results[rows[0].name]])
         for name, entry in entries.items():
@@ -110,6 +142,7 @@ def crf(args: Namespace, device: torch.device) -> Table:
             entry["agreement"] = float(np.mean(found == expected))
             yield f"{name}: the class of the reference at {100 * entry['agreement']:.3f} % of the pixels"
         yield "x ref: of the reference on as many processes; the probabilities are made up"
+        yield from torch_parts(*inputs[0], device)
 
     title = f"dense CRF: {len(inputs)} images, {args.num_classes} classes, 10 iterations"
     return Table(title, rows, nets=False, repeats=args.crf_repeats, remarks=remarks)
