@@ -92,6 +92,9 @@ def test_part(name, small, tmp_path, capsys):
         assert rows["reference, 2 processes"]["speedup"] == 1
         assert agreement[0] == 1
         assert min(agreement) > 0.99
+        on_device = rows["ours --crf-backend torch, one core"]
+        assert 0 < on_device["iteration_s"] < on_device["lattices_s"] + 10 * on_device["iteration_s"] < 60
+        assert on_device["difference"] < 1e-3
 
 
 def test_processes_of_the_reference_start_in_any_way(small, tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ TESTS = {
 # (options, parts) of each run of the benchmark; on a CPU in float32 alone
 RUNS = {
     "cuda": [
-        ("", ["train", "msc", "evaluate", "data"]),
+        ("", ["train", "msc", "evaluate", "data", "crf"]),
         (" --amp bf16", ["train", "msc", "evaluate"]),
         (" --amp fp16", ["train", "msc", "evaluate"]),
         (" --amp bf16 --compile", ["train", "msc"]),
@@ -86,6 +86,9 @@ class Check:
             command = ["scripts/benchmark.py", *parts, *common, *options.split(), *less, "--json", str(file)]
             if self.run(f"benchmark{options}", command):
                 for part, entry in json.loads(file.read_text())["parts"].items():
+                    if part == "crf":  # pydensecrf on all cores, and torch
+                        self.table |= {f"crf, {name}": described(row) for name, row in entry["rows"].items() if "ours" in name}
+                        continue
                     row = entry["rows"].get(f"ours{options}") or entry["rows"]["ours, 1 worker"]
                     self.table[f"{part}{options}"] = described(row)
 
@@ -198,7 +201,8 @@ def utilisation() -> Iterator[list[float]]:
 
 def described(row: dict[str, Any]) -> str:
     text = f"{row['items_per_s']:.1f} images/s, {row['speedup']:.2f}x the reference"
-    return text + (f", {row['gemm_ratio']:.2f} of GEMM" if "gemm_ratio" in row else "")
+    text += f", {row['gemm_ratio']:.2f} of GEMM" if "gemm_ratio" in row else ""
+    return text + (f", {row['difference']:.1e} from pydensecrf" if "difference" in row else "")
 
 
 def card() -> str:

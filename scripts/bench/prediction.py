@@ -74,8 +74,8 @@ def crf_inputs(args: Namespace, count: int) -> list[tuple[Sample, Tensor]]:
     return inputs
 
 
-def torch_parts(sample: Sample, logits: Tensor, device: torch.device) -> Iterator[str]:
-    """How the time of an image's CRF in torch is shared out, and how far it is from pydensecrf's."""
+def torch_parts(sample: Sample, logits: Tensor, device: torch.device) -> dict[str, float]:
+    """How the time of an image's CRF in torch is shared out, in seconds, and how far a probability is from pydensecrf's."""
     image = torch.from_numpy(sample.image).to(device)
     probabilities = enlarge(logits[None].to(device), image.shape[:2])[0].softmax(dim=0)
     seconds = {}
@@ -85,8 +85,7 @@ def torch_parts(sample: Sample, logits: Tensor, device: torch.device) -> Iterato
         seconds[iterations] = timeit.Timer(run, timer=timer).timeit(1)
     each = (seconds[11] - seconds[1]) / 10
     apart = (dense_crf(image, probabilities) - dense_crf(image, probabilities, backend="torch")).abs().max()
-    yield f"torch, an image: lattices {1000 * (seconds[1] - each):.0f} ms, an iteration {1000 * each:.1f} ms"
-    yield f"torch and pydensecrf: the largest difference of a probability is {float(apart):.1e}"
+    return {"lattices_s": seconds[1] - each, "iteration_s": each, "difference": float(apart)}
 
 
 def crf(args: Namespace, device: torch.device) -> Table:
@@ -142,7 +141,10 @@ def crf(args: Namespace, device: torch.device) -> Table:
             entry["agreement"] = float(np.mean(found == expected))
             yield f"{name}: the class of the reference at {100 * entry['agreement']:.3f} % of the pixels"
         yield "x ref: of the reference on as many processes; the probabilities are made up"
-        yield from torch_parts(*inputs[0], device)
+        parts = torch_parts(*inputs[0], device)
+        entries[rows[-1].name].update(parts)
+        yield f"torch, per image: lattices {1000 * parts['lattices_s']:.0f} ms, {1000 * parts['iteration_s']:.1f} ms per iteration"
+        yield f"torch and pydensecrf: the largest difference of a probability is {parts['difference']:.1e}"
 
     title = f"dense CRF: {len(inputs)} images, {args.num_classes} classes, 10 iterations"
     return Table(title, rows, nets=False, repeats=args.crf_repeats, remarks=remarks)
