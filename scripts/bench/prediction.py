@@ -143,7 +143,8 @@ def crf(args: Namespace, device: torch.device) -> Table:
         yield "x ref: of the reference on as many processes; the probabilities are made up"
         parts = torch_parts(*inputs[0], device)
         entries[rows[-1].name].update(parts)
-        yield f"torch, per image: lattices {1000 * parts['lattices_s']:.0f} ms, {1000 * parts['iteration_s']:.1f} ms per iteration"
+        lattices, iteration = 1000 * parts["lattices_s"], 1000 * parts["iteration_s"]
+        yield f"torch, per image: lattices {lattices:.0f} ms, an iteration {iteration:.1f} ms"
         yield f"torch and pydensecrf: the largest difference of a probability is {parts['difference']:.1e}"
 
     title = f"dense CRF: {len(inputs)} images, {args.num_classes} classes, 10 iterations"
