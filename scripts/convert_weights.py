@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.argtypes import Parser
 from utils.command import UserError, run_command
-from utils.options import add_abn_option
+from utils.options import add_file_options
 
 SCHEMES = ("snapshot", "published", "kazuto", "torchvision-trunk", "safetensors")
 TRUNKS = ("auto", "torchvision", "caffe", "rgb-1x1", "bgr-3x3")
@@ -45,7 +45,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--trunk", choices=TRUNKS, default="auto", help="what a ResNet is taken for (default: what its first layer tells)"
     )
-    add_abn_option(parser)
+    add_file_options(parser)
     parser.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
     args = parser.parse_args(argv)
     args.to = args.to or ("safetensors" if args.target.suffix == ".safetensors" else "snapshot")
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     check_target(args.source, args.target, args.to, args.force)
     from deeplab.weights import export, load_weights
 
-    weights = load_weights(args.source, args.trunk, args.abn)
+    weights = load_weights(args.source, args.trunk, args.abn, args.atrous_rates)
     print(*weights.lines(), sep="\n")
     content = export(weights, args.to)
     meta = snapshot_meta(content["meta"] if args.to == "snapshot" else export(weights, "snapshot")["meta"], args)
@@ -92,7 +92,7 @@ def snapshot_meta(meta: dict, args: argparse.Namespace) -> dict:
     from dataset import MEAN_BGR
     from deeplab.weights import VERSION
 
-    asked = {"trunk": args.trunk, "abn": args.abn}
+    asked = {"trunk": args.trunk, "abn": args.abn, "atrous_rates": args.atrous_rates}
     return {"classes": None, "mean": list(MEAN_BGR), "step": 0, "args": asked, "version": VERSION} | meta
 
 

@@ -5,7 +5,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import Bottleneck, ResNet
+from torchvision.models.segmentation.deeplabv3 import DeepLabHead, DeepLabV3
+from torchvision.models.segmentation.fcn import FCN, FCNHead
 
 MEAN_BGR = (104.00698793, 116.66876762, 122.67891434)
 MEAN_RGB, STD_RGB = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -95,10 +98,69 @@ class SemsegPSPNet(nn.Module):
         )
         trained(self, self)
 
+    def stem(self, rgb: Tensor, our_border: bool) -> Tensor:
+        return self.layer0[1:](first_layer(self.layer0[0], rgb, our_border))
+
     def forward(self, rgb: Tensor, our_border: bool = False) -> tuple[Tensor, Tensor]:
         """(N, 3, H, W) of 0..255 -> the logits of both heads at an eighth of the size."""
-        x = first_layer(self.layer0[0], rgb, our_border)
-        third = self.layer3(self.layer2(self.layer1(self.layer0[1:](x))))
+        third = self.layer3(self.layer2(self.layer1(self.stem(rgb, our_border))))
         x = self.layer4(third)
         pooled = [F.interpolate(part(x), x.shape[2:], mode="bilinear", align_corners=True) for part in self.ppm.features]
         return self.cls(torch.cat([x, *pooled], 1)), self.aux(third)
+
+
+def conv_bn_relu(given: int, channels: int, size: int = 1) -> list[nn.Module]:
+    return [nn.Conv2d(given, channels, size, padding=size // 2, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
+
+
+def aspp(width: int = 8) -> nn.Module:
+    """torchvision's names of the branches, of their own width."""
+    module = nn.Module()
+    module.convs = nn.ModuleList(nn.Sequential(*conv_bn_relu(2048, width)) for _ in range(4))
+    module.convs.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), *conv_bn_relu(2048, width)))
+    module.project = nn.Sequential(*conv_bn_relu(5 * width, width))
+    return module
+
+
+def over_torchvision(name: str) -> nn.Module:
+    """A segmentation net over torchvision's ResNet at output stride 8, ``net.backbone``, with the dilations that it has."""
+    backbone = resnet(replace_stride_with_dilation=[False, True, True])
+    if name.startswith("torchvision"):
+        layers = IntermediateLayerGetter(backbone, {"layer4": "out", "layer3": "aux"})
+        of = {"torchvision DeepLabv3": (DeepLabV3, DeepLabHead), "torchvision FCN": (FCN, FCNHead)}
+        kind, head = of[name]
+        net = kind(layers, head(2048, CLASSES), FCNHead(1024, CLASSES))
+    else:
+        del backbone.fc
+        net = nn.Module()
+        net.backbone, end = backbone, [*conv_bn_relu(8, 8, 3), nn.Conv2d(8, CLASSES, 1)]
+        if name == "VainF DeepLabv3":
+            net.classifier = nn.Module()
+            net.classifier.classifier = nn.Sequential(aspp(), *end)
+        elif name == "VainF DeepLabv3+":
+            net.classifier = nn.Module()
+            net.classifier.project, net.classifier.aspp = nn.Sequential(*conv_bn_relu(256, 48)), aspp()
+            net.classifier.classifier = nn.Sequential(*end)
+        else:
+            for block, dilation in (*((block, 2) for block in backbone.layer3), *zip(backbone.layer4, (4, 8, 16))):
+                block.conv2.dilation = block.conv2.padding = (dilation, dilation)
+            net.aspp, net.decoder = nn.Module(), nn.Module()
+            for n in range(1, 5):
+                branch = nn.Module()
+                branch.atrous_conv, branch.bn = nn.Conv2d(2048, 8, 3, bias=False), nn.BatchNorm2d(8)
+                setattr(net.aspp, f"aspp{n}", branch)
+            net.aspp.global_avg_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), *conv_bn_relu(2048, 8))
+            net.aspp.conv1, net.aspp.bn1 = nn.Conv2d(40, 8, 1, bias=False), nn.BatchNorm2d(8)
+            net.decoder.conv1, net.decoder.bn1 = nn.Conv2d(256, 48, 1, bias=False), nn.BatchNorm2d(48)
+            net.decoder.last_conv = nn.Sequential(nn.Conv2d(56, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+    trained(net, lambda rgb: features(net.backbone, rgb))
+    return net
+
+
+def features(backbone: nn.Module, rgb: Tensor, our_border: bool = False) -> Tensor:
+    """What stage 4 gives."""
+    x = F.relu(backbone.bn1(first_layer(backbone.conv1, rgb, our_border)))
+    x = F.max_pool2d(x, 3, 2, 1)
+    for stage in (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4):
+        x = stage(x)
+    return x
