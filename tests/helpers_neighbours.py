@@ -39,6 +39,8 @@ def trained(net: nn.Module, forward: Callable[[Tensor], object]) -> None:
             nn.init.normal_(module.bias, std=0.5)
     forward(picture(65, 57, count=3))
     net.eval()
+    for tensor in net.state_dict().values():
+        tensor.copy_(tensor.float())  # as they are saved
 
 
 def normalised(rgb: Tensor) -> Tensor:

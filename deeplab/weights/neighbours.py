@@ -34,7 +34,7 @@ jfzhang95/pytorch-deeplab-xception.
 _ITS_RESNET = "to start from its ResNet, save what is under {} alone, without that, and give --trunk torchvision"
 _REFUSED = (  # what a key begins with after a dot, or at its start -> what the file is
     (
-        r"\w+_mask$",
+        r"(weight|bias)_mask$",
         "it is a pruned net (torch.nn.utils.prune): it holds {}; call prune.remove(layer, 'weight') for each of its layers and "
         "save the state_dict() again",
     ),
@@ -105,7 +105,8 @@ def trunk_of_another_net(state: Mapping[str, Tensor]) -> Weights | None:
     """The ResNet of a segmentation net that has torchvision's; None for other nets."""
     block = "backbone.layer1.0.conv1.weight"
     prefix = next((key.removesuffix(block) for key in state if key.endswith(block)), "")
-    marks = {mark for mark in _OVER_TORCHVISION if all(f"{prefix}{key}" in state for key in (block, *mark))}
+    needed = (block, "backbone.layer4.0.conv1.weight")  # HRNet has the first as well
+    marks = {mark for mark in _OVER_TORCHVISION if all(f"{prefix}{key}" in state for key in (*needed, *mark))}
     if not marks:
         return None
     title, difference = _OVER_TORCHVISION[marks.pop()]
@@ -140,13 +141,16 @@ def settle_semseg(weights: Weights, source: Mapping[str, Tensor]) -> None:
         weights.skipped |= {key: OTHER_HEAD for key in source if not key.startswith("layer")}
         for key in filter(IN_HEAD.match, list(state)):
             del state[key]
-        weights.notes.append(f"the head of another net ({some(foreign)}) is left out: only the trunk is used")
+        head = f"the head of another net ({some(foreign)}) is left out: only the trunk is used"
+        weights.notes.append(head if foreign else "a trunk without a whole head")
         return
-    weights.config |= {"negative_slope": 0.0}
+    weights.config["negative_slope"] = 0.0
     join, auxiliary = state.get("head.0.bottleneck.0.weight"), state.get("dsn.0.weight")
-    if join is not None and join.ndim == 4:
-        state["head.0.bottleneck.0.weight"] = join.roll(4 * FEATURES - join.shape[1], dims=1)
-    if auxiliary is not None and auxiliary.ndim == 4:
+    if join is not None and join.shape == (FEATURES, 2048 + 4 * FEATURES, 3, 3):  # another shape is refused later
+        join = state["head.0.bottleneck.0.weight"] = join.float().contiguous()
+        for kernel in join:  # in place: what torch maps of a file is a copy of its own
+            kernel.copy_(kernel.roll(4 * FEATURES, dims=0))
+    if auxiliary is not None and auxiliary.ndim == 4 and auxiliary.shape[0] <= FEATURES:
         state["dsn.0.bias"] = torch.zeros(auxiliary.shape[0])
         weights.config["auxiliary_channels"] = auxiliary.shape[0]
     weights.notes.append("its heads end in ReLU; its pool rounds down, which is the same for sides of 8k + 1")

@@ -28,9 +28,10 @@ def picture_variance(state: Mapping[str, Tensor]) -> float:
     to speak of) do not count. Files that fold the statistics into weight and bias (a variance of 1 everywhere, as Detectron's
     have) are judged as if each answer had the usual gain. NaN where the first layer is not whole.
     """
-    count = state["conv1.weight"].shape[:1]
-    whole = all(key in state and state[key].shape == count for key in ("bn1.weight", "bn1.running_mean", "bn1.running_var"))
-    if not whole or not 1 <= count[0] <= 64:
+    shape = state["conv1.weight"].shape if "conv1.weight" in state else (0,)
+    whole = 1 <= shape[0] <= 64 and shape[1:] in ((3, 7, 7), (3, 3, 3))
+    norm = (state.get(f"bn1.{leaf}") for leaf in ("weight", "running_mean", "running_var"))
+    if not whole or any(values is None or values.shape != shape[:1] for values in norm):
         return math.nan
     energy = state["conv1.weight"].double().pow(2).sum((1, 2, 3))
     variance = state["bn1.running_var"].double()
