@@ -128,9 +128,9 @@ def _archive_kind(path: Path, kind: str) -> str:
             with tarfile.open(path, "r:") as archive:
                 names = archive.getnames()
     except Exception as error:
-        if kind == "zip" and not zipfile.is_zipfile(path) and _starts_as_torch(path):
+        if str(error) == "File is not a zip file" and _starts_as_torch(path):  # there is no directory at its end
             raise WeightsError(
-                "it is a torch file whose end is missing: torch.save, or copying, broke off; save or fetch it again"
+                "it is a torch file whose end is missing: torch.save, or a copy, broke off; save, fetch or copy it again"
             ) from None
         raise WeightsError(damaged(error)) from None
     if kind == "zip":
