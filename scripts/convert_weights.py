@@ -20,6 +20,7 @@ and for resnet18 and 34, and for larger ones with the stride in the 3x3 convolut
 
 ``--trunk`` overrides what a ResNet under torchvision's names is taken for; by default its numbers tell. One under another
 net's head, of which only the trunk is used, wants it, since they do not tell where the stride of its stages sits.
+``--atrous-rates 6,12`` keeps the first two of a head's four branches, for weights that were trained with those alone.
 """
 
 import argparse

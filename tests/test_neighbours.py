@@ -65,16 +65,15 @@ def test_a_snapshot_of_semsegs_pspnet_records_what_it_is(semseg, tmp_path):
     path, rgb = save(tmp_path / "semseg.pth", content), picture(*SIZE)
     with torch.no_grad():
         expected = source(rgb, our_border=True)[0]
-        for target in (tmp_path / "ours.pth", tmp_path / "ours.safetensors"):
-            assert convert_weights.main([str(path), str(target)]) == 0
-            net = load_net(target)
-            assert (net.config["negative_slope"], net.config["auxiliary_channels"]) == (0.0, 256)
-            assert difference(net(mean_subtracted(rgb)), expected) < 1e-5
-    bare = load_net(save(tmp_path / "bare.pth", net.state_dict()))  # whose metadata say it
+        assert convert_weights.main([str(path), str(tmp_path / "ours.safetensors")]) == 0
+        net = load_net(tmp_path / "ours.safetensors")
+        assert (net.config["negative_slope"], net.config["auxiliary_channels"]) == (0.0, 256)
+        assert difference(net(mean_subtracted(rgb)), expected) < 1e-5
+    bare = load_weights(save(tmp_path / "bare.pth", net.state_dict()))  # whose metadata say it
     assert bare.config == net.config
     reasons = "leaky ReLU of slope 0.01; the toolbox's auxiliary head has 512 channels"
     with pytest.raises(WeightsError, match=reasons):
-        export(load_weights(tmp_path / "ours.pth"), "published")
+        export(bare, "published")
 
 
 def test_steps_from_semsegs_pspnet(semseg, tmp_path):
@@ -155,8 +154,10 @@ def test_other_nets_of_semsegs_kind_are_trunks(semseg, change, tmp_path):
 def test_trunks_of_segmentation_nets(name, prefix, tmp_path):
     """The features of stage 4 are the source's own, once its blocks are given our dilations."""
     source, rgb = over_torchvision(name), picture(*SIZE)
-    weights = load_weights(save(tmp_path / "x.pth", {"model_state": in_float32(source, prefix)}))
+    state = in_float32(source, prefix) | {"criterion.weight": torch.rand(CLASSES)}
+    weights = load_weights(save(tmp_path / "x.pth", {"model_state": state}))
     assert weights.scheme == name
+    assert weights.skipped.pop("criterion.weight") == "no place in the net"
     prefix = prefix.replace("module.", "")  # which is dropped
     assert weights.skipped.keys() == {prefix + key for key in source.state_dict() if not key.startswith("backbone.")}
     assert any("only the trunk is used" in note and "dilations" in note for note in weights.notes)

@@ -11,7 +11,7 @@ from deeplab.toolbox import FEATURES
 from deeplab.weights.caffemodel import CAFFE_EPS
 from deeplab.weights.names import IN_HEAD, find_net, find_stem, is_layer
 from deeplab.weights.stem import turn_stem
-from deeplab.weights.weights import OTHER_HEAD, Weights, WeightsError, some
+from deeplab.weights.weights import NO_PLACE, OTHER_HEAD, Weights, WeightsError, some
 
 _FIRST_BLOCKS = "the first blocks of its stages 3 and 4 have dilations 1 and 2, those of the nets here 2 and 4"
 _AT_8 = "{}, if it was trained at output stride 8; at 16, which the file does not say, both stages are others"
@@ -117,7 +117,8 @@ def trunk_of_another_net(state: Mapping[str, Tensor]) -> Weights | None:
         if key.startswith(start):
             trunk[key.removeprefix(start)] = tensor
         else:
-            weights.skipped[key] = OTHER_HEAD
+            of_head = key.startswith(tuple(f"{prefix}{part}." for part in ("classifier", "aux_classifier", "aspp", "decoder")))
+            weights.skipped[key] = OTHER_HEAD if of_head else NO_PLACE
     weights.notes.append(f"a {title}, whose head is another net's and is left out: only the trunk is used; {difference}")
     turn_stem(weights)
     return weights

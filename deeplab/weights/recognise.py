@@ -145,7 +145,7 @@ def from_torch(content: Mapping[Any, Any], meta: Mapping[str, Any], trunk: str) 
         elif (net := find_net(state)) in TOOLBOX:  # of pytorch-segmentation-toolbox (CS_scenes_<step>.pth), or under its names
             weights = Weights(state, _TITLES[net], {"stride_in_3x3": True, "batch_norm_eps": ABN_EPS})
         elif any(map(HEAD_KEY.match, state)) or any(map(_DEEPLAB_PREFIX.search, bare)):
-            prefix = next((key.removesuffix(name) for key, name in bare.items()), "")
+            prefix = next((key.removesuffix(name) for key, name in bare.items() if name == "conv1.weight"), "")
             scheme = f"DeepLab-ResNet with the prefix {prefix}" if prefix else "DeepLab-ResNet"
             weights = Weights(state, scheme, {"stride_in_3x3": False, "batch_norm_eps": CAFFE_EPS})
             if (variance := picture_variance(state)) < PICTURE_VARIANCE_LIMIT:
