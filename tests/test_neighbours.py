@@ -135,7 +135,7 @@ def test_other_nets_of_semsegs_kind_are_trunks(semseg, change, tmp_path):
     rgb = picture(*SIZE)
     with torch.no_grad():
         expected = source.layer4(source.layer3(source.layer2(source.layer1(source.stem(rgb, our_border=True)))))
-        assert difference(net.eval().features(mean_subtracted(rgb), {})[1], expected) < 1e-5
+        assert difference(net.eval().features(mean_subtracted(rgb), fold(net))[1], expected) < 1e-5
 
 
 # Segmentation nets over torchvision's ResNet
@@ -183,7 +183,7 @@ def test_trunks_of_segmentation_nets(name, prefix, tmp_path):
 def two_rates(path, rgb):
     """A file of AdaptSegNet's kind, and the logits of its net, which sums the first two branches."""
     source = random_net("resnet18", 3)
-    features = source.features(rgb, {})[1]
+    features = source.features(rgb, fold(source))[1]
     first, second = source.layer5.conv2d_list[:2]
     return save(path, dict(source.state_dict())), first(features) + second(features)
 
