@@ -24,6 +24,17 @@ _VOID = re.compile("void|ignored?|unlabell?ed", re.IGNORECASE)  # what a line fo
 _COLORED = re.compile(r"(.+?)[ \t,;]+(\d+)[ \t,;]+(\d+)[ \t,;]+(\d+)[ \t,;]*", re.ASCII)
 _HEADER = re.compile(r".+?[ \t,;]+(r|red)[ \t,;]+(g|green)[ \t,;]+(b|blue)", re.IGNORECASE)  # "name r g b"
 _TITLE = re.compile("(class|label)?[ _]?names?|class(es)?|labels?|ids?", re.IGNORECASE)  # of a column of names
+_WORD = (
+    "(class|label)?[ _]?names?|class(es)?|labels?|(class|label)?[ _]?ids?|idx|index|(pixel )?values?|colou?rs?"
+    "|r|g|b|red|green|blue"
+)
+_TITLES = re.compile(rf"({_WORD})([ \t,;]+({_WORD}))+", re.IGNORECASE)  # of several columns
+_ALPHA = re.compile(r".+?([ \t,;]+\d+){3}[ \t,;]+255", re.ASCII)
+# "#ff0000", "(255,0,0)", "[255 0 0]", "0.5 0 0", "255 0", "-1 0 0", "255 0 0 road"
+_NO_COLOR = re.compile(
+    r".*(#[0-9a-f]{6}|[(\[][-\d.]+[, ][-\d., ]+[)\]]|([ \t,;]+-?\d+(\.\d+)?){2})|\d+([ \t,;]+\d+){2}[ \t,;]+.*",
+    re.IGNORECASE | re.ASCII,
+)
 _NUMBERED = re.compile(r"(\d+)[ \t,;.:)]+\D")
 
 
@@ -137,6 +148,8 @@ def read_classes(path: str | Path) -> list[tuple[str, Color | None]]:
     numbers = [found[1] for _, line in lines if (found := _NUMBERED.match(line))]
     if len(numbers) == len(lines) > 1 and [int(n) - int(numbers[0]) for n in numbers] == list(range(len(lines))):
         raise DatasetError(f"{path} numbers its classes ({lines[0][1]}); {_ONE_NAME}, without the numbers")
+    if len(lines) > 1 and all(_ALPHA.fullmatch(line) for _, line in lines):
+        raise DatasetError(f"{path} gives colours of four numbers ({lines[0][1]}); {_ONE_NAME}, without the opacity")
     rows: list[tuple[str, Color | None]] = []
     first: dict[str, int] = {}
     for number, line in lines:
@@ -144,7 +157,7 @@ def read_classes(path: str | Path) -> list[tuple[str, Color | None]]:
         red, green, blue = map(int, found.groups()[1:]) if found else (0, 0, 0)
         name = found[1] if found else line
         problem = f"a value of its colour is above {IGNORE_LABEL}" if max(red, green, blue) > IGNORE_LABEL else _no_name(name)
-        if not rows and _TITLE.fullmatch(name):
+        if not rows and (_TITLE.fullmatch(name) or _TITLES.fullmatch(line)):
             problem = "it is the title of a column, which would become class 0; delete it"
         if problem:
             raise DatasetError(f"{path} holds no class in line {number}, {line[:60]!r}: {problem}; {_ONE_NAME}")
@@ -170,7 +183,9 @@ def _no_name(name: str) -> str:
         return "it is a line of another format, such as YAML or JSON"
     if not any(map(str.isalpha, name)):
         return "there is no letter in it"
-    return "a part of its colour is missing" if re.search(r"[,;][ \t]*\d+$", name) else ""
+    if re.search(r"[,;][ \t]*\d+$", name):
+        return "a part of its colour is missing"
+    return "its colour is not written as three numbers behind the name" if _NO_COLOR.fullmatch(name) else ""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Images, read so that a damaged one is an error and never a wrong value; and the error of every reader."""
 
 import io
+import os
 import re
 import struct
 import zlib
@@ -14,6 +15,7 @@ from dataset.tiff import SIGNATURES, open_tiff
 
 # What OpenCV prints of a file is said in words here. The function's place differs between its versions; 0 is silent.
 (cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel)(0)
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # FFmpeg's "quiet", for videos; read when the first one is opened
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 LARGEST = 2**30  # pixels of an image or label: OpenCV's own limit
@@ -136,11 +138,11 @@ def _unusable(path: str | Path, bands: int, dtype: str, stored: np.ndarray | Non
     """The error for pixels that are no image for a net; ``stored`` are they, where they can be decoded."""
     several, wide = bands > 2, dtype != "uint8"
     found, low, high = f"{bands} band{'s' * (bands > 1)} of {dtype}", "LOW", "HIGH"
-    if stored is not None:
+    if stored is not None and dtype.startswith(str(stored.dtype)):  # of 2 bands of 16 bits OpenCV gives 8
         low, high = (f"{float(value):g}" for value in (stored.min(), stored.max()))
         found += f" with values from {low} to {high}"
     gdal = f"-ot Byte -scale {low} {high} 0 255 " * wide + ("-b 1 -b 2 -b 3" if several else "-b 1")
-    python = f"((x - {low}) * (255 / ({high} - {low}))).clip(0, 255).astype('uint8')" if wide else "x"
+    python = f"((x * 1.0 - {low}) * (255 / ({high} - {low}))).clip(0, 255).astype('uint8')" if wide else "x"
     return DatasetError(
         f"the image {path} holds {found}; expected grey or RGB of 8 bits, or of 16 unsigned bits whose values go beyond "
         f"{DARK - 1}: choose the bands and their range, with GDAL: gdal_translate {gdal} {Path(path).name} new.tif, or in "

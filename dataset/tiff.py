@@ -20,7 +20,7 @@ class Tiff(NamedTuple):
     """The first image of a TIFF file.
 
     Attributes:
-        bands, dtype: such as 4 and ``"uint8"``.
+        bands, dtype: such as 4 and ``"uint8"``, or ``"uint16 in planes of their own"``, which OpenCV mixes up.
         readable: they are grey, grey and alpha, or RGB with one more at most, of up to 8 or of 16 bits, unsigned.
         orientation: as EXIF's.
         data: the file as OpenCV reads it right: grey, or RGB and what follows it, neither multiplied nor turned.
@@ -77,6 +77,5 @@ def open_tiff(data: bytes) -> Tiff:
     if rgb or grey:
         put(EXTRA, 0, EXTRA if bands in (2, 4) else UNUSED)
     orientation = values.get(ORIENTATION, (1,))[0]
-    return Tiff(
-        bands, f"{FORMATS.get(form, 'uint')}{bits}", readable, orientation if 1 <= orientation <= 8 else 1, bytes(changed)
-    )
+    dtype = f"{FORMATS.get(form, 'uint')}{bits}" + " in planes of their own" * (bits == 16 and not whole)
+    return Tiff(bands, dtype, readable, orientation if 1 <= orientation <= 8 else 1, bytes(changed))

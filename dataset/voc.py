@@ -49,11 +49,16 @@ def find_list(data_dir: str | Path, data_list: str | Path | None, candidates: Se
 
 
 def _found_elsewhere(root: Path, names: Iterable[str]) -> str:
-    """Where a folder is that ``root`` lacks, for messages: archives are often unpacked into folders of their own."""
-    for name in names:
-        if not Path(name).is_absolute() and (path := next((p for r in (root, root / "..") for p in r.glob(f"*/{name}")), None)):
-            top = os.path.normpath(path.parents[name.count("/")])
-            return f", but {os.path.normpath(path)} is there: move what is in {top} to {root}"
+    """Where a folder is that ``root`` lacks, for messages: archives are often unpacked into folders of their own.
+
+    One beside ``root`` holds no other folder then; with others it is a data set for itself.
+    """
+    for name in (name for name in names if not Path(name).is_absolute()):
+        for path in (*root.glob(f"*/{name}"), *root.glob(f"../*/{name}")):
+            top = path.parents[name.count("/")]
+            if top.parent == root or sum(each.is_dir() for each in top.iterdir()) == 1:
+                there = os.path.normpath(path)
+                return f", but {there} is there: move what is in {os.path.normpath(top)} to {root}"
     return ""
 
 

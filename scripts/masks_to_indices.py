@@ -273,8 +273,8 @@ def write_set(home: Path, ids: list[str], labelled: Labelled, table: Table | Non
     if table and not (home / "classes.txt").exists():
         write_lines(home / "classes.txt", class_lines(*table))
         print(f"{home / 'classes.txt'}: {len(table.rows)} classes, from {table.origin}")
-    names = [name for name in (*TRAIN_LISTS, *VAL_LISTS) if (home / name).exists()]
-    if names:
+    names = [name for name in (*TRAIN_LISTS, *VAL_LISTS, f"{LISTS}/test.txt") if (home / name).exists()]
+    if set(names) & {*TRAIN_LISTS, *VAL_LISTS}:
         print(f"the lists that are there stay as they are: {', '.join(names)}")
         return names
     lists, origin = choose_lists(ids, labelled.lists, args.val_share, args.seed)

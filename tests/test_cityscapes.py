@@ -170,6 +170,13 @@ def test_archives_in_folders_of_their_own_are_named(city, tmp_path):
         find_list(images, None, ["leftImg8bit/nowhere"], "unpack")
 
 
+def test_another_data_set_beside_an_incomplete_one_is_left_out_of_the_advice(city, tmp_path):
+    shutil.copytree(city, tmp_path / "whole")
+    shutil.copytree(city / "leftImg8bit", tmp_path / "half" / "leftImg8bit")
+    with pytest.raises(DatasetError, match=r"half holds no gtFine/; .* but it holds leftImg8bit/; for --dataset cityscapes"):
+        data_of(tmp_path / "half")
+
+
 # ---- training
 
 

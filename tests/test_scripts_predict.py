@@ -376,6 +376,13 @@ def test_a_cut_video_is_a_sentence(tmp_path, suffix, codec):
         assert count_frames(cut) == 20
 
 
+def test_ffmpeg_says_nothing_of_a_damaged_video(tmp_path, capfd):
+    (tmp_path / "a.mp4").write_bytes(b"\0\0\0\x18ftypisom" + bytes(12) + b"\0\0\0\x10mdat" + bytes(8))
+    with pytest.raises(BrokenVideo, match=r"a\.mp4 cannot be decoded by OpenCV"):
+        open_video(tmp_path / "a.mp4")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_frames_that_miss_in_the_middle_are_a_sentence(tmp_path):
     write_video(tmp_path / "a.avi", NOISE, "MJPG")
     data = bytearray((tmp_path / "a.avi").read_bytes())
