@@ -327,7 +327,12 @@ def test_folders_that_are_called_splits_become_the_lists(tmp_path, capsys):
     run(tmp_path / "annotations", tmp_path / "ade/SegmentationClass")
     assert lists(tmp_path / "ade") == [["Training/p0", "Training/p1", "Training/p5"], ["VAL2017/p2"]]
     assert read_ids(tmp_path / "ade/ImageSets/Segmentation/test.txt") == ["test/p3", "test/p4"]
-    assert "3 ids, as the folders are called" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3 ids, as the folders are called" in said
+    run(tmp_path / "annotations", tmp_path / "ade/SegmentationClass")  # once more: it names the same lists
+    again = capsys.readouterr().out
+    assert "stay as they are: " in again
+    assert again.splitlines()[-1] == said.splitlines()[-1]
     # no folder for validation: it is drawn from that for training, never from that for tests
     (tmp_path / "annotations/VAL2017/p2.png").unlink()
     put(tmp_path, "annotations/more/p2.png", grey("p2"))
