@@ -15,8 +15,9 @@ RATES = (12, 24, 36)  # of output stride 8
 class ASPPv3(nn.Module):
     """Atrous spatial pyramid pooling with the image's mean: five branches side by side, and a 1x1 over them."""
 
-    def __init__(self, in_channels: int, norm: Callable[[int], nn.Module], channels: int = 256) -> None:
+    def __init__(self, in_channels: int, norm: Callable[[int], nn.Module], negative_slope: float, channels: int = 256) -> None:
         super().__init__()
+        self.negative_slope = negative_slope
         self.conv1: Any = nn.Sequential(
             nn.AdaptiveAvgPool2d(1), nn.Conv2d(in_channels, channels, 1, bias=False), norm(channels)
         )
@@ -32,12 +33,12 @@ class ASPPv3(nn.Module):
     def forward(self, x: Tensor, folded: Folded) -> Tensor:
         """(N, in_channels, h, w) -> (N, 512, h, w)"""
         pool, conv, bn = self.conv1
-        pooled = conv_bn_leaky(pool(x), conv, bn, folded)  # N 256 1 1
+        pooled = conv_bn_leaky(pool(x), conv, bn, folded, self.negative_slope)  # N 256 1 1
         branches: Any = (self.conv2, self.conv3, self.conv4, self.conv5)
-        features = [conv_bn_leaky(x, conv, bn, folded) for conv, bn in branches]
+        features = [conv_bn_leaky(x, conv, bn, folded, self.negative_slope) for conv, bn in branches]
         x = torch.cat([pooled.expand(-1, -1, *x.shape[-2:]), *features], dim=1)  # N 1280 h w
         conv, bn, dropout = self.bottleneck
-        return dropout(conv_bn_leaky(x, conv, bn, folded))
+        return dropout(conv_bn_leaky(x, conv, bn, folded, self.negative_slope))
 
 
 class DeepLabV3(NetWithAuxiliary):

@@ -41,8 +41,9 @@ def pyramid(x: Tensor) -> list[Tensor]:
 class PyramidPooling(nn.Module):
     """The features beside their means over 1, 4, 9 and 36 parts of the image, and a 3x3 over all of them."""
 
-    def __init__(self, in_channels: int, norm: Callable[[int], nn.Module]) -> None:
+    def __init__(self, in_channels: int, norm: Callable[[int], nn.Module], negative_slope: float) -> None:
         super().__init__()
+        self.negative_slope = negative_slope
         self.stages: Any = nn.ModuleList(
             nn.Sequential(nn.Identity(), nn.Conv2d(in_channels, FEATURES, 1, bias=False), norm(FEATURES))  # 0: the pool's name
             for _ in BINS
@@ -56,12 +57,12 @@ class PyramidPooling(nn.Module):
         """(N, in_channels, h, w) -> (N, 512, h, w)"""
         features = []
         for means, (_, conv, bn) in zip(pyramid(x), self.stages):
-            y = conv_bn_leaky(means, conv, bn, folded)  # N 512 bins bins
+            y = conv_bn_leaky(means, conv, bn, folded, self.negative_slope)  # N 512 bins bins
             # Not resize(), which compares sizes: a torch.export program would refuse maps of 2, 3 or 6 positions a side.
             features.append(F.interpolate(y, x.shape[-2:], mode="bilinear", align_corners=True))
         x = torch.cat([*features, x], dim=1)  # N 4096 h w
         conv, bn, dropout = self.bottleneck
-        return dropout(conv_bn_leaky(x, conv, bn, folded))
+        return dropout(conv_bn_leaky(x, conv, bn, folded, self.negative_slope))
 
 
 class PSPNet(NetWithAuxiliary):

@@ -2,7 +2,8 @@
 
 The parameter names are the published ones: ``head.0`` is the module that sees context, ``head.1`` the classifier, ``dsn`` the
 auxiliary head. The toolbox's normalisation, InPlace-ABN, multiplies by |weight| + eps, which ``deeplab.weights`` makes a plain
-batch norm's weight of; in the heads it ends in a leaky ReLU of slope 0.01, which stands here in :func:`conv_bn_leaky`.
+batch norm's weight of; in the heads it ends in a leaky ReLU of slope 0.01, which stands here in :func:`conv_bn_leaky`. A slope
+of 0 is the ReLU of hszhao/semseg's PSPNet, whose auxiliary head has 256 channels.
 """
 
 from collections.abc import Mapping
@@ -22,9 +23,9 @@ FEATURES = 512  # channels before each classifier
 DROPOUT = 0.1  # of whole channels, before each classifier
 
 
-def conv_bn_leaky(x: Tensor, conv: nn.Conv2d, bn: nn.Module, folded: Folded | None) -> Tensor:
+def conv_bn_leaky(x: Tensor, conv: nn.Conv2d, bn: nn.Module, folded: Folded | None, negative_slope: float) -> Tensor:
     """:func:`deeplab.batch_norm.conv_bn` and the heads' leaky ReLU."""
-    return F.leaky_relu(conv_bn(x, conv, bn, folded), 0.01, inplace=True)
+    return F.leaky_relu(conv_bn(x, conv, bn, folded), negative_slope, inplace=True)
 
 
 class ChannelDropout(nn.Dropout2d):
@@ -51,14 +52,16 @@ class NetWithAuxiliary(DilatedResNet):
     Args:
         backbone, batch_norm, batch_norm_eps, stride_in_3x3, stem: see :class:`DilatedResNet`; the defaults are the published.
         num_classes: classes, 1..255 (255 is the ignore label).
+        negative_slope: of the heads' leaky ReLU, at least 0.
+        auxiliary_channels: of the auxiliary head before its classifier.
 
     Raises:
-        ValueError: an unknown backbone, batch-norm mode or stem, a class count out of range.
+        ValueError: an unknown backbone, batch-norm mode or stem, a class count or another number out of range.
     """
 
     name: str
     context: type[nn.Module]
-    """``head.0``: (in_channels, norm) -> a module (N, in_channels, h, w), folded -> (N, 512, h, w)."""
+    """``head.0``: (in_channels, norm, negative_slope) -> a module (N, in_channels, h, w), folded -> (N, 512, h, w)."""
     defaults: Mapping[str, Any] = MappingProxyType(
         {"learning_rate": 1e-2, "loss_size": "input", "batch_norm": "full", "aux_weight": 0.4}
     )
@@ -72,16 +75,25 @@ class NetWithAuxiliary(DilatedResNet):
         stride_in_3x3: bool = True,
         batch_norm_eps: float = 1e-5,
         stem: str = "deep",
+        negative_slope: float = 0.01,
+        auxiliary_channels: int = FEATURES,
     ) -> None:
         super().__init__(backbone, batch_norm, batch_norm_eps, stride_in_3x3, stem)
         check_classes(num_classes)
+        if not 0 <= negative_slope < 1 or auxiliary_channels < 1:
+            raise ValueError(
+                f"negative_slope is {negative_slope} and auxiliary_channels is {auxiliary_channels}; expected 0 <= slope < 1 "
+                "and one channel or more"
+            )
         self.num_classes = num_classes
-        self.head: Any = nn.Sequential(self.context(self.out_channels, self.norm), nn.Conv2d(FEATURES, num_classes, 1))
+        self.negative_slope = negative_slope
+        context = self.context(self.out_channels, self.norm, negative_slope)
+        self.head: Any = nn.Sequential(context, nn.Conv2d(FEATURES, num_classes, 1))
         self.dsn: Any = nn.Sequential(
-            nn.Conv2d(self.out_channels // 2, FEATURES, 3, padding=1),
-            self.norm(FEATURES),
+            nn.Conv2d(self.out_channels // 2, auxiliary_channels, 3, padding=1),
+            self.norm(auxiliary_channels),
             ChannelDropout(DROPOUT),
-            nn.Conv2d(FEATURES, num_classes, 1),
+            nn.Conv2d(auxiliary_channels, num_classes, 1),
         )
         self.config = {
             "net": self.name,
@@ -90,6 +102,8 @@ class NetWithAuxiliary(DilatedResNet):
             "stride_in_3x3": bool(stride_in_3x3),
             "batch_norm_eps": float(batch_norm_eps),
             "stem": stem,
+            "negative_slope": float(negative_slope),
+            "auxiliary_channels": int(auxiliary_channels),
         }
 
     def forward(self, images: Tensor, folded: Folded | None = None, auxiliary: bool | None = None) -> Any:
@@ -100,7 +114,7 @@ class NetWithAuxiliary(DilatedResNet):
         logits = self.head[1](self.head[0](fourth, folded))
         if not (self.training if auxiliary is None else auxiliary):
             return logits
-        x = conv_bn_leaky(third, self.dsn[0], self.dsn[1], folded)
+        x = conv_bn_leaky(third, self.dsn[0], self.dsn[1], folded, self.negative_slope)
         return logits, self.dsn[3](self.dsn[2](x))
 
     def reset_head(self) -> None:

@@ -20,6 +20,7 @@ and for resnet18 and 34, and for larger ones with the stride in the 3x3 convolut
 
 ``--trunk`` overrides what a ResNet under torchvision's names is taken for; by default its numbers tell. One under another
 net's head, of which only the trunk is used, wants it, since they do not tell where the stride of its stages sits.
+``--atrous-rates 6,12`` keeps the first two of a head's four branches, for weights that were trained with those alone.
 """
 
 import argparse
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.argtypes import Parser
 from utils.command import UserError, run_command
-from utils.options import add_abn_option
+from utils.options import add_file_options
 
 SCHEMES = ("snapshot", "published", "kazuto", "torchvision-trunk", "safetensors")
 TRUNKS = ("auto", "torchvision", "caffe", "rgb-1x1", "bgr-3x3")
@@ -45,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--trunk", choices=TRUNKS, default="auto", help="what a ResNet is taken for (default: what its first layer tells)"
     )
-    add_abn_option(parser)
+    add_file_options(parser)
     parser.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
     args = parser.parse_args(argv)
     args.to = args.to or ("safetensors" if args.target.suffix == ".safetensors" else "snapshot")
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     check_target(args.source, args.target, args.to, args.force)
     from deeplab.weights import export, load_weights
 
-    weights = load_weights(args.source, args.trunk, args.abn)
+    weights = load_weights(args.source, args.trunk, args.abn, args.atrous_rates)
     print(*weights.lines(), sep="\n")
     content = export(weights, args.to)
     meta = snapshot_meta(content["meta"] if args.to == "snapshot" else export(weights, "snapshot")["meta"], args)
@@ -92,7 +93,7 @@ def snapshot_meta(meta: dict, args: argparse.Namespace) -> dict:
     from dataset import MEAN_BGR
     from deeplab.weights import VERSION
 
-    asked = {"trunk": args.trunk, "abn": args.abn}
+    asked = {"trunk": args.trunk, "abn": args.abn, "atrous_rates": args.atrous_rates}
     return {"classes": None, "mean": list(MEAN_BGR), "step": 0, "args": asked, "version": VERSION} | meta
 
 

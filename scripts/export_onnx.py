@@ -6,12 +6,14 @@
 By the suffix, .onnx or .pt2. Batch and size are free, and batch norm is folded into the convolutions. Without
 --with-preprocessing the net takes (N, 3, H, W) float32, BGR 0..255 minus the mean colour, and gives (N, C, h, w) logits at an
 eighth of the size: position (i, j) lies at pixel (8i, 8j) where the sides are 8k + 1. With it, (N, H, W, 3) uint8 RGB pictures
-become (N, H, W) uint8 class indices, as scripts/predict.py gives them for one scale. The file says so itself, with the names
-of the classes: in the metadata of an ONNX model, in contract.json of a .pt2.
+become (N, H, W) uint8 class indices, as scripts/predict.py gives them for one scale. An ONNX model has the input ``images`` and
+the output ``logits`` or ``classes``, with the axes ``batch``, ``height`` and ``width``. The file says so itself, with the mean,
+the order of the channels, the names of the classes and the net: in the metadata of an ONNX model, in contract.json of a .pt2.
 """
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -21,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.argtypes import Parser
 from utils.command import UserError, run_command
 from utils.files import write_atomically
-from utils.options import add_abn_option
+from utils.options import add_file_options
 from utils.outputs import OUTPUT_MARK, Output, check_outputs, mark_zip
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("source", metavar="IN", type=Path, help="a snapshot or published weights")
     parser.add_argument("target", metavar="OUT", type=Path, help="the file to write: .onnx or .pt2")
     parser.add_argument("--with-preprocessing", action="store_true", help="uint8 RGB pictures in, class indices out")
-    add_abn_option(parser)
+    add_file_options(parser)
     return parser.parse_args(argv)
 
 
@@ -54,31 +56,33 @@ def main(argv: list[str] | None = None) -> int:
     from deeplab import fold_batch_norm
     from deeplab.weights import build_net, load_weights
 
-    weights = load_weights(args.source, abn=args.abn)
+    weights = load_weights(args.source, abn=args.abn, atrous_rates=args.atrous_rates)
     net, report = build_net(weights)
     if report.missing:
         raise UserError(f"{args.source} ({weights.scheme}) holds no usable head, so there is no net to write")
     print(f"{args.source}: {weights.scheme}", *report.lines(), sep="\n")
     module = fold_batch_norm(net.eval())
-    facts = contract(net.num_classes, weights.meta, args.with_preprocessing)
+    facts = contract(net.config, weights.meta, args.with_preprocessing)
     program = export(with_preprocessing(module) if args.with_preprocessing else module, args.with_preprocessing)
     if args.target.suffix == ".onnx":
-        write_onnx(args.target, program, facts)
+        write_onnx(args.target, program, facts, args.with_preprocessing)
     else:
         write_pt2(args.target, program, facts)
     print(f"wrote {args.target} ({args.target.stat().st_size / 1e6:.1f} MB): {facts['input']} -> {facts['output']}")
     return 0
 
 
-def contract(num_classes: int, meta: dict[str, Any], with_preprocessing: bool) -> dict[str, Any]:
-    """What goes in and what comes out, in words, and the classes."""
+def contract(config: dict[str, Any], meta: dict[str, Any], with_preprocessing: bool) -> dict[str, Any]:
+    """What goes in and what comes out, in words, the classes, and the net's ``config``."""
     from dataset import MEAN_BGR
     from utils.visualize import class_names
 
+    num_classes = config["num_classes"]
     given = "(N, H, W, 3) uint8 RGB" if with_preprocessing else "(N, 3, H, W) float32 BGR 0..255 minus the mean colour"
     result = "(N, H, W) uint8 class indices" if with_preprocessing else f"(N, {num_classes}, h, w) float32 logits, stride 8"
     names = class_names(num_classes, meta.get("classes"))
-    facts = {"input": given, "output": result, "mean_bgr": list(MEAN_BGR), "classes": names, "opset": OPSET}
+    facts = {"input": given, "output": result, "mean_bgr": list(MEAN_BGR), "classes": names, "opset": OPSET, "net": config}
+    facts["channel_order"] = "RGB" if with_preprocessing else "BGR"
     return facts | {"made_by": OUTPUT_MARK}  # by which a later export knows that it may replace the file
 
 
@@ -127,18 +131,37 @@ def export(module: "torch.nn.Module", with_preprocessing: bool) -> "torch.export
         return torch.export.export(module, (example,), dynamic_shapes=(free,))
 
 
-def write_onnx(target: Path, program: "torch.export.ExportedProgram", facts: dict[str, Any]) -> None:
+def write_onnx(target: Path, program: "torch.export.ExportedProgram", facts: dict[str, Any], with_preprocessing: bool) -> None:
     """Write ``program`` as an ONNX model with ``facts`` as its metadata."""
     import onnx
     import torch
 
-    exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
+    result = "classes" if with_preprocessing else "logits"
+    exported = torch.onnx.export(
+        program, dynamo=True, opset_version=OPSET, verbose=False, input_names=["images"], output_names=[result]
+    )
     assert exported is not None
     model = exported.model_proto
+    name_axes(model.graph)
     for name, value in facts.items():
         model.metadata_props.add(key=name, value=value if isinstance(value, str) else json.dumps(value))
     onnx.checker.check_model(model)
     write_atomically(target, lambda file: file.write(model.SerializeToString()))
+
+
+def name_axes(graph: Any) -> None:
+    """Call the free sizes batch, height and width, which torch numbers (s77); those of the logits logits_height and so on."""
+
+    def axes(value: Any) -> list[Any]:
+        return [dim for dim in value.type.tensor_type.shape.dim if dim.dim_param]
+
+    sides = ("batch", "height", "width")
+    names = dict(zip((dim.dim_param for dim in axes(graph.input[0])), sides, strict=True))
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in axes(value):
+            dim.dim_param = re.sub(r"\w+", lambda match: names.get(match[0], match[0]), dim.dim_param)
+    for dim, side in zip(axes(graph.output[0]), sides):
+        dim.dim_param = side if dim.dim_param == side else f"{graph.output[0].name}_{side}"
 
 
 def write_pt2(target: Path, program: "torch.export.ExportedProgram", facts: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ caffemodels are put together byte by byte.
 """
 
 import functools
+import re
 import struct
 
 import numpy as np
@@ -127,6 +128,18 @@ def kazuto_state(state, backbone, prefix="base."):
         move(f"aspp.c{k}", f"layer5.conv2d_list.{k}")
     assert len(renamed) == len(state)
     return renamed
+
+
+def semseg_state(narrow):
+    """hszhao/semseg's names of a PSPNet over the stages of a narrow state."""
+    state = {key: value for key, value in narrow.items() if re.match(r"layer[1-4]", key)}
+    norms = ["layer0.1", "layer0.4", "layer0.7", *(f"ppm.features.{k}.2" for k in range(4)), "cls.1", "aux.1"]
+    state |= {f"{norm}.{leaf}": torch.rand(2) + 0.5 for norm in norms for leaf in BN_LEAVES}
+    for conv in ("layer0.0", "layer0.3", "layer0.6", *(f"ppm.features.{k}.1" for k in range(4)), "cls.0", "aux.0"):
+        state[f"{conv}.weight"] = torch.rand(2, 3 if conv == "layer0.0" else 2, 3, 3)
+    for conv in ("cls.4", "aux.4"):
+        state |= {f"{conv}.weight": torch.rand(3, 2, 1, 1), f"{conv}.bias": torch.rand(3)}
+    return state
 
 
 def tensorflow_arrays(state, backbone):

@@ -27,7 +27,7 @@ from scripts.data.catalogue import Item
 from scripts.data.masks import convert, read_ready, read_sbd, ready_masks, sbd_ids
 from tests.helpers_legacy_tar import tar_torch
 from tests.helpers_pngs import GREY, PALETTE, RGB, png
-from tests.helpers_published import caffe_bytes, kazuto_state, narrow_state, tensorflow_arrays
+from tests.helpers_published import caffe_bytes, kazuto_state, narrow_state, semseg_state, tensorflow_arrays
 from utils.checkpoint import load_checkpoint
 from utils.training.validation import mean_iou_of
 
@@ -153,6 +153,9 @@ def weights() -> dict[str, Specimen]:
         return found.state, found.config, found.meta, found.skipped, found.seen_voc_val
 
     snapshot = saved({"model": small, "meta": meta})
+    semseg = saved(semseg_state(middle))
+    segmentation = {f"backbone.{key}": value for key, value in trunk.items() if not key.startswith("fc.")}
+    segmentation |= {f"classifier.{key}": torch.rand(2) for key in ("0.weight", "1.running_var", "4.weight", "4.bias")}
     objects = numpy_bytes(np.save, np.array(layers, dtype=object))
     tar = tar_torch(small, "argument")
     found = {
@@ -161,6 +164,8 @@ def weights() -> dict[str, Specimen]:
         "snapshot, new sums": Specimen("a.pth", member_of(snapshot, "data.pkl"), read, wrap=with_member(snapshot, "data.pkl")),
         "kazuto's": Specimen("a.pth", saved(kazuto_state(large, "resnet101")), read, sums=True),
         "two-level": Specimen("a.pth", saved(small | auxiliary), read, sums=True),
+        "semseg's, new sums": Specimen("a.pth", member_of(semseg, "data.pkl"), read, wrap=with_member(semseg, "data.pkl")),
+        "torchvision's FCN": Specimen("a.pth", saved(segmentation), read, sums=True),
         "ResNet": Specimen("a.pth", saved(trunk), read, sums=True),
         "legacy pickle": Specimen("a.pth", saved(small, old=True), read),
         "tar .pth": Specimen("a.pth", tar, read),

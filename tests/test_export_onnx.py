@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataset import to_input
+from dataset import MEAN_BGR, to_input
 from deeplab import BACKBONES, NETS, fold_batch_norm, load_net
 from deeplab.inference import predict_classes
 from deeplab.resnet import BasicBlock
@@ -63,12 +63,20 @@ def test_onnx_runtime(with_preprocessing, snapshot, tmp_path):
     assert next(entry.version for entry in model.opset_import if not entry.domain) == 18
     assert "BatchNormalization" not in {node.op_type for node in model.graph.node}
     session = runtime.InferenceSession(str(tmp_path / "net.onnx"))
-    name, net = session.get_inputs()[0].name, load_net(snapshot)
+    net, (given,), (result,) = load_net(snapshot), session.get_inputs(), session.get_outputs()
+    axes = {given.name: given.shape, result.name: result.shape}
+    if with_preprocessing:
+        assert axes == {"images": ["batch", "height", "width", 3], "classes": ["batch", "height", "width"]}
+    else:
+        assert axes == {"images": ["batch", 3, "height", "width"], "logits": ["batch", 4, "logits_height", "logits_width"]}
+    assert facts["channel_order"] == ("RGB" if with_preprocessing else "BGR")
+    assert json.loads(facts["mean_bgr"]) == list(MEAN_BGR)
+    assert json.loads(facts["net"]) == net.config
     for size in SIZES:
         batch = pictures(*size)
         logits, classes = logits_and_classes(net, batch)
         given = batch if with_preprocessing else to_input(np.ascontiguousarray(batch[..., ::-1])).contiguous().numpy()
-        found = torch.from_numpy(session.run(None, {name: given})[0])
+        found = torch.from_numpy(session.run(None, {"images": given})[0])
         if with_preprocessing:
             assert found.dtype == torch.uint8
             assert (found == classes).float().mean() > 0.999
@@ -86,7 +94,7 @@ def test_every_net_at_sizes_that_were_not_traced(name, with_preprocessing, tmp_p
     torch.manual_seed(0)
     net = fold_batch_norm(randomise_batch_norm(NETS[name]("resnet18", 4, "frozen")).eval())
     program = export_onnx.export(export_onnx.with_preprocessing(net) if with_preprocessing else net, with_preprocessing)
-    export_onnx.write_onnx(tmp_path / "net.onnx", program, {"made_by": "a test"})
+    export_onnx.write_onnx(tmp_path / "net.onnx", program, {"made_by": "a test"}, with_preprocessing)
     session = runtime.InferenceSession(str(tmp_path / "net.onnx"))
     for size in [(1, 65, 130), (3, 41, 17), (2, 64, 90)]:
         batch = pictures(*size)

@@ -360,6 +360,8 @@ def test_names_that_steer_a_terminal_are_shown_without(tmp_path):
         ("batch_norm_eps", float("nan")),
         ("num_classes", [21]),
         ("net", {}),
+        ("negative_slope", 1.0),
+        ("auxiliary_channels", 0),
     ],
 )
 def test_a_meta_that_no_net_has_is_refused(tmp_path, name, value):

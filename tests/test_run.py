@@ -11,6 +11,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 import utils.processes
 from dataset import MEAN_BGR, VOCSegmentation, read_label
 from deeplab import CRFParams, deeplabv2, dense_crf
+from deeplab.weights import WeightsError
 from tests.helpers import TOY_CLASSES, TOY_SIZES, save_palette_png
 from tests.helpers_nets import naive_logits, naive_scores
 from tests.helpers_runs import command, evaluate, scores
@@ -177,7 +178,7 @@ def test_nothing_is_scored_with_a_parameter_that_no_file_gave(toy_voc, snapshot,
     net = deeplabv2("resnet18", TOY_CLASSES, atrous_rates=(6, 12))
     save_snapshot(tmp_path / "two.pth", net, make_meta(net, None, 7, {}, seen_voc_val=""))
     evaluate(toy_voc, tmp_path / "two.pth")
-    with pytest.raises(UserError, match=r"two\.pth has the rates 6,12, but --atrous-rates says 6,12,18,24; leave"):
+    with pytest.raises(WeightsError, match=r"two\.pth: the rates of its head are \[6, 12\], and \[6, 12, 18, 24\] are not"):
         evaluate(toy_voc, tmp_path / "two.pth", "--atrous-rates", "6,12,18,24")
     evaluate(toy_voc, snapshot, "--atrous-rates", "6,12")  # a choice among what the file has
 

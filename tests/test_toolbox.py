@@ -165,7 +165,7 @@ def test_a_map_that_is_larger_than_every_rate(toolbox, tmp_path):
         mean, *branches = (getattr(reference.head[0], f"conv{number}")(features.double()) for number in range(1, 6))
         expected = reference.head[0].bottleneck(torch.cat([mean.expand_as(branches[0]), *branches], 1))
     with torch.no_grad():
-        assert float((head(features, [None] * 6) - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+        assert float((head(features, None) - expected).abs().max()) < 1e-5 * float(expected.abs().max())
     theirs = {name: module.p for name, module in reference.named_modules() if isinstance(module, nn.Dropout2d)}
     ours = {f"head.0.{name}": module.p for name, module in head.named_modules() if isinstance(module, nn.Dropout2d)}
     assert ours == {name: share for name, share in theirs.items() if name.startswith("head")}
@@ -332,6 +332,9 @@ def test_stems_and_rates_that_do_not_fit(toolbox, tmp_path):
         apply_weights(make_net({"net": toolbox[0], "backbone": "resnet18", "num_classes": CLASSES, "stem": "7x7"}), weights)
     with pytest.raises(WeightsError, match="--atrous-rates are those of DeepLab-v2's head"):
         build_net(weights, atrous_rates=[6, 12])
+    for option in ({"negative_slope": -0.1}, {"negative_slope": 1.0}, {"auxiliary_channels": 0}):
+        with pytest.raises(ValueError, match="expected 0 <= slope < 1 and one channel or more"):
+            make_net({"net": toolbox[0], "backbone": "resnet18", **option})
 
 
 # Whose batch norms a file has
@@ -385,7 +388,9 @@ def test_what_could_have_either_kind_of_batch_norm_asks(tmp_path):
         assert torch.equal(state["head.0.bottleneck.1.weight"], stored.abs() + 1e-5)
     with pytest.raises(ValueError, match="abn 'both' is unknown"):
         load_net(path, abn="both")
-    torch.save({"model": dict(net.state_dict()), "meta": net.config}, tmp_path / "snapshot.pth")  # of an earlier version
+    options = ("negative_slope", "auxiliary_channels")  # which earlier versions did not write
+    meta = {name: value for name, value in net.config.items() if name not in options}
+    torch.save({"model": dict(net.state_dict()), "meta": meta}, tmp_path / "snapshot.pth")
     assert same_logits(tmp_path / "snapshot.pth", net)
     counters = {"bn1.num_batches_tracked": torch.tensor(1)}  # which InPlace-ABN does not keep
     torch.save(net.state_dict() | counters, tmp_path / "counted.pth")

@@ -197,17 +197,17 @@ def add_net_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("net")
     group.add_argument("--net", choices=NET_NAMES, help="default: that of the weights file, else deeplabv2")
     group.add_argument("--backbone", choices=BACKBONE_NAMES, help="default: that of the weights file, else resnet101")
-    group.add_argument(
+    add_file_options(group)
+
+
+def add_file_options(parser: Any) -> None:
+    """What a weights file may not say of its net."""
+    parser.add_argument(
         "--atrous-rates",
         type=partial(numbers, int),
         help="dilations of DeepLab-v2's ASPP head (default: those of the weights file, else 6,12,18,24); "
         "6,12 for weights trained with the historic two-branch head",
     )
-    add_abn_option(group)
-
-
-def add_abn_option(parser: Any) -> None:
-    """How weights of batch norms are read where the file does not tell."""
     parser.add_argument(
         "--abn",
         choices=ABN,

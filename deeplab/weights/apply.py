@@ -12,13 +12,15 @@ import torch
 from deeplab.nets import Net, make_net
 from deeplab.weights.load import load_weights
 from deeplab.weights.names import IN_HEAD
-from deeplab.weights.weights import NO_PLACE, Weights, WeightsError, group_by_reason, some
+from deeplab.weights.weights import NO_PLACE, OF_HEAD, Weights, WeightsError, group_by_reason, some
 
 _BUILD: dict[str, tuple[str, dict[Any, str]]] = {  # what a file may say of its net that no name and no shape shows
     "backbone": ("backbone", {}),
     "stem": ("stem", {"7x7": "one 7x7 convolution", "deep": "three 3x3 convolutions"}),
     "stride_in_3x3": ("stride", {True: "in the 3x3 convolutions", False: "in the first 1x1 convolutions"}),
     "batch_norm_eps": ("batch-norm epsilon", {}),
+    "negative_slope": ("heads' leaky ReLU's slope", {}),
+    "auxiliary_channels": ("auxiliary head's number of channels", {}),
 }
 
 
@@ -54,17 +56,19 @@ class LoadReport:
         return lines + self.notes
 
 
-def load_net(path: str | Path, batch_norm: str = "frozen", abn: str | None = None) -> Net:
+def load_net(
+    path: str | Path, batch_norm: str = "frozen", abn: str | None = None, atrous_rates: Sequence[int] | None = None
+) -> Net:
     """The net that a weights file describes, with its weights, in evaluation mode on the CPU.
 
     Args:
-        path: any file that :func:`deeplab.weights.load_weights` reads, which says what ``abn`` is.
+        path: any file that :func:`deeplab.weights.load_weights` reads, which says what ``abn`` and ``atrous_rates`` are.
         batch_norm: one of ``deeplab.BATCH_NORM_MODES``.
 
     Raises:
         WeightsError: the file cannot be used, or holds no trained head.
     """
-    net, report = build_net(load_weights(path, abn=abn), batch_norm=batch_norm)
+    net, report = build_net(load_weights(path, abn=abn, atrous_rates=atrous_rates), batch_norm=batch_norm)
     if report.missing:
         raise WeightsError(f"{path}: it gives no trained head, so its net has no classes to tell; train one from it first")
     return net.eval()
@@ -89,12 +93,12 @@ def build_net(
         WeightsError: the file does not fit the net that the arguments ask for.
     """
     config = dict(weights.config) if weights else {}
+    if net not in (None, config.get("net")):  # the file's head is left out
+        config = {name: value for name, value in config.items() if name not in OF_HEAD or name == "num_classes"}
     asked = {"net": net, "backbone": backbone, "num_classes": num_classes, "atrous_rates": atrous_rates}
     config |= {name: value for name, value in asked.items() if value is not None}
-    if config.get("net", "deeplabv2") != "deeplabv2":
-        if atrous_rates is not None:
-            raise WeightsError(f"--atrous-rates are those of DeepLab-v2's head; a {config['net']} has none to choose")
-        config.pop("atrous_rates", None)  # of a file whose head is left out
+    if config.get("net", "deeplabv2") != "deeplabv2" and atrous_rates is not None:
+        raise WeightsError(f"--atrous-rates are those of DeepLab-v2's head; a {config['net']} has none to choose")
     if weights is None:
         return make_net(config, batch_norm), LoadReport(notes=["initial weights: random"])
     with torch.device("meta"):  # no time is spent on initial values that the file replaces
@@ -157,6 +161,8 @@ def _check_build(net: Net, weights: Weights) -> None:
     """Refuse a net whose layers mean something else than the file's although the names are the same."""
     ours: Mapping[str, Any] = net.config
     for name, (what, words) in _BUILD.items():
+        if name in OF_HEAD and (name not in ours or weights.config.get("net") != ours["net"]):  # the file's head is left out
+            continue
         built, found = ours[name], weights.config.get(name, ours[name])
         if found == built or (isinstance(found, float) and math.isclose(found, built, rel_tol=1e-4)):
             continue

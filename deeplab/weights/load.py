@@ -2,14 +2,14 @@
 
 import fnmatch
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from deeplab.deeplabv2 import ATROUS_RATES
-from deeplab.resnet import BACKBONES, MARK, Bottleneck
+from deeplab.resnet import BACKBONES, MARK, BasicBlock
 from deeplab.weights.caffemodel import CaffeModel, from_caffe
 from deeplab.weights.legacy_tar import read_tar_torch
 from deeplab.weights.names import (
@@ -25,6 +25,7 @@ from deeplab.weights.names import (
     net_shapes,
     refuse_extras,
 )
+from deeplab.weights.neighbours import refuse_fada
 from deeplab.weights.read import check_sums, file_kind, read_numpy, read_safetensors, read_torch
 from deeplab.weights.recognise import (
     CONVERTED_TO_TENSORFLOW,
@@ -36,7 +37,7 @@ from deeplab.weights.recognise import (
     is_name,
     settle_abn,
 )
-from deeplab.weights.weights import NO_PLACE, SNAPSHOT, Weights, WeightsError, printable, some
+from deeplab.weights.weights import NO_PLACE, OF_HEAD, SNAPSHOT, Weights, WeightsError, printable, some
 
 TRUNKS = ("auto", *TRUNK_KINDS)
 """What a bare ResNet can be taken for."""
@@ -60,12 +61,15 @@ _DEPTH = 6  # of dictionaries in dictionaries
 _LARGEST_HEAD = 255 * 2048 * 9  # numbers in one branch
 
 
-def load_weights(path: str | Path, trunk: str = "auto", abn: str | None = None) -> Weights:
+def load_weights(
+    path: str | Path, trunk: str = "auto", abn: str | None = None, atrous_rates: Sequence[int] | None = None
+) -> Weights:
     """Read a weights file of any known scheme, which its keys and shapes show.
 
     Known are: bare or prefixed DeepLab-ResNet state dictionaries, the two-level ones of AdaptSegNet and ADVENT, kazuto1011's,
-    ResNets under torchvision's names (torchvision's own and Caffe's), official caffemodels, caffe-tensorflow's ``.npy`` and
-    ``.npz``, our snapshots and checkpoints, and any of the PyTorch ones as ``.safetensors``.
+    hszhao/semseg's PSPNet, ResNets under torchvision's names (torchvision's own, Caffe's, and those in segmentation nets of
+    torchvision, VainF and jfzhang95), official caffemodels, caffe-tensorflow's ``.npy`` and ``.npz``, our snapshots and
+    checkpoints, and any of the PyTorch ones as ``.safetensors``.
 
     Args:
         trunk: what to take a bare ResNet under torchvision's names for, one of ``TRUNKS``: ``"torchvision"`` (normalised RGB,
@@ -74,6 +78,7 @@ def load_weights(path: str | Path, trunk: str = "auto", abn: str | None = None) 
         abn: what the batch norms of a trunk with a deep stem make of their weights: ``"abs"`` (|weight| + 1e-5, as
             InPlace-ABN), ``"signed"`` (the weight as it is) or None: what the file says; refused where that matters and it
             says nothing.
+        atrous_rates: those of a DeepLab-v2's head, or the first of them: its other branches are left out then.
 
     Raises:
         WeightsError: missing, damaged, no weights, numbers that are none, or weights that fit no net of ours; one sentence with
@@ -85,25 +90,27 @@ def load_weights(path: str | Path, trunk: str = "auto", abn: str | None = None) 
     try:
         kind, sums = file_kind(path), check_sums(path)
         if kind == "caffe":
-            weights = _settled(from_caffe(CaffeModel(path)), path.name)
+            weights = _settled(from_caffe(CaffeModel(path)), path.name, atrous_rates)
         elif kind in ("npy", "npz"):
             arrays, nested = read_numpy(path, kind)
             weights = from_tensorflow(arrays, converted=nested or path.name in CONVERTED_TO_TENSORFLOW)
-            weights = _settled(weights, path.name)
+            weights = _settled(weights, path.name, atrous_rates)
         else:
             state, meta = _read_state(path, kind)
-            weights = from_snapshot(state, meta) or _settled(from_torch(state, meta, trunk), path.name)
+            weights = from_snapshot(state, meta) or _settled(from_torch(state, meta, trunk), path.name, atrous_rates)
+        if atrous_rates is not None:
+            _keep_branches(weights, list(atrous_rates))
         weights.path = str(path)
         weights.notes += [sums] if sums else []
         config = weights.config
         style = "torchvision" if config["stride_in_3x3"] else "caffe"
         if trunk not in ("auto", style) and not weights.bare:
             raise WeightsError(f"it is a {weights.scheme}, which is {style}'s in kind and not {trunk}'s; leave --trunk out")
-        if weights.scheme != SNAPSHOT and config["stem"] == "deep":
+        if weights.scheme != SNAPSHOT and config["stem"] == "deep" and not weights.signed:
             settle_abn(weights, abn)
         elif abn == "abs":
             raise WeightsError(f"it is a {weights.scheme}, whose batch norms take their weights as they are; leave --abn out")
-        if BACKBONES[config["backbone"]][0] is not Bottleneck:
+        if issubclass(BACKBONES[config["backbone"]][0], BasicBlock):
             del config["stride_in_3x3"]  # a basic block has no 1x1 convolution, so there is no choice
         _refuse_bad_numbers(weights)
     except WeightsError as error:
@@ -136,6 +143,7 @@ def _read_state(path: Path, kind: str) -> tuple[Mapping[Any, Any], Mapping[str, 
         keys = some(map(str, content)) if isinstance(content, Mapping) else f"a {type(content).__name__}"
         raise WeightsError(f"it holds no tensors under the names of parameters ({keys}); expected a state_dict")
     if len(found) > 1:
+        refuse_fada(content)
         names = [".".join(map(str, where)) or "the outermost" for where, _ in found]
         index = "".join(f"[{key!r}]" for key in next(where for where, _ in found if where))
         raise WeightsError(
@@ -163,18 +171,20 @@ def _state_dicts(where: tuple[Any, ...], value: Any) -> Iterator[tuple[tuple[Any
         yield from _state_dicts((*where, key), entry)
 
 
-def _settled(weights: Weights, filename: str) -> Weights:
+def _settled(weights: Weights, filename: str, rates: Sequence[int] | None) -> Weights:
     """Weights with nothing in ``state`` but what a net of ours has a place for, as float32, and with that net in ``config``."""
     state = weights.state
     if not state:
         raise WeightsError("none of its entries has a name that is known here; expected the layers of a DeepLab-ResNet")
-    net, backbone, stem, classes = find_net(state), find_backbone(state), find_stem(state), 1
+    backbone = find_backbone(state, said=weights.config.get("backbone", ""))
+    net, stem, classes = find_net(state), find_stem(state), 1
     if net in TOOLBOX:
         classifier = state.get("head.1.weight")
         classes = classifier.shape[0] if classifier is not None and classifier.ndim == 4 else 0
         if not 1 <= classes <= 255:
             raise WeightsError("its head lacks a classifier (head.1.weight) of 1..255 classes; fetch or save the file again")
-    shapes = net_shapes(backbone, stem, net, classes)
+    of_head = {name: weights.config[name] for name in OF_HEAD[3:] if net in TOOLBOX and name in weights.config}
+    shapes = net_shapes(backbone, stem, net, classes, **of_head)
     foreign = [key for key in state if not (key in shapes or HEAD_KEY.match(key) or is_counter(key, shapes))]
     refuse_extras(key for key in foreign if IN_BACKBONE.match(key))
     for key in foreign:
@@ -186,8 +196,10 @@ def _settled(weights: Weights, filename: str) -> Weights:
             raise WeightsError(f"its {key} is {tuple(tensor.shape)}; expected at most {most} numbers")
         if tensor.is_floating_point():
             state[key] = tensor.float()
+    for name in OF_HEAD[2:3] if net in TOOLBOX else OF_HEAD[3:]:
+        weights.config.pop(name, None)
     if net not in TOOLBOX:
-        classes = _judge_head(weights, filename)
+        classes = _judge_head(weights, filename, rates)
     elif lost := [key for key in shapes if IN_HEAD.match(key) and key not in state]:
         raise WeightsError(f"its heads lack {len(lost)} tensors ({some(lost)}); fetch or save the file again")
     found = {"backbone": backbone, "stem": stem} | ({"net": net, "num_classes": classes} if classes else {})
@@ -197,7 +209,7 @@ def _settled(weights: Weights, filename: str) -> Weights:
     return weights
 
 
-def _judge_head(weights: Weights, filename: str) -> int:
+def _judge_head(weights: Weights, filename: str, asked: Sequence[int] | None) -> int:
     """The classes of a DeepLab-v2's head; 0 without one, or where it was never trained or gives no rates and is left out."""
     count, classes = head_shape(weights.state)
     if count and not 1 <= classes <= 255:
@@ -209,21 +221,42 @@ def _judge_head(weights: Weights, filename: str) -> int:
             reason = "the head of this initial file was never trained"
         elif not any(weights.state[key].any() for key in head):
             reason = "its head is all zeros (never trained)"
-        elif count not in (4, 2):
+        elif count not in (4, 2) and (asked is None or len(asked) != count):
             reason = f"its head has {count} convolutions and does not tell their rates"
+        elif count == 4 and asked is None and weights.scheme.startswith("DeepLab-ResNet"):
+            weights.notes.append(
+                "its head has four branches; the code of AdaptSegNet, and others' of before October 2017, saves all of them "
+                "and sums only the first two: weights that it trained want --atrous-rates 6,12"
+            )
     if reason:
         weights.skipped.update((key, reason) for key in head)
         weights.notes.append(f"{reason}, so it is left out")
         for key in head:
             del weights.state[key]
     if reason or not count:
-        for name in ("net", "num_classes", "atrous_rates"):
+        for name in OF_HEAD:
             weights.config.pop(name, None)
         return 0
-    rates = weights.config["atrous_rates"] = list(weights.config.get("atrous_rates", ATROUS_RATES[:count]))
+    usual = ATROUS_RATES[:count] if count in (4, 2) else asked or ()
+    rates = weights.config["atrous_rates"] = list(weights.config.get("atrous_rates", usual))
     if len(rates) != count:
         raise WeightsError(f"its meta tells of the rates {rates}, but its head has {count} convolutions")
     return classes
+
+
+def _keep_branches(weights: Weights, rates: list[int]) -> None:
+    """Leave out the branches of a DeepLab-v2's head behind the first ones, which have ``rates``."""
+    found = weights.config.get("atrous_rates")
+    if found is None:
+        raise WeightsError("it has no head of a DeepLab-v2, whose rates --atrous-rates says; leave the option out")
+    found = list(found)
+    if not rates or found[: len(rates)] != rates:
+        raise WeightsError(f"the rates of its head are {found}, and {rates} are not the first of them: give those, or none")
+    rest = [key for key in weights.state if (match := HEAD_KEY.match(key)) and int(match[1]) >= len(rates)]
+    for key in rest:
+        weights.skipped[key] = f"a branch of the head at none of the rates {rates}"
+        del weights.state[key]
+    weights.config["atrous_rates"] = rates
 
 
 def _refuse_bad_numbers(weights: Weights) -> None:

@@ -5,13 +5,14 @@ Canonical are the names of the published PyTorch files: torchvision's for the ba
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deeplab.nets import make_net
-from deeplab.resnet import BACKBONES, Bottleneck
+from deeplab.resnet import BACKBONES, BasicBlock, Bottleneck
 from deeplab.weights.weights import WeightsError, some
 
 TOOLBOX = ("deeplabv3", "pspnet")
@@ -24,8 +25,8 @@ IN_BACKBONE = re.compile(r"(conv[123]|bn[123]|layer[1-4])\.")
 IN_CAFFE_BACKBONE = re.compile(r"(res|bn|scale)[2-5][a-z]\d*_?\w*$")
 """Caffe's layers inside the stages, whether or not our nets have them."""
 
-_WRAPPERS = ("module.", "_orig_mod.", "Scale.", "base.")  # DataParallel, torch.compile, isht7's and kazuto1011's MSC modules
-_INNER_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")  # around a part
+_WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+"""What torch's own wrappers (DataParallel, compile, checkpoint_wrapper, FSDP) put before the names of what is in them."""
 _FIRST_BLOCK = re.compile(r"(.*\.)(?:layer1\.0\.conv1|layer2\.block1\.reduce\.conv)\.weight$")
 
 _MODULES = (
@@ -60,16 +61,25 @@ _ALL = [
 FROM_KAZUTO, _FROM_CAFFE = ({row[column]: row[0] for row in _ALL} for column in (1, 2))
 _TO_KAZUTO = {ours: theirs for theirs, ours in FROM_KAZUTO.items()}
 
+FROM_SEMSEG = {row[0]: row[0] for row in _ALL if re.match(r"layer[1-4]\.", row[0])} | {
+    "layer0.0": "conv1", "layer0.1": "bn1", "layer0.3": "conv2", "layer0.4": "bn2", "layer0.6": "conv3", "layer0.7": "bn3",
+    **{f"ppm.features.{k}.{m}": f"head.0.stages.{k}.{m}" for k in range(4) for m in (1, 2)},
+    "cls.0": "head.0.bottleneck.0", "cls.1": "head.0.bottleneck.1", "cls.4": "head.1",
+    "aux.0": "dsn.0", "aux.1": "dsn.1", "aux.4": "dsn.3",
+}  # fmt: skip
+"""hszhao/semseg's names (``model/pspnet.py``), whose stages have torchvision's."""
 
-def strip_wrappers(keys: Iterable[str]) -> dict[str, str]:
-    """Remove what all keys begin with because the net was saved inside other modules; {key: bare key}."""
-    bare = {key: _INNER_WRAPPERS.sub("", key) for key in keys}
-    while prefix := next((p for p in _WRAPPERS if bare and all(name.startswith(p) for name in bare.values())), None):
-        bare = {key: name[len(prefix) :] for key, name in bare.items()}
-    others = {match[1] for name in bare.values() if (match := _FIRST_BLOCK.match(name))}
-    if len(others) == 1 and all(name.startswith(tuple(others)) for name in bare.values()):
-        (prefix,) = others
-        bare = {key: name[len(prefix) :] for key, name in bare.items()}
+
+def strip_wrappers(keys: Iterable[str], loose: Container[str] = ()) -> dict[str, str]:
+    """Remove what keys begin with because the net was saved inside other modules; {key: bare key}.
+
+    Torch's own wrappers are dropped wherever they stand in a name. Another prefix is that of the ResNet's first block, and
+    all keys have it but those in ``loose``.
+    """
+    bare = {key: _WRAPPERS.sub("", key) for key in keys}
+    prefixes = {match[1] for name in bare.values() if (match := _FIRST_BLOCK.match(name))}
+    if len(prefixes) == 1 and all(name.startswith(tuple(prefixes)) or key in loose for key, name in bare.items()):
+        bare = {key: name.removeprefix(*prefixes) for key, name in bare.items()}
     return bare
 
 
@@ -115,19 +125,23 @@ def is_counter(key: str, names: Iterable[str]) -> bool:
     return leaf == "num_batches_tracked" and f"{module}.running_var" in names
 
 
-def find_backbone(keys: Iterable[str]) -> str:
-    """The name in ``BACKBONES`` whose blocks the canonical keys describe.
+def find_backbone(keys: Iterable[str], said: str = "") -> str:
+    """The name in ``BACKBONES`` whose blocks the canonical keys describe; ``said``, what the file says, if it has as many.
 
     Raises:
         WeightsError: no backbone has this number of blocks.
     """
     keys = list(keys)
     blocks = {(int(match[1]), int(match[2])) for key in keys if (match := re.match(r"layer([1-4])\.(\d+)\.", key))}
+    found: list[str] = []
     depths = tuple(1 + max((block for stage, block in blocks if stage == wanted), default=-1) for wanted in (1, 2, 3, 4))
     bottleneck = any(re.match(r"layer[1-4]\.\d+\.conv3\.", key) for key in keys)
     for name, (block, expected) in BACKBONES.items():
-        if expected == depths and (block is Bottleneck) == bottleneck:
-            return name
+        own = block not in (BasicBlock, Bottleneck) and name == said  # a block of the user's, whose names may be any
+        if expected == depths and (own or block is (Bottleneck if bottleneck else BasicBlock)):
+            found.append(name)
+    if found:
+        return said if said in found else found[0]
     kind = "bottleneck" if bottleneck else "basic"
     raise WeightsError(
         f"it has {', '.join(map(str, depths))} {kind} blocks in its four stages, which fits none of {', '.join(BACKBONES)}; "
@@ -142,22 +156,27 @@ def find_net(keys: Iterable[str]) -> str:
     return next((net for start, net in starts.items() if any(key.startswith(start) for key in keys)), "")
 
 
-def other_head(keys: Iterable[str]) -> list[str]:
+def other_head(state: Mapping[str, Tensor]) -> list[str]:
     """What lies outside the backbone and belongs to a head that none of our nets has; one of ours with more in it is none.
 
     Examples are ProDA's ``layer5.conv2d_list.0.0.weight``, CCNet's ``head.conva.0.weight``, and ``bn_pretrain``, a batch norm
-    that ProDA puts before the head.
+    that ProDA puts before the head. Numbers of no layer, such as those of a loss, make none.
     """
-    outside = [key for key in keys if not IN_BACKBONE.match(key)]
+    outside = [key for key in state if not IN_BACKBONE.match(key)]
     net = find_net(outside)
     if net in TOOLBOX:
         known, starts = set(filter(IN_HEAD.match, net_shapes("resnet18", "deep", net))), ("head.", "dsn.")
     elif any(map(HEAD_KEY.match, outside)):
         known, starts = {key for key in outside if HEAD_KEY.match(key)}, ("layer5.", "bn_pretrain.")
     else:
-        return outside
+        return outside if any(is_layer(key, state[key]) for key in outside) else []
     head = [key for key in outside if key.startswith(starts)]
     return [] if all(key in known or is_counter(key, known) for key in head) else head
+
+
+def is_layer(key: str, tensor: Tensor) -> bool:
+    """Whether this is the weight of a convolution or of a linear layer."""
+    return key.endswith(".weight") and tensor.ndim > 1
 
 
 def find_stem(keys: Iterable[str]) -> str:
@@ -165,14 +184,17 @@ def find_stem(keys: Iterable[str]) -> str:
     return "deep" if "conv3.weight" in keys else "7x7"
 
 
-def net_shapes(backbone: str, stem: str = "7x7", net: str = "", num_classes: int = 1) -> dict[str, tuple[int, ...]]:
+def net_shapes(
+    backbone: str, stem: str = "7x7", net: str = "", num_classes: int = 1, **of_head: Any
+) -> dict[str, tuple[int, ...]]:
     """Every parameter and running statistic of a backbone and of a DeepLabv3's or PSPNet's heads: canonical name -> shape.
 
-    Without the batch counters, and without a DeepLab-v2's head, which may have any number of branches.
+    Without the batch counters, and without a DeepLab-v2's head, which may have any number of branches. ``of_head`` are more
+    options of the net.
     """
     with torch.device("meta"):
         options = {"net": net or "deeplabv2", "backbone": backbone, "stem": stem, "num_classes": num_classes}
-        state = make_net(options).state_dict()
+        state = make_net(options | of_head).state_dict()
     return {key: tuple(value.shape) for key, value in state.items() if not HEAD_KEY.match(key)}
 
 

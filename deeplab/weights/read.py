@@ -79,6 +79,17 @@ def file_kind(path: Path) -> str:
         raise WeightsError(_TENSORFLOW)
     if not path.exists():
         raise WeightsError("there is no such file; `python scripts/download.py list` shows what can be fetched")
+    if path.suffix == ".distcp" or (path.is_dir() and (path / ".metadata").is_file()):
+        folder = path if path.is_dir() else path.parent
+        raise WeightsError(
+            "it is a checkpoint of torch.distributed, which lies in several files; make one of them: "
+            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} OUT.pth"
+        )
+    if (part := re.search(r"-(\d{5})-of-(\d{5})\.(safetensors|bin|pth?)$", path.name)) and int(part[2]) > 1:
+        raise WeightsError(
+            f"it is part {int(part[1])} of {int(part[2])} of a file that was saved in parts; load them all where they were "
+            "saved and save them as one file"
+        )
     if path.is_dir():
         raise WeightsError("it is a folder; name the weights file in it")
     if not path.is_file():
@@ -117,6 +128,10 @@ def _archive_kind(path: Path, kind: str) -> str:
             with tarfile.open(path, "r:") as archive:
                 names = archive.getnames()
     except Exception as error:
+        if str(error) == "File is not a zip file" and _starts_as_torch(path):  # there is no directory at its end
+            raise WeightsError(
+                "it is a torch file whose end is missing: torch.save, or a copy, broke off; save, fetch or copy it again"
+            ) from None
         raise WeightsError(damaged(error)) from None
     if kind == "zip":
         what = next((what for pattern, what in _ZIP_MEMBERS if any(re.search(pattern, name) for name in names)), "")
@@ -132,6 +147,12 @@ def _archive_kind(path: Path, kind: str) -> str:
         lost = ", ".join(sorted(_TAR_TORCH - set(names)))
         raise WeightsError(f"it is a torch file of before PyTorch 0.1.10 that is cut off (no {lost}); fetch it again")
     raise WeightsError(_UNPACK.format(f"a {kind}").replace(" archive;", f" archive ({some(names)});"))
+
+
+def _starts_as_torch(path: Path) -> bool:
+    """Whether the first member of a zip file, of which there may be no more, is that of a torch file."""
+    with open(path, "rb") as file:
+        return re.match(rb"PK.{28}[^/]+/data\.pkl", file.read(300), re.DOTALL) is not None
 
 
 def check_sums(path: str | Path) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from deeplab.nets import make_net
 from deeplab.weights.caffemodel import CAFFE_EPS, COCO_HEAD
 from deeplab.weights.names import (
     FROM_KAZUTO,
+    FROM_SEMSEG,
     HEAD_KEY,
     IN_CAFFE_BACKBONE,
     TOOLBOX,
@@ -20,12 +21,14 @@ from deeplab.weights.names import (
     canonical_from_tensorflow,
     find_net,
     find_stem,
+    is_layer,
     other_head,
     refuse_extras,
     renamed,
     strip_wrappers,
 )
-from deeplab.weights.stem import PICTURE_VARIANCE_LIMIT, STEM, picture_variance, to_bgr_input
+from deeplab.weights.neighbours import refuse_by_name, refuse_other_nets, settle_semseg, trunk_of_another_net
+from deeplab.weights.stem import PICTURE_VARIANCE_LIMIT, picture_variance, turn_stem
 from deeplab.weights.weights import CONFIG, NO_PLACE, OTHER_HEAD, SNAPSHOT, Weights, WeightsError, check_version, some
 
 ABN_EPS = 1e-5  # of the toolbox's InPlace-ABN, on the variance and on the weight
@@ -49,8 +52,12 @@ _TITLES = {
     "torchvision": "torchvision ResNet",
     "caffe": "Caffe-like ResNet under torchvision's names",
 }
-_FOREIGN = {".block1.": ("kazuto1011 DeepLab-v2", FROM_KAZUTO)}
-"""What only keys of another naming scheme hold -> whose DeepLab-v2 it is, and the canonical names of its modules."""
+_FOREIGN: dict[str, tuple[str, Mapping[str, str], bool, Callable[..., None] | None]] = {
+    r"layer[2-5]\.block1\.(reduce|conv3x3|increase)\.": ("kazuto1011 DeepLab-v2", FROM_KAZUTO, False, None),
+    r"layer0\.6\.weight$": ("hszhao/semseg PSPNet", FROM_SEMSEG, True, settle_semseg),
+}
+"""What a key of another naming scheme begins with -> whose net it is, the canonical names of its modules, whether the 3x3
+convolutions have the stride, what is left to do."""
 _CLASSIFIER = ("fc.weight", "fc.bias")
 _PARAMETERS = ("weight", "bias", "running_mean", "running_var")
 
@@ -95,6 +102,10 @@ def _read_config(meta: Mapping[str, Any]) -> dict[str, Any]:
         wrong = ["atrous_rates"]
     if not wrong and not 0 < config["batch_norm_eps"] < math.inf:
         wrong = ["batch_norm_eps"]
+    if not wrong and not 0 <= config.get("negative_slope", 0) < 1:
+        wrong = ["negative_slope"]
+    if not wrong and not 0 < config.get("auxiliary_channels", 1) <= 1 << 16:
+        wrong = ["auxiliary_channels"]
     if wrong:
         raise WeightsError(f"its meta says {wrong[0]} {config[wrong[0]]!r:.40}, which no net has; save the file again")
     return config
@@ -105,17 +116,24 @@ def from_torch(content: Mapping[Any, Any], meta: Mapping[str, Any], trunk: str) 
     skipped = {str(key): f"no tensor ({type(value).__name__})" for key, value in content.items() if not torch.is_tensor(value)}
     tensors = [key for key in content if str(key) not in skipped]
     skipped |= {str(key): NO_PLACE for key in tensors if not is_name(key)}  # such as AveragedModel's n_averaged
-    bare = strip_wrappers(filter(is_name, tensors))
+    names = [key for key in tensors if is_name(key)]
+    bare = strip_wrappers(names, loose={key for key in names if not is_layer(key, content[key])})
     for key in bare:
         _refuse_odd(key, content[key])
+    if len(names) != len(set(bare.values())):
+        twice = next(name for name in bare.values() if list(bare.values()).count(name) > 1)
+        raise WeightsError(f"it holds {twice} twice, with a wrapper's prefix and without or with another; save one net alone")
     state = _one_weight_set({name: content[key].detach() for key, name in bare.items()}, skipped)
     state, notes = _main_head(state, skipped)
-    foreign = next((scheme for mark, scheme in _FOREIGN.items() if any(mark in key for key in state)), None)
-    _refuse_other_nets(state, bool(foreign))
+    refuse_by_name(state)
+    foreign = next((scheme for mark, scheme in _FOREIGN.items() if any(re.match(mark, key) for key in state)), None)
     if foreign:
         weights = _from_names(state, *foreign)
+    elif trunk_only := trunk_of_another_net(state):
+        weights = trunk_only
     else:
-        head = other_head(key for key in state if key not in _CLASSIFIER)
+        refuse_other_nets(state)
+        head = other_head({key: value for key, value in state.items() if key not in _CLASSIFIER})
         for key in head:
             skipped[key] = OTHER_HEAD
             del state[key]
@@ -127,10 +145,10 @@ def from_torch(content: Mapping[Any, Any], meta: Mapping[str, Any], trunk: str) 
         elif (net := find_net(state)) in TOOLBOX:  # of pytorch-segmentation-toolbox (CS_scenes_<step>.pth), or under its names
             weights = Weights(state, _TITLES[net], {"stride_in_3x3": True, "batch_norm_eps": ABN_EPS})
         elif any(map(HEAD_KEY.match, state)) or any(map(_DEEPLAB_PREFIX.search, bare)):
-            prefix = next((key.removesuffix(name) for key, name in bare.items()), "")
+            prefix = next((key.removesuffix(name) for key, name in bare.items() if name == "conv1.weight"), "")
             scheme = f"DeepLab-ResNet with the prefix {prefix}" if prefix else "DeepLab-ResNet"
             weights = Weights(state, scheme, {"stride_in_3x3": False, "batch_norm_eps": CAFFE_EPS})
-            if (variance := _variance(state)) < PICTURE_VARIANCE_LIMIT:
+            if (variance := picture_variance(state)) < PICTURE_VARIANCE_LIMIT:
                 notes.append(
                     f"warning: its first layer saw pictures of variance {variance:.3g}, as normalised RGB has, but gets BGR of "
                     "0..255: where it was trained on other input, its predictions are worthless"
@@ -200,46 +218,21 @@ def _main_head(state: dict[str, Tensor], skipped: dict[str, str]) -> tuple[dict[
         return {key: value for key, value in state.items() if key not in main}, [note]
     skipped.update((key, "the auxiliary head on the features of layer3") for key in auxiliary)
     kind = "two-level DeepLab-v2: layer6 is its head, layer5 an auxiliary one that is left out"
-    note = (
-        f"a {kind if auxiliary else 'DeepLab-v2 whose head is called layer6'}; ADVENT's code sums all branches of a head, "
-        "AdaptSegNet's only the first two: weights that it trained want --atrous-rates 6,12"
-    )
+    note = f"a {kind if auxiliary else 'DeepLab-v2 whose head is called layer6'}"
     return {main.get(key, key): value for key, value in state.items() if not HEAD_KEY.match(key)}, [note]
 
 
-def _refuse_other_nets(state: Mapping[str, Tensor], foreign: bool) -> None:
-    """Raise :class:`WeightsError` for nets that cannot be turned into one of ours, with the reason."""
-    if any(key.startswith("backbone.") for key in state) and any(key.startswith("classifier.") for key in state):
+def _from_names(
+    state: Mapping[str, Tensor], title: str, names: Mapping[str, str], at_3x3: bool, settle: Callable[..., None] | None
+) -> Weights:
+    """A net whose modules have the canonical ``names``; ``settle`` is given it and ``state``."""
+    if names is FROM_KAZUTO and (v3 := [key for key in state if re.match(r"(aspp\.stages|fc1|fc2|reduce|decoder)\.", key)]):
+        plus = "+" if any(re.match(r"(reduce|decoder|fc2\.conv\d)\.", key) for key in v3) else ""
         raise WeightsError(
-            "it is a torchvision segmentation net (DeepLabv3 or FCN), whose head and dilations are others than DeepLab-v2's; "
-            "start from torchvision's ImageNet resnet50, resnet101 or resnet152 instead"
+            f"it is kazuto1011's DeepLabv3{plus} ({v3[0]} ...), whose head and whose dilations in the last stage are "
+            "others than DeepLab-v2's; use one of its DeepLab-v2 files"
         )
-    if foreign:
-        if v3 := [key for key in state if re.match(r"(aspp\.stages|fc1|fc2|reduce|decoder)\.", key)]:
-            plus = "+" if any(re.match(r"(reduce|decoder|fc2\.conv\d)\.", key) for key in v3) else ""
-            raise WeightsError(
-                f"it is kazuto1011's DeepLabv3{plus} ({v3[0]} ...), whose head and whose dilations in the last stage are "
-                "others than DeepLab-v2's; use one of its DeepLab-v2 files"
-            )
-        return
-    conv1 = state.get("conv1.weight")
-    if conv1 is not None and tuple(conv1.shape[1:]) != ((3, 3, 3) if find_stem(state) == "deep" else (3, 7, 7)):
-        shape = "x".join(map(str, conv1.shape))
-        raise WeightsError(f"its first convolution is {shape}; expected 64x3x7x7, or 64x3x3x3 and conv2 and conv3 after it")
-    if conv1 is None or "layer1.0.conv1.weight" not in state:
-        for prefix in (key.removesuffix("conv1.weight") for key in state if key.endswith(".conv1.weight")):
-            if f"{prefix}layer1.0.conv1.weight" in state:
-                other = [key for key in state if not key.startswith(prefix)]
-                raise WeightsError(
-                    f"it holds a ResNet under {prefix} beside parts of another net ({some(other[:2])} ...), which have no "
-                    f"place here; to start from the ResNet, save what is under {prefix} alone, without it, and give --trunk"
-                )
-        raise WeightsError(f"its keys ({some(state)}) are of no scheme known here; expected a DeepLab-v2 or ResNet state_dict")
-
-
-def _from_names(state: Mapping[str, Tensor], title: str, names: Mapping[str, str]) -> Weights:
-    """A DeepLab-v2 whose modules have the canonical ``names``."""
-    weights = Weights({}, title, {"stride_in_3x3": False, "batch_norm_eps": CAFFE_EPS})
+    weights = Weights({}, title, {"stride_in_3x3": at_3x3, "batch_norm_eps": CAFFE_EPS})
     for key, tensor in state.items():
         if name := renamed(key, names):
             weights.state[name] = tensor
@@ -249,6 +242,8 @@ def _from_names(state: Mapping[str, Tensor], title: str, names: Mapping[str, str
         else:
             weights.skipped[key] = NO_PLACE
     refuse_extras(key for key in weights.skipped if re.match(r"layer\d\.", key))
+    if settle:
+        settle(weights, state)
     return weights
 
 
@@ -280,13 +275,6 @@ def settle_abn(weights: Weights, abn: str | None) -> None:
         weights.notes.append("InPlace-ABN: the weights of its batch norms are |weight| + 1e-05")
 
 
-def _variance(state: Mapping[str, Tensor]) -> float:
-    """:func:`picture_variance`, or NaN where the first layer is not whole."""
-    count = state["conv1.weight"].shape[:1]
-    whole = all(key in state and state[key].shape == count for key in ("bn1.weight", "bn1.running_mean", "bn1.running_var"))
-    return picture_variance(state) if whole and 1 <= count[0] <= 64 else math.nan
-
-
 def _from_bare_trunk(state: dict[str, Tensor], trunk: str, head: list[str]) -> Weights:
     """A ResNet under torchvision's names, made for torchvision's pictures or for Caffe's, whose ``head`` was left out.
 
@@ -305,7 +293,7 @@ def _from_bare_trunk(state: dict[str, Tensor], trunk: str, head: list[str]) -> W
                 del state[key]
     elif not head:
         weights.notes.append("a trunk without a head")
-    variance, deep = _variance(state), find_stem(state) == "deep"
+    variance, deep = picture_variance(state), find_stem(state) == "deep"
     kind, why = trunk, "as asked"
     if trunk == "auto":
         kind, other = ("caffe", "torchvision") if variance > PICTURE_VARIANCE_LIMIT else ("torchvision", "caffe")
@@ -326,9 +314,8 @@ def _from_bare_trunk(state: dict[str, Tensor], trunk: str, head: list[str]) -> W
         f"taken for a net over {'normalised RGB' if rgb else 'mean-subtracted BGR of 0..255'} with the stride of its stages in "
         f"the {'3x3' if at_3x3 else 'first 1x1'} convolutions: {why}"
     )
-    if rgb and not math.isnan(variance) and all(state[key].float().isfinite().all() for key in STEM):
-        weights.notes.append("its first layer is turned from RGB 0..1 to mean-subtracted BGR 0..255 input")
-        state.update(zip(STEM, to_bgr_input(*(state[key] for key in STEM))))
+    if rgb:
+        turn_stem(weights)
     return weights
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from deeplab.weights.weights import Weights
+
 MEAN_BGR = (104.00698793, 116.66876762, 122.67891434)  # what our nets subtract; the same numbers as dataset.MEAN_BGR
 TORCHVISION_MEAN = (0.485, 0.456, 0.406)  # RGB, 0..1: torchvision/transforms/_presets.py
 TORCHVISION_STD = (0.229, 0.224, 0.225)
@@ -24,14 +26,30 @@ def picture_variance(state: Mapping[str, Tensor]) -> float:
     The running variance is that of the kernel's answers, so the quotient is the variance of the pictures along the kernel,
     whatever the kernel's length: about 1 to 10 for normalised pictures, thousands for 0..255. Channels that died (no kernel
     to speak of) do not count. Files that fold the statistics into weight and bias (a variance of 1 everywhere, as Detectron's
-    have) are judged as if each answer had the usual gain.
+    have) are judged as if each answer had the usual gain. NaN where the first layer is not whole.
     """
+    shape = state["conv1.weight"].shape if "conv1.weight" in state else (0,)
+    whole = 1 <= shape[0] <= 64 and shape[1:] in ((3, 7, 7), (3, 3, 3))
+    norm = (state.get(f"bn1.{leaf}") for leaf in ("weight", "running_mean", "running_var"))
+    if not whole or any(values is None or values.shape != shape[:1] for values in norm):
+        return math.nan
     energy = state["conv1.weight"].double().pow(2).sum((1, 2, 3))
     variance = state["bn1.running_var"].double()
     if bool(((variance - 1).abs() < 1e-3).all()) and not state["bn1.running_mean"].any():
         variance = (_USUAL_GAIN / state["bn1.weight"].double()).pow(2)
     alive = energy > 1e-6 * energy.max()
     return float((variance[alive] / energy[alive]).median()) if alive.any() else math.nan
+
+
+def turn_stem(weights: Weights) -> None:
+    """:func:`to_bgr_input` of weights for normalised RGB, with a note; a first layer that is not whole is refused later."""
+    state = weights.state
+    if not math.isnan(picture_variance(state)) and all(state[key].float().isfinite().all() for key in STEM):
+        weights.notes.append(
+            "its first layer is turned from RGB 0..1 to mean-subtracted BGR 0..255 input; the colour of the padding around the "
+            "image is the one thing that differs"
+        )
+        state.update(zip(STEM, to_bgr_input(*(state[key] for key in STEM))))
 
 
 def to_bgr_input(weight: Tensor, running_mean: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,12 @@ CONFIG: dict[str, Any] = {
     "stride_in_3x3": bool,
     "batch_norm_eps": float,
     "stem": str,
+    "negative_slope": float,
+    "auxiliary_channels": int,
 }
 """What a file may tell about its net, and the types: what :func:`deeplab.nets.make_net` takes."""
+OF_HEAD = ("net", "num_classes", "atrous_rates", "negative_slope", "auxiliary_channels")
+"""Those that say nothing of the trunk."""
 VERSION = 2
 """Of the format of our own files, ``meta["version"]``; it rises where an older program would misread one.
 
@@ -42,11 +46,11 @@ class Weights:
     Attributes:
         state: canonical name -> tensor on the CPU, float32 where it is floating point.
         scheme: whose file it is, in words.
-        config: what the file tells about the net, by the names in ``CONFIG``; no ``net``, ``num_classes`` and ``atrous_rates``
-            where it has no usable head.
+        config: what the file tells about the net, by the names in ``CONFIG``; none of ``OF_HEAD`` where it has no usable head.
         meta: the meta of one of our own snapshots, else {}.
         skipped: key in the file, without a wrapper's prefix -> why it is not in ``state``.
         notes: sentences for the user.
+        signed: its batch norms are known to take their weights as they are, as InPlace-ABN does not.
         bare: a ResNet that does not say how it was trained, so ``trunk`` of :func:`deeplab.weights.load_weights` may.
         seen_voc_val: why a score on VOC val means nothing for this file; "" where it means something.
         path: where it was read.
@@ -58,6 +62,7 @@ class Weights:
     meta: dict[str, Any] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    signed: bool = False
     bare: bool = False
     seen_voc_val: str = ""
     path: str = ""

@@ -34,7 +34,8 @@ def export(weights: Weights, scheme: str) -> dict[str, Any]:
     if scheme not in EXPORTS:
         raise ValueError(f"scheme {scheme!r} is unknown; choose one of {', '.join(EXPORTS)}")
     config, state = weights.config, weights.state
-    shapes = net_shapes(config["backbone"], config.get("stem", "7x7"), config.get("net", ""), config.get("num_classes", 1))
+    options = {name: config[name] for name in ("stem", "net", "num_classes", "auxiliary_channels") if name in config}
+    shapes = net_shapes(config["backbone"], **options)
     wrong = [key for key, shape in shapes.items() if key not in state or tuple(state[key].shape) != shape]
     if wrong:
         raise WeightsError(f"{weights.path}: {len(wrong)} tensors of the net are missing or misshapen, such as {wrong[0]}")
@@ -81,6 +82,8 @@ def _reasons_against(weights: Weights, scheme: str) -> list[str]:
         low = [key for key in _norm_weights(weights.state) if bool((weights.state[key] < ABN_EPS).any())]
         toolbox = (
             (not deep or not at_3x3, "the toolbox's nets have a deep stem and their stride in the 3x3 convolutions"),
+            (config.get("negative_slope", 0.01) != 0.01, "the toolbox's heads have a leaky ReLU of slope 0.01"),
+            (config.get("auxiliary_channels", 512) != 512, "the toolbox's auxiliary head has 512 channels"),
             (bool(low), f"its {low[0] if low else ''} holds weights below 1e-05, which InPlace-ABN cannot have"),
         )
         return [reason for failed, reason in toolbox if failed]

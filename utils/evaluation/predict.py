@@ -44,14 +44,8 @@ def open_trained_net(args: Namespace) -> tuple[Net, Weights, torch.device, list[
     if path == TRAINED_WEIGHTS and not Path(TRAINED_WEIGHTS).exists():
         advice = "train with `python train.py`, see `python scripts/download.py list`, or pass --restore-from"
         raise UserError(f"{TRAINED_WEIGHTS} does not exist: {advice}")
-    weights = load_weights(path, abn=args.abn)
-    net, report = build_net(weights, net=args.net, backbone=args.backbone, atrous_rates=args.atrous_rates)
-    rates, asked = weights.config.get("atrous_rates"), net.config.get("atrous_rates")
-    if report.missing and rates and asked and list(rates) != list(asked):
-        of_file, of_option = (",".join(map(str, values)) for values in (rates, asked))
-        raise UserError(
-            f"the head of {path} has the rates {of_file}, but --atrous-rates says {of_option}; leave the option out"
-        )
+    weights = load_weights(path, abn=args.abn, atrous_rates=args.atrous_rates)
+    net, report = build_net(weights, net=args.net, backbone=args.backbone)
     theirs = weights.config.get("net")
     if theirs and theirs != net.config["net"]:
         raise UserError(f"{path} holds the head of a {theirs}, which --net {args.net} cannot use; leave the option out")
