@@ -14,7 +14,7 @@ import glob
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import chain, takewhile
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
@@ -262,6 +262,8 @@ def segment(work: Work, sources: list[Source], pool: "CRFPool | DeviceCRF | None
                     bar.write(f"{path}: {film.note()}")
             except BrokenVideo as error:
                 broken.append(str(error))
+                with suppress(OSError):
+                    Path(target).rmdir()  # the folder for masks, if there are none
             bar.update()
     return broken
 

@@ -424,9 +424,11 @@ def test_of_a_damaged_video_no_video_is_left(snapshot, tmp_path, capsys):
     (tmp_path / "film.avi").write_bytes(whole[: len(whole) // 2])
     films, out = [tmp_path / "film.avi", tmp_path / "good.mp4"], tmp_path / "out"
     options = [*films, "--save-dir", out, "--restore-from", snapshot, "--device", "cpu", "--skip-existing"]
-    assert predict.main([*map(str, options)]) == 1
+    (tmp_path / "none.mp4").touch()
+    assert predict.main([*map(str, [tmp_path / "none.mp4", *options])]) == 1
     out_text, err = capsys.readouterr()
     assert "1 masks in" in out_text
+    assert not (out / "none").exists()
     assert "film.avi is damaged: 2 of 6 frames can be decoded" in err  # half a frame is none
     assert [path.name for path in out.iterdir() if path.is_file()] == ["good.mp4"]
     (tmp_path / "film.avi").write_bytes(whole)
