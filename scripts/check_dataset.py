@@ -81,8 +81,8 @@ def causes_of(entries: Sequence[Inspection], data: VOCSegmentation) -> list[str]
         causes = likely_causes(counts, wrong, colours, data.num_classes, data.ignore_label)
     if dark := sorted(entry.image_id for entry in entries if entry.brightest < DARK):
         causes.append(
-            f"{len(dark)} pictures have no value above {DARK - 1} of 255 ({few(dark)}): they are dark, or of 13 or 14 bits in "
-            "files of 16, which come out nearly black; stretch those to the whole range"
+            f"{len(dark)} pictures have hardly a value above {DARK - 1} of 255 ({few(dark)}): they are dark, or of 14 bits "
+            "and fewer in files of 16, which come out nearly black; stretch those to the whole range"
         )
     for what, suffixes in (("picture", PICTURE_SUFFIXES), ("label", LABEL_SUFFIXES)):
         lost = [Path(found) for entry in entries if (found := dict(entry.problems).get(f"missing {what}"))]

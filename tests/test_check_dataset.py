@@ -305,9 +305,15 @@ def test_pictures_that_use_a_fraction_of_their_range_are_named(tmp_path, capsys)
         (tmp_path / f"JPEGImages/{name}.jpg").unlink()
         pixels = np.array([[[0] * 3, [top // 2] * 3, [top] * 3], [[1] * 3, [2] * 3, [3] * 3]])
         (tmp_path / f"JPEGImages/{name}.png").write_bytes(png(pixels, 16, RGB))
+    # one bright pixel of a thousand does not make a picture bright
+    put(tmp_path, "spark", np.arange(1200).reshape(30, 40) % 2)
+    (tmp_path / "JPEGImages/spark.jpg").unlink()
+    pixels = np.full((30, 40, 3), 255)
+    pixels[0, 0] = 60000
+    (tmp_path / "JPEGImages/spark.png").write_bytes(png(pixels, 16, RGB))
     status, text = check(tmp_path, capsys, "--num-classes", 2)
     assert status == 0
-    assert "1 pictures have no value above 63 of 255 (fourteen)" in text
+    assert "2 pictures have hardly a value above 63 of 255 (fourteen, spark)" in text
 
 
 def test_images_that_are_no_image_for_a_net_are_named(tmp_path, capsys):
