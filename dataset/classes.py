@@ -146,6 +146,10 @@ def read_classes(path: str | Path) -> list[tuple[str, Color | None]]:
     if lines and _HEADER.fullmatch(lines[0][1]):
         lines = lines[1:]
     numbers = [found[1] for _, line in lines if (found := _NUMBERED.match(line))]
+    halves = [line.rpartition(" ") for _, line in lines if not _COLORED.fullmatch(line)]
+    behind = [number for _, _, number in halves] == [str(i) for i in range(len(lines))]
+    if len(lines) > 1 and behind and len({name for name, _, _ in halves}) == len(lines):  # but "class 0", "class 1" are names
+        raise DatasetError(f"{path} numbers its classes ({lines[0][1]}); {_ONE_NAME}, without the numbers")
     if len(numbers) == len(lines) > 1 and [int(n) - int(numbers[0]) for n in numbers] == list(range(len(lines))):
         raise DatasetError(f"{path} numbers its classes ({lines[0][1]}); {_ONE_NAME}, without the numbers")
     if len(lines) > 1 and all(_ALPHA.fullmatch(line) for _, line in lines):
@@ -179,7 +183,7 @@ def _no_name(name: str) -> str:
         return "the line is empty"
     if name == "__ignore__":
         return "labelme's __ignore__ is void (255 in the masks) and no class; delete that line"
-    if name[0] in "-{[<\"'" or name[-1] in "]}>\"'" or ":" in name or "\t" in name:
+    if name[0] in "-*/;{[<\"'" or name[-1] in "]}>\"'" or set(name) & set(":=\t"):
         return "it is a line of another format, such as YAML or JSON"
     if not any(map(str.isalpha, name)):
         return "there is no letter in it"

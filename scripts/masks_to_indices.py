@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dataset import DatasetError, read_image
 from dataset.classes import IGNORE_LABEL, VOID_COLOR, Color, read_classes, voc_palette
 from dataset.labels import BadLabel, decode_label
 from dataset.lists import IMAGE_DIR
@@ -178,6 +179,8 @@ def convert(
     labels = found.values
     if options.zero_is_void:
         labels = np.where((labels == 0) | (labels == IGNORE_LABEL), IGNORE_LABEL, labels - 1).astype(np.uint8)
+    if image and not write and (other := other_size(image[0], labels)):
+        return Outcome(mask, other)
     if image and os.path.lexists(image[1]) and not filecmp.cmp(*image, shallow=False):
         return Outcome(mask, f"has an image that would replace {image[1]}, which holds something else: choose another folder")
     if there := os.path.lexists(target):
@@ -193,6 +196,16 @@ def convert(
         with open(image[0], "rb") as file:
             write_atomically(image[1], lambda copy: shutil.copyfileobj(file, copy))
     return Outcome(mask, "", there, found.source, tuple(np.unique(found.values).tolist()), found.palette)
+
+
+def other_size(image: Path, labels: np.ndarray) -> str:
+    """What is said of labels that have not the size of their image; "" of others, and where the image cannot be read."""
+    try:
+        size = read_image(image).shape[:2]
+    except DatasetError:  # which the checker names
+        return ""
+    (height, width), (rows, columns) = size, labels.shape
+    return "" if size == labels.shape else f"is {columns}x{rows} pixels and its image {image} {width}x{height} (width x height)"
 
 
 def settle(args: argparse.Namespace, given: Table, table: Table | None, labelled: Labelled) -> Options:

@@ -143,7 +143,7 @@ def check_end(folder: Path, expected: Path) -> None:
         one, other = (torch.load(place, weights_only=True) for place in (path, folder / path.name))
         for content in (one, other):
             content["meta"].pop("args")  # --resume
-            content["meta"].pop("run")  # each run's own
+            content["meta"].pop("run", None)  # each run's own
         if not same(one, other):
             raise Lost(f"{folder / path.name} is not that of the undisturbed run")
     lines = [[{k: v for k, v in line.items() if k not in TIMES} for line in log_lines(place)] for place in (expected, folder)]

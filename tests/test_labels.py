@@ -213,6 +213,11 @@ def test_comments_and_a_header_are_no_class(head, separator, tmp_path):
     assert read_classes(tmp_path / "classes.txt") == rows
 
 
+def test_names_may_end_in_numbers(tmp_path):
+    (tmp_path / "classes.txt").write_text("class 0\nclass 1\nclass 2\n")
+    assert read_class_names(tmp_path, 3) == ["class 0", "class 1", "class 2"]
+
+
 def test_vocs_colours_stand_for_vocs_classes_alone(tmp_path):
     voc = {**dict(enumerate(VOC[:21])), 255: VOID}
     assert read_class_file(tmp_path).colors(21) == voc
@@ -236,6 +241,10 @@ def test_vocs_colours_stand_for_vocs_classes_alone(tmp_path):
         (b'["sky",\n"road"]\n', "line 1, .*: it is a line of another format"),
         (b"# void\nsky\nroad:128,64,128::\n", "line 3, .*: it is a line of another format"),
         (b"0 sky\n1 road\n", r"numbers its classes \(0 sky\)"),
+        (b"sky 0\nroad 1\n", r"numbers its classes \(sky 0\)"),
+        (b"0=sky\n1=road\n", "line 1, '0=sky': it is a line of another format"),
+        (b"// c\nsky\nroad\n", "line 1, '// c': it is a line of another format"),
+        (b"* sky\n* road\n", "line 1, .*: it is a line of another format"),
         (b"7,sky\n8,road\n", r"numbers its classes \(7,sky\)"),
         (b"0: sky\n1: road\n", r"numbers its classes"),
         (b"name\nsky\nroad\n", "line 1, 'name': it is the title of a column"),

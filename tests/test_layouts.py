@@ -28,9 +28,9 @@ def put(folder, name, data):
     path.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
-def picture(folder, name):
+def picture(folder, name, size=(2, 4)):
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((2, 4, 3), len(name), dtype=np.uint8)).save(folder / name)
+    Image.fromarray(np.full((*size, 3), len(name), dtype=np.uint8)).save(folder / name)
 
 
 def run(source, out, *options):
@@ -420,7 +420,7 @@ def test_masks_of_single_labels_are_put_together(tmp_path, capsys):
     check_labels(out, {"task-1": np.array([[2, 255, 1, 0]]), "task-2": np.array([[0, 0, 1, 1]])}, 3)
     assert (out / "classes.txt").read_text() == "background\ncar\ntraffic-light\n"
     assert "2 masks have no image: put task-1.jpg" in capsys.readouterr().out
-    picture(tmp_path / "in", "0f-my photo.jpg")
+    picture(tmp_path / "in", "0f-my photo.jpg", (1, 4))
     put(tmp_path / "in", "tasks.json", '[{"id": 2, "data": {"image": "/data/upload/1/0f-my%20photo.jpg"}, "annotations": []}]')
     put(tmp_path / "in", "classes.txt", "traffic/light\ncar\nsky\n")  # without a background, the rest is void
     out = run(tmp_path / "in", tmp_path / "named")
@@ -449,7 +449,7 @@ def test_json_that_names_no_classes_is_passed_over(tmp_path):
     known = '{"categories": [{"id": 0, "name": "a"}, {"id": 1, "name": "b"}]}'
     for text, names in (('{"scores": [1]}', None), (known, ["a", "b"])):
         put(tmp_path, "in/masks/a.png", png([[0, 1]], 8, GREY))
-        picture(tmp_path, "in/images/a.jpg")
+        picture(tmp_path, "in/images/a.jpg", (1, 2))
         put(tmp_path, "in/result.json", text)
         out = run(tmp_path / "in", tmp_path / str(names))
         assert read_class_names(out, 2) == names

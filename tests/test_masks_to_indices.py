@@ -225,3 +225,15 @@ def test_command_line(tmp_path):
     assert not (tmp_path / "out").exists()
     assert "1 of 7 masks could not be turned" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_mask_of_another_size_than_its_image_is_refused(tmp_path):
+    for name, size in (("a", (5, 7)), ("b", (5, 6))):
+        (tmp_path / "e/images").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "e/masks").mkdir(exist_ok=True)
+        Image.new("RGB", (7, 5)).save(tmp_path / f"e/images/{name}.png")
+        Image.fromarray(np.arange(size[0] * size[1], dtype=np.uint8).reshape(size) % 2).save(tmp_path / f"e/masks/{name}.png")
+    (tmp_path / "e/classes.txt").write_text("sky\nroad\n")
+    with pytest.raises(UserError, match="1 of 2 masks"):
+        masks_to_indices.main([str(tmp_path / "e"), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

@@ -33,6 +33,7 @@ SHORTER = {  # what is added, so that a command ends soon
 }
 NOT_RUN = {
     "scripts/benchmark.py": "takes minutes; tests/test_benchmark.py and test_memory.py run its parts",
+    "scripts/prepare_cocostuff.py": "wants the archive; tests/test_prepare_cocostuff.py makes a small one",
     "scripts/prepare_voc.py": "wants both archives; tests/test_prepare_voc.py makes small ones",
 }
 FILES = {

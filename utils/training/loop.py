@@ -74,6 +74,8 @@ def train(run: Run) -> None:
             save(run, done)  # in a thread, while training goes on
         if run.validation and run.due(options.val_every, done):
             run.losses.check()
+            if run.log:  # no worker is forked while a snapshot is written
+                run.log.say(not_saved(run, run.snapshots.wait()))
             run.validation.run(run, done)
             if ending.failed:
                 break
