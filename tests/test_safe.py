@@ -128,6 +128,7 @@ def zip_of(name):
         ("a.zip", zip_of("in/../../made")),
         ("a.zip", zip_of("C:\\made")),
     ],
+    ids=["tgz-up", "tgz-through-a-folder", "tgz-link-to-etc", "tgz-link-up", "zip-up", "zip-through-a-folder", "zip-drive"],
 )
 def test_nothing_leaves_the_folder_of_an_archive(tmp_path, name, data):
     place = tmp_path / "place"
