@@ -69,7 +69,7 @@ def test_no_worker_outlives_its_context(state, error):
     except (ValueError, KeyboardInterrupt, RuntimeError, UserError) as found:
         caught = found
     assert all(map(is_gone, workers))
-    assert multiprocessing.active_children() == before
+    assert set(multiprocessing.active_children()) <= set(before)
     if state != "killed":  # whose death torch may report first
         assert (type(caught) is error and str(caught) == "mine") if error else caught is None
 
