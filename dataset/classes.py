@@ -145,12 +145,7 @@ def read_classes(path: str | Path) -> list[tuple[str, Color | None]]:
         lines.pop()
     if lines and _HEADER.fullmatch(lines[0][1]):
         lines = lines[1:]
-    numbers = [found[1] for _, line in lines if (found := _NUMBERED.match(line))]
-    halves = [line.rpartition(" ") for _, line in lines if not _COLORED.fullmatch(line)]
-    behind = [number for _, _, number in halves] == [str(i) for i in range(len(lines))]
-    if len(lines) > 1 and behind and len({name for name, _, _ in halves}) == len(lines):  # but "class 0", "class 1" are names
-        raise DatasetError(f"{path} numbers its classes ({lines[0][1]}); {_ONE_NAME}, without the numbers")
-    if len(numbers) == len(lines) > 1 and [int(n) - int(numbers[0]) for n in numbers] == list(range(len(lines))):
+    if _are_numbered([line for _, line in lines]):
         raise DatasetError(f"{path} numbers its classes ({lines[0][1]}); {_ONE_NAME}, without the numbers")
     if len(lines) > 1 and all(_ALPHA.fullmatch(line) for _, line in lines):
         raise DatasetError(f"{path} gives colours of four numbers ({lines[0][1]}); {_ONE_NAME}, without the opacity")
@@ -172,6 +167,16 @@ def read_classes(path: str | Path) -> list[tuple[str, Color | None]]:
         first[name] = number
         rows.append((name, (red, green, blue) if found else None))
     return rows
+
+
+def _are_numbered(lines: Sequence[str]) -> bool:
+    """Whether several lines are numbered in turn: ``7,sky``, ``8,road``, or ``sky 0``, ``road 1``; ``class 0`` is a name."""
+    before = [int(found[1]) for line in lines if (found := _NUMBERED.match(line))]
+    halves = [line.rpartition(" ") for line in lines if not _COLORED.fullmatch(line)]
+    behind = [number for _, _, number in halves] == [str(index) for index in range(len(lines))]
+    apart = len({name for name, _, _ in halves}) == len(lines)
+    in_turn = bool(before) and before == list(range(before[0], before[0] + len(lines)))
+    return len(lines) > 1 and (in_turn or (behind and apart))
 
 
 _ONE_NAME = "expected a line per class, in the order of the labels: name, or name r g b with a colour of 0..255"

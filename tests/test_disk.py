@@ -67,6 +67,19 @@ def test_a_disk_that_stays_full_is_an_error_at_the_end_and_the_run_can_go_on(toy
     assert equal(*(model(tmp_path / name / "VOC12_scenes_4.pth") for name in ("whole", "full")))
 
 
+def test_a_save_that_fails_before_another_error_is_said(toy_voc, tmp_path, capsys):
+    """Once, whether its thread ends before the error or after it."""
+
+    def fail():
+        raise ValueError("of another kind")
+
+    with pytest.raises(ValueError, match="of another kind"):
+        train(toy_voc, tmp_path, *RUN, loss=at({3: lambda: limit(2**20), 4: fail}))
+    said = "".join(capsys.readouterr())
+    assert said.count("WARNING: step 3 is not saved: ") == 1
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["step"] == 2
+
+
 def test_a_folder_that_is_removed_comes_back(toy_voc, tmp_path):
     assert train(toy_voc, tmp_path / "s", *RUN, "--tensorboard", loss=at({3: lambda: shutil.rmtree(tmp_path / "s")})) == 0
     assert snapshots(tmp_path / "s") == {"VOC12_scenes_3.pth", "VOC12_scenes_4.pth"}

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import sys
 import warnings
 from argparse import Namespace
 from contextlib import ExitStack, suppress
@@ -19,7 +20,7 @@ from deeplab.loss import LossFunction, Objective, Ohem
 from deeplab.toolbox import ChannelDropout
 from utils import distributed
 from utils.checkpoint import Snapshots, make_meta
-from utils.command import UserError
+from utils.command import UserError, put
 from utils.data import layout_words, list_of, open_dataset
 from utils.device import check_compiler, select_device
 from utils.loader import fitting_workers, make_loader, running
@@ -120,7 +121,7 @@ class Run:
         own_meta = {"seen_voc_val": start.seen_voc_val or seen, "colors": colors, "run": run_id}
         self.meta = make_meta(net, names, start.step, vars(start.options), **own_meta)
         self.snapshots = Snapshots(Path(options.snapshot_dir), options.keep, start.checkpoint.get("numbers") or [], data.SHORT)
-        stack.callback(self.snapshots.wait)  # whatever ends the run
+        stack.callback(self.last_save)  # whatever ends the run
         planned = -(-options.num_steps // options.save_pred_every) - start.step // options.save_pred_every
         space = distributed.from_main(lambda: self.snapshots.check_space(net, self.optimizer, planned))
         self.validation = Validation(options, class_file, run_id) if options.val_every else None
@@ -135,6 +136,11 @@ class Run:
         self.log = distributed.everywhere(lambda: stack.enter_context(new_log()) if rank == 0 else None)
         if self.log:
             self.log.say(*head_lines(options, data, data_list, seen, device), locked, *start.lines, note, space)
+
+    def last_save(self) -> None:
+        """Wait for the snapshot that is being written, and say if it cannot be."""
+        if problem := self.snapshots.wait():
+            put(sys.stderr, f"WARNING: step {self.saved} is not saved: {problem}")
 
     def due(self, every: int, done: int) -> bool:
         """Whether what is done every so many steps is due after ``done`` of them; after the last one it is."""
