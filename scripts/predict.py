@@ -27,7 +27,7 @@ from dataset import DATASETS
 from utils.argtypes import Parser, helpers, positive, target
 from utils.command import UserError, run_command
 from utils.files import write_atomically
-from utils.options import TRAINED_WEIGHTS, Options, add_device_options, add_net_options, add_prediction_options
+from utils.options import Options, add_device_options, add_net_options, add_prediction_options, trained_weights
 from utils.outputs import Output, check_outputs, mark_zip
 from utils.processes import default_processes
 
@@ -59,7 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__.split(":")[0])
     parser.add_argument("pictures", nargs="+", help="picture and video files, folders of them, patterns in quotes")
     parser.add_argument(
-        "--restore-from", default=TRAINED_WEIGHTS, help="a snapshot or published weights (default: %(default)s)"
+        "--restore-from", default=trained_weights(), help="a snapshot or published weights (default: %(default)s)"
     )
     parser.add_argument("--save-dir", type=target, default=Path("predictions"), help="default: %(default)s")
     parser.add_argument("--num-classes", type=positive, help="default: that of the weights file")

@@ -30,7 +30,7 @@ classes=$(wc -l < "$out/shapes/classes.txt")
 python train.py --data-dir "$out/shapes" --num-classes "$classes" --restore-from none --batch-norm full "${net[@]}" \
     --input-size 129,129 --random-mirror --random-scale \
     --save-pred-every 100 --snapshot-dir "$out/snapshots"
-snapshot=$(ls -t "$out"/snapshots/VOC12_scenes_*.pth | head -n 1)
+snapshot=$(ls -t "$out"/snapshots/*_scenes_*.pth | head -n 1)
 python evaluate.py --data-dir "$out/shapes" --restore-from "$snapshot" --scales 1,0.75,0.5 --crf \
     --save-dir "$out/masks" --save-panels "$out/panels" --save-json "$out/scores.json" --report "$out/report"
 

@@ -38,8 +38,9 @@ if [ "$name" = train ]; then
     options=(--restore-from "$weights" --random-scale --random-mirror --num-steps "$steps")
     [ ! -f $folder/last.ckpt ] || options=(--resume)
     read -r -a more <<< "${TRAIN_OPTIONS:-}"
-    weights=$folder/VOC12_scenes_$steps.pth
-    [ -f "$weights" ] || python train_msc.py --snapshot-dir $folder "${options[@]}" ${more[@]+"${more[@]}"}
+    made="$folder/*_scenes_$steps.pth"
+    compgen -G "$made" > /dev/null || python train_msc.py --snapshot-dir $folder "${options[@]}" ${more[@]+"${more[@]}"}
+    weights=$(compgen -G "$made" | head -n 1)
 fi
 
 echo "== evaluation"

@@ -65,8 +65,8 @@ def test_where_the_classes_come_from(toy_voc, tmp_path, capsys):
     assert "the file's head has 21 classes and the net 5: the head is left out" in text
     assert (meta(tmp_path / "file")["num_classes"], meta(tmp_path / "file")["classes"]) == (5, names)
     (toy_voc / "classes.txt").unlink()
-    bare(toy_voc, tmp_path / "weights", "--restore-from", str(tmp_path / "file/VOC12_scenes_1.pth"))
-    assert f"5 classes, those of {tmp_path / 'file/VOC12_scenes_1.pth'}" in capsys.readouterr().out
+    bare(toy_voc, tmp_path / "weights", "--restore-from", str(tmp_path / "file/toy_scenes_1.pth"))
+    assert f"5 classes, those of {tmp_path / 'file/toy_scenes_1.pth'}" in capsys.readouterr().out
     assert (meta(tmp_path / "weights")["num_classes"], meta(tmp_path / "weights")["classes"]) == (5, names)
     bare(toy_voc, tmp_path / "weights", "--resume", "--num-steps", "2")  # goes on with them, names included
     assert (meta(tmp_path / "weights")["num_classes"], meta(tmp_path / "weights")["classes"]) == (5, names)

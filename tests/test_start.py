@@ -18,8 +18,9 @@ from deeplab.weights import WeightsError, load_weights
 from tests.helpers import ROOT, save_palette_png
 from tests.helpers_runs import SCRATCH, equal, log_lines, model, scores, stopping, train, train_msc
 from utils import distributed
-from utils.checkpoint import load_checkpoint, make_meta
+from utils.checkpoint import load_checkpoint, make_meta, prefix_of
 from utils.command import UserError
+from utils.evaluation.options import evaluation_parser
 from utils.options import Options
 from utils.training import log, start, validation
 from utils.training.identity import compare_losses, loss_name
@@ -165,13 +166,45 @@ def test_without_a_checkpoint_it_begins(toy_voc, tmp_path, capsys):
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on(toy_voc, tmp_path):
-    """It did not tell the check sum of the ids, nor which snapshots the run had written."""
+    """It has no check sum of the ids, nor does it say which snapshots the run has written, and under which prefix."""
+    (toy_voc / "classes.txt").write_text("sky\nroad\ncar\ntree\n")
     train(toy_voc, tmp_path, *SCRATCH, "--num-steps", "1")
     content = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert content.keys() - {"ids", "numbers"} == {"model", "meta", "optimizer", "scaler", "step"}
-    torch.save({key: value for key, value in content.items() if key not in ("ids", "numbers")}, tmp_path / "last.ckpt")
+    added = {"ids", "numbers", "prefix"}
+    assert content.keys() - added == {"model", "meta", "optimizer", "scaler", "step"}
+    torch.save({key: value for key, value in content.items() if key not in added}, tmp_path / "last.ckpt")
     assert train(toy_voc, tmp_path, "--resume", "--num-steps", "2") == 0
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["step"] == 2
+    assert (tmp_path / "VOC12_scenes_2.pth").exists()
+
+
+def test_snapshots_of_ones_own_data_are_named_after_its_folder(toy_voc, tmp_path, monkeypatch):
+    """A resumed run keeps its prefix wherever the data lie now, and --keep, the log and the default of evaluate.py know it."""
+    data, moved = tmp_path / "-my data.v2é", tmp_path / "moved"
+    toy_voc.rename(data)
+    (data / "classes.txt").write_text("sky\nroad\ncar\ntree\n")
+    run = tmp_path / "snapshots"
+    every = ["--save-pred-every", "1", "--keep", "2"]
+    train(data, run, *SCRATCH, "--num-steps", "3", *every)
+    assert {path.name for path in run.glob("*.pth")} == {"_my_data_v2é_scenes_2.pth", "_my_data_v2é_scenes_3.pth"}
+    (torn := run / "._my_data_v2é_scenes_4.pth.1a2b3c4d.5e6f7a8b.tmp").write_bytes(b"x")
+    data.rename(moved)
+    train(moved, run, "--resume", "--num-steps", "4", *every)
+    assert {path.name for path in run.glob("*.pth")} == {"_my_data_v2é_scenes_3.pth", "_my_data_v2é_scenes_4.pth"}
+    assert not torn.exists()
+    monkeypatch.chdir(tmp_path)
+    (run / "notes_scenes_x.pth").touch()
+    assert evaluation_parser("").parse_args([]).restore_from == "snapshots/_my_data_v2é_scenes_4.pth"
+    (run / "VOC12_scenes_20000.pth").touch()
+    assert evaluation_parser("").parse_args([]).restore_from == "snapshots/VOC12_scenes_20000.pth"
+
+
+def test_prefixes_of_snapshots(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {".": tmp_path.name, "/": "data", "a/../my-set_2/": "my-set_2", "a.b c": "a_b_c", "数据": "数据", "...": "___"}
+    assert {folder: prefix_of(folder) for folder in names} == names
+    assert all(log.is_ours(f"{prefix_of(folder)}_scenes_20000.pth") for folder in names)
+    (tmp_path / f"{prefix_of('数' * 84)}_scenes_20000.pth.1a2b3c4d.5e6f7a8b.tmp").touch()  # not too long for a disk
 
 
 @pytest.mark.parametrize(("step", "words"), [(-1, "sees none"), (0, "cannot read its own"), (4, "sees it at step 4")])
@@ -367,6 +400,7 @@ PLACES: dict[str, list] = {
     "meta/run": [5],
     "ids": [5],
     "numbers": [5, ["../../x"], [9], [True]],
+    "prefix": [5, "", "../x", "a b", None],
     "scaler": [None, {"scale": 4.0, "_growth_tracker": 0}],
 }
 OPTIONS: dict[str, list] = {

@@ -1,6 +1,7 @@
 """Snapshots on disk: written whole or not at all, and self-describing."""
 
 import math
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -17,8 +18,9 @@ from dataset import MEAN_BGR
 from deeplab import Net
 from deeplab.weights import VERSION, WeightsError, check_sums, check_version
 from utils.command import UserError
-from utils.files import DiskError, check_writable, write_atomically
+from utils.files import DiskError, check_writable, end_of, write_atomically
 
+PREFIX = r"\w[\w-]*"  # of the names of snapshots
 ANEW = "or begin another run in a new folder, with --restore-from and the newest numbered snapshot"
 
 
@@ -58,12 +60,17 @@ def _copy(value: Any) -> Any:
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 
+def prefix_of(folder: str | Path) -> str:
+    """The prefix of the snapshots of one's own data: its folder's name; what is no letter, digit, "-" or "_" becomes "_"."""
+    return re.sub(r"[^\w-]|^-", "_", end_of(Path(folder).resolve().name, 150)) or "data"  # "/" has no name
+
+
 class Snapshots:
-    """The snapshots of a run: ``last.ckpt``, to go on from, and numbered ones, of which the newest ``keep`` stay (0: all).
+    """The snapshots of a run: ``last.ckpt``, to resume from, and numbered ones, of which the newest ``keep`` stay (0: all).
 
     Args:
         numbers: steps of the numbered ones that this run wrote before; nothing else is ever deleted.
-        prefix: of their published names, the data set's.
+        prefix: of their names, see :func:`prefix_of`.
     """
 
     def __init__(self, folder: Path, keep: int, numbers: Sequence[int], prefix: str = "VOC12") -> None:
@@ -72,7 +79,7 @@ class Snapshots:
         self.writing: Future[str] | None = None
 
     def path(self, step: int) -> Path:
-        """The numbered snapshot of a step, by its published name."""
+        """The numbered snapshot of a step."""
         return self.folder / f"{self.prefix}_scenes_{step}.pth"
 
     def save(self, net: nn.Module, meta: dict, numbered: bool, **state: Any) -> None:
@@ -95,7 +102,7 @@ class Snapshots:
         step, problems = meta["step"], []
         numbers = [number for number in self.numbers if number != step] + [step] * numbered
         try:
-            _save(self.folder / "last.ckpt", model, meta, **state, step=step, numbers=numbers)
+            _save(self.folder / "last.ckpt", model, meta, **state, step=step, numbers=numbers, prefix=self.prefix)
         except DiskError as error:
             problems.append(str(error))
         if numbered:
@@ -168,7 +175,7 @@ def _is_snapshot(path: Path, step: int) -> bool:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A ``last.ckpt``: model, meta, optimizer, step, scaler, ids, numbers.
+    """A ``last.ckpt``: model, meta, optimizer, step, scaler, ids, numbers, prefix.
 
     Raises:
         UserError: the file is missing, broken, of a newer format, or a snapshot without the optimiser's state.

@@ -1,9 +1,11 @@
 """The command lines of train.py, train_msc.py and evaluate.py: the options that they share, and their defaults."""
 
 import argparse
+import re
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataset import DATASETS, VOCSegmentation
@@ -111,6 +113,13 @@ def dataset_defaults(args: AnyOptions, trained_on: str = "voc", more: Mapping[st
         raise UserError(f"--dataset {options.dataset} has {count} classes; leave --num-classes {options.num_classes} out")
     defaults = {"data_dir": kind.DATA_DIR, "image_dir": kind.IMAGE_DIR, **(more or {})}
     return options.replace(**{name: value for name, value in defaults.items() if name not in options.given})
+
+
+def trained_weights() -> str:
+    """The default of ``--restore-from``: the published name; without such a file, the snapshot of the last step beside it."""
+    numbers = {path: re.search(r"_(\d+)\.pth$", path.name) for path in Path(TRAINED_WEIGHTS).parent.glob("*_scenes_*.pth")}
+    steps = {int(number[1]): str(path) for path, number in numbers.items() if number}
+    return TRAINED_WEIGHTS if Path(TRAINED_WEIGHTS).exists() or not steps else steps[max(steps)]
 
 
 def add_prediction_options(parser: Any) -> None:

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 from dataset import DATASETS
 from utils.argtypes import GivenParser, class_count, size, target_text
 from utils.options import (
-    TRAINED_WEIGHTS,
     Options,
     add_data_options,
     add_device_options,
     add_net_options,
     add_prediction_options,
     dataset_defaults,
+    trained_weights,
 )
 
 if TYPE_CHECKING:  # --help need not wait for torch
@@ -25,7 +25,9 @@ def evaluation_parser(description: str) -> GivenParser:
     add_data_options(parser, "val", None)
     add_net_options(parser)
     group = parser.add_argument_group("weights")
-    group.add_argument("--restore-from", default=TRAINED_WEIGHTS, help="a snapshot or published weights (default: %(default)s)")
+    group.add_argument(
+        "--restore-from", default=trained_weights(), help="a snapshot or published weights (default: %(default)s)"
+    )
     group.add_argument("--num-classes", type=class_count, help="default: that of the weights file")
 
     group = parser.add_argument_group("prediction")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable
@@ -17,6 +18,7 @@ from deeplab import Net, make_net, multi_scale_loss, single_scale_loss
 from deeplab.loss import LossFunction
 from deeplab.weights import CONFIG
 from utils import distributed
+from utils.checkpoint import PREFIX
 from utils.command import UserError
 from utils.data import what_is_compared
 from utils.options import Options, flag
@@ -168,6 +170,8 @@ def compare_meta(checkpoint: dict[str, Any]) -> None:
         raise Misfit("its ids, run or seen_voc_val is no text")
     if numbers is not None and not (_is_list(numbers, int) and all(0 < number <= step for number in numbers)):
         raise Misfit("its numbers are not steps of snapshots")
+    if not (isinstance(prefix := checkpoint.get("prefix", "VOC12"), str) and re.fullmatch(PREFIX, prefix)):
+        raise Misfit(f"its prefix of snapshots is {brief(prefix)}")
     for action in training_parser("", batch_size=1, iter_size=1, snapshot_dir="")._actions:
         if not _could_give(action, value := meta["args"].get(action.dest, action.default)):
             raise Misfit(f"its option {flag(action.dest)} is {brief(value)}")

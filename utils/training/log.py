@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from utils.checkpoint import PREFIX
 from utils.command import UserError, put
 from utils.files import end_of, remove_torn, save_json, write_atomically
 from utils.metrics import Scores
@@ -207,7 +208,7 @@ def is_number(value: object) -> bool:
 def is_ours(name: str) -> bool:
     """Whether a run writes a file of this name into its snapshot folder."""
     kept = ("last.ckpt", "best.pth", "args.json", "log.jsonl", HOLDER)
-    return name in kept or re.fullmatch(r"\w+_scenes_\d+\.pth", name) is not None
+    return name in kept or re.fullmatch(rf"{PREFIX}_scenes_\d+\.pth", name) is not None
 
 
 def put_aside(*paths: Path) -> None:

@@ -19,7 +19,7 @@ from dataset.classes import ClassFile, read_class_file
 from deeplab.loss import LossFunction, Objective, Ohem
 from deeplab.toolbox import ChannelDropout
 from utils import distributed
-from utils.checkpoint import Snapshots, make_meta
+from utils.checkpoint import Snapshots, make_meta, prefix_of
 from utils.command import UserError, put
 from utils.data import layout_words, list_of, open_dataset
 from utils.device import check_compiler, select_device
@@ -120,7 +120,9 @@ class Run:
         seen, colors = seen_val(data), self.classes.palette[: options.num_classes].tolist()
         own_meta = {"seen_voc_val": start.seen_voc_val or seen, "colors": colors, "run": run_id}
         self.meta = make_meta(net, names, start.step, vars(start.options), **own_meta)
-        self.snapshots = Snapshots(Path(options.snapshot_dir), options.keep, start.checkpoint.get("numbers") or [], data.SHORT)
+        own = class_file.rows is not None and not data.NAMES and not resumed
+        prefix = start.checkpoint.get("prefix") or (prefix_of(data.root) if own else data.SHORT)
+        self.snapshots = Snapshots(Path(options.snapshot_dir), options.keep, start.checkpoint.get("numbers") or [], prefix)
         stack.callback(self.last_save)  # whatever ends the run
         planned = -(-options.num_steps // options.save_pred_every) - start.step // options.save_pred_every
         space = distributed.from_main(lambda: self.snapshots.check_space(net, self.optimizer, planned))

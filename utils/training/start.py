@@ -34,8 +34,8 @@ class Start:
         seen_voc_val: why the net's mean IoU on the data set's val means nothing, "" if it means something.
         step: steps done.
         run: what tells a resumed run's files from another's; None of a new run, and where it was not written yet.
-        checkpoint: optimizer, scaler, ids (their check sum) and numbers (the steps of the snapshots that the run has
-            written) of the checkpoint; {} for a new run.
+        checkpoint: optimizer, scaler, ids (their check sum), numbers (the steps of the snapshots that the run has written)
+            and prefix (of their names) of the checkpoint; {} for a new run.
     """
 
     options: Options
@@ -114,7 +114,7 @@ def resume(asked: Options, loss: str, path: Path) -> Start:
         raise UserError(f"--resume: {path} does not fit its run: {misfit}; put a whole copy in its place, {ANEW}") from None
     if path.parent.resolve() != folder.resolve():
         refuse_other_run(folder)
-    kept = {name: checkpoint.get(name) for name in ("optimizer", "scaler", "ids", "numbers")}
+    kept = {name: checkpoint.get(name) for name in ("optimizer", "scaler", "ids", "numbers", "prefix")}
     lines.insert(0, f"resumed from {path} at step {step}")
     return Start(options, net, lines, meta.get("classes"), meta.get("seen_voc_val") or "", step, meta.get("run"), kept)
 
