@@ -5,7 +5,7 @@ and a ``numpy.random.Generator``; it draws once and applies the same geometry to
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -77,6 +77,17 @@ class Crop(NamedTuple):
     image: "Tensor"
     label: "Tensor"
     present: "Tensor"
+
+
+def training_transforms(options: Any) -> list[Callable]:
+    """The augmentation that the options of training ask for, in order; an option of another transform is read here."""
+    transforms: list[Callable] = []
+    if options.random_scale:
+        transforms.append(RandomScale(*options.scale_range))
+    if options.random_mirror:
+        transforms.append(RandomMirror())
+    transforms.append(PadCrop(options.input_size))
+    return transforms
 
 
 class TrainTransform:

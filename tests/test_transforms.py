@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from dataset import (
     read_ids,
     to_input,
 )
+from dataset.transforms import training_transforms
 from tests.helpers import TOY_CLASSES
 from utils.loader import make_loader
 
@@ -127,6 +130,14 @@ def test_the_input_of_a_batch_is_that_of_its_pictures():
     expected = pictures.astype(np.float32) - np.asarray(MEAN_BGR, dtype=np.float32)
     assert (batch.numpy() == expected.transpose(0, 3, 1, 2)).all()
     assert all(torch.equal(one, to_input(picture)) for one, picture in zip(batch, pictures))
+
+
+def test_options_choose_the_transforms_in_order():
+    off = {"random_scale": False, "random_mirror": False, "scale_range": (0.7, 1.3), "input_size": (9, 17)}
+    (crop,) = training_transforms(SimpleNamespace(**off))
+    assert crop.size == (9, 17)
+    scale, mirror, crop = training_transforms(SimpleNamespace(**off | {"random_scale": True, "random_mirror": True}))
+    assert (scale.low, scale.high, type(mirror), crop.size) == (0.7, 1.3, RandomMirror, (9, 17))
 
 
 @pytest.fixture

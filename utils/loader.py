@@ -42,13 +42,16 @@ def running(loader: DataLoader) -> Iterator[Iterator]:
     wants to finish its step and save. torch and multiprocessing end workers by SIGTERM; those that are stuck are killed here.
 
     Raises:
-        UserError: the workers ran out of shared memory, or one was killed.
+        UserError: the data set cannot be pickled, the workers ran out of shared memory, or one was killed.
     """
     before = multiprocessing.active_children()
     try:
         batches = iter(loader)
     except BaseException as error:
         _kill([process for process in multiprocessing.active_children() if process not in before])
+        if "pickle" in str(error) or "local object" in str(error):
+            advice = "define its class at the top of a module, keep no open files in it, or add --num-workers 0"
+            raise UserError(f"the data set cannot be sent to workers ({error}): {advice}") from None
         if not isinstance(error, OSError):
             raise
         # The semaphores of the workers' queues lie in shared memory, too.

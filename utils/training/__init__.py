@@ -1,14 +1,16 @@
-"""One training run, for train.py and train_msc.py: ``training.run(args, loss_function)``."""
+"""One training run, for train.py and train_msc.py: ``training.run(args, loss_function, data=None)``."""
 
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
     from deeplab.loss import LossFunction
 
 
-def run(args: Namespace, loss_function: "LossFunction") -> int:
+def run(args: Namespace, loss_function: "LossFunction", data: "Dataset | None" = None) -> int:
     """Train as ``args`` say; see :func:`utils.training.loop.run`, which is loaded here, as torch takes seconds."""
     from utils.training import loop
 
-    return loop.run(args, loss_function)
+    return loop.run(args, loss_function, data)

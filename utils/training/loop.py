@@ -5,6 +5,7 @@ from contextlib import ExitStack
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 from dataset import to_input
 from deeplab.loss import LossFunction
@@ -17,11 +18,12 @@ from utils.training.setup import Run, last_words
 from utils.training.validation import save_panels
 
 
-def run(args: Namespace, loss_function: LossFunction) -> int:
+def run(args: Namespace, loss_function: LossFunction, data: Dataset | None = None) -> int:
     """Train as ``args`` say (see :func:`utils.training.options.training_parser`).
 
     Args:
         loss_function: (net, images, labels, size=...) -> {"loss": scalar, ...}, such as ``deeplab.single_scale_loss``.
+        data: what to train on instead of the files of ``--data-dir``; see :class:`dataset.arrays.ArraySegmentation`.
 
     Returns:
         The exit status: 0, or 128 + the number of the signal that ended the run early (with a checkpoint written).
@@ -31,7 +33,7 @@ def run(args: Namespace, loss_function: LossFunction) -> int:
         Diverged: the loss is no longer a number; the snapshots are as they were.
     """
     with ExitStack() as stack:
-        run = Run(args, loss_function, stack)
+        run = Run(args, loss_function, stack, data)
         train(run)
     distributed.stop()
     return run.ending.status()

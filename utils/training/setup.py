@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import Dataset
 
-from dataset import DatasetError, PadCrop, RandomMirror, RandomScale, StepSampler, TrainTransform, VOCSegmentation
+from dataset import DATASETS, DatasetError, StepSampler, TrainTransform, VOCSegmentation
+from dataset.arrays import ArraySegmentation, classes_of
 from dataset.classes import ClassFile, read_class_file
+from dataset.transforms import training_transforms
 from deeplab.loss import LossFunction, Objective, Ohem
 from deeplab.toolbox import ChannelDropout
 from utils import distributed
@@ -44,6 +47,7 @@ class Run:
 
     Args:
         stack: closes what has to be closed when the run ends.
+        items: what to train on instead of files.
 
     Attributes:
         options: settled.
@@ -60,26 +64,28 @@ class Run:
         UserError, DatasetError, WeightsError: nothing is trained, and nothing was written over.
     """
 
-    def __init__(self, args: Namespace, loss_function: LossFunction, stack: ExitStack) -> None:
+    def __init__(self, args: Namespace, loss_function: LossFunction, stack: ExitStack, items: Dataset | None = None) -> None:
         # The options, and where the run starts.
         loss = loss_name(loss_function)
         distributed.start()
         asked = distributed.everywhere(lambda: settle(args))
+        if items is not None and "data_dir" not in asked.given:
+            asked = asked.replace(data_dir="")
         distributed.check_same(shared_options(asked))
         self.lock = FolderLock(run_folder(asked))
         locked = distributed.from_main(lambda: stack.enter_context(self.lock))
         path = find_checkpoint(asked)
         resumed = distributed.from_main(lambda: resume(asked, loss, path)) if path else None
         options = with_own_places(resumed.options, asked, True) if resumed else asked
-        self.device = device = distributed.everywhere(lambda: choose_device(options))  # before any weights are read
-        class_file = distributed.everywhere(lambda: read_class_file(options.data_dir))
+        self.device = device = distributed.everywhere(lambda: choose_device(options, items))  # before any weights are read
+        class_file = distributed.everywhere(lambda: find_classes(options, items))
         start = resumed or distributed.from_main(lambda: begin(asked, loss, class_file))
         self.options = options = with_own_places(start.options, asked, resumed is not None)
         distributed.everywhere(lambda: check_net_options(options))
         self.start = self.saved = start.step
 
         # The data.
-        self.data, data_list = distributed.everywhere(lambda: open_training_data(options, class_file))
+        self.data, data_list = distributed.everywhere(lambda: open_training_data(options, class_file, items))
         data = self.data
         self.ids = compare_data(data, device.type, start.checkpoint.get("ids"), start.classes if resumed else None)
         names = data.names or start.classes
@@ -162,7 +168,13 @@ class Run:
         return f"step {batch // options.iter_size + 1}, images {images} ({how})"
 
 
-def choose_device(options: Options) -> torch.device:
+def find_classes(options: Options, items: Dataset | None) -> ClassFile:
+    """What ``items`` say of their classes, else the ``classes.txt`` of ``--data-dir``."""
+    classes = classes_of(items)
+    return read_class_file(options.data_dir) if classes.rows is None and options.data_dir else classes
+
+
+def choose_device(options: Options, items: Dataset | None) -> torch.device:
     """The device of this process, once the data set is known to be there and the options to fit the processes.
 
     Raises:
@@ -176,16 +188,22 @@ def choose_device(options: Options) -> torch.device:
         raise UserError(f"--sync-bn works between CUDA devices only, and this run is on {device.type}; leave it out")
     if options.compile:
         check_compiler(device)
-    list_of(options, "train", options.num_classes)
+    if items is None:
+        list_of(options, "train", options.num_classes)
+    elif options.val_every and not options.data_dir:
+        raise UserError("--val-every evaluates on images of --data-dir, which is not given; pass it, or leave --val-every out")
     return device
 
 
-def open_training_data(options: Options, classes: ClassFile | None = None) -> tuple[VOCSegmentation, Path]:
-    """The training set with its augmentation, and the list of ids that it comes from."""
-    transforms: list[Any] = [RandomScale(*options.scale_range)] if options.random_scale else []
-    transforms += [RandomMirror()] if options.random_mirror else []
-    transforms += [PadCrop(options.input_size)]
-    return open_dataset(options, "train", options.num_classes, TrainTransform(options.random_seed, transforms), classes)
+def open_training_data(
+    options: Options, classes: ClassFile | None = None, items: Dataset | None = None
+) -> tuple[VOCSegmentation, Path]:
+    """The training set with its augmentation, and the list of ids that it comes from; of ``items``, their class."""
+    transform = TrainTransform(options.random_seed, training_transforms(options))
+    if items is None:
+        return open_dataset(options, "train", options.num_classes, transform, classes)
+    data = ArraySegmentation(items, classes or classes_of(items), options.num_classes, options.ignore_label, transform)
+    return data, data.root
 
 
 def loss_options(options: Options) -> dict[str, object]:
@@ -244,7 +262,7 @@ def crop_warning(data: VOCSegmentation, crop: tuple[int, int]) -> str:
 
 def last_words(run: Run, done: int) -> str:
     """What was saved, and what to do next."""
-    options, data, validation = run.options, run.data, run.validation
+    options, validation = run.options, run.validation
     folder = Path(options.snapshot_dir)
     if done < options.num_steps:
         saved = f"saved {folder / 'last.ckpt'} at step {done} of {options.num_steps}"
@@ -254,7 +272,8 @@ def last_words(run: Run, done: int) -> str:
         return f"all {done} steps are done and saved, but the last net is not evaluated; add --resume, which does that"
     if done == run.start:
         return f"nothing is left to do: all {done} steps are done; to train on, add a larger --num-steps"
-    words = ["python", "evaluate.py", "--data-dir", options.data_dir, "--restore-from", str(run.snapshots.path(done))]
-    if not any((data.root / name).exists() for name in data.lists("val", data.image_folder)):
+    root = Path(options.data_dir or "DATA_DIR")
+    words = ["python", "evaluate.py", "--data-dir", str(root), "--restore-from", str(run.snapshots.path(done))]
+    if not any((root / name).exists() for name in DATASETS[options.dataset].lists("val", options.image_dir)):
         words += ["--data-list", "LIST"]
     return f"saved {words[5]}; next: {shlex.join([*words, *layout_words(options)])}"
