@@ -1,23 +1,26 @@
-"""Make a small data set of textured shapes on textured grounds, in the layout of PASCAL VOC.
+"""Make a small data set of textured shapes, or of landscapes, in the layout of PASCAL VOC.
 
     python scripts/make_shapes.py --out data/shapes
+    python scripts/make_shapes.py --kind landscapes --out data/landscapes
 
-A net learns it from scratch in minutes, so it shows that training and evaluation work, where no real data is at hand. Each
-class has its own shape, its own texture and its own range of hues. Every picture holds two to four whole objects that do not
-touch, and its sides are odd and differ from picture to picture. Written are
+A net learns it from scratch in minutes, so it shows that training and evaluation work where no real data is at hand. Shapes:
+each class has its own shape, texture and range of hues, and every image holds two to four whole objects that do not touch.
+Landscapes: mountains, woods and lakes with balloons above them (scripts/data/landscapes.py). The sides are odd and differ from
+image to image. Written are
 
     JPEGImages/<id>.jpg               RGB, quality 95
-    SegmentationClassAug/<id>.png     palette PNG: 0 background, 1.. the shapes, 255 (void) along every outline
-    ImageSets/Segmentation/train.txt  one id a line; val.txt likewise
-    classes.txt                       one name a line, line 1 = label 0
+    SegmentationClassAug/<id>.png     palette PNG of classes; 255, to be ignored, along the outline of every shape
+    ImageSets/Segmentation/train.txt  one id per line; val.txt likewise
+    classes.txt                       one name per line, line 1 = label 0; landscapes' with a colour
 
 and a hidden file that marks the folder, since only an empty one, or one made here, is written to.
-A picture depends on its seed, list and number alone: the same command writes the same bytes, and more pictures leave the
-earlier ones as they are.
+An image depends on its seed, list and number alone: the same command writes the same bytes, and more images leave the earlier
+ones as they are.
 """
 
 import argparse
 import sys
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +30,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset.classes import IGNORE_LABEL
+from scripts.data import landscapes
 from utils.argtypes import Parser, size, target
 from utils.command import UserError, run_command
 from utils.visualize import save_indexed_png
@@ -152,10 +156,14 @@ def draw(rng: np.random.Generator, image: np.ndarray, labels: np.ndarray, item: 
     labels[cv2.morphologyEx(inside, cv2.MORPH_GRADIENT, brush) == 1] = IGNORE_LABEL
 
 
-def make_picture(seed: int, split: int, number: int, largest: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """One picture, (H, W, 3) uint8 BGR, and its labels, (H, W) uint8, with odd sides of 5/6 ``largest`` and more."""
+def make_image(
+    seed: int, split: int, number: int, largest: tuple[int, int], kind: str = "shapes"
+) -> tuple[np.ndarray, np.ndarray]:
+    """One image, (H, W, 3) uint8 BGR, and its labels, (H, W) uint8, with odd sides of 5/6 ``largest`` and more."""
     rng = np.random.default_rng((seed, split, number))
     height, width = (int(rng.choice(np.arange(side * 5 // 6 | 1, side + 1, 2))) for side in largest)
+    if kind == "landscapes":
+        return landscapes.make_landscape(seed, split, number, height, width)
     image = ground(rng, height, width)
     labels = np.zeros((height, width), dtype=np.uint8)
     for item in place(rng, height, width, first_label=1 + number % (len(CLASSES) - 1)):
@@ -166,14 +174,16 @@ def make_picture(seed: int, split: int, number: int, largest: tuple[int, int]) -
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = Parser(
-        description="Make a small data set of textured shapes in the layout of PASCAL VOC.", formatter_class=formatter
+        description="Make a small data set of textured shapes, or of landscapes, in the layout of PASCAL VOC.",
+        formatter_class=formatter,
     )
+    parser.add_argument("--kind", choices=("shapes", "landscapes"), default="shapes", help="what the images show")
     text = "folder to write to; made if it is missing"
     parser.add_argument("--out", type=target, required=True, default=argparse.SUPPRESS, help=text)
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same files, byte for byte")
-    parser.add_argument("--train", type=int, default=200, help="number of training pictures")
-    parser.add_argument("--val", type=int, default=40, help="number of held-out pictures")
-    parser.add_argument("--size", type=size, default="193,225", metavar="H,W", help="height and width of the largest pictures")
+    parser.add_argument("--train", type=int, default=200, help="number of training images")
+    parser.add_argument("--val", type=int, default=40, help="number of held-out images")
+    parser.add_argument("--size", type=size, default="193,225", metavar="H,W", help="height and width of the largest images")
     return parser.parse_args(argv)
 
 
@@ -182,10 +192,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.seed < 0:
         raise UserError(f"--seed is {args.seed}; expected 0 or more")
     if args.train < 0 or args.val < 0 or args.train + args.val == 0:
-        raise UserError(f"--train is {args.train} and --val {args.val}; expected 0 or more, and one picture at least")
+        raise UserError(f"--train is {args.train} and --val {args.val}; expected 0 or more, and at least one image")
     if min(args.size) < 97:
         found = ",".join(map(str, args.size))
         raise UserError(f"--size is {found}; expected sides of at least 97 pixels, to leave room for the shapes")
+    names, colors = (landscapes.CLASSES, landscapes.COLORS) if args.kind == "landscapes" else (CLASSES, ())
     mark = args.out / ".made_by_make_shapes"
     try:
         if args.out.is_dir() and any(args.out.iterdir()) and not mark.exists():
@@ -195,14 +206,15 @@ def main(argv: list[str] | None = None) -> int:
         lists = args.out / "ImageSets" / "Segmentation"
         for folder in (lists, args.out / "JPEGImages", args.out / "SegmentationClassAug"):
             folder.mkdir(parents=True, exist_ok=True)
-        (args.out / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+        lines = [" ".join(map(str, (name, *color))) for name, color in zip_longest(names, colors, fillvalue=())]
+        (args.out / "classes.txt").write_text("".join(f"{line}\n" for line in lines))
         for split in SPLITS:  # the lists come back last: a run that was stopped half-way leaves none
             (lists / f"{split}.txt").unlink(missing_ok=True)
         ids: dict[str, list[str]] = {}
         for s, (split, count) in enumerate(zip(SPLITS, (args.train, args.val))):
             ids[split] = [f"{split}_{number:05}" for number in range(count)]
             for number, image_id in enumerate(ids[split]):
-                image, labels = make_picture(args.seed, s, number, args.size)
+                image, labels = make_image(args.seed, s, number, args.size, args.kind)
                 _, jpeg = cv2.imencode(".jpg", image, (cv2.IMWRITE_JPEG_QUALITY, 95))
                 (args.out / "JPEGImages" / f"{image_id}.jpg").write_bytes(jpeg.tobytes())
                 save_indexed_png(args.out / "SegmentationClassAug" / f"{image_id}.png", labels)
@@ -210,9 +222,7 @@ def main(argv: list[str] | None = None) -> int:
             (lists / f"{split}.txt").write_text("".join(f"{image_id}\n" for image_id in ids[split]))
     except OSError as error:
         raise UserError(f"cannot write to {args.out}: {error.strerror or error}; choose another folder with --out") from None
-    print(
-        f"{args.out}: {args.train} training and {args.val} held-out pictures of {len(CLASSES)} classes ({', '.join(CLASSES)})"
-    )
+    print(f"{args.out}: {args.train} training and {args.val} held-out images of {len(names)} classes ({', '.join(names)})")
     return 0
 
 

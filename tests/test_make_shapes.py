@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scripts.make_shapes import CLASSES, main, make_picture, outline, texture
+from scripts.data import landscapes
+from scripts.make_shapes import CLASSES, main, make_image, outline, texture
 from utils.command import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,12 +29,12 @@ def digests(folder):
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """The data set as the command line makes it, twelve training pictures and six others."""
+    """The data set as the command line makes it, twelve training images and six others."""
     out = tmp_path_factory.mktemp("shapes") / "not" / "there"
     command = [sys.executable, str(SCRIPT), "--out", str(out), "--train", "12", "--val", "6", "--seed", "5"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{out}: 12 training and 6 held-out pictures of 7 classes (background, disc, ")
+    assert done.stdout.startswith(f"{out}: 12 training and 6 held-out images of 7 classes (background, disc, ")
     return out
 
 
@@ -100,7 +101,7 @@ def test_labels_fit_the_picture():
         return gray[mask].std()
 
     for number in range(6):
-        image, labels = make_picture(1, 0, number, (193, 225))
+        image, labels = make_image(1, 0, number, (193, 225))
         gray = image.astype(float).mean(axis=2)
         soft = gray - cv2.blur(gray, (13, 13))
         ground = contrast(soft, labels == 0)
@@ -177,7 +178,7 @@ def test_textures_lie_in_the_unit_interval():
     ("arguments", "message"),
     [
         (["--train", "-1"], "--train is -1"),
-        (["--train", "0", "--val", "0"], "one picture at least"),
+        (["--train", "0", "--val", "0"], "at least one image"),
         (["--seed", "-3"], "--seed is -3"),
         (["--size", "33,500"], "--size is 33,500; expected sides of at least 97"),
     ],
@@ -201,3 +202,35 @@ def test_other_folders_are_left_alone(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write to .*file: .*; choose another folder"):
         main(["--out", str(tmp_path / "file"), "--train", "1", "--val", "0"])
+
+
+def test_the_camera_over_a_plain_sees_what_geometry_says():
+    """Over flat ground at height 0, a ray that falls by b pixels per focal length meets the ground at focal * eye / b."""
+    flat = np.zeros((landscapes.SIDE, landscapes.SIDE), np.float32)
+    terrain = landscapes.Terrain(flat, np.zeros((*flat.shape, 3), np.float32), flat.astype(np.uint8))
+    distance, x, y = landscapes.look(np.random.default_rng(0), terrain, 97, 129, horizon=0.4)
+    falls = np.arange(97) + 0.5 - 0.4 * 97  # pixels below the horizon
+    expected = 0.9 * 129 * 16 / falls
+    inside = (expected > landscapes.NEAR) & (expected < landscapes.FAR)
+    assert inside.sum() > 40
+    np.testing.assert_allclose(distance[inside], np.broadcast_to(expected[inside, None], (inside.sum(), 129)), rtol=1e-3)
+    assert np.isinf(distance[falls < 0]).all()
+    steps = np.hypot(x[inside][:, 1:] - x[inside][:, :-1], y[inside][:, 1:] - y[inside][:, :-1])
+    np.testing.assert_allclose(steps, np.broadcast_to(expected[inside, None] / (0.9 * 129), steps.shape), rtol=2e-3, atol=1e-3)
+
+
+def test_landscapes(tmp_path):
+    command = ["--kind", "landscapes", "--train", "9", "--val", "1", "--size", "97,129", "--out"]
+    for name in ("a", "b"):
+        assert main([*command, str(tmp_path / name)]) == 0
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+    lines = (tmp_path / "a/classes.txt").read_text().splitlines()
+    assert lines[0] == "sky 70 130 180"
+    assert [line.split()[0] for line in lines] == list(landscapes.CLASSES)
+    images, labels = zip(*(landscapes.make_landscape(0, 0, number, 97, 129) for number in range(9)))
+    assert set(np.unique(labels)) == set(range(7))
+    blue = [np.mean([image[label == name][:, 0].mean() for image, label in zip(images, labels)]) for name in (0, 3)]
+    assert blue[0] > blue[1] + 50, "the sky is bluer than woods"
+    for label in labels:
+        ground = (label != landscapes.SKY) & (label != landscapes.BALLOON)
+        assert (np.diff(ground.astype(int), axis=0) >= 0).all(), "below ground there is no sky"
