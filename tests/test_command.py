@@ -11,7 +11,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from utils.argtypes import Parser
+from utils.argtypes import OTHER_NAMES, Parser
 from utils.command import Shown, run_command, shown
 
 TRAIN = ["--backbone", "resnet18", "--num-classes", "4", "--restore-from", "none", "--num-steps", "1", "--device", "cpu"]
@@ -165,6 +165,43 @@ def test_two_dashes_are_no_value(monkeypatch, capsys):
     parser = Parser()
     parser.add_argument("words", nargs="*")
     assert parser.parse_args(["--", "-a"]).words == ["-a"]  # as ever
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "meant"),
+    [
+        ("train", "--lr", "--learning-rate"),
+        ("train", "--epochs", "--num-steps, which counts optimiser steps"),
+        ("train_msc", "--batch_size=4", "--batch-size"),
+        ("train", "--learing-rate", "--learning-rate"),
+        ("train", "--crop-size", "--input-size"),
+        ("train", "-j", "--num-workers"),
+        ("evaluate", "--ckpt", "--restore-from"),
+        ("evaluate", "--flip", "--mirror"),
+        ("scripts.predict", "--output-dir", "--save-dir"),
+        ("scripts.check_dataset", "--workerz", "--workers"),
+        ("evaluate", "--epochs", ""),
+        ("train", "--zzz", ""),
+        ("train", "photo.jpg", ""),
+    ],
+)
+def test_a_mistyped_option_is_answered_in_one_sentence_with_the_nearest(name, word, meant, monkeypatch, capsys):
+    status, text = end_of(name, [*(["a.jpg"] if name == "scripts.predict" else []), word, "3"], monkeypatch, capsys)
+    assert status == 2
+    assert len(text.splitlines()) == 1
+    assert word.partition("=")[0] in text
+    assert text.endswith(f"; did you mean {meant}?\n" if meant else "; --help lists the options\n")
+
+
+def test_names_of_other_programs_lead_to_options_that_exist(monkeypatch, capsys):
+    known = set()
+    for name in COMMANDS:
+        monkeypatch.setattr(sys, "argv", [name, "--help"])
+        with pytest.raises(SystemExit):
+            import_module(name).main()
+        known |= set(re.findall(r"--[a-z][a-z0-9-]+", capsys.readouterr().out))
+    for names in OTHER_NAMES.values():
+        assert set(names) <= known, names
 
 
 def test_an_empty_place_to_write_to_is_no_place(monkeypatch, capsys):

@@ -1,26 +1,82 @@
 """The command line's parser, and its value types: each reads one argument, or says in a sentence what it should have been."""
 
 import argparse
+import difflib
 import math
 import sys
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 LARGEST_NUMBER = 2**31 - 1  # on a command line
 LARGEST_SIDE = 2**16 - 1  # of crops, canvases and tiles, pixels
 
+EPOCHS = ("epochs", "epoch", "num-epochs", "max-epochs")
+# What other programs call an option -> ours, the first that the command has.
+OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys((*EPOCHS, "steps", "max-steps", "iters", "iterations", "max-iter", "max-iters"), ("--num-steps",)),
+    **dict.fromkeys(("lr", "base-lr", "learn-rate"), ("--learning-rate",)),
+    **dict.fromkeys(("wd", "decay"), ("--weight-decay",)),
+    **dict.fromkeys(("bs", "batch", "images-per-batch"), ("--batch-size",)),
+    **dict.fromkeys(("accumulate", "grad-accum", "accumulation-steps", "gradient-accumulation-steps"), ("--iter-size",)),
+    **dict.fromkeys(("crop", "crop-size", "image-size", "img-size", "imgsz", "base-size"), ("--input-size", "--window")),
+    **dict.fromkeys(("flip", "hflip", "horizontal-flip", "random-flip"), ("--random-mirror", "--mirror")),
+    **dict.fromkeys(("workers", "j"), ("--num-workers", "--workers")),
+    **dict.fromkeys(("data", "data-root", "data-path", "dataroot", "root", "dataset-dir"), ("--data-dir",)),
+    **dict.fromkeys(("weights", "pretrained", "checkpoint", "ckpt", "load", "model-path", "init"), ("--restore-from",)),
+    **dict.fromkeys(("model", "arch", "network"), ("--net", "--backbone")),
+    **dict.fromkeys(("out", "output", "output-dir", "save", "work-dir", "log-dir", "logdir"), ("--snapshot-dir", "--save-dir")),
+    **dict.fromkeys(("fp16", "half", "bf16", "mixed-precision", "use-amp"), ("--amp",)),
+    "seed": ("--random-seed",),
+    **dict.fromkeys(("classes", "nclass", "n-classes"), ("--num-classes",)),
+    **dict.fromkeys(("gpus", "gpu-id", "gpu-ids", "cuda"), ("--gpu",)),
+    **dict.fromkeys(("syncbn", "sync-batchnorm"), ("--sync-bn",)),
+    "ignore-index": ("--ignore-label",),
+    **dict.fromkeys(("eval-every", "val-interval", "eval-interval"), ("--val-every",)),
+    "dilations": ("--atrous-rates",),
+}
+
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, which would read ``--option=--`` as no value at all."""
+    """argparse's, with a short usage line and one sentence per mistake, which names the option that was probably meant.
+
+    It also refuses ``--option=--``, which argparse would read as no value at all.
+    """
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         for word in sys.argv[1:] if args is None else args:
             if word.startswith("-") and word.endswith("=--"):
                 self.error(f"{word}: '--' is no value; put ./ before the name of such a file")
         return super().parse_known_args(args, namespace)
+
+    def format_usage(self) -> str:
+        formatter = self._get_formatter()
+        words = [formatter._format_args(action, action.dest) for action in self._get_positional_actions()]
+        return f"usage: {' '.join([self.prog, '[options]', *words])}\n"
+
+    def format_help(self) -> str:
+        if self.usage is None:
+            self.usage = self.format_usage().removeprefix("usage: ").strip().replace("%", "%%")
+        return super().format_help()
+
+    def error(self, message: str) -> NoReturn:
+        words = message.removeprefix("unrecognized arguments: ")
+        if words != message:
+            word = next((word.partition("=")[0] for word in words.split() if word.startswith("-")), "")
+            meant = f"did you mean {near}?" if (near := self.nearest(word)) else "--help lists the options"
+            message = f"{word} is no option of this command; {meant}" if word else f"{words}: nothing is expected here; {meant}"
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def nearest(self, word: str) -> str:
+        """The option that a mistyped one, or one of another program, probably stands for; "" if none is near."""
+        options = [name for name in self._option_string_actions if name.startswith("--")]
+        if not (name := word.strip("-").lower().replace("_", "-")):
+            return ""
+        if meant := next((option for option in OTHER_NAMES.get(name, ()) if option in options), ""):
+            return f"{meant}, which counts optimiser steps" if name in EPOCHS else meant
+        return next(iter(difflib.get_close_matches(f"--{name}", options, n=1, cutoff=0.7)), "")
 
 
 class GivenParser(Parser):
