@@ -1,11 +1,12 @@
-"""Draw the loss, the rate and the validation scores of one or more training runs.
+"""Draw the loss, the learning rate and the validation mean IoU of one or more training runs.
 
     python scripts/plot_log.py snapshots snapshots_msc -o curves.png
 
-A RUN is the folder of its log.jsonl, or that file. Several runs are drawn over each other, by the names of their folders.
+A RUN is the folder of its log.jsonl, or that file. Several runs are drawn over each other, named after their folders.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from utils.command import UserError, run_command
 from utils.files import write_atomically
 from utils.outputs import OUTPUT_MARK, Output, check_outputs
 
-CURVES = {"loss": "loss", "lr": "base rate", "val_mean_iou": "mean IoU"}
+CURVES = {"loss": ("loss", 1), "lr": ("learning rate", 1), "val_mean_iou": ("mean IoU %", 100)}  # label, factor
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.output.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"{args.output} ends in {args.output.suffix!r}; expected .png, .svg or .pdf")
     paths = [run / "log.jsonl" if run.is_dir() else run for run in args.runs]
-    runs = {str(run): read_log(path) for run, path in zip(args.runs, paths)}
+    runs = dict(zip(short_names(paths), map(read_log, paths)))
     check_outputs([Output("--output", args.output.parent, args.output.name, "the curves")], paths)
     draw(runs, args.output)
     reached = ", ".join(f"{name} to step {lines[-1]['step']}" for name, lines in runs.items())
@@ -60,12 +61,24 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """A name for each log: the folder of its log.jsonl, with as many of the folders above as make it differ from the others."""
+    places = [Path(os.path.abspath(path)) for path in paths]
+    parts = [(place.parent if place.name == "log.jsonl" else place).parts for place in places]
+    names = []
+    for own in parts:
+        others = [other for other in parts if other != own]
+        fewest = next(n for n in range(1, len(own) + 1) if all(other[-n:] != own[-n:] for other in others))
+        names.append(str(Path(*own[-fewest:])))
+    return names
+
+
 def points(lines: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """The steps at which ``name`` was logged, and its values."""
+    """The steps at which ``name`` was logged, and its values as they are drawn."""
     from utils.training.log import is_number
 
     known = [(line["step"], line[name]) for line in lines if is_number(line.get(name))]
-    return [step for step, _ in known], [value for _, value in known]
+    return [step for step, _ in known], [CURVES[name][1] * value for _, value in known]
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], output: Path) -> None:
@@ -80,13 +93,14 @@ def draw(runs: dict[str, list[dict[str, Any]]], output: Path) -> None:
         raise UserError(f"the curves need matplotlib ({error}); pip install matplotlib") from None
     shown = [name for name in CURVES if any(points(lines, name)[0] for lines in runs.values())]
     if not shown:
-        raise UserError(f"{', '.join(runs)}: the logs hold no loss, rate or score to draw; expected those of training runs")
+        raise UserError(f"{', '.join(runs)}: the logs hold no loss, learning rate or mean IoU; expected those of training runs")
     figure = Figure(figsize=(8, 2.8 * len(shown)), layout="constrained")
     for axes, name in zip(figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0], shown):
         for run, lines in runs.items():
             steps, values = points(lines, name)
-            axes.plot(steps, values, label=run, marker="." if len(steps) < 40 else "")
-        axes.set_ylabel(CURVES[name])
+            label = " " + run.replace("$", r"\$")  # matplotlib leaves out "_run", and takes $...$ for a formula
+            axes.plot(steps, values, label=label, marker="." if len(steps) < 40 else "")
+        axes.set_ylabel(CURVES[name][0])
         axes.grid(alpha=0.3)
     axes.set_xlabel("step")
     figure.axes[0].legend()

@@ -54,7 +54,7 @@ import json, sys
 
 with open(sys.argv[1]) as file:
     scores = json.load(file)
-print(f"\n{'mean IoU on VOC 2012 val, three scales':<40} expected      got")
+print(f"\n{'mean IoU % on VOC 2012 val, three scales':<40} expected      got")
 for key, title, expected in (("before_crf", "without CRF", sys.argv[2]), ("after_crf", "with CRF", sys.argv[3])):
     print(f"{title:<40} {expected:>8} {100 * scores[key]['mean_iou']:8.2f}")
 EOP

@@ -1,7 +1,9 @@
 """The curves of runs: what a log holds is what is drawn; what is no log is a sentence."""
 
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -27,7 +29,7 @@ def test_points_of_each_curve(run):
     lines = plot_log.read_log(run / "log.jsonl")
     assert lines == LINES
     assert plot_log.points(lines, "loss") == ([1, 4], [3.0, 1.5])
-    assert plot_log.points(lines, "val_mean_iou") == ([2], [0.25])
+    assert plot_log.points(lines, "val_mean_iou") == ([2], [25.0])
 
 
 def test_curves_are_drawn(run, tmp_path, capsys):
@@ -44,6 +46,36 @@ def test_curves_are_drawn(run, tmp_path, capsys):
     Image.new("RGB", (2, 2)).save(tmp_path / "mine.png")
     with pytest.raises(UserError, match="over a file that is no earlier output"):
         plot_log.main([str(run), "-o", str(tmp_path / "mine.png")])
+
+
+@pytest.mark.parametrize(
+    ("runs", "names"),
+    [
+        (["x/snapshots"], ["snapshots"]),
+        (["x/snapshots", "y/snapshots_msc"], ["snapshots", "snapshots_msc"]),
+        (["x/a/s", "x/b/s", "y/b/s", "other"], ["a/s", "x/b/s", "y/b/s", "other"]),
+        (["x/s", "z/../x/s", "y/s"], ["x/s", "x/s", "y/s"]),
+        (["x/log.1.jsonl", "x"], ["log.1.jsonl", "x"]),
+    ],
+)
+def test_runs_are_called_by_the_shortest_ends_that_differ(runs, names):
+    paths = [Path("/data", run) if run.endswith("l") else Path("/data", run, "log.jsonl") for run in runs]
+    assert plot_log.short_names(paths) == [str(Path(name)) for name in names]
+
+
+def test_the_legend_and_the_axes(run, tmp_path, monkeypatch):
+    """Folder names as they are, and mean IoU in percent."""
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *args, **options: drawn.append(self))
+    others = [tmp_path / "_run", tmp_path / "a$b$"]
+    for other in others:
+        shutil.copytree(run, other)
+    plot_log.main([*map(str, [run, *others]), "-o", str(tmp_path / "a.png")])
+    axes = drawn[0].axes
+    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == [" run", " _run", r" a\$b\$"]
+    assert [panel.get_ylabel() for panel in axes] == ["loss", "learning rate", "mean IoU %"]
+    assert axes[2].lines[0].get_xydata().tolist() == [[2, 25.0]]
 
 
 def test_what_is_no_log_is_a_sentence(run, tmp_path, monkeypatch):
@@ -82,7 +114,7 @@ def test_damaged_lines_are_left_out(tmp_path):
     path.write_bytes("\n".join([*bad, json.dumps(LINES[0])]).encode("latin-1"))
     assert plot_log.read_log(path) == LINES[:1]
     path.write_text('{"step": 3, "loss": "x", "lr": [1], "val_mean_iou": {}}\n{"step": 4, "loss": 1' + "0" * 400 + "}")
-    with pytest.raises(UserError, match="hold no loss, rate or score to draw"):
+    with pytest.raises(UserError, match="hold no loss, learning rate or mean IoU"):
         plot_log.main([str(tmp_path), "-o", output])
     path.write_text(path.read_text() + "\n" + json.dumps(LINES[0]))
     assert plot_log.main([str(tmp_path), "-o", output]) == 0

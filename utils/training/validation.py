@@ -78,7 +78,7 @@ class Validation:
         self.done = done
         if run.log:  # a line in the log says that all of this is done
             run.log.scores(done, scores, run.classes.names)
-            mean_iou = f"mean IoU {100 * scores.mean_iou:.2f}"
+            mean_iou = f"mean IoU {100 * scores.mean_iou:.2f} %"
             run.log.say(f"step {done}: {mean_iou} on the {len(self.data)} images of {self.data_list}")
 
     def count(self, run: "Run") -> ConfusionMatrix | None:
