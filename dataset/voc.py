@@ -9,7 +9,7 @@ import numpy as np
 
 from dataset.classes import IGNORE_LABEL, VOC_CLASSES, ClassFile, Color, NamedClass, read_class_file
 from dataset.images import DatasetError, read_picture
-from dataset.labels import read_label
+from dataset.labels import TO_INDICES, read_label
 from dataset.lists import IMAGE_DIR, LABEL_SUFFIXES, PICTURE_SUFFIXES, Entry, Listing, below, read_folder, read_list
 
 LABEL_DIRS = ("SegmentationClassAug", "SegmentationClass")
@@ -42,9 +42,12 @@ def find_list(data_dir: str | Path, data_list: str | Path | None, candidates: Se
         raise DatasetError(f"no list of image ids: {text}; pass a file with one id a line")
     if source:
         raise DatasetError(f"{text}; {source}, or pass --data-list")
+    names = sorted(f"{path.name}/" for path in root.iterdir() if path.is_dir())
     raise DatasetError(
-        f"no list of image ids: {text}; run `python scripts/prepare_voc.py` for PASCAL VOC; for data of your own write one, "
-        "have scripts/masks_to_indices.py write it (CVAT, labelme, pairs), or pass --data-list"
+        f"no list of image ids: {text}; run `python scripts/prepare_voc.py` for PASCAL VOC; of data of your own name the "
+        f"folders, {', '.join(names[:8]) or 'of which there are none'} here, and a list of ids or the folder of images, as in "
+        f"`--image-dir images --label-dir masks --data-list {root / 'images'}`, or have `python {TO_INDICES} "
+        f"{root} NEW` make a data set of them"
     )
 
 
@@ -188,8 +191,14 @@ class VOCSegmentation:
 
     @classmethod
     def read_list(cls, path: str | Path, image_dir: str) -> list[Entry]:
-        """The entries of such a list, or of a folder of images, see :func:`dataset.lists.read_list` and ``read_folder``."""
-        return read_folder(Path(path), image_dir) if os.path.isdir(path) else read_list(path, image_dir)
+        """The entries of such a list, or of a folder of images, see :func:`dataset.lists.read_list` and ``read_folder``.
+
+        A folder that holds folders alone stands for the images in those.
+        """
+        if not os.path.isdir(path):
+            return read_list(path, image_dir)
+        nested = all(each.is_dir() or each.name.startswith(".") for each in Path(path).iterdir())
+        return read_folder(Path(path), image_dir, "**/*" if nested else "*")
 
     def names_and_colors(self, classes: ClassFile | None) -> tuple[Sequence[str] | None, Mapping[int, Color]]:
         """The names and the colours of the classes: those of the data set, else those of ``classes.txt``."""
@@ -234,7 +243,9 @@ class VOCSegmentation:
         lost = listing.missing("picture", [entry.image for entry in entries if entry.image], PICTURE_SUFFIXES)
         lost += listing.missing("label", [entry.label for entry in entries if entry.label], LABEL_SUFFIXES)
         if lost:
-            raise DatasetError(f"files of the {len(entries)} ids are missing: {'; '.join(lost)}")
+            advice = f"; `python {TO_INDICES} {self.root} NEW` copies the pairs that are there, also of masks with other names"
+            found = f"files of the {len(entries)} ids are missing: {'; '.join(lost)}"
+            raise DatasetError(found + (advice if self.image_folder != self.IMAGE_DIR and not self.NAMES else ""))
 
     def image_path(self, image_id: str) -> Path:
         """Where the image is, or should be."""

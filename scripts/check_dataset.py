@@ -28,7 +28,7 @@ from scripts.data.leaks import find_leaks, same_sizes
 from scripts.data.parallel import add_workers_option, parallel_map
 from utils.argtypes import GivenParser, class_count, label_value, target_text
 from utils.command import run_command
-from utils.data import list_of
+from utils.data import images_of, list_of, with_folders
 from utils.files import save_json
 from utils.options import DATA_DIR, Options, add_dataset_option, dataset_defaults, elsewhere
 from utils.outputs import OUTPUT_MARK, Output, check_outputs
@@ -212,17 +212,21 @@ def check_json(path: Path, sets: Mapping[str, VOCSegmentation]) -> None:
     check_outputs([Output("--json", path.parent, path.name, "the report")], read, folders)
 
 
-def find_lists(args: Options) -> list[Path]:
-    """The lists of ``--data-list``, else those of train and, where there is one, val."""
-    if args.data_list:
-        return [list_of(args.replace(data_list=name), "train") for name in args.data_list]
-    lists = [list_of(args, "train", args.num_classes)]
-    try:
-        return [*lists, list_of(args, "val")]
-    except DatasetError:
-        names = DATASETS[args.dataset].lists("val", args.image_dir)
-        print(f"no val list ({' or '.join(names)}): train alone is checked")
-        return lists
+def find_lists(args: Options) -> list[tuple[Path, Options]]:
+    """The lists of ``--data-list``, else those of train and, where there is one, val; each with the options that read it."""
+    asked = [(args.replace(data_list=name), "train") for name in args.data_list or ()] or [(args, "train"), (args, "val")]
+    lists = []
+    for options, split in asked:
+        try:
+            options = with_folders(options, split)
+            lists.append((list_of(options, split, args.num_classes), options))
+        except DatasetError as error:
+            if split == "train":
+                raise
+            names = " or ".join(DATASETS[args.dataset].lists("val", args.image_dir))
+            reason = f"; {error}" if "no split" in str(error) else ""
+            print(f"no val list ({names}): train alone is checked{reason}")
+    return lists
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -257,11 +261,24 @@ def main(argv: list[str] | None = None) -> int:
     classes = None if kind.NAMES else read_class_file(args.data_dir)
     count = len(kind.NAMES) or args.num_classes or (classes and classes.count(args.ignore_label))
     num_classes, note = count or len(VOC_CLASSES), "" if count else " (VOC's: neither classes.txt nor --num-classes is given)"
-    options = (args.image_dir, args.label_dir, num_classes, args.ignore_label)
-    sets = {str(path): kind(args.data_dir, kind.read_list(path, args.image_dir), *options, classes=classes) for path in lists}
+    sets = {
+        str(path): kind(
+            args.data_dir,
+            kind.read_list(path, own.image_dir),
+            own.image_dir,
+            own.label_dir,
+            num_classes,
+            args.ignore_label,
+            classes=classes,
+        )
+        for path, own in lists
+    }
     data = next(iter(sets.values()))
     names = data.names or (default_names(num_classes) if num_classes == 21 else None)
     print(f"{', '.join(sets)}: {sum(map(len, sets.values()))} ids, {num_classes} classes{note}")
+    for own, (path, options) in zip(sets.values(), lists):
+        if options.label_dir != args.label_dir:
+            print(images_of(own, path))
 
     if args.json:
         check_json(Path(args.json), sets)

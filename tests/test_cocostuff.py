@@ -176,7 +176,7 @@ def test_the_10ks_lists_are_found(run, tmp_path, capsys):
     assert prepare_cocostuff.main(["--data-dir", str(root), "--workers", "0"]) == 0
     assert evaluate(root, run / "COCO_scenes_2.pth") == 0
     out = capsys.readouterr().out
-    assert f"1 pictures of {root / 'imageLists/test.txt'}" in out
+    assert f"1 images of {root / 'imageLists/test.txt'}" in out
     assert "images and labels warped to 513x513; here they keep their sizes" in out
     words = ["--dataset", "cocostuff", "--data-dir", str(root), "--workers", "0"]
     assert check_dataset.main([*words, "--data-list", "imageLists/train.txt"]) == 0

@@ -7,14 +7,33 @@ from typing import Any
 
 from dataset import DATASETS, IGNORE_LABEL, VOCSegmentation, find_list
 from dataset.classes import ClassFile
-from utils.options import AnyOptions
+from dataset.folders import choose_folders
+from utils.options import AnyOptions, Options
 
 
 def list_of(args: AnyOptions, split: str, num_classes: int | None = None) -> Path:
     """The list of ``--data-list``, else the one of ``"train"``, ``"val"`` or ``"test"``; see :func:`dataset.find_list`."""
-    kind = DATASETS[args.dataset]
+    kind, args = DATASETS[args.dataset], with_folders(args, split)
     source = other_dataset(args, num_classes) or kind.SOURCE
     return find_list(args.data_dir, args.data_list, kind.lists(split, args.image_dir), source)
+
+
+def with_folders(args: AnyOptions, split: str) -> Options:
+    """The options with the folders and the list of ``images/`` beside ``masks/`` in them, where nothing names others.
+
+    Raises:
+        DatasetError: several folders may be meant; there is no such split.
+    """
+    kind, root = DATASETS[args.dataset], Path(args.data_dir)
+    own = (root / kind.IMAGE_DIR).is_dir() and any((root / name).is_dir() for name in kind.LABEL_DIRS)
+    if kind.NAMES or own or args.label_dir or args.image_dir != kind.IMAGE_DIR or not root.is_dir():
+        return Options(vars(args))
+    lists = kind.lists(split, args.image_dir)
+    data_list = find_list(root, args.data_list, lists) if args.data_list else None
+    if not (found := choose_folders(root, split, data_list, lists)):
+        return Options(vars(args))
+    (image_dir, label_dir), path = found
+    return Options({**vars(args), "image_dir": image_dir, "label_dir": label_dir, "data_list": path and str(path)})
 
 
 def other_dataset(args: AnyOptions, num_classes: int | None) -> str:
@@ -44,6 +63,7 @@ def open_dataset(
     Raises:
         DatasetError: no such folder or list, files are missing, ``classes.txt`` does not fit.
     """
+    args = with_folders(args, split)
     data_list = list_of(args, split, num_classes)
     entries = DATASETS[args.dataset].read_list(data_list, args.image_dir)
     ignore_label = IGNORE_LABEL if args.ignore_label is None else args.ignore_label
@@ -54,6 +74,13 @@ def open_dataset(
     data = DATASETS[args.dataset](args.data_dir, entries, *options, advice, classes)
     data.check_files()
     return data, data_list
+
+
+def images_of(data: VOCSegmentation, data_list: Path) -> str:
+    """What to say of a data set: how many images, of which list, and where its masks are, if in unusual folders."""
+    others = [str(path) for path in getattr(data, "label_dirs", ()) if path.name not in data.LABEL_DIRS]  # arrays have none
+    masks = f", their masks in {' and '.join(others)}" if others else ""
+    return f"{len(data)} images of {data_list}{masks}"
 
 
 def what_is_compared(data: VOCSegmentation) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
+from dataset.folders import IMAGE_FOLDERS, MASK_FOLDERS, split_of
 from dataset.lists import FOREIGN_SUFFIXES, IMAGE_DIR, PICTURE_SUFFIXES, Listing, is_bare, read_ids
 from scripts.data.polygons import Region, polygons, read_coco, read_jsons
 from utils.command import UserError
@@ -20,18 +21,15 @@ LAYOUTS = (
     ("SegmentationClass", IMAGE_DIR),
     ("SegmentationClassAug", IMAGE_DIR),
     ("masks_machine", "img"),
-    ("annotations", "images"),
-    ("masks?", "images?"),
-    ("labels?", "images?"),
+    (MASK_FOLDERS, IMAGE_FOLDERS),
     ("(.+)_(?:labels?|masks?)", None),
     ("(.+)annot", None),
 )
 """Folders of masks and of their images beside them, anywhere in an export: labelme2voc (the first holds the PNGs) and CVAT,
-Supervisely, ADE20K, common use, CamVid (``train_labels`` and ``train``), SegNet (``trainannot`` and ``train``)."""
+Supervisely, common use, CamVid (``train_labels`` and ``train``), SegNet (``trainannot`` and ``train``)."""
 SUFFIXES = (("", ""), ("___fuse", ""), ("_mask", ""), ("_mask", "_sat"), ("_L", ""))
 """By which the names of masks and those of their images differ from the ids: SuperAnnotate, Roboflow, DeepGlobe,
 CamVid."""
-_SPLITS = {"train": "train(ing)?", "val": "val(id(ation)?)?", "test": "test(ing)?"}  # what lists and folders are called
 _COPY = re.compile(r"(.+)\.rf\.[^./]+")  # Roboflow: <source>.rf.<hash>, for each augmented copy of a source
 # Label Studio: the control's name is before the label's, which may hold dashes
 _LAYER = re.compile(r"(task-\d+)-annotation-(\d+)-by-[^-]*-[^-]+-(.+)-\d+")
@@ -302,11 +300,6 @@ def choose_lists(ids: Sequence[str], lists: Path, val_share: float, seed: int) -
         origin = f"{origin}, val drawn from train with seed {seed}" if origin else f"drawn with seed {seed}"
     found["train"] = train
     return {name: found[name] for name in ("train", "val", "test") if found.get(name)}, origin
-
-
-def split_of(name: str) -> str | None:
-    """``"train"``, ``"val"`` or ``"test"`` by the name of a list or folder: ``Training``, ``valid``, ``val2017``."""
-    return next((split for split, form in _SPLITS.items() if re.fullmatch(rf"{form}(\d{{4}})?", name, re.IGNORECASE)), None)
 
 
 def _draw(ids: Sequence[str], share: float, seed: int) -> tuple[list[str], list[str]]:

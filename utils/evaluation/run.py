@@ -18,7 +18,7 @@ from deeplab.weights import Weights
 from utils import distributed
 from utils.checkpoint import dataset_of
 from utils.command import UserError, shown
-from utils.data import open_dataset, other_dataset, what_is_compared
+from utils.data import images_of, open_dataset, other_dataset, what_is_compared
 from utils.evaluation.comparison import open_other
 from utils.evaluation.crf_device import open_crf
 from utils.evaluation.images import Sample
@@ -49,7 +49,7 @@ def run(args: Namespace) -> int:
         if weights.seen_voc_val and on_val and dataset_of(weights.meta) == options.dataset:
             notes.append(f"warning: scores on {data.TITLE} val mean nothing here: {weights.seen_voc_val}")
         if distributed.is_main():
-            print(*lines, f"{len(data)} pictures of {data_list}", *notes, sep="\n")
+            print(*lines, images_of(data, data_list), *notes, sep="\n")
         printed = len(notes)
 
         hidden = None if distributed.is_main() else True  # None: shown in a terminal only
@@ -143,7 +143,7 @@ def what_is_read(options: Options, data: VOCSegmentation, data_list: Path) -> tu
     """The files that the evaluation reads, and the folders of the data, for :func:`utils.outputs.check_outputs`."""
     files = [options.restore_from, data_list, data.root / "classes.txt"]
     files += [path(id) for id in data.ids for path in (data.image_path, data.label_path)]
-    return files, [data.image_dir, *(data.root / name for name in (*data.LABEL_DIRS, options.label_dir) if name)]
+    return files, [data.image_dir, *data.label_dirs, *(data.root / name for name in data.LABEL_DIRS)]
 
 
 def print_scores(classes: Classes, matrices: dict[str, ConfusionMatrix], labelled: bool) -> dict[str, dict]:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
-from dataset import DATASETS, DatasetError, StepSampler, TrainTransform, VOCSegmentation
+from dataset import DatasetError, StepSampler, TrainTransform, VOCSegmentation
 from dataset.arrays import ArraySegmentation, classes_of
 from dataset.classes import ClassFile, read_class_file
 from dataset.transforms import training_transforms
@@ -24,7 +24,7 @@ from deeplab.toolbox import ChannelDropout
 from utils import distributed
 from utils.checkpoint import Snapshots, make_meta, prefix_of
 from utils.command import UserError, put
-from utils.data import layout_words, list_of, open_dataset
+from utils.data import images_of, layout_words, list_of, open_dataset
 from utils.device import check_compiler, select_device
 from utils.loader import fitting_workers, make_loader, running
 from utils.options import Options, shared_options, with_own_places
@@ -219,7 +219,7 @@ def loss_options(options: Options) -> dict[str, object]:
 def head_lines(options: Options, data: VOCSegmentation, data_list: Path, seen: str, device: torch.device) -> list[str]:
     """What is about to happen; ``seen`` is what :func:`seen_val` says."""
     images = options.batch_size * options.iter_size
-    lines = [f"{len(data)} images of {data_list}; {images} images per step, {options.num_steps} steps"]
+    lines = [f"{images_of(data, data_list)}; {images} images per step, {options.num_steps} steps"]
     lines += [f"warning: {seen}, so a mean IoU on that list will mean nothing"] if seen else []
     lines += [crop_warning(data, options.input_size)]
     if device.type == "cuda" and options.amp == "off" and torch.cuda.get_device_capability(device) >= (8, 0):
@@ -274,6 +274,8 @@ def last_words(run: Run, done: int) -> str:
         return f"nothing is left to do: all {done} steps are done; to train on, add a larger --num-steps"
     root = Path(options.data_dir or "DATA_DIR")
     words = ["python", "evaluate.py", "--data-dir", str(root), "--restore-from", str(run.snapshots.path(done))]
-    if not any((root / name).exists() for name in DATASETS[options.dataset].lists("val", options.image_dir)):
+    try:
+        list_of(options.replace(data_dir=root, data_list=None), "val")
+    except DatasetError:
         words += ["--data-list", "LIST"]
     return f"saved {words[5]}; next: {shlex.join([*words, *layout_words(options)])}"

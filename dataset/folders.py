@@ -1,0 +1,108 @@
+"""Images and masks in two folders side by side, ``images/`` and ``masks/``, perhaps split into train and val."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dataset.images import DatasetError
+from dataset.lists import IMAGE_DIR, LABEL_SUFFIXES, PICTURE_SUFFIXES, read_list
+
+IMAGE_FOLDERS = f"images?|imgs?|{IMAGE_DIR}"
+MASK_FOLDERS = "masks?|labels?|annotations?|segmentationclass(?:aug)?"
+"""What the two folders are called, in any case; regular expressions."""
+_SPLITS = {"train": "train(ing)?", "val": "val(id(ation)?)?", "test": "test(ing)?"}  # what lists and folders are called
+
+
+class Folders(NamedTuple):
+    """A folder of images and that of their masks, below the data set's folder."""
+
+    images: str
+    masks: str
+
+
+def split_of(name: str) -> str | None:
+    """``"train"``, ``"val"`` or ``"test"`` by the name of a list or folder: ``Training``, ``valid``, ``val2017``."""
+    return next((split for split, form in _SPLITS.items() if re.fullmatch(rf"{form}(\d{{4}})?", name, re.IGNORECASE)), None)
+
+
+def choose_folders(root: Path, split: str, data_list: Path | None, lists: Sequence[str]) -> tuple[Folders, Path | None] | None:
+    """The folders and the list of a split; None where ``root`` has no such folders, or the list names images and labels itself.
+
+    Args:
+        data_list: the list that was given; None looks for ``train.txt`` and the like in ``root``, then for folders of splits.
+        lists: where the list may be below ``root`` otherwise; one that is there counts, and None is returned in its place.
+
+    Raises:
+        DatasetError: several folders may be meant; there is no such split.
+    """
+    found = find_folders(root)
+    whole = found.pop("", None)
+    if data_list and data_list.is_dir():
+        pairs = [pair for pair in (*found.values(), whole) if pair and (root / pair.images).resolve() == data_list.resolve()]
+        return (pairs[0], data_list) if pairs else None
+    if not found and not whole:
+        return None
+    texts = (path for path in sorted(root.glob("*.txt")) if split_of(path.stem) == split)
+    ours = next((root / name for name in lists if (root / name).exists()), None)
+    text = data_list or ours or (None if found else next(texts, None))
+    if text:
+        return (whole, None if text == ours else text) if whole and not any(e.label for e in read_list(text)) else None
+    if pair := found.get(split) or (whole if split == "train" and not found else None):
+        return pair, root / pair.images
+    pairs = [*found.values(), *([whole] if whole and not found else [])]
+    there = ", ".join(f"{pair.images}/ and {pair.masks}/" for pair in pairs)
+    raise DatasetError(
+        f"{root} has {there}, but no split for {split}: `python scripts/masks_to_indices.py {root} NEW` copies it with lists "
+        "for train and val; or pass --data-list, a file of ids or a folder of images"
+    )
+
+
+def find_folders(root: Path) -> dict[str, Folders]:
+    """The folders of each split, ``images/train`` and ``masks/train`` or ``train/images`` and ``train/masks``.
+
+    Returns:
+        {split: its folders}; "" stands for ``images`` and ``masks`` themselves. {} where there are no such folders.
+
+    Raises:
+        DatasetError: several folders may be meant.
+    """
+    if whole := _pair(root):
+        splits = [{split_of(path.name): path for path in _folders(root / name)} for name in whole]
+        both = (split for split in _SPLITS if split in splits[0] and split in splits[1])
+        pairs = {split: Folders(*(_below(root, each[split]) for each in splits)) for split in both}
+        return {"": whole, **pairs}
+    found = {split: _pair(path) for path in _folders(root) if (split := split_of(path.name))}
+    names = {split_of(path.name): path.name for path in _folders(root)}
+    return {split: Folders(*(f"{names[split]}/{name}" for name in pair)) for split, pair in found.items() if pair}
+
+
+def _pair(folder: Path) -> Folders | None:
+    """The folders of images and masks in ``folder``; None where one of them is missing."""
+    found = [
+        [path.name for path in _folders(folder) if re.fullmatch(names, path.name, re.IGNORECASE) and _holds(path, suffixes)]
+        for names, suffixes in ((IMAGE_FOLDERS, PICTURE_SUFFIXES), (MASK_FOLDERS, LABEL_SUFFIXES))
+    ]
+    if not all(found):
+        return None
+    if max(map(len, found)) > 1:
+        several = " and ".join(f"{name}/" for names in found if len(names) > 1 for name in names)
+        images, masks = (names[0] for names in found)
+        raise DatasetError(
+            f"{folder} holds {several}, and nothing says which is meant; pass for instance `--image-dir {images} "
+            f"--label-dir {masks} --data-list {folder / images}`"
+        )
+    return Folders(found[0][0], found[1][0])
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+
+def _holds(folder: Path, suffixes: tuple[str, ...]) -> bool:
+    return any(name.lower().endswith(suffixes) for _, _, names in os.walk(folder) for name in names)
+
+
+def _below(root: Path, path: Path) -> str:
+    return path.relative_to(root).as_posix()
