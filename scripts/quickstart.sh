@@ -25,21 +25,20 @@ else
     net=(--backbone resnet18 --batch-size 8 --num-steps 160 --learning-rate 5e-3)
 fi
 
-python scripts/make_shapes.py --out "$out/shapes"
-classes=$(wc -l < "$out/shapes/classes.txt")
-python train.py --data-dir "$out/shapes" --num-classes "$classes" --restore-from none --batch-norm full "${net[@]}" \
+python scripts/make_shapes.py --kind landscapes --size 193,257 --out "$out/landscapes"
+python train.py --data-dir "$out/landscapes" --restore-from none "${net[@]}" \
     --input-size 129,129 --random-mirror --random-scale \
     --save-pred-every 100 --snapshot-dir "$out/snapshots"
 snapshot=$(ls -t "$out"/snapshots/*_scenes_*.pth | head -n 1)
-python evaluate.py --data-dir "$out/shapes" --restore-from "$snapshot" --scales 1,0.75,0.5 --crf \
+python evaluate.py --data-dir "$out/landscapes" --restore-from "$snapshot" --scales 1,0.75,0.5 --crf \
     --save-dir "$out/masks" --save-panels "$out/panels" --save-json "$out/scores.json" --report "$out/report"
 
 cat <<EOF
 
-pictures to look at   $out/panels/      picture | label | prediction | errors, after the CRF
-while it learnt       $out/snapshots/images/
-masks                 $out/masks/       indexed PNGs, one a picture
-scores                $out/scores.json
+panels           $out/panels/      image, label, prediction and errors, after the CRF
+during training  $out/snapshots/images/
+masks            $out/masks/       indexed PNGs, one per image
+metrics          $out/scores.json
 
 open $out/report/index.html
 EOF
