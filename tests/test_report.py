@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,13 +14,16 @@ import torch
 from PIL import Image
 
 from dataset import VOCSegmentation
+from deeplab.weights import Weights
 from tests.helpers import TOY_CLASSES, TOY_SIZES
 from tests.helpers_nets import naive_scores
-from tests.helpers_runs import evaluate, scores
+from tests.helpers_runs import SMALL, evaluate, scores, train
 from utils.command import UserError
 from utils.evaluation import report
-from utils.evaluation.comparison import open_other
+from utils.evaluation.comparison import OtherReport, open_other
 from utils.evaluation.images import Sample
+from utils.evaluation.options import evaluation_parser
+from utils.training.options import training_parser
 from utils.visualize import Classes
 
 NASTY = ["<script>alert(1)</script>", 'red" onload="x', "green & {{ 7 * 7 }}", "blue"]
@@ -136,12 +140,14 @@ def test_the_counts_of_the_pictures_add_up(toy_voc, snapshot, tmp_path):
     assert total.tolist() == result["scores"]["confusion_matrix"]
 
 
-def test_two_evaluations_side_by_side(toy_voc, snapshot, tmp_path):
-    """One has five pictures, the other six: differences are over those that both have."""
+def test_two_evaluations_side_by_side(toy_voc, snapshot, tmp_path, capsys):
+    """One has five pictures, the other six: differences are over those that both have. What differs in settings is said."""
     five = toy_voc / "five.txt"
     five.write_text("".join(f"toy_{i}\n" for i in range(5)))
     evaluate(toy_voc, snapshot, "--report", str(tmp_path / "a"), "--scales", "0.5")
     evaluate(toy_voc, snapshot, "--report", str(tmp_path / "b"), "--compare", str(tmp_path / "a"), "--data-list", str(five))
+    lists = f"data_list {toy_voc / 'ImageSets/Segmentation/val.txt'} -> {five}"
+    assert f"compared with {tmp_path / 'a'}: {lists}; scales 0.5 -> 1.0\n" in capsys.readouterr().out
     there = scores(toy_voc, snapshot, tmp_path, "--data-list", str(five), "--scales", "0.5")["scores"]
     here = scores(toy_voc, snapshot, tmp_path, "--data-list", str(five))["scores"]
     page = Page(tmp_path / "b")
@@ -151,6 +157,7 @@ def test_two_evaluations_side_by_side(toy_voc, snapshot, tmp_path):
     ]:
         assert rows[name] == [percent(a), percent(b), f"{100 * (b - a):+.2f}"]
     assert "over the 5 pictures that both have" in page.text
+    assert ["scales", "0.5", "1.0"] in page.rows
     ious = [{a["data-id"]: float(a["data-iou"]) for tag, a in Page(tmp_path / x).tags if tag == "a"} for x in ("a", "b")]
     for attributes in (a for tag, a in page.tags if tag == "a"):
         change = ious[1][attributes["data-id"]] - ious[0][attributes["data-id"]]
@@ -158,6 +165,47 @@ def test_two_evaluations_side_by_side(toy_voc, snapshot, tmp_path):
         number = int(attributes["data-number"])
         other = (tmp_path / f"b/pictures/{number:06d}_other.png").read_bytes()
         assert other == (tmp_path / f"a/pictures/{number:06d}_prediction.png").read_bytes()
+
+
+def test_settings_that_differ(tmp_path):
+    """Of the evaluation, the net and its training; JSON's lists are tuples, and of an earlier report its scores are known."""
+    args = {"learning_rate": 0.1, "num_workers": 4, "input_size": [33, 41], "num_steps": 7}
+    weights = Weights({}, "x", {"backbone": "resnet18"}, {"step": 7, "args": args})
+    options = evaluation_parser("").parse_args(["--scales", "0.5,1", "--crf", "--restore-from", "a.pth"])
+    here = report.settings_of(options, weights, Path("val.txt"))
+    other = OtherReport(tmp_path, {"scores": {}, "settings": json.loads(json.dumps(here))}, {})
+    assert other.differing(here) == []
+    options.scales, options.mirror, options.restore_from = (1.0,), True, "b.pth"
+    weights.meta = {"step": 8, "args": {**args, "learning_rate": 0.2, "num_workers": 8, "new": 1}}
+    weights.config = {"backbone": "resnet50"}
+    now = report.settings_of(options, weights, Path("val.txt"))
+    assert sorted(other.differing(now)) == [
+        ("backbone", "resnet18", "resnet50"),
+        ("mirror", "no", "yes"),
+        ("restore_from", "a.pth", "b.pth"),
+        ("scales", "0.5,1.0", "1.0"),
+        ("step", "7", "8"),
+        ("trained with learning_rate", "0.1", "0.2"),
+    ]
+    earlier = {"scores": {"scales": [0.5, 1.0], "mirror": True, "window": None, "step": 8, "scores": {"mean_iou": 0.5}}}
+    assert OtherReport(tmp_path, earlier, {}).differing(now) == [("scales", "0.5,1.0", "1.0"), ("crf", "no", "yes")]
+
+
+def test_what_was_given_comes_before_the_defaults(toy_voc, snapshot, tmp_path):
+    """Options of the training run; a resumed run keeps those that it was begun with."""
+    words = ["--restore-from", str(snapshot), "--num-steps", "1", "--random-mirror", "--random-seed", "7"]
+    used = {word[2:].replace("-", "_") for word in [*SMALL, *words] if word.startswith("--")} | {"data_dir", "snapshot_dir"}
+    train(toy_voc, tmp_path / "s", *words)
+    train(toy_voc, tmp_path / "s", "--resume", "--num-steps", "2")
+    for number in (1, 2):
+        evaluate(toy_voc, tmp_path / f"s/VOC12_scenes_{number}.pth", "--report", str(tmp_path / "r"))
+        text = " ".join(Page(tmp_path / "r").text.split())
+        given, defaults = re.search("trained with(--.*) and by default(.*) pictures6 of", text).groups()
+        parsed = training_parser("", batch_size=1, iter_size=1, snapshot_dir="").parse_args(shlex.split(given))
+        assert parsed.given == used
+        assert (parsed.restore_from, parsed.random_seed, parsed.input_size) == (str(snapshot), 7, (33, 41))
+        assert {"momentum 0.9", "random_scale no", "learning_rate 0.00025"} <= set(defaults.split(", "))
+        assert not {entry.split()[0] for entry in defaults.split(", ")} & parsed.given
 
 
 def test_what_cannot_be_reported_or_compared_is_a_sentence(toy_voc, snapshot, nasty, tmp_path):

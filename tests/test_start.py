@@ -398,6 +398,7 @@ PLACES: dict[str, list] = {
     "meta/classes": [["a"], "abcd", [1, 2, 3, 4]],
     "meta/seen_voc_val": [5],
     "meta/run": [5],
+    "meta/given": [5, "a", [1]],
     "ids": [5],
     "numbers": [5, ["../../x"], [9], [True]],
     "prefix": [5, "", "../x", "a b", None],

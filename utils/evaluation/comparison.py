@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,13 @@ class OtherReport:
             return None
         value = scores_of([self.pictures[id]["matrix"]], len(self.content["names"]), ignore_label).mean_iou
         return None if math.isnan(value) else value
+
+    def differing(self, settings: Mapping[str, str]) -> list[tuple[str, str, str]]:
+        """The settings that differ: (name, there, here); a report of an earlier version has fewer to compare."""
+        scores, found = self.content["scores"], self.content.get("settings")
+        there = found if isinstance(found, dict) else {**scores, "crf": "after_crf" in scores}
+        values = {name: setting_text(there[name]) for name in settings if name in there}
+        return [(name, value, settings[name]) for name, value in values.items() if value != settings[name]]
 
     def compare(
         self, records: Sequence[dict[str, Any]], classes: Classes, ignore_label: int, colors: Sequence[str]
@@ -93,6 +100,13 @@ def open_other(folder: str, report: Path, ids: Sequence[str], classes: Classes) 
     if not pictures.keys() & set(ids):
         raise UserError(f"--compare {folder} has none of the {len(ids)} pictures of this evaluation; compare the same list")
     return OtherReport(Path(folder), content, pictures)
+
+
+def setting_text(value: object) -> str:
+    """A setting as reports keep and compare it: 1,0.75 for a tuple, and for the list that JSON makes of it."""
+    if isinstance(value, tuple | list):
+        return ",".join(map(str, value))
+    return "none" if value is None else {"True": "yes", "False": "no"}.get(str(value), str(value))
 
 
 def _is_record(id: object, record: dict[str, Any], num_classes: int) -> bool:

@@ -17,11 +17,11 @@ import torch
 from dataset.classes import IGNORE_LABEL
 from deeplab.weights import Weights
 from utils.command import UserError
-from utils.evaluation.comparison import DATA, OtherReport, scores_of
+from utils.evaluation.comparison import DATA, OtherReport, scores_of, setting_text
 from utils.evaluation.images import Sample
 from utils.files import save_json, write_atomically
 from utils.metrics import ConfusionMatrix
-from utils.options import Options
+from utils.options import OF_A_MACHINE, Options, flag
 from utils.outputs import OUTPUT_MARK, Output, is_output, marked_jpeg
 from utils.visualize import PALETTE, WRONG, Classes, blend, indexed_png, marked_png, scale, wrong_pixels
 
@@ -91,13 +91,16 @@ class Report:
             write_atomically(self.folder / "pictures" / f"{number:06d}{ending}", methodcaller("write", data), sync=False)
         return [name for name in (*masks, "errors", "other") if f"_{name}.png" in files]
 
-    def write(self, records: Iterable[dict[str, Any]], result: dict[str, Any], head: Mapping[str, Any]) -> None:
+    def write(
+        self, records: Iterable[dict[str, Any]], result: dict[str, Any], head: Mapping[str, Any], settings: Mapping[str, str]
+    ) -> None:
         """Write the page and its data.
 
         Args:
             records: those of all processes.
             result: what ``--save-json`` saves.
             head: title, subtitle, notes and facts of the page.
+            settings: see :func:`settings_of`.
         """
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -105,14 +108,16 @@ class Report:
         records = [unique[id] for id in sorted(unique)]
         colors = self.classes.palette[: len(self.classes.names)].tolist()
         saved = {"made_by": OUTPUT_MARK, "scores": result, "names": list(self.classes.names), "colors": colors}
-        save_json(self.folder / DATA, saved | {"pictures": records})
+        save_json(self.folder / DATA, saved | {"settings": settings, "pictures": records})
         environment = Environment(
             loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=False
         )
         environment.filters.update(
             percent=_percent, signed=_signed, number=lambda value: "" if value is None else f"{value:.6f}"
         )
-        page = environment.get_template("report.html").render(**head, **self._content(records, result), made_by=OUTPUT_MARK)
+        differing = self.other.differing(settings) if self.other else []
+        content = self._content(records, result) | {"differing": differing, "made_by": OUTPUT_MARK}
+        page = environment.get_template("report.html").render(**head, **content)
         write_atomically(self.folder / "index.html", lambda file: file.write(page.encode()))
 
     def _content(self, records: list[dict[str, Any]], result: dict[str, Any]) -> dict[str, Any]:
@@ -194,16 +199,31 @@ def planned(folder: Path) -> list[Output]:
     return [Output("--report", folder, name, f"the report's {name}") for name in ("index.html", DATA, "pictures/000000.jpg")]
 
 
+def settings_of(options: Options, weights: Weights, data_list: Path) -> dict[str, str]:
+    """What an evaluation and its net were made with, for :meth:`utils.evaluation.comparison.OtherReport.differing`."""
+    places = OF_A_MACHINE - {"data_dir", "data_list", "restore_from"} | {"resume"} | weights.config.keys()
+    args = weights.meta.get("args") or {}
+    trained = {f"trained with {name}": value for name, value in args.items() if name not in places}
+    settings = {"restore_from": options.restore_from, "step": weights.meta.get("step"), "data_list": data_list}
+    settings |= {name: getattr(options, name) for name in (*PREDICTED, "ignore_label")} | weights.config | trained
+    return {name: setting_text(value) for name, value in settings.items()}
+
+
 def head_of(options: Options, weights: Weights, data_list: Path, count: int, notes: Sequence[str]) -> dict[str, Any]:
     """The head of the page, and how its numbers were made."""
     packages = ("torch", "torchvision", "numpy", "opencv-python-headless", "pillow", "pydensecrf2")
     versions = [f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in packages), platform.platform()]
-    meta = {name: value for name, value in weights.meta.items() if name not in ("args", "classes", "colors", "mean")}
+    hidden = ("args", "classes", "colors", "given", "mean")
+    meta = {name: value for name, value in weights.meta.items() if name not in hidden}
+    args, given = weights.meta.get("args") or {}, weights.meta.get("given") or []
+    options_given = [[flag(name), *[setting_text(args[name])] * (args[name] is not True)] for name in args if name in given]
+    defaults = [f"{name} {setting_text(value)}" for name, value in args.items() if name not in given and value is not None]
     facts = [
         ("command", shlex.join(["python", *sys.argv])),
         ("weights", f"{options.restore_from}: {weights.scheme}"),
         ("net", ", ".join(f"{name} {value}" for name, value in {**weights.config, **meta}.items() if value not in (None, ""))),
-        ("trained with", ", ".join(f"{name} {value}" for name, value in weights.meta.get("args", {}).items())),
+        ("trained with", " ".join(map(shlex.join, options_given))),
+        ("and by default" if options_given else "trained with", ", ".join(defaults)),
         ("pictures", f"{count:,} of {data_list}"),
         ("predicted", ", ".join(f"{name} {getattr(options, name)}" for name in PREDICTED)),
         ("versions", ", ".join(versions)),

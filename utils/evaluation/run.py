@@ -24,7 +24,7 @@ from utils.evaluation.crf_device import open_crf
 from utils.evaluation.images import Sample
 from utils.evaluation.options import settled
 from utils.evaluation.predict import check_same_work, open_trained_net, prediction_options, snapshot_colors, to_device
-from utils.evaluation.report import Report, head_of, prepare_folder
+from utils.evaluation.report import Report, head_of, prepare_folder, settings_of
 from utils.evaluation.report import planned as report_outputs
 from utils.evaluation.score import score, share
 from utils.files import save_json
@@ -86,7 +86,11 @@ def run(args: Namespace) -> int:
         if options.save_json:
             save_json(options.save_json, result)
         if page:
-            page.write(chain.from_iterable(records), result, head_of(options, weights, data_list, len(data), notes))
+            settings, head = settings_of(options, weights, data_list), head_of(options, weights, data_list, len(data), notes)
+            page.write(chain.from_iterable(records), result, head, settings)
+            if page.other:
+                changes = "; ".join(f"{name} {there} -> {here}" for name, there, here in page.other.differing(settings))
+                print(f"compared with {options.compare}: {changes or 'the same settings'}")
             print(f"open {Path(options.report) / 'index.html'}")
 
     distributed.from_main(write)

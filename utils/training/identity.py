@@ -166,6 +166,8 @@ def compare_meta(checkpoint: dict[str, Any]) -> None:
     classes, numbers, ids = meta.get("classes"), checkpoint.get("numbers"), checkpoint.get("ids")
     if classes is not None and not (_is_list(classes, str) and len(classes) == meta["num_classes"]):
         raise Misfit(f"its classes are not the names of {brief(meta['num_classes'])} classes")
+    if not _is_list(meta.get("given") or [], str):
+        raise Misfit("its given options are not names")
     if not all(isinstance(value, str | None) for value in (ids, meta.get("run"), meta.get("seen_voc_val", ""))):
         raise Misfit("its ids, run or seen_voc_val is no text")
     if numbers is not None and not (_is_list(numbers, int) and all(0 < number <= step for number in numbers)):

@@ -124,9 +124,9 @@ class Run:
 
         # What is watched, saved and said.
         seen, colors = seen_val(data), self.classes.palette[: options.num_classes].tolist()
-        own_meta = {"seen_voc_val": start.seen_voc_val or seen, "colors": colors, "run": run_id}
+        own_meta = {"seen_voc_val": start.seen_voc_val or seen, "colors": colors, "run": run_id, "given": start.given}
         self.meta = make_meta(net, names, start.step, vars(start.options), **own_meta)
-        own = class_file.rows is not None and not data.NAMES and not resumed
+        own = class_file.rows is not None and data.SHORT == VOCSegmentation.SHORT and not resumed
         prefix = start.checkpoint.get("prefix") or (prefix_of(data.root) if own else data.SHORT)
         self.snapshots = Snapshots(Path(options.snapshot_dir), options.keep, start.checkpoint.get("numbers") or [], prefix)
         stack.callback(self.last_save)  # whatever ends the run

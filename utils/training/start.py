@@ -33,6 +33,7 @@ class Start:
         classes: the names of the classes, None where nobody gave them.
         seen_voc_val: why the net's mean IoU on the data set's val means nothing, "" if it means something.
         step: steps done.
+        given: the names of the options that the run was begun with; None where the checkpoint does not say.
         run: what tells a resumed run's files from another's; None of a new run, and where it was not written yet.
         checkpoint: optimizer, scaler, ids (their check sum), numbers (the steps of the snapshots that the run has written)
             and prefix (of their names) of the checkpoint; {} for a new run.
@@ -45,6 +46,7 @@ class Start:
     seen_voc_val: str
     step: int = 0
     run: str | None = None
+    given: list[str] | None = None
     checkpoint: dict[str, Any] = field(default_factory=dict)
 
 
@@ -116,7 +118,8 @@ def resume(asked: Options, loss: str, path: Path) -> Start:
         refuse_other_run(folder)
     kept = {name: checkpoint.get(name) for name in ("optimizer", "scaler", "ids", "numbers", "prefix")}
     lines.insert(0, f"resumed from {path} at step {step}")
-    return Start(options, net, lines, meta.get("classes"), meta.get("seen_voc_val") or "", step, meta.get("run"), kept)
+    seen = meta.get("seen_voc_val") or ""
+    return Start(options, net, lines, meta.get("classes"), seen, step, meta.get("run"), meta.get("given"), kept)
 
 
 def begin(options: Options, loss: str, class_file: ClassFile) -> Start:
@@ -152,7 +155,7 @@ def begin(options: Options, loss: str, class_file: ClassFile) -> Start:
         lines.append("warning: a net from scratch learns little with --batch-norm frozen; leave it out, which is full")
     settled = kept_options(options) | {key: net.config.get(key) for key in NET_OPTIONS} | {"loss": loss}
     seen = weights.seen_voc_val if weights and dataset_of(weights.meta) == options.dataset else ""
-    return Start(Options(settled), net, lines, classes, seen)
+    return Start(Options(settled), net, lines, classes, seen, given=sorted(options.given))
 
 
 def _classes(options: Options, class_file: ClassFile, meta: dict[str, Any]) -> tuple[int, list[str] | None, str]:
