@@ -20,6 +20,8 @@ IGNORE_LABEL = 255
 MEAN_BGR = (104.00698793, 116.66876762, 122.67891434)
 """Mean colour of the ImageNet training images, blue-green-red, 0..255, as the published nets subtract it."""
 
+TO_INDICES = "scripts/masks_to_indices.py"
+
 _VOID = re.compile("void|ignored?|unlabell?ed", re.IGNORECASE)  # what a line for the ignore label is called
 _COLORED = re.compile(r"(.+?)[ \t,;]+(\d+)[ \t,;]+(\d+)[ \t,;]+(\d+)[ \t,;]*", re.ASCII)
 _HEADER = re.compile(r".+?[ \t,;]+(r|red)[ \t,;]+(g|green)[ \t,;]+(b|blue)", re.IGNORECASE)  # "name r g b"
@@ -283,8 +285,17 @@ def one_class_warning(present: Iterable[int]) -> str | None:
     if not classes:
         return "no label holds anything but void (255)" if values else "there are no labels"
     if classes == [0] and IGNORE_LABEL in values:
-        return "the labels are binary masks 0/255, and 255 means void, so only class 0 is learnt: write 1 for 255"
+        return (
+            "the labels are binary masks 0/255, and 255 is the ignore label, so only class 0 is learnt: "
+            f"`python {TO_INDICES} --binary MASKS NEW` writes 1 for 255"
+        )
     return f"nothing but class {classes[0]} occurs in the labels: there is nothing to tell apart"
+
+
+def name_the_classes(count: int) -> str:
+    """What to do where labels hold the values 0..count-1, and no ``classes.txt`` says so."""
+    lines = "`background` and `object`" if count == 2 else "`background`, `cat` and so on"
+    return f"for {count} classes write their names into classes.txt in the data set's folder, {count} lines such as {lines}"
 
 
 def absent_classes(

@@ -8,10 +8,9 @@ import cv2
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from dataset.classes import IGNORE_LABEL, Color, voc_colors
+from dataset.classes import IGNORE_LABEL, TO_INDICES, Color, voc_colors
 from dataset.images import LARGEST, PNG_SIGNATURE, DatasetError, png_damage, read_bytes
 
-TO_INDICES = "scripts/masks_to_indices.py"
 _LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
 
 

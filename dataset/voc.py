@@ -7,9 +7,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from dataset.classes import IGNORE_LABEL, VOC_CLASSES, ClassFile, Color, NamedClass, read_class_file
+from dataset.classes import IGNORE_LABEL, TO_INDICES, VOC_CLASSES, ClassFile, Color, NamedClass, read_class_file
 from dataset.images import DatasetError, read_picture
-from dataset.labels import TO_INDICES, read_label
+from dataset.labels import read_label
 from dataset.lists import IMAGE_DIR, LABEL_SUFFIXES, PICTURE_SUFFIXES, Entry, Listing, below, read_folder, read_list
 
 LABEL_DIRS = ("SegmentationClassAug", "SegmentationClass")

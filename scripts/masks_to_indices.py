@@ -9,6 +9,7 @@
     python scripts/masks_to_indices.py coco_export data/mine               COCO JSON with polygons, and its images
     python scripts/masks_to_indices.py pairs data/mine --suffix _seg       x.jpg and x_seg.png in one folder
     python scripts/masks_to_indices.py land data/mine --suffix _mask --image-suffix _sat     x_sat.jpg and x_mask.png
+    python scripts/masks_to_indices.py --binary masks data/mine/SegmentationClass      black and white: 0 and 255 become 0 and 1
     python scripts/masks_to_indices.py annotations data/ade/SegmentationClass --zero-is-void     ADE20K and kin
 
 A folder of masks is read with its sub-folders, and NEW gets a PNG of the same name for each PNG there (x.png for x.jpg.png). Of
@@ -105,6 +106,16 @@ def choose_table(args: argparse.Namespace, home: Path | None, labelled: Labelled
     labels = labelled.labels
     background = [label for label in labels if BACKGROUND.fullmatch(label)][:1] or ["background"]
     return Table([(name, None) for name in dict.fromkeys([*background, *labels])], f"the labels in {args.masks}")
+
+
+def binary_table(table: Table | None, labelled: Labelled) -> Table:
+    """Two classes, black and white, with the names of ``table`` if there is one."""
+    if labelled.layers:
+        raise UserError("--binary is for masks of black and white, and these are masks of one label each; leave it out")
+    names = [name for name, _ in table.rows] if table else ["background", "object"]
+    if len(names) != 2:
+        raise UserError(f"--binary makes two classes, but {table and table.origin} names {len(names)}; name two there")
+    return Table([(names[0], (0, 0, 0)), (names[1], (255, 255, 255))], table.origin if table else "--binary")
 
 
 def layer_classes(labelled: Labelled, table: Table) -> tuple[dict[str, int], int]:
@@ -263,10 +274,8 @@ def check_masks(outcomes: Sequence[Outcome], table: Table | None, options: Optio
         )
     values = {value for outcome in outcomes for value in outcome.values}
     if values == {0, IGNORE_LABEL} and not options.zero_is_void and {outcome.source for outcome in outcomes} == {"stored"}:
-        name = next((name for name, _ in table.rows[1:]), "object") if table else "object"
         raise UserError(
-            f"the masks hold 0 and 255 alone, and 255 is void: they are binary; give both a class by their colours, a file of "
-            f"classes with the lines `background 0 0 0` and `{name} 255 255 255`"
+            "the masks hold 0 and 255 alone, and 255 is the ignore label: they are binary; add --binary, which writes 0 and 1"
         )
 
 
@@ -306,7 +315,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--classes", type=Path, metavar="FILE", help="file of classes to use, whatever is found")
     parser.add_argument("--suffix", default="", help="ends the names of masks, which may lie beside their images: _mask")
     parser.add_argument("--image-suffix", default="", help="ends the names of images, with --suffix: _sat")
-    parser.add_argument("--zero-is-void", action="store_true", help="0 becomes void (255), and 1..N become 0..N-1")
+    zero = parser.add_mutually_exclusive_group()
+    zero.add_argument("--zero-is-void", action="store_true", help="0 becomes void (255), and 1..N become 0..N-1")
+    text = "black becomes class 0 and white, or 1, class 1; called background and object unless two classes are named"
+    zero.add_argument("--binary", action="store_true", help=text)
     parser.add_argument(
         "--void", type=color, action="append", default=[], metavar="R,G,B", help="a colour that means void, beside 224,224,192"
     )
@@ -326,6 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     if home is None and args.out.name in LABEL_DIRS and args.masks.is_dir():
         home = args.out.parent
     table = choose_table(args, home, labelled)
+    table = binary_table(table, labelled) if args.binary else table
     given = table or (Table([], "") if args.zero_is_void else VOC)
     options = settle(args, given, table, labelled)
     if table and args.zero_is_void and (options.colors or labelled.layers):  # the classes as they will be

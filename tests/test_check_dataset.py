@@ -175,6 +175,13 @@ def counts(**pixels):
         (counts(v0=5, v38=2, v113=1), 21, 255, "(38 = aeroplane)"),
         (counts(v0=5, v128=2, v147=1, v220=1), 21, 255, "(128 = car)"),
         (counts(v0=5, v255=7), 2, 255, "binary masks 0/255"),
+        (counts(v0=5, v255=7), 2, 255, "`python scripts/masks_to_indices.py --binary MASKS NEW`"),
+        (
+            counts(v0=5, v1=7, v255=2),
+            21,
+            255,
+            "classes.txt in the data set's folder, 2 lines such as `background` and `object`",
+        ),
         (counts(v0=5, v128=2, v255=7), 21, 255, "three levels (a trimap: 0, 128, 255)"),
         (counts(v0=5, v127=2, v255=7), 2, 255, "three levels (a trimap: 0, 127, 255)"),
         (counts(**{f"v{i}": 1 for i in range(1, 16)}), 21, 255, "class 0 never occurs: if the labels count from 1, subtract 1"),
@@ -200,6 +207,7 @@ def test_no_cause_is_made_up_for_good_labels():
     good = counts(v0=5, v1=2, v20=1, v255=1)
     assert check_dataset.likely_causes(good, counts(), Counter(), 21) == []
     assert check_dataset.likely_causes(counts(v0=5, v3=7, v11=1), counts(), Counter(), 11, 11) == []
+    assert check_dataset.likely_causes(counts(v0=5, v1=7), counts(), Counter(), 2) == []
     assert check_dataset.likely_causes(counts(), counts(), Counter(), 21) == []
 
 
@@ -211,7 +219,7 @@ def test_colour_labels_of_each_kind(tmp_path, capsys):
     status, text = check(tmp_path, capsys)
     assert status == 1
     assert "1 labels look like a colour rendering of the classes: `python scripts/masks_to_indices.py`" in text
-    assert "1 labels are grey pictures saved with three channels" in text
+    assert "1 labels are grey and saved with three channels" in text
     assert "2 labels are colour pictures" in text
 
 

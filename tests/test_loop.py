@@ -404,14 +404,27 @@ def test_losses_of_a_log_line_are_means_that_add_up(toy_voc, tmp_path):
         assert line["loss"] == pytest.approx(sum(v for k, v in line.items() if k.startswith("loss_")), abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["binary", "two classes"])
-def test_labels_of_one_class_are_told_once(kind, toy_voc, tmp_path, capsys):
+def test_binary_masks_are_refused_before_the_first_step(toy_voc, tmp_path):
+    """All labels hold 0 and 255; one that holds a class ends the doubt, and one that cannot be read does not."""
+    labels = sorted((toy_voc / "SegmentationClassAug").glob("*.png"))
+    for path in labels:
+        label = np.array(Image.open(path))
+        save_palette_png(path, np.where((label > 0) & (label < 255), 255, 0).astype(np.uint8))
+    with pytest.raises(UserError, match=r"binary masks 0/255, .* --binary MASKS NEW"):
+        train(toy_voc, tmp_path, *SCRATCH, "--num-steps", "4")
+    assert not list(tmp_path.glob("*.pth"))
+    save_palette_png(labels[0], np.full_like(np.array(Image.open(labels[0])), 1))
+    assert train(toy_voc, tmp_path, *SCRATCH, "--num-steps", "4") == 0
+
+
+def test_two_classes_are_no_single_one(toy_voc, tmp_path, capsys):
     for path in (toy_voc / "SegmentationClassAug").glob("*.png"):
         label = np.array(Image.open(path))
-        save_palette_png(path, np.where((label > 0) & (label < 255), 255 if kind == "binary" else 1, 0).astype(np.uint8))
+        save_palette_png(path, ((label > 0) & (label < 255)).astype(np.uint8))
     train(toy_voc, tmp_path, *SCRATCH, "--num-steps", "4")
     output = capsys.readouterr()
-    assert (output.out + output.err).count("class 0") == (1 if kind == "binary" else 0)
+    assert "class 0" not in output.out + output.err
+    assert "2 lines such as `background` and `object`, or train with --num-classes 2" in output.out
 
 
 def test_a_broken_picture_loses_nothing(toy_voc, tmp_path):

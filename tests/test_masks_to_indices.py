@@ -142,11 +142,44 @@ def test_binary_masks_ask_for_two_classes(tmp_path, names):
     put(tmp_path / "in", "b.png", png([[0, 0]], 8, GREY))
     if names:
         (tmp_path / "classes.txt").write_text(names)
-    with pytest.raises(
-        UserError, match=r"hold 0 and 255 alone, and 255 is void: .*`background 0 0 0` and `(object|thing) 255 255 255`"
-    ):
+    with pytest.raises(UserError, match=r"hold 0 and 255 alone, and 255 is the ignore label: .* add --binary"):
         run(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        png([[0, 255]], 8, GREY),
+        png([[0, 1]], 8, GREY),
+        png([[0, 1]], 1, GREY),
+        png([[BLACK, (255, 255, 255)]], 8, RGB),
+        png([[1, 0]], 1, PALETTE, [(255, 255, 255), BLACK]),
+    ],
+)
+def test_binary_masks_become_two_classes(tmp_path, data):
+    put(tmp_path / "in", "a.png", data)
+    put(tmp_path / "in", "b.png", png([[0, 0]], 8, GREY))
+    run(tmp_path / "in", tmp_path / "mine/SegmentationClass", "--binary")
+    assert read_label(tmp_path / "mine/SegmentationClass/a.png", 2).tolist() == [[0, 1]]
+    assert (tmp_path / "mine/classes.txt").read_text() == "background 0 0 0\nobject 255 255 255\n"
+
+
+def test_binary_takes_the_names_of_two_classes(tmp_path):
+    put(tmp_path / "in", "a.png", png([[0, 255], [255, 3]], 8, GREY))
+    with pytest.raises(UserError, match="1 of 1 masks could not be turned"):
+        run(tmp_path / "in", tmp_path / "out", "--binary")
+    put(tmp_path / "in", "a.png", png([[0, 255]], 8, GREY))
+    (tmp_path / "classes.txt").write_text("ground\nthing\nother\n")
+    with pytest.raises(UserError, match=r"--binary makes two classes, but .*classes\.txt names 3"):
+        run(tmp_path / "in", tmp_path / "out", "--binary")
+    (tmp_path / "classes.txt").write_text("ground\nthing\n")
+    run(tmp_path / "in", tmp_path / "mine/SegmentationClass", "--binary")
+    assert (tmp_path / "mine/classes.txt").read_text() == "ground 0 0 0\nthing 255 255 255\n"
+    put(tmp_path / "white", "a.png", png([[BLACK, (255, 255, 255)]], 8, RGB))
+    (tmp_path / "classes.txt").unlink()
+    with pytest.raises(UserError, match="add --binary"):
+        run(tmp_path / "white", tmp_path / "other")
 
 
 def test_unknown_colours_are_refused_with_their_counts_and_nothing_is_written(tmp_path, capsys):

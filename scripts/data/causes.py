@@ -5,8 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from dataset.classes import IGNORE_LABEL, VOC_CLASSES, one_class_warning, voc_palette
-from dataset.labels import TO_INDICES
+from dataset.classes import IGNORE_LABEL, TO_INDICES, VOC_CLASSES, name_the_classes, one_class_warning, voc_palette
 
 VOID_GREY = {220}  # of the colour (224, 224, 192) of VOC's void
 
@@ -33,7 +32,10 @@ def likely_causes(
             f"{colours['table']} labels look like a colour rendering of the classes: `python {TO_INDICES}` turns them back"
         )
     if colours["grey"]:
-        causes.append(f"{colours['grey']} labels are grey pictures saved with three channels: keep one channel")
+        causes.append(
+            f"{colours['grey']} labels are grey and saved with three channels: `python {TO_INDICES} MASKS NEW` keeps one, with "
+            "--binary it makes two classes of black and white"
+        )
     if colours["other"]:
         causes.append(
             f"{colours['other']} labels are colour pictures: write the colours into classes.txt (`name r g b` a line), then "
@@ -47,6 +49,8 @@ def likely_causes(
         return [*causes, _wrong_values(values, wrong, grey, num_classes)]
     if present and (warning := one_class_warning(IGNORE_LABEL if value in void else value for value in present)):
         causes.append(warning)
+    elif values == {0, 1} and num_classes == len(VOC_CLASSES):
+        causes.append(f"0 and 1 alone occur, and the classes are VOC's {num_classes}: {name_the_classes(2)}")
     elif values and 0 not in present:
         causes.append(
             f"class 0 never occurs: if the labels count from 1, subtract 1 from each and pass --num-classes {max(values)}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset import IGNORE_LABEL, absent_classes, one_class_warning
+from dataset.classes import name_the_classes
 from utils import distributed
 from utils.command import UserError
 from utils.processes import usable_cores
@@ -62,7 +63,7 @@ class ClassWatch:
             return ""
         used = max(value for value in present if value < len(self.names)) + 1
         fewer = used < len(self.names) and not self.fixed
-        more = f"; if there are no more than {used} classes, train with --num-classes {used}" if fewer else ""
+        more = f"; if there are no more: {name_the_classes(used)}, or train with --num-classes {used}" if fewer else ""
         return f"warning: none of the {self.labels} labels read so far has the classes {absent}{more}"
 
 

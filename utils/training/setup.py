@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
-from dataset import DatasetError, StepSampler, TrainTransform, VOCSegmentation
+from dataset import IGNORE_LABEL, DatasetError, StepSampler, TrainTransform, VOCSegmentation, one_class_warning
 from dataset.arrays import ArraySegmentation, classes_of
 from dataset.classes import ClassFile, read_class_file
 from dataset.transforms import training_transforms
@@ -88,6 +89,7 @@ class Run:
         self.data, data_list = distributed.everywhere(lambda: open_training_data(options, class_file, items))
         data = self.data
         self.ids = compare_data(data, device.type, start.checkpoint.get("ids"), start.classes if resumed else None)
+        distributed.from_main(lambda: check_not_binary(data))
         names = data.names or start.classes
         self.classes = Classes(class_names(options.num_classes, names), make_palette(data.colors))
 
@@ -204,6 +206,18 @@ def open_training_data(
         return open_dataset(options, "train", options.num_classes, transform, classes)
     data = ArraySegmentation(items, classes or classes_of(items), options.num_classes, options.ignore_label, transform)
     return data, data.root
+
+
+def check_not_binary(data: VOCSegmentation) -> None:
+    """Raise :class:`UserError` where labels, up to LABELS_TO_JUDGE of them, hold nothing but 0 and 255."""
+    values: set[int] = set()
+    for index in np.linspace(0, len(data) - 1, min(LABELS_TO_JUDGE, len(data)), dtype=int).tolist():
+        with suppress(Exception):  # training stops at what cannot be read, and says so
+            values |= set(np.unique(data.load(index)[1]).tolist())
+        if values - {0, IGNORE_LABEL}:
+            return
+    if values == {0, IGNORE_LABEL}:
+        raise UserError(f"nothing was trained: {one_class_warning(values)}")
 
 
 def loss_options(options: Options) -> dict[str, object]:
