@@ -243,7 +243,7 @@ def segment(work: Work, sources: list[Source], pool: "CRFPool | DeviceCRF | None
                 if options.panels:
                     save_panel(Path(f"{target}_panel.png"), image, None, mask, classes)
                 if options.overlays:
-                    save_picture(Path(f"{target}_overlay.png"), blend(np.ascontiguousarray(image), mask, classes.palette))
+                    save_picture(Path(f"{target}_overlay.png"), blend(np.ascontiguousarray(image), mask, classes))
                 save_prediction(Path(f"{target}.png"), mask, classes.palette)
                 bar.update()
         for path in videos:
@@ -253,9 +253,7 @@ def segment(work: Work, sources: list[Source], pool: "CRFPool | DeviceCRF | None
                 with VideoFile(Path(f"{target}.mp4"), rate) as film:
                     for decoded, frame in enumerate(predictions(net, read_frames(video), device, **prediction), 1):
                         save_prediction(Path(target, f"{frame.id}.png"), frame.mask, classes.palette)
-                        film.write(
-                            blend(np.ascontiguousarray(frame.image[:, :, ::-1]), frame.mask, classes.palette), frame.time
-                        )
+                        film.write(blend(np.ascontiguousarray(frame.image[:, :, ::-1]), frame.mask, classes), frame.time)
                         bar.set_postfix_str(f"{path.name}: frame {decoded}", refresh=False)
                     check_frames(path, video, decoded)
                 if film.note():

@@ -261,6 +261,23 @@ def test_pictures_keep_to_their_bytes(tmp_path, monkeypatch):
     assert len(page.records) == 8
 
 
+@pytest.mark.parametrize("names", [["background", "cat"], ["road", "cat"]])
+def test_the_background_shows_the_image(tmp_path, names):
+    """In the masks of the viewer, whose values are the classes all the same, and in the thumbnail."""
+    report.prepare_folder(tmp_path)
+    label = np.zeros((16, 24), np.uint8)
+    label[4:12, 4:12] = 1
+    sample = Sample("a", np.full((16, 24, 3), 200, np.uint8), label)
+    sample.prediction = label[::-1].copy()
+    report.Report(tmp_path, ["a"], Classes(names), 255, False, None).add(sample, sample.prediction)
+    for name, mask in (("label", label), ("prediction", sample.prediction)):
+        with Image.open(tmp_path / f"pictures/000000_{name}.png") as image:
+            assert (np.array(image) == mask).all()
+            assert (np.array(image.convert("RGBA"))[..., 3] == np.where((mask == 0) & (names[0] == "background"), 0, 255)).all()
+    thumbnail = np.array(Image.open(tmp_path / "pictures/000000_thumbnail.jpg")).astype(int)
+    assert (abs(thumbnail[:, 20:] - 200).max() < 10) == (names[0] == "background")
+
+
 def test_a_picture_of_void_has_no_iou(toy_voc, snapshot, tmp_path):
     Image.fromarray(np.full(TOY_SIZES[2], 255, np.uint8)).save(toy_voc / "SegmentationClassAug/toy_2.png")
     evaluate(toy_voc, snapshot, "--report", str(tmp_path / "r"))

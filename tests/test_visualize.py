@@ -58,16 +58,23 @@ def naive_outline(labels, y, x):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (1, 7), (12, 9)])
-def test_colours_lie_over_the_picture_with_outlines(shape):
+@pytest.mark.parametrize(
+    ("name", "clear"),
+    [("background", True), ("_Background_", True), ("background (void)", True), ("road", False), ("background wall", False)],
+)
+def test_colours_lie_over_the_image_with_outlines(shape, name, clear):
+    """A background shows the image; without this photographs of little else go dark."""
     rng = np.random.default_rng(2)
     image = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
     labels = rng.choice(np.array([0, 3, 3, 3, 255], np.uint8), shape)
     palette = rng.integers(0, 256, (256, 3), dtype=np.uint8)
-    result = blend(image, labels, palette)
+    result = blend(image, labels, Classes([name, *"abc"], palette))
     for y in range(shape[0]):
         for x in range(shape[1]):
             color = palette[labels[y, x]].astype(float)
-            if naive_outline(labels, y, x):
+            if clear and labels[y, x] == 0:
+                assert (result[y, x] == image[y, x]).all()
+            elif naive_outline(labels, y, x):
                 assert result[y, x].tolist() == color.tolist()
             else:
                 expected = (1 - OPACITY) * image[y, x] + OPACITY * color
@@ -105,9 +112,9 @@ def test_a_panel_holds_its_tiles_and_a_legend_of_the_classes_that_occur(with_lab
     prediction = rng.choice(np.array([0, 7], np.uint8), (50, 90))
     classes = Classes([f"name {i}" for i in range(21)])
     result = panel(image, label, prediction, classes)
-    tiles = [image, blend(image, prediction)]
+    tiles = [image, blend(image, prediction, classes)]
     if label is not None:
-        tiles = [image, blend(image, label), blend(image, prediction), draw_errors(image, label, prediction)]
+        tiles = [image, blend(image, label, classes), blend(image, prediction, classes), draw_errors(image, label, prediction)]
     assert result.shape[1] == len(tiles) * 90 + (len(tiles) - 1) * GAP
     top = next(y for y in range(result.shape[0]) if (result[y, :90] == image[0]).all())
     for number, tile in enumerate(tiles):

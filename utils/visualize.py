@@ -3,6 +3,7 @@
 import functools
 import io
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from dataset.classes import IGNORE_LABEL, Color, default_names, voc_palette
+from dataset.classes import IGNORE_LABEL, VOC_NAMES, Color, default_names, voc_palette
 from utils.files import write_atomically
 from utils.outputs import OUTPUT_MARK, marked_jpeg
 
@@ -35,6 +36,14 @@ class Classes(NamedTuple):
 
     names: Sequence[str]
     palette: np.ndarray = PALETTE
+
+    @property
+    def has_background(self) -> bool:
+        """Whether class 0 is called background: an image stays as it is there."""
+        return bool(self.names) and re.fullmatch(r"[\W_]*background[\W_]*(void\))?", self.names[0], re.IGNORECASE) is not None
+
+
+VOC = Classes(VOC_NAMES)
 
 
 def class_names(num_classes: int, *known: Sequence[str] | None) -> list[str]:
@@ -94,22 +103,22 @@ def indexed_png(labels: np.ndarray, palette: np.ndarray = PALETTE, **options: An
     return file.getvalue()
 
 
-def blend(image_rgb: np.ndarray, labels: np.ndarray, palette: np.ndarray = PALETTE) -> np.ndarray:
-    """The colours of the labels laid over a picture, the outlines of the classes in full colour.
+def blend(image_rgb: np.ndarray, labels: np.ndarray, classes: Classes = VOC) -> np.ndarray:
+    """The colours of the classes laid over an image, their outlines in full colour; the background shows the image itself.
 
     Args:
         image_rgb: (H, W, 3) uint8 RGB.
         labels: (H, W) uint8.
-        palette: (256, 3) uint8 RGB, row = label.
+        classes: their colours; class 0 is the background if it is called that.
 
     Returns:
         (H, W, 3) uint8 RGB.
     """
-    colors = palette[labels]
+    colors = classes.palette[labels]
     mixed = cv2.addWeighted(image_rgb, 1 - OPACITY, colors, OPACITY, 0)
     edges = outlines(labels)
     mixed[edges] = colors[edges]
-    return mixed
+    return np.where(labels[:, :, None] == 0, image_rgb, mixed) if classes.has_background else mixed
 
 
 def outlines(labels: np.ndarray) -> np.ndarray:
@@ -166,7 +175,7 @@ def panel(image_rgb: np.ndarray, label: np.ndarray | None, prediction: np.ndarra
     factor = tile_factor(image_rgb.shape[:2])
     image_rgb = scale(image_rgb, factor)
     tiles = {"picture": image_rgb}
-    tiles |= {name: blend(image_rgb, scale(labels, factor), classes.palette) for name, labels in shown.items()}
+    tiles |= {name: blend(image_rgb, scale(labels, factor), classes) for name, labels in shown.items()}
     if label is not None:
         counted = max(int((label != IGNORE_LABEL).sum()), 1)
         share = int(wrong_pixels(label, prediction).sum()) / counted

@@ -78,11 +78,13 @@ class Report:
         errors[sample.label == IGNORE_LABEL] = 2
         image = sample.image[:, :, ::-1]
         small = min(1.0, THUMBNAIL_SIDE / max(sample.label.shape))
-        mixed = blend(np.ascontiguousarray(scale(image, small)), scale(prediction, small), self.classes.palette)
+        mixed = blend(np.ascontiguousarray(scale(image, small)), scale(prediction, small), self.classes)
         factor = min(1.0, self.side / max(sample.label.shape))
         files = {".jpg": _jpeg(scale(image, factor), 82), "_thumbnail.jpg": _jpeg(mixed, 72)}
+        background = {"transparency": bytes([0])} if self.classes.has_background else {}  # opacity of the first colour
         for name, mask in masks.items():
-            files[f"_{name}.png"] = indexed_png(scale(mask, factor), self.classes.palette, pnginfo=marked_png())
+            data = indexed_png(scale(mask, factor), self.classes.palette, pnginfo=marked_png(), **background)
+            files[f"_{name}.png"] = data
         see_through = bytes([60, 255, 255])  # opacity of the first colours
         files["_errors.png"] = indexed_png(scale(errors, factor), ERROR_COLORS, pnginfo=marked_png(), transparency=see_through)
         if self.other and (others := self.other.mask(sample.id)):
