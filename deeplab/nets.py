@@ -6,8 +6,9 @@ from typing import Any
 from deeplab.deeplabv2 import DeepLabV2
 from deeplab.deeplabv3 import DeepLabV3
 from deeplab.pspnet import PSPNet
+from deeplab.toolbox import NetWithAuxiliary
 
-Net = DeepLabV2 | DeepLabV3 | PSPNet
+Net = DeepLabV2 | NetWithAuxiliary
 NETS: dict[str, type[Net]] = {
     "deeplabv2": DeepLabV2,
     "deeplabv3": DeepLabV3,

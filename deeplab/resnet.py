@@ -9,7 +9,7 @@ block of a dilated stage uses that stage's dilation (torchvision gives the first
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,18 +31,25 @@ MARK = "deeplab"
 """The key of a net's ``config`` in the metadata of its state_dict."""
 
 
+Norm = Callable[[int], nn.Module]
+"""A number of channels -> their batch norm."""
+
+
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with a shortcut; the block of ResNet-18 and -34."""
+    """Two 3x3 convolutions with a shortcut; the block of ResNet-18 and -34.
+
+    (N, inplanes, h, w) -> (N, planes, h / stride, w / stride), with ``width`` channels between the convolutions.
+    """
 
     expansion = 1
 
     def __init__(
-        self, inplanes: int, planes: int, stride: int, dilation: int, norm: Callable[[int], nn.Module], stride_in_3x3: bool
+        self, inplanes: int, planes: int, width: int, groups: int, stride: int, dilation: int, norm: Norm, stride_in_3x3: bool
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, padding=dilation, dilation=dilation, bias=False)
-        self.bn1 = norm(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, padding=dilation, dilation=dilation, bias=False)
+        self.conv1 = nn.Conv2d(inplanes, width, 3, stride, padding=dilation, dilation=dilation, groups=groups, bias=False)
+        self.bn1 = norm(width)
+        self.conv2 = nn.Conv2d(width, planes, 3, padding=dilation, dilation=dilation, groups=groups, bias=False)
         self.bn2 = norm(planes)
         self.downsample = _shortcut(inplanes, planes, stride, norm)
 
@@ -54,21 +61,24 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions with a shortcut; the block of ResNet-50, -101 and -152."""
+    """1x1, 3x3, 1x1 convolutions with a shortcut; the block of ResNet-50, -101 and -152.
+
+    (N, inplanes, h, w) -> (N, 4 planes, h / stride, w / stride); the 3x3 has ``width`` channels in ``groups`` groups.
+    """
 
     expansion = 4
 
     def __init__(
-        self, inplanes: int, planes: int, stride: int, dilation: int, norm: Callable[[int], nn.Module], stride_in_3x3: bool
+        self, inplanes: int, planes: int, width: int, groups: int, stride: int, dilation: int, norm: Norm, stride_in_3x3: bool
     ) -> None:
         super().__init__()
         # MSRA and Caffe stride the first 1x1; torchvision ("ResNet v1.5") strides the 3x3. Weights work only with their own.
         stride1, stride2 = (1, stride) if stride_in_3x3 else (stride, 1)
-        self.conv1 = nn.Conv2d(inplanes, planes, 1, stride1, bias=False)
-        self.bn1 = norm(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, stride2, padding=dilation, dilation=dilation, bias=False)
-        self.bn2 = norm(planes)
-        self.conv3 = nn.Conv2d(planes, planes * self.expansion, 1, bias=False)
+        self.conv1 = nn.Conv2d(inplanes, width, 1, stride1, bias=False)
+        self.bn1 = norm(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride2, padding=dilation, dilation=dilation, groups=groups, bias=False)
+        self.bn2 = norm(width)
+        self.conv3 = nn.Conv2d(width, planes * self.expansion, 1, bias=False)
         self.bn3 = norm(planes * self.expansion)
         self.downsample = _shortcut(inplanes, planes * self.expansion, stride, norm)
 
@@ -89,19 +99,35 @@ def _recomputed(block: nn.Module, x: Tensor, folded: Folded) -> Tensor:
     return checkpoint(block, x, folded, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
-def _shortcut(inplanes: int, outplanes: int, stride: int, norm: Callable[[int], nn.Module]) -> Any:
+def _shortcut(inplanes: int, outplanes: int, stride: int, norm: Norm) -> Any:
     """The projection of a block's input (published name ``downsample``); None where the input fits as it is."""
     if stride == 1 and inplanes == outplanes:
         return None
     return nn.Sequential(nn.Conv2d(inplanes, outplanes, 1, stride, bias=False), norm(outplanes))
 
 
-BACKBONES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
-    "resnet18": (BasicBlock, (2, 2, 2, 2)),
-    "resnet34": (BasicBlock, (3, 4, 6, 3)),
-    "resnet50": (Bottleneck, (3, 4, 6, 3)),
-    "resnet101": (Bottleneck, (3, 4, 23, 3)),
-    "resnet152": (Bottleneck, (3, 8, 36, 3)),
+class Backbone(NamedTuple):
+    """An entry of ``BACKBONES``, the table that commands and weights files read.
+
+    Attributes:
+        block: of which the stages are built, a subclass of one of the two counts as well.
+        depths: blocks in each of the four stages.
+        groups, width: of the inner convolutions, in torchvision's words: in the first stage ``groups`` groups of ``width``
+            channels, in each further stage twice as many channels.
+    """
+
+    block: type[BasicBlock] | type[Bottleneck]
+    depths: tuple[int, int, int, int]
+    groups: int = 1
+    width: int = 64
+
+
+BACKBONES = {
+    "resnet18": Backbone(BasicBlock, (2, 2, 2, 2)),
+    "resnet34": Backbone(BasicBlock, (3, 4, 6, 3)),
+    "resnet50": Backbone(Bottleneck, (3, 4, 6, 3)),
+    "resnet101": Backbone(Bottleneck, (3, 4, 23, 3)),
+    "resnet152": Backbone(Bottleneck, (3, 8, 36, 3)),
 }
 
 
@@ -148,15 +174,16 @@ class DilatedResNet(nn.Module):
             raise ValueError(f"batch_norm {batch_norm!r} is unknown; choose one of {', '.join(BATCH_NORM_MODES)}")
         if stem not in STEMS:
             raise ValueError(f"stem {stem!r} is unknown; choose one of {', '.join(STEMS)}")
-        block, depths = BACKBONES[backbone]
+        block, depths, groups, width = BACKBONES[backbone]
         self.config: dict[str, Any] = {}  # a net's own says how to build it again
         self.norm = partial(make_norm, batch_norm=batch_norm, eps=batch_norm_eps)
         self.grad_checkpoint = False
 
         def stage(inplanes: int, planes: int, depth: int, stride: int, dilation: int) -> nn.Sequential:
-            blocks = [block(inplanes, planes, stride, dilation, self.norm, stride_in_3x3)]
+            inner = planes * width // 64 * groups
+            blocks = [block(inplanes, planes, inner, groups, stride, dilation, self.norm, stride_in_3x3)]
             for _ in range(1, depth):
-                blocks.append(block(planes * block.expansion, planes, 1, dilation, self.norm, stride_in_3x3))
+                blocks.append(block(planes * block.expansion, planes, inner, groups, 1, dilation, self.norm, stride_in_3x3))
             return nn.Sequential(*blocks)
 
         self.stem, channels = stem, 64

@@ -34,9 +34,9 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.argtypes import Parser, positive, size, target_text
+from utils.argtypes import Parser, backbone_name, net_name, positive, size, target_text
 from utils.command import run_command
-from utils.options import BACKBONE_NAMES, NET_NAMES, add_device_options
+from utils.options import add_device_options
 
 if TYPE_CHECKING:  # the parts import torch, which --help need not wait for
     from scripts.bench.measure import Table
@@ -61,8 +61,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory, which takes a process per row")
 
     group = parser.add_argument_group("what is measured")
-    group.add_argument("--net", choices=NET_NAMES, default="deeplabv2", help="another only for memory (default: %(default)s)")
-    group.add_argument("--backbone", choices=BACKBONE_NAMES, default="resnet101", help="default: %(default)s")
+    group.add_argument("--net", type=net_name, default="deeplabv2", help="another only for memory (default: %(default)s)")
+    group.add_argument("--backbone", type=backbone_name, default="resnet101", help="default: %(default)s")
     group.add_argument("--num-classes", type=positive, default=21, help="default: %(default)s")
     group.add_argument("--batch-size", type=positive, default=2, help="crops per training step (default: %(default)s)")
     group.add_argument("--input-size", type=size, default=(321, 321), metavar="H,W", help="training crop (default: 321,321)")

@@ -11,7 +11,7 @@ import torch
 from dataset import MEAN_BGR, to_input
 from deeplab import BACKBONES, NETS, fold_batch_norm, load_net
 from deeplab.inference import predict_classes
-from deeplab.resnet import BasicBlock
+from deeplab.resnet import Backbone, BasicBlock
 from scripts import export_onnx
 from tests.helpers import ROOT
 from tests.helpers_nets import randomise_batch_norm
@@ -90,7 +90,7 @@ def test_every_net_at_sizes_that_were_not_traced(name, with_preprocessing, tmp_p
     """In onnxruntime and in torch.export, on maps smaller and larger than PSPNet's bins, and as large; DeepLab-v2 is above."""
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    monkeypatch.setitem(BACKBONES, "resnet18", (BasicBlock, (1, 1, 1, 1)))
+    monkeypatch.setitem(BACKBONES, "resnet18", Backbone(BasicBlock, (1, 1, 1, 1)))
     torch.manual_seed(0)
     net = fold_batch_norm(randomise_batch_norm(NETS[name]("resnet18", 4, "frozen")).eval())
     program = export_onnx.export(export_onnx.with_preprocessing(net) if with_preprocessing else net, with_preprocessing)

@@ -7,10 +7,19 @@ import torch.nn.functional as F
 
 from deeplab import BACKBONES, fold_batch_norm, load_net, make_net
 from deeplab.batch_norm import fold
-from deeplab.resnet import Bottleneck
+from deeplab.resnet import Backbone, Bottleneck
 from deeplab.weights import WeightsError, apply_weights, build_net, export, load_weights
 from scripts import convert_weights, export_onnx
-from tests.helpers_neighbours import CLASSES, SemsegPSPNet, features, mean_subtracted, over_torchvision, picture
+from tests.helpers_neighbours import (
+    CLASSES,
+    SemsegPSPNet,
+    features,
+    mean_subtracted,
+    over_torchvision,
+    picture,
+    resnet,
+    trained,
+)
 from tests.helpers_published import narrow_state, random_net, seeded_and_tidy  # noqa: F401
 from tests.helpers_weights import save
 
@@ -20,7 +29,7 @@ SIZE = (97, 65)  # 8k + 1
 @pytest.fixture(autouse=True)
 def thin(monkeypatch):
     """A ResNet-50 of one block a stage."""
-    monkeypatch.setitem(BACKBONES, "resnet50", (Bottleneck, (1, 1, 1, 1)))
+    monkeypatch.setitem(BACKBONES, "resnet50", Backbone(Bottleneck, (1, 1, 1, 1)))
 
 
 def in_float32(net, prefix="module."):
@@ -348,28 +357,59 @@ def test_a_save_that_broke_off(tmp_path):
 
 # A backbone of one's own
 
+RESNEXT = Backbone(Bottleneck, (1, 1, 1, 1), groups=32, width=4)
 
-class Wide(Bottleneck):
-    """With grouped 3x3 convolutions."""
 
-    def __init__(self, inplanes, planes, *words):
-        super().__init__(inplanes, planes, *words)
-        self.conv2 = torch.nn.Conv2d(
-            planes, planes, 3, self.conv2.stride, self.conv2.padding, self.conv2.dilation, groups=32, bias=False
-        )
+class Tanh(Bottleneck):
+    """The names and shapes of a bottleneck, and another function."""
+
+    def forward(self, x, folded=None):
+        return super().forward(x, folded).tanh()
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("entry", [RESNEXT, Backbone(Tanh, (1, 1, 1, 1))])
 @torch.no_grad()
-def test_a_snapshots_own_word_for_its_backbone(wrapped, tmp_path, monkeypatch):
+def test_a_snapshots_own_word_for_its_backbone(entry, wrapped, tmp_path, monkeypatch):
     """A net of as many blocks as a known one, and another kind."""
-    monkeypatch.setitem(BACKBONES, "resnext50", (Wide, (1, 1, 1, 1)))
-    source = random_net("resnext50", 3, stride_in_3x3=True)
+    monkeypatch.setitem(BACKBONES, "own", entry)
+    random_net.cache_clear()
+    source = random_net("own", 3, stride_in_3x3=True)
     state = {f"module.{key}" if wrapped else key: value for key, value in source.state_dict().items()}
     path, rgb = save(tmp_path / "x.pth", {"model": state, "meta": source.config}), torch.randn(1, 3, 33, 41)
     net = load_net(path)
     assert net.config == source.config
     assert difference(net(rgb), source(rgb)) < 1e-5
-    monkeypatch.delitem(BACKBONES, "resnext50")
-    with pytest.raises(WeightsError, match="its meta says backbone resnext50"):
+    assert "that net is a plain ResNet, own is not" in reason_against(path) or entry is not RESNEXT
+    monkeypatch.delitem(BACKBONES, "own")
+    expected = "128 channels in 32 groups" if entry is RESNEXT else "its meta says backbone own"
+    with pytest.raises(WeightsError, match=expected):
         load_net(path)
+
+
+def reason_against(path):
+    with pytest.raises(WeightsError) as caught:
+        export(load_weights(path), "published")
+    return str(caught.value)
+
+
+@torch.no_grad()
+def test_torchvisions_resnext_is_a_trunk(tmp_path, monkeypatch):
+    source, rgb = resnet(groups=32, width_per_group=4, replace_stride_with_dilation=[False, True, True]), picture(*SIZE)
+    trained(source, source)
+    for stage, dilation in ((source.layer3, 2), (source.layer4, 4)):
+        stage[0].conv2.dilation = stage[0].conv2.padding = (dilation, dilation)
+    path = save(tmp_path / "resnext50_32x4d-1a0047aa.pth", in_float32(source, ""))
+    line = r"Backbone\(Bottleneck, \(1, 1, 1, 1\), groups=32, width=4\)"
+    with pytest.raises(WeightsError, match=line):  # what to add
+        load_weights(path)
+    monkeypatch.setitem(BACKBONES, "resnext50", RESNEXT)
+    weights = load_weights(path, "torchvision")
+    assert weights.config == {"backbone": "resnext50", "stem": "7x7", "stride_in_3x3": True, "batch_norm_eps": 1e-5}
+    net, _ = build_net(weights, num_classes=3)
+    expected = features(source, rgb, our_border=True)
+    assert difference(net.eval().features(mean_subtracted(rgb), fold(net))[1], expected) < 1e-5
+    theirs = export(weights, "torchvision-trunk")
+    back = load_weights(save(tmp_path / "back.pth", theirs), "torchvision")
+    assert back.config == weights.config
+    assert all(torch.equal(back.state[key], value) for key, value in weights.state.items() if key != "conv1.weight")

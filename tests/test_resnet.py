@@ -8,9 +8,11 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from deeplab import BACKBONES, BATCH_NORM_MODES, NETS, DeepLabV2, conv_bn, deeplabv2, fold_batch_norm
 from deeplab.batch_norm import fold, kept_statistics
-from deeplab.resnet import DilatedResNet
+from deeplab.resnet import Backbone, Bottleneck, DilatedResNet
+from deeplab.weights.names import find_backbone
 from tests.helpers_nets import naive_forward, randomise_batch_norm
 from utils import options
+from utils.training.options import training_parser
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
@@ -205,7 +207,32 @@ def test_the_smallest_and_the_largest_net():
         assert not DeepLabV2("resnet18").config["stride_in_3x3"]
 
 
-def test_the_command_line_offers_what_the_net_has():
-    assert tuple(BACKBONES) == options.BACKBONE_NAMES
+def test_the_command_line_offers_what_the_net_has(capsys):
     assert options.BATCH_NORM_MODES == BATCH_NORM_MODES
-    assert tuple(NETS) == options.NET_NAMES
+    for option, names in (("--net", NETS), ("--backbone", BACKBONES)):
+        parser = training_parser("", batch_size=1, iter_size=1, snapshot_dir="x")
+        assert [getattr(parser.parse_args([option, name]), option[2:]) for name in names] == list(names)
+        with pytest.raises(SystemExit):
+            parser.parse_args([option, "vgg16"])
+        assert f"'vgg16' is unknown; choose one of {', '.join(names)}" in capsys.readouterr().err
+        help_text = " ".join(parser.format_help().split())
+        assert all(name in help_text for name in names)
+
+
+def test_grouped_and_wide_blocks_are_torchvisions(monkeypatch):
+    """Names, shapes and numbers of groups of a ResNeXt and of a wide ResNet, which are an entry each."""
+    entries = {
+        "resnext50_32x4d": Backbone(Bottleneck, (3, 4, 6, 3), groups=32, width=4),
+        "resnext101_64x4d": Backbone(Bottleneck, (3, 4, 23, 3), groups=64, width=4),
+        "wide_resnet50_2": Backbone(Bottleneck, (3, 4, 6, 3), width=128),
+    }
+    for name, entry in entries.items():
+        monkeypatch.setitem(BACKBONES, name, entry)
+        with torch.device("meta"):
+            ours, theirs = deeplabv2(name, batch_norm="full", stride_in_3x3=True), getattr(torchvision.models, name)()
+        shapes = [{key: tuple(value.shape) for key, value in net.state_dict().items()} for net in (ours, theirs)]
+        differ = [{key.split(".")[0] for key, _ in one.items() - other.items()} for one, other in (shapes, shapes[::-1])]
+        assert differ == [{"layer5"}, {"fc"}]
+        groups = [[m.groups for m in net.modules() if isinstance(m, torch.nn.Conv2d)] for net in (ours, theirs)]
+        assert groups[0][:-4] == groups[1]  # of all but the head's four
+        assert find_backbone(ours.state_dict()) == name

@@ -189,6 +189,22 @@ label_value = partial(whole, 0, 255)
 helpers = partial(whole, 0, 1024)  # processes
 
 
+def known(table: str, text: str) -> str:
+    """A name in one of deeplab's tables, as an argparse type: ``partial(known, "BACKBONES")``.
+
+    The table is looked up only where a name is given, as it loads torch, which --help need not wait for.
+    """
+    import deeplab
+
+    names = getattr(deeplab, table)
+    if text not in names:
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown; choose one of {', '.join(names)}")
+    return text
+
+
+net_name, backbone_name = partial(known, "NETS"), partial(known, "BACKBONES")
+
+
 def class_count(text: str) -> int:
     """An argparse type: a number of classes, 2..255."""
     value = positive(text)

@@ -9,17 +9,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataset import DATASETS, VOCSegmentation
-from utils.argtypes import below_one, helpers, label_value, not_negative, numbers, positive, share, size
+from utils.argtypes import (
+    backbone_name,
+    below_one,
+    helpers,
+    label_value,
+    net_name,
+    not_negative,
+    numbers,
+    positive,
+    share,
+    size,
+)
 from utils.command import UserError
 from utils.processes import default_processes
 
 DATA_DIR = VOCSegmentation.DATA_DIR
 INITIAL_WEIGHTS = "weights/MS_DeepLab_resnet_pretrained_COCO_init.pth"
 TRAINED_WEIGHTS = "snapshots/VOC12_scenes_20000.pth"
-# The choices that the net offers, written out so that --help and a mistyped flag answer without loading torch;
+# Choices of the net, written out so that --help and a mistyped flag answer without loading torch;
 # a test compares them with deeplab's own.
-NET_NAMES = ("deeplabv2", "deeplabv3", "pspnet")
-BACKBONE_NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 BATCH_NORM_MODES = ("frozen", "stats", "full")
 LOSS_SIZES = ("output", "input")
 TRUNKS = ("auto", "torchvision", "caffe", "rgb-1x1", "bgr-3x3")
@@ -204,8 +213,10 @@ def add_data_options(parser: argparse.ArgumentParser, split: str, ignore_label: 
 def add_net_options(parser: argparse.ArgumentParser) -> None:
     """The shape of the net; what a weights file says of itself is the default."""
     group = parser.add_argument_group("net")
-    group.add_argument("--net", choices=NET_NAMES, help="default: that of the weights file, else deeplabv2")
-    group.add_argument("--backbone", choices=BACKBONE_NAMES, help="default: that of the weights file, else resnet101")
+    text = "deeplabv2, deeplabv3, pspnet or another in deeplab/nets.py (default: that of the weights file, else deeplabv2)"
+    group.add_argument("--net", type=net_name, metavar="NAME", help=text)
+    text = "resnet18, resnet34, resnet50, resnet101, resnet152 or another in deeplab/resnet.py (default: that of the weights "
+    group.add_argument("--backbone", type=backbone_name, metavar="NAME", help=f"{text}file, else resnet101)")
     add_file_options(group)
 
 

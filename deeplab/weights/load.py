@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from deeplab.deeplabv2 import ATROUS_RATES
 from deeplab.resnet import BACKBONES, MARK, BasicBlock
@@ -110,7 +111,7 @@ def load_weights(
             settle_abn(weights, abn)
         elif abn == "abs":
             raise WeightsError(f"it is a {weights.scheme}, whose batch norms take their weights as they are; leave --abn out")
-        if issubclass(BACKBONES[config["backbone"]][0], BasicBlock):
+        if issubclass(BACKBONES[config["backbone"]].block, BasicBlock):
             del config["stride_in_3x3"]  # a basic block has no 1x1 convolution, so there is no choice
         _refuse_bad_numbers(weights)
     except WeightsError as error:
@@ -185,6 +186,7 @@ def _settled(weights: Weights, filename: str, rates: Sequence[int] | None) -> We
             raise WeightsError("its head lacks a classifier (head.1.weight) of 1..255 classes; fetch or save the file again")
     of_head = {name: weights.config[name] for name in OF_HEAD[3:] if net in TOOLBOX and name in weights.config}
     shapes = net_shapes(backbone, stem, net, classes, **of_head)
+    _refuse_other_width(state, shapes, backbone)
     foreign = [key for key in state if not (key in shapes or HEAD_KEY.match(key) or is_counter(key, shapes))]
     refuse_extras(key for key in foreign if IN_BACKBONE.match(key))
     for key in foreign:
@@ -207,6 +209,20 @@ def _settled(weights: Weights, filename: str, rates: Sequence[int] | None) -> We
         if weights.config.setdefault(name, value) != value:
             raise WeightsError(f"its meta says {name} {weights.config[name]}, but its tensors are those of {name} {value}")
     return weights
+
+
+def _refuse_other_width(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], backbone: str) -> None:
+    """Raise :class:`WeightsError` for the blocks of a ResNeXt or a wide ResNet that has no entry among the backbones."""
+    inner, last = (state.get(f"layer1.0.conv{n}.weight", torch.empty(0)) for n in (2, 3))
+    expected = shapes.get("layer1.0.conv3.weight", last.shape)
+    if inner.ndim != 4 or last.ndim != 4 or last.shape[0] != expected[0] or last.shape[1] == expected[1]:
+        return
+    groups = inner.shape[0] // max(inner.shape[1], 1)
+    raise WeightsError(
+        f"its blocks have {inner.shape[0]} channels in {groups} groups, those of {backbone} {expected[1]} in one, so it is a "
+        "ResNeXt, a wide ResNet or another net: give it an entry in the table BACKBONES of deeplab/resnet.py, as "
+        f"Backbone(Bottleneck, {BACKBONES[backbone].depths}, groups={groups}, width={inner.shape[1]})"
+    )
 
 
 def _judge_head(weights: Weights, filename: str, asked: Sequence[int] | None) -> int:

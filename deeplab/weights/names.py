@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deeplab.nets import make_net
-from deeplab.resnet import BACKBONES, BasicBlock, Bottleneck
+from deeplab.resnet import BACKBONES
 from deeplab.weights.weights import WeightsError, some
 
 TOOLBOX = ("deeplabv3", "pspnet")
@@ -125,23 +125,28 @@ def is_counter(key: str, names: Iterable[str]) -> bool:
     return leaf == "num_batches_tracked" and f"{module}.running_var" in names
 
 
-def find_backbone(keys: Iterable[str], said: str = "") -> str:
-    """The name in ``BACKBONES`` whose blocks the canonical keys describe; ``said``, what the file says, if it has as many.
+def find_backbone(state: Mapping[str, Tensor], said: str = "") -> str:
+    """The name in ``BACKBONES`` whose stages fit the canonical state best, by names, then by shapes.
+
+    Args:
+        said: the name that the file gives, which decides between entries that fit alike.
 
     Raises:
         WeightsError: no backbone has this number of blocks.
     """
-    keys = list(keys)
-    blocks = {(int(match[1]), int(match[2])) for key in keys if (match := re.match(r"layer([1-4])\.(\d+)\.", key))}
-    found: list[str] = []
+    shapes = {key: tuple(value.shape) for key, value in state.items() if re.match(r"layer[1-4]\.\d+\.", key)}
+    names = {key for key in shapes if not key.endswith(".num_batches_tracked")}
+    blocks = {tuple(map(int, key[5:].split(".")[:2])) for key in shapes}
     depths = tuple(1 + max((block for stage, block in blocks if stage == wanted), default=-1) for wanted in (1, 2, 3, 4))
-    bottleneck = any(re.match(r"layer[1-4]\.\d+\.conv3\.", key) for key in keys)
-    for name, (block, expected) in BACKBONES.items():
-        own = block not in (BasicBlock, Bottleneck) and name == said  # a block of the user's, whose names may be any
-        if expected == depths and (own or block is (Bottleneck if bottleneck else BasicBlock)):
-            found.append(name)
-    if found:
-        return said if said in found else found[0]
+    bottleneck, misfits = any(".conv3." in key for key in names), {}
+    for name, backbone in BACKBONES.items():
+        if backbone.depths == depths:
+            own = {key: shape for key, shape in net_shapes(name, find_stem(state)).items() if key.startswith("layer")}
+            if name == said or bottleneck == any(".conv3." in key for key in own):
+                differ = sum(shapes.get(key, shape) != shape for key, shape in own.items())
+                misfits[len(names ^ own.keys()), differ, name != said] = name
+    if misfits:
+        return misfits[min(misfits)]
     kind = "bottleneck" if bottleneck else "basic"
     raise WeightsError(
         f"it has {', '.join(map(str, depths))} {kind} blocks in its four stages, which fits none of {', '.join(BACKBONES)}; "

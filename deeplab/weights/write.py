@@ -39,7 +39,7 @@ def export(weights: Weights, scheme: str) -> dict[str, Any]:
     wrong = [key for key, shape in shapes.items() if key not in state or tuple(state[key].shape) != shape]
     if wrong:
         raise WeightsError(f"{weights.path}: {len(wrong)} tensors of the net are missing or misshapen, such as {wrong[0]}")
-    features = 512 * BACKBONES[config["backbone"]][0].expansion
+    features = 512 * BACKBONES[config["backbone"]].block.expansion
     heads = [(key, value.shape[1]) for key, value in state.items() if HEAD_KEY.match(key) and value.ndim == 4]
     if other := [(key, channels) for key, channels in heads if channels != features]:
         key, channels = other[0]
@@ -73,17 +73,19 @@ def _with_abn_weights(state: dict[str, Any]) -> dict[str, Any]:
 
 def _reasons_against(weights: Weights, scheme: str) -> list[str]:
     config = weights.config
-    bottleneck, at_3x3 = BACKBONES[config["backbone"]][0] is Bottleneck, bool(config.get("stride_in_3x3"))
+    backbone, at_3x3 = BACKBONES[config["backbone"]], bool(config.get("stride_in_3x3"))
+    bottleneck, other_blocks = issubclass(backbone.block, Bottleneck), (backbone.groups, backbone.width) != (1, 64)
     rates, deep = config.get("atrous_rates"), config.get("stem") == "deep"
     to_trunk = scheme == "torchvision-trunk"
-    if config.get("net") in TOOLBOX and not to_trunk:
-        if scheme != "published":
+    if config.get("net", "deeplabv2") != "deeplabv2" and not to_trunk:
+        if scheme != "published" or config["net"] not in TOOLBOX:
             return [f"that net is a DeepLab-v2, this one a {config['net']}"]
         low = [key for key in _norm_weights(weights.state) if bool((weights.state[key] < ABN_EPS).any())]
         toolbox = (
             (not deep or not at_3x3, "the toolbox's nets have a deep stem and their stride in the 3x3 convolutions"),
             (config.get("negative_slope", 0.01) != 0.01, "the toolbox's heads have a leaky ReLU of slope 0.01"),
             (config.get("auxiliary_channels", 512) != 512, "the toolbox's auxiliary head has 512 channels"),
+            (other_blocks, f"the toolbox's nets are plain ResNets, {config['backbone']} is not"),
             (bool(low), f"its {low[0] if low else ''} holds weights below 1e-05, which InPlace-ABN cannot have"),
         )
         return [reason for failed, reason in toolbox if failed]
@@ -96,6 +98,7 @@ def _reasons_against(weights: Weights, scheme: str) -> list[str]:
             f"its stride sits in the {places[at_3x3]} convolutions, there in the {places[not at_3x3]}",
         ),
         (not to_trunk and not bottleneck, f"that net is built of bottleneck blocks, {config['backbone']} is not"),
+        (not to_trunk and bottleneck and other_blocks, f"that net is a plain ResNet, {config['backbone']} is not"),
         (not to_trunk and rates is None, "it has no head, and that net is not loaded without one"),
         (not to_trunk and rates not in (None, published), f"its head has the rates {rates}, there {published}"),
     )

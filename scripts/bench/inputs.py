@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from dataset import VOCSegmentation, read_ids
-from deeplab import Net, make_net
+from deeplab import BACKBONES, Net, make_net
+from deeplab.resnet import Bottleneck
 from scripts.bench import reference
 from utils.visualize import save_indexed_png
 
@@ -47,7 +48,7 @@ def random_net(args: Namespace) -> Net:
     """A net with random weights whose activations stay moderate through all blocks."""
     torch.manual_seed(0)
     net = make_net({"net": "deeplabv2", "backbone": args.backbone, "num_classes": args.num_classes})
-    last = "bn2.weight" if args.backbone in ("resnet18", "resnet34") else "bn3.weight"
+    last = "bn3.weight" if issubclass(BACKBONES[args.backbone].block, Bottleneck) else "bn2.weight"
     for name, buffer in net.named_buffers():
         if name.endswith(last):
             buffer.fill_(0.25)
