@@ -46,10 +46,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataset import DatasetError, read_image
 from dataset.classes import IGNORE_LABEL, VOID_COLOR, Color, read_classes, voc_palette
 from dataset.labels import BadLabel, decode_label
-from dataset.lists import IMAGE_DIR
+from dataset.lists import IMAGE_DIR, PICTURE_SUFFIXES, Listing
 from dataset.voc import LABEL_DIRS, TRAIN_LISTS, VAL_LISTS
 from scripts.data.colours import (
     NO_COLORS,
+    PHOTO,
     TABLES,
     VOC,
     Labels,
@@ -249,6 +250,12 @@ def check_masks(outcomes: Sequence[Outcome], table: Table | None, options: Optio
             f"{table.origin} gives no colours, but {drawn[0]} has some, and nothing says which class each of them is; expected "
             "`name r g b` a line, as in `road 128 64 128`"
         )
+    if photos := [outcome.path for outcome in outcomes if outcome.problem.startswith(PHOTO)]:
+        raise UserError(
+            f"{len(photos)} of {len(outcomes)} masks look like photographs, or have smooth edges, such as {photos[0]}, "
+            "and nothing was written; expected PNGs of class indices or of a colour per class: pass their folder, or one that "
+            "holds images/ and masks/"
+        )
     if bad := [f"{outcome.path} {outcome.problem}" for outcome in outcomes if outcome.problem]:
         print("\n".join(bad[:SHOWN]), file=sys.stderr)
         more = f" (and {len(bad) - SHOWN} more)" if len(bad) > SHOWN else ""
@@ -381,15 +388,25 @@ def main(argv: list[str] | None = None) -> int:
     there = sum(outcome.there for outcome in found)
     convert_all("written", options, write=True)
     print(f"{len(masks) - there} masks written to {folder}/, {there} were there already")
-    if lost := [image_id for image_id in masks if images is not None and image_id not in images]:
-        print(f"{len(lost)} masks have no image: put {lost[0]}.jpg or .png and so on into {args.out / IMAGE_DIR}/")
-    if home:
+    place = args.out / IMAGE_DIR if images is not None else home and home / IMAGE_DIR
+    lost = [image_id for image_id in masks if image_id not in (images or {})]
+    if images is None and home:
+        listing = Listing(home)
+        lost = [image_id for image_id in masks if not listing.find(f"{IMAGE_DIR}/{image_id}", PICTURE_SUFFIXES)]
+    if place and lost:
+        print(f"{len(lost)} masks have no image: put {lost[0]}.jpg or .png and so on into {place}/")
+    if not home:
+        print(
+            f"no images were copied: {folder}/ holds masks alone. A data set has them in SegmentationClass/ beside {IMAGE_DIR}/"
+        )
+    else:
         lists = write_set(home, [i for i in masks if i in (images or masks)], labelled, table, args)
         words = ["python", "scripts/check_dataset.py", "--data-dir", str(home), "--data-list", *lists]
         count = max((v for o in found for v in o.values if v != IGNORE_LABEL), default=0) + 1 - args.zero_is_void
         if not table and count > len(VOC.rows):
             words += ["--num-classes", str(count)]
-        print(f"next: {shlex.join(words)}")
+        ready = len(lost) < len(masks) if images else not lost
+        print(f"next: {shlex.join(words)}" if ready else f"no images were copied; once they are there: {shlex.join(words)}")
     return 0
 
 

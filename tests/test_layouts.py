@@ -199,6 +199,87 @@ def test_what_an_export_lacks(tmp_path, capsys):
             run(tmp_path / "in", bad)
 
 
+def masks_and_images(root, mask, image, count=5):
+    """``count`` masks of three indices and their images; {} stands for the number in the two names."""
+    for k in range(count):
+        put(root, mask.format(k), png([[0, 1, k % 3]], 8, GREY))
+        picture(root, image.format(k), (1, 3))
+
+
+@pytest.mark.parametrize(
+    ("mask", "image", "id"),
+    [
+        ("im/masks/{}.png", "im/images/{}.jpg", "im/{}"),
+        ("im_masks/masks/{}_mask.png", "im_masks/images/{}.jpg", "im_masks/{}"),
+        ("masks/{}_mask.png", "images/{}.png", "{}"),
+        ("Labels/{}.png", "img/{}.png", "{}"),
+        ("label/{}.png", "imgs/{}.JPG", "{}"),
+        ("{}.png", "{}.jpg", "{}"),  # in one folder
+        ("{}_mask.png", "{}.png", "{}"),
+        ("truth/{}.png", "photos/{}.jpg", "{}"),
+        ("truth/{}_mask.png", "a/b/{}.bmp", "{}"),
+    ],
+)
+def test_masks_beside_images_become_a_data_set(tmp_path, mask, image, id):
+    masks_and_images(tmp_path / "in", mask, image)
+    out = run(tmp_path / "in", tmp_path / "out")
+    found = [image_id for each in lists(out) for image_id in each]
+    assert sorted(found) == [id.format(k) for k in range(5)]
+    VOCSegmentation(out, found, num_classes=3).check_files()
+
+
+@pytest.mark.parametrize(
+    ("mask", "image", "message"),
+    [
+        ("masks/{}_seg.png", "images/{}.jpg", r"5 masks, such as .*masks/0_seg\.png, and 5 images, .*; pass --suffix _seg"),
+        ("masks/{}_seg.png", "images/{}.png", "no image has the name of a mask; pass --suffix _seg"),
+        ("masks/m{}.png", "images/i{}.png", "name their endings with --suffix and --image-suffix"),
+        ("truth/m{}.png", "photos/i{}.jpg", "name their endings with --suffix and --image-suffix"),
+    ],
+)
+def test_masks_whose_images_have_other_names_are_refused(tmp_path, mask, image, message):
+    masks_and_images(tmp_path / "in", mask, image)
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("folder", ["images", "photos", "."])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_photographs_are_no_masks(tmp_path, folder, mode):
+    (tmp_path / "in" / folder).mkdir(parents=True)
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).convert(mode).save(tmp_path / "in" / folder / "a.png")
+    with pytest.raises(UserError, match=r"1 of 1 masks look like photographs.*a\.png.*holds images/ and masks/"):
+        run(tmp_path / "in", tmp_path / "out")
+    Image.fromarray(noise).save(tmp_path / "in" / folder / "b.jpg")
+    (tmp_path / "in" / folder / "a.png").unlink()
+    with pytest.raises(UserError, match=r"holds no PNG, but \.jpg files"):
+        run(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_masks_alone_say_that_there_are_no_images(tmp_path, capsys):
+    """No command is named that fails; the one that is named once the images are there succeeds."""
+    for k in range(5):
+        put(tmp_path / "in", f"{k}.png", png([[0, 1, 2]], 8, GREY))
+    run(tmp_path / "in", tmp_path / "indices")
+    text = capsys.readouterr().out
+    assert "no images were copied" in text
+    assert "JPEGImages/" in text
+    assert "check_dataset" not in text
+    run(tmp_path / "in", tmp_path / "mine/SegmentationClass")
+    text = capsys.readouterr().out
+    assert f"5 masks have no image: put 0.jpg or .png and so on into {tmp_path / 'mine/JPEGImages'}/" in text
+    assert "next:" not in text
+    for k in range(5):
+        picture(tmp_path, f"mine/JPEGImages/{k}.png", (1, 3))
+    run(tmp_path / "in", tmp_path / "mine/SegmentationClass")
+    last = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert last[:3] == ["next:", "python", "scripts/check_dataset.py"]
+    assert check_dataset.main([*last[3:], "--workers", "0"]) == 0
+
+
 def test_a_users_own_files_stay(tmp_path):
     make_cvat(tmp_path / "in", "rgb")
     out = tmp_path / "out"

@@ -23,6 +23,8 @@ TABLES = (
 )  # fmt: skip
 """Files of classes: ours, CVAT's, labelme's, Roboflow's, DeepGlobe's, CamVid's, ADE20K's, labelme's again,
 Supervisely's, SuperAnnotate's, Hasty's, and COCO JSON of Roboflow and Label Studio; the first that is there counts."""
+PHOTO = "looks like a photograph"  # how the problem of one begins
+MANY = 100  # grey values of a photograph; masks of that many classes have fewer of them in one image
 NO_COLORS = "has colours"  # how the problem of a mask begins that has colours, where no class has one
 
 
@@ -215,6 +217,8 @@ def read_labels(data: bytes, table: Mapping[Color, int], num_classes: int, guess
             stored = _as_stored(pixels, palette, mode)
             if stored is None or not all(color in (tuple(voc_palette()[i]), (i, i, i)) for i, color in stored.palette.items()):
                 raise
+            if mode != "P" and len(values := np.unique(stored.values)) > MANY:
+                raise BadLabel(f"{PHOTO}: it is grey and holds {len(values)} values; expected class indices") from None
             return stored
     stored = _as_stored(pixels, palette, mode)
     if stored is None:
@@ -311,6 +315,10 @@ def to_indices(colors: np.ndarray, table: Mapping[Color, int]) -> np.ndarray:
     known = np.array(keys, dtype=np.uint32)[places] == codes
     if not known.all():
         unknown, counts = np.unique(codes[~known], return_counts=True)
+        if len(unknown) > 256:
+            raise BadLabel(
+                f"{PHOTO}: it holds {len(unknown)} colours of no class; expected a mask, without JPEG or smooth edges"
+            )
         order = np.argsort(-counts, kind="stable")[:8]
         shown = [f"({c >> 16}, {c >> 8 & 255}, {c & 255}) on {n} pixels" for c, n in zip(unknown[order], counts[order])]
         hint = "; colours between those of the classes come from resizing or from JPEG" if len(unknown) > 8 else ""

@@ -1,5 +1,6 @@
 """What the tools that people label with leave: which masks there are, whose images they are, which lists."""
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -85,17 +86,62 @@ def find_labelled(root: Path, suffix: str, image_suffix: str = "") -> Labelled:
                 return Labelled(masks, images, root / LISTS)
             if masks and not without_images:
                 without_images = Labelled(masks, images, root / LISTS)
-        if ending:
-            masks = _by_id(pngs, root, ending)
-            images = _pictures(root, masks, {image_id: image_id for image_id in masks}, image_ending)
-            if images or (suffix and masks):
-                return Labelled(masks, images, root / LISTS)
+        masks = _by_id(pngs, root, ending)
+        images = _pictures(root, masks, {image_id: image_id for image_id in masks}, image_ending)
+        if suffix and masks and not images:
+            _check_names(root, masks, [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES and path not in pngs])
+        if (images and not _are_images(files)) or (suffix and masks):
+            return Labelled(masks, images, root / LISTS)
     if without_images:
+        _check_names(root, without_images.masks, _images(root, files))
         return without_images
     masks = {} if suffix else _by_id(pngs, root, "")
     if not masks or _are_images(files):
         return _annotated(root, files) or _no_masks(root, suffix, files)
+    others = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES and path.suffix.lower() != ".png"]
+    if found := _elsewhere(root, pngs, others, endings):
+        return found
+    if 2 * len(others) >= len(masks):
+        _check_names(root, masks, others)
     return Labelled(masks, None, root.parent / LISTS, len(files) - len(masks))
+
+
+def _images(root: Path, files: Iterable[Path]) -> list[Path]:
+    """The images of an export by their format, or as PNGs in a folder that is called so."""
+    names = re.compile(IMAGE_FOLDERS, re.IGNORECASE)
+    return [
+        path
+        for path in files
+        if path.suffix.lower() in PICTURE_SUFFIXES
+        and (path.suffix.lower() != ".png" or any(map(names.fullmatch, path.relative_to(root).parts[:-1])))
+    ]
+
+
+def _elsewhere(root: Path, pngs: Sequence[Path], others: Iterable[Path], endings: Iterable[tuple[str, str]]) -> Labelled | None:
+    """Masks and their images of another format, in folders of any name; None where no image has the name of a mask."""
+    by_stem = defaultdict(list)
+    for path in others:
+        by_stem[path.stem].append(path)
+    home = Path(os.path.commonpath([path.parent for path in pngs]))
+    for ending, image_ending in endings:
+        masks = _by_id(pngs, home, ending)
+        found = {image_id: by_stem.get(image_id.rpartition("/")[2] + image_ending, []) for image_id in masks}
+        if images := {image_id: paths[0] for image_id, paths in found.items() if len(paths) == 1}:
+            return Labelled(masks, images, root / LISTS)
+    return None
+
+
+def _check_names(root: Path, masks: Mapping[str, Path], images: Sequence[Path]) -> None:
+    """Raise :class:`UserError` where there are images, of which none has the name of a mask."""
+    if not images:
+        return
+    stems = {path.stem for path in images}
+    endings = {mask.stem[len(stem) :] for mask in masks.values() for stem in stems if mask.stem.startswith(stem)}
+    advice = f"pass --suffix {endings.pop()}" if len(endings) == 1 else "name their endings with --suffix and --image-suffix"
+    raise UserError(
+        f"{root} holds {len(masks)} masks, such as {next(iter(masks.values()))}, and {len(images)} images, such as "
+        f"{images[0]}, but no image has the name of a mask; {advice}"
+    )
 
 
 def _files(folder: Path) -> list[Path]:

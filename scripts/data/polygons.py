@@ -17,7 +17,8 @@ _POLYGONS = (  # whose JSON, its keys, where the name of an image stands, what t
         "labelme's JSON",
         {"shapes", "imagePath"},
         ("", "imagePath"),
-        "run labelme's labelme2voc.py, and pass the folder that it writes",
+        "turn it into masks with labelme2voc.py (in labelme's repository, examples/semantic_segmentation), and pass the folder "
+        "that it writes",
     ),
     ("Supervisely's JSON", {"objects", "size"}, ("", ""), "export masks with its app `Export as masks`"),
     ("SuperAnnotate's JSON", {"instances", "metadata"}, ("metadata", "name"), "export fused masks (___fuse.png)"),
