@@ -22,7 +22,7 @@ MEAN_BGR = (104.00698793, 116.66876762, 122.67891434)
 
 TO_INDICES = "scripts/masks_to_indices.py"
 
-_VOID = re.compile("void|ignored?|unlabell?ed", re.IGNORECASE)  # what a line for the ignore label is called
+VOID_NAMES = re.compile("void|ignored?|unlabell?ed", re.IGNORECASE)  # what a line for the ignore label is called
 _COLORED = re.compile(r"(.+?)[ \t,;]+(\d+)[ \t,;]+(\d+)[ \t,;]+(\d+)[ \t,;]*", re.ASCII)
 _HEADER = re.compile(r".+?[ \t,;]+(r|red)[ \t,;]+(g|green)[ \t,;]+(b|blue)", re.IGNORECASE)  # "name r g b"
 _TITLE = re.compile("(class|label)?[ _]?names?|class(es)?|labels?|ids?", re.IGNORECASE)  # of a column of names
@@ -151,6 +151,8 @@ def read_classes(path: str | Path) -> list[tuple[str, Color | None]]:
         raise DatasetError(f"{path} numbers its classes ({lines[0][1]}); {_ONE_NAME}, without the numbers")
     if len(lines) > 1 and all(_ALPHA.fullmatch(line) for _, line in lines):
         raise DatasetError(f"{path} gives colours of four numbers ({lines[0][1]}); {_ONE_NAME}, without the opacity")
+    if len(lines) == 1 and re.search("[,;]", lines[0][1]) and not _COLORED.fullmatch(lines[0][1]):
+        raise DatasetError(f"{path} holds several names in one line ({lines[0][1][:60]}); {_ONE_NAME}")
     rows: list[tuple[str, Color | None]] = []
     first: dict[str, int] = {}
     for number, line in lines:
@@ -211,7 +213,7 @@ class ClassFile:
         if self.rows is None:
             return None
         count = len(self.rows)
-        if count == ignore_label + 1 and _VOID.fullmatch(last := self.rows[-1][0]):
+        if count == ignore_label + 1 and VOID_NAMES.fullmatch(last := self.rows[-1][0]):
             raise DatasetError(
                 f"{self.path} names {last} as its last class, but --ignore-label {ignore_label} says that it is none: "
                 "delete that line"
@@ -226,7 +228,7 @@ class ClassFile:
             return None
         if (count := len(self.rows)) != num_classes:
             advice = f"leave --num-classes out to take the {count}, or mend the file"
-            if count and _VOID.fullmatch(last := self.rows[-1][0]):
+            if count and VOID_NAMES.fullmatch(last := self.rows[-1][0]):
                 advice = (
                     f"delete its last line, {last}, which is no class; where the masks hold {count - 1} for void, "
                     f"--ignore-label {count - 1} says so"

@@ -76,6 +76,7 @@ def single_channel(pixels: np.ndarray, mode: str) -> None:
     """BadLabel where pixels of :func:`read_png` are no class indices: colours, or more than 8 bits."""
     if pixels.ndim != 2 or pixels.dtype != np.uint8:
         advice = f"; {TO_INDICES} turns colours into indices" if mode in ("RGB", "RGBA") else ""
+        advice = f"; {TO_INDICES} saves 16 bits as 8 where the values fit" if pixels.ndim == 2 else advice
         raise BadLabel(
             f"has Pillow mode {mode} with shape {pixels.shape} and type {pixels.dtype}; "
             f"expected a single-channel 8-bit PNG of class indices (mode P or L){advice}"

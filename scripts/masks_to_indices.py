@@ -126,6 +126,7 @@ def layer_classes(labelled: Labelled, table: Table) -> tuple[dict[str, int], int
         UserError: a label that the table does not name.
     """
     named = {re.sub(r"[/\\\\]", "-", name): index for index, (name, _) in enumerate(table.rows)}  # as Label Studio writes files
+    named |= {re.sub(r"[/\\\\]", "-", name): IGNORE_LABEL for name, _ in table.void}
     labels = {re.sub(r"[/\\]", "-", label): label for label in labelled.labels}
     if wrong := next((label for label in labels if label not in named), None):
         raise UserError(f"the export has the label {wrong}, but {table.origin} names {', '.join(named)}; add it there")
@@ -238,13 +239,20 @@ def settle(args: argparse.Namespace, given: Table, table: Table | None, labelled
     palette[IGNORE_LABEL] = next(own for own in (VOID_COLOR, (255, 255, 255), (1, 1, 1)) if own not in colors)
     num_classes = len(given.rows) + (args.zero_is_void and not colors) if given.rows else IGNORE_LABEL
     if colors:
-        colors |= {own: IGNORE_LABEL for own in (VOID_COLOR, *args.void) if own not in colors}
+        void = (VOID_COLOR, *args.void, *(color for _, color in given.void if color))
+        colors |= {own: IGNORE_LABEL for own in void if own not in colors}
     classes, rest = layer_classes(labelled, given) if labelled.layers else ({}, 0)
     return Options(colors, num_classes, not table and not args.zero_is_void, args.zero_is_void, palette, classes, rest)
 
 
 def check_masks(outcomes: Sequence[Outcome], table: Table | None, options: Options) -> None:
     """Raise :class:`UserError` where a mask is wrong, or all together show that values as they are stored are no classes."""
+    if table and table.void and (stored := [o.path for o in outcomes if o.source == "stored"]):
+        name = table.void[0][0]
+        raise UserError(
+            f"{stored[0]} holds class indices, and {table.origin} has a line for {name}: it is unclear which value each "
+            f"class has; delete that line if the values do not count it, or rename {name} to keep it as a class"
+        )
     if table and not options.colors and (drawn := [o.path for o in outcomes if o.problem.startswith(NO_COLORS)]):
         raise UserError(
             f"{table.origin} gives no colours, but {drawn[0]} has some, and nothing says which class each of them is; expected "
@@ -300,7 +308,7 @@ def write_set(home: Path, ids: list[str], labelled: Labelled, table: Table | Non
     """Write the lists and classes.txt of the data set ``home`` where it has none, and say what was done; returns the lists."""
     remove_torn_files([home / "classes.txt", *(home / LISTS / f"{name}.txt" for name in ("train", "val", "test"))])
     if table and not (home / "classes.txt").exists():
-        write_lines(home / "classes.txt", class_lines(*table))
+        write_lines(home / "classes.txt", class_lines(table.rows, table.origin))
         print(f"{home / 'classes.txt'}: {len(table.rows)} classes, from {table.origin}")
     names = [name for name in (*TRAIN_LISTS, *VAL_LISTS, f"{LISTS}/test.txt") if (home / name).exists()]
     if set(names) & {*TRAIN_LISTS, *VAL_LISTS}:
@@ -351,7 +359,7 @@ def main(argv: list[str] | None = None) -> int:
     if table and args.zero_is_void and (options.colors or labelled.layers):  # the classes as they will be
         table = table._replace(rows=table.rows[1:])
     if table:
-        class_lines(*table)
+        class_lines(table.rows, table.origin)
     if home:
         check_classes(home, table.rows if table else [])
         check_ids(labelled.masks)
@@ -361,6 +369,8 @@ def main(argv: list[str] | None = None) -> int:
     copies = {i: (path, args.out / IMAGE_DIR / f"{i}{path.suffix}") for i, path in (images or {}).items()}
     unknown = "no file of classes: " + ("colours are read as PASCAL VOC's" if options.guessed else "values stay")
     print(f"{len(masks)} masks; " + (f"{len(table.rows)} classes, from {table.origin}" if table else unknown))
+    for name, color in table.void if table else ():
+        print(f"{name}, {color}, is the ignore label (255) and no class; under another name it would be one")
     if labelled.layers:
         name = "void" if options.rest == IGNORE_LABEL else given.rows[options.rest][0]
         print(f"the labels of each image are put together: pixels without a label become {name}")

@@ -171,9 +171,9 @@ def main(argv: list[str] | None = None) -> int:
     broken = list(chain.from_iterable(distributed.gather(broken)))
     if distributed.is_main():
         there, made = (sum(numbers) for numbers in zip(*counts))
-        print(f"{made} masks in {args.save_dir}/" + (f"; {there} were there already" if there else ""))
+        print(f"masks of {made} files in {args.save_dir}/" + (f"; {there} were there already" if there else ""))
         if broken:
-            print(f"{len(broken)} of {made + len(broken)} pictures were left out:", *broken, sep="\n", file=sys.stderr)
+            print(f"{len(broken)} of {made + len(broken)} files were left out:", *broken, sep="\n", file=sys.stderr)
     distributed.stop()
     return 1 if broken else 0
 

@@ -159,8 +159,8 @@ def test_broken_pictures_do_not_end_a_prediction(toy_voc, snapshot, tmp_path, ca
     assert predict.main(words) == 1
     out, err = capsys.readouterr()
     assert "left out: 1 .txt" in out
-    assert "4 masks in" in out
-    assert "2 of 6 pictures were left out:" in err
+    assert "masks of 4 files in" in out
+    assert "2 of 6 files were left out:" in err
     assert "toy_1.jpg is not an image" in err
     assert "toy_3.jpg is cut off" in err
     assert {path.stem for path in (tmp_path / "out").iterdir()} == {"toy_0", "toy_2", "toy_4", "toy_5"}

@@ -363,7 +363,7 @@ LAYOUTS = {
     "deepglobe, said": ("{}", "{}_sat.jpg", "{}_m.png", drawn, {"class_dict.csv": CSV}, "land sea ice",
                         "--suffix", "_m", "--image-suffix", "_sat"),
     "camvid": ("train/{}", "train/{}.png", "train_labels/{}_L.png", drawn,
-               {"label_colors.txt": "0 0 0\tVoid\n255 0 16\tSky\n1 2 3\tTree\n"}, "Void Sky Tree", "--suffix", "_L"),
+               {"label_colors.txt": "0 0 0\tGround\n255 0 16\tSky\n1 2 3\tTree\n"}, "Ground Sky Tree", "--suffix", "_L"),
     "segnet": ("train/{}", "train/{}.png", "trainannot/{}.png", grey, {}, ""),
     "ade": ("training/{}", "images/training/{}.jpg", "annotations/training/{}.png", grey, {}, ""),
     "two folders": ("a/{}", "Images/a/{}.JPG", "Masks/a/{}.png", grey, {"labels.txt": "a\nb\nc\n"}, "a b c"),
@@ -399,6 +399,41 @@ def test_what_is_written_is_read(tmp_path, name, capsys):
     before = contents(out)
     run(tmp_path / "in", out, *options)
     assert contents(out) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("label_colors.txt", "0 0 0\tVoid\n255 0 16\tSky\n1 2 3\tTree\n"),  # CamVid
+        ("class_dict.csv", "name,r,g,b\nSky,255,0,16\nvoid,0,0,0\nTree,1,2,3\n"),
+        ("labelmap.txt", "Sky:255,0,16::\nTree:1,2,3::\nunlabelled:0,0,0::\n"),
+    ],
+)
+def test_a_colour_for_void_is_no_class(tmp_path, capsys, name, lines):
+    """HEX[0] is void, so that the others are classes 0 and 1; class indices may count it or not, and are refused."""
+    for stem in STEMS:
+        put(tmp_path / "in", f"{stem}.png", drawn(stem))
+    put(tmp_path / "in", name, lines)
+    run(tmp_path / "in", tmp_path / "out/SegmentationClass")
+    assert "is the ignore label (255) and no class" in capsys.readouterr().out
+    check_labels(tmp_path / "out", {stem: np.where(VALUES[stem] == 0, 255, VALUES[stem].astype(int) - 1) for stem in STEMS}, 2)
+    assert (tmp_path / "out/classes.txt").read_text() == "Sky 255 0 16\nTree 1 2 3\n"
+    put(tmp_path / "in", "p0.png", png([[0, 1]], 8, GREY))
+    with pytest.raises(UserError, match=r"holds class indices, and .* has a line for"):
+        run(tmp_path / "in", tmp_path / "other")
+
+
+def test_masks_of_16_bits_become_8(tmp_path, capsys):
+    put(tmp_path / "in", "a.png", png([[0, 1, 254, 255]], 16, GREY))
+    run(tmp_path / "in", tmp_path / "out/SegmentationClass")
+    assert read_label(tmp_path / "out/SegmentationClass/a.png", 255).tolist() == [[0, 1, 254, 255]]
+    put(tmp_path / "in", "a.png", png([[0, 300]], 16, GREY))
+    with pytest.raises(UserError):
+        run(tmp_path / "in", tmp_path / "other")
+    assert "is grey of 16 bits and holds 300; expected values of 0..255" in capsys.readouterr().err
+    put(tmp_path / "in", "a.png", png([[0, 65535]], 16, GREY))
+    run(tmp_path / "in", tmp_path / "two/SegmentationClass", "--binary")
+    assert read_label(tmp_path / "two/SegmentationClass/a.png", 2).tolist() == [[0, 1]]
 
 
 def test_folders_that_are_called_splits_become_the_lists(tmp_path, capsys):

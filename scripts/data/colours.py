@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataset.classes import IGNORE_LABEL, VOC_CLASSES, Color, is_voc, read_classes, voc_palette
+from dataset.classes import IGNORE_LABEL, VOC_CLASSES, VOID_NAMES, Color, is_voc, read_classes, voc_palette
 from dataset.images import DatasetError, read_bytes
 from dataset.labels import BadLabel, check_values, decode_label, read_png, single_channel
 from dataset.lists import read_lines
@@ -34,10 +34,12 @@ class Table(NamedTuple):
     Attributes:
         rows: names and colours; a colour is None where nobody gives it.
         origin: who says so, for messages.
+        void: names and colours of the ignore label there.
     """
 
     rows: list[tuple[str, Color | None]]
     origin: str
+    void: Sequence[tuple[str, Color | None]] = ()
 
     def colors(self) -> dict[Color, int]:
         """Colour -> index; UserError where two classes have one colour."""
@@ -86,6 +88,8 @@ def find_table(
         inside: the folders of the masks, of which all that have that file must agree.
         beside: folders that are looked into where these have none, but for JSON.
         zero_is_void: value 0 has no name.
+
+    Rows with a colour that are called Void, Ignore or Unlabelled are no classes, but the ignore label.
     """
     text = [name for name in names if not name.endswith(".json")]
     places = [*(folder / name for folder in inside for name in names), *(folder / name for folder in beside for name in text)]
@@ -104,7 +108,8 @@ def find_table(
         raise UserError(f"{path} names {len(rows)} classes; expected at most {IGNORE_LABEL}: that label means void")
     if not any(color for _, color in rows) and is_voc([name for name, _ in rows]):
         rows = VOC.rows
-    return Table(rows, str(path))
+    void = [row for row in rows if row[1] and VOID_NAMES.fullmatch(row[0]) and not zero_is_void]
+    return Table([row for row in rows if row not in void], str(path), void)
 
 
 def read_table(path: Path, zero_is_void: bool = False) -> list[tuple[str, Color | None]]:
@@ -206,6 +211,8 @@ def read_labels(data: bytes, table: Mapping[Color, int], num_classes: int, guess
             that can be read as colours and as class indices.
     """
     pixels, palette, mode = read_png(data)
+    if pixels.ndim == 2 and pixels.dtype != np.uint8:
+        pixels, mode = _eight_bits(pixels), "L"
     if mode == "P" and pixels.max() >= len(palette):
         raise BadLabel(f"holds the index {pixels.max()}, and its palette has {len(palette)} colours")
     if table:
@@ -225,6 +232,15 @@ def read_labels(data: bytes, table: Mapping[Color, int], num_classes: int, guess
         raise BadLabel(f"{NO_COLORS}, and nothing says which class each is; expected `name r g b` a line in a classes.txt")
     check_values(np.unique(stored.values).tolist(), num_classes)
     return stored
+
+
+def _eight_bits(pixels: np.ndarray) -> np.ndarray:
+    """Grey of 16 bits, (H, W) uint8; BadLabel for values above 255 other than white, 65535, in a mask of black and white."""
+    if bool(((pixels == 0) | (pixels == 65535)).all()):
+        return (pixels // 257).astype(np.uint8)
+    if pixels.max() > 255:
+        raise BadLabel(f"is grey of 16 bits and holds {pixels.max()}; expected values of 0..255, class indices or void")
+    return pixels.astype(np.uint8)
 
 
 def is_reordered(palette: Mapping[int, Color]) -> bool:
@@ -250,8 +266,6 @@ def _by_color(
 ) -> Labels:
     if mode == "P":
         return Labels(to_indices(palette[pixels], table), "colours")
-    if pixels.dtype != np.uint8:
-        raise BadLabel("is grey of 16 bits; expected colours")
     if mode in ("LA", "RGBA") and (half := int(((pixels[..., -1] > 0) & (pixels[..., -1] < 255)).sum())):
         raise BadLabel(f"holds {half} half transparent pixels; expected whole colours")
     if mode in ("RGB", "RGBA"):
