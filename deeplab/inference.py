@@ -158,6 +158,7 @@ def enlarge_to_classes(logits: Tensor, size: Sequence[int], stride: int = OUTPUT
     return classes.masked_fill_(~logits.isfinite().all(), NO_CLASS)
 
 
+@torch.no_grad()
 def predict_classes(
     net: Callable[[Tensor], Tensor], image: Tensor, scales: Sequence[float] = (1.0,), mirror: bool = False
 ) -> Tensor:
@@ -169,6 +170,7 @@ def predict_classes(
     Returns:
         (N, H, W), or (H, W) for a single image; uint8, 255 all over an image whose logits are not finite.
     """
+    check_input(image)
     images = image if image.ndim == 4 else image[None]
     grids = predict_grid(net, images, scales, mirror).float()
     classes = torch.stack([enlarge_to_classes(logits, images.shape[-2:]) for logits in grids])
@@ -184,6 +186,7 @@ def predict(net: Callable[[Tensor], Tensor], image: Tensor, scales: Sequence[flo
     Returns:
         (N, C, H, W), or (C, H, W) for a single image; float32.
     """
+    check_input(image)
     images = image if image.ndim == 4 else image[None]
     logits = enlarge(predict_grid(net, images, scales, mirror).float(), images.shape[-2:])
     return logits if image.ndim == 4 else logits[0]

@@ -119,6 +119,7 @@ def single_scale_loss(
     Returns:
         ``{"loss": scalar}``; with an auxiliary head ``"loss_main"`` and ``"loss_aux"`` as well.
     """
+    _check_sizes(images, labels)
     logits, auxiliary = _both(net(images) if aux_weight or not hasattr(net, "dsn") else net(images, auxiliary=False))
     loss = cross_entropy(logits, labels, size, ohem)
     if auxiliary is None:
@@ -146,6 +147,7 @@ def multi_scale_loss(
         ``{"loss": their sum, "loss_max": ..., "loss_1x": ..., "loss_0.75x": ..., "loss_0.5x": ...}``, scalars; with an
         auxiliary head ``"loss_aux"`` as well.
     """
+    _check_sizes(images, labels)
     first, *others = multiscale_logits(net, images, scales, one_scale_at_a_time, auxiliary=aux_weight != 0)
     logits, auxiliary = _both(first)
     parts = {"loss_max": cross_entropy(fuse_max([logits, *others]), labels, size, ohem)}
@@ -156,6 +158,13 @@ def multi_scale_loss(
         return {"loss": total, **parts}
     aux = cross_entropy(auxiliary, labels, size)
     return {"loss": total + aux_weight * aux, **parts, "loss_aux": aux}
+
+
+def _check_sizes(images: Tensor, labels: Tensor) -> None:
+    """Raise :class:`ValueError` for labels that are not those of the images, which would be resized without a word."""
+    if labels.shape != (len(images), *images.shape[-2:]):
+        found = f"images {tuple(images.shape)} and labels {tuple(labels.shape)}"
+        raise ValueError(f"{found} do not match; expected (N, 3, H, W) and (N, H, W)")
 
 
 def _both(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -267,3 +267,10 @@ def test_auxiliary_loss_and_ohem_at_three_scales():
         assert float(found["loss"]) == float(expected["loss"])
     multi_scale_loss(net, images, labels, one_scale_at_a_time=True)
     assert net.asked == [False] * 7
+
+
+@pytest.mark.parametrize("loss", [single_scale_loss, multi_scale_loss])
+@pytest.mark.parametrize("shape", [(2, 17, 18), (1, 17, 17), (2, 3, 17, 17), (17, 17)])
+def test_labels_of_another_size_are_refused(loss, shape):
+    with pytest.raises(ValueError, match=r"images \(2, 3, 17, 17\) and labels \(.*\) do not match; expected .* \(N, H, W\)"):
+        loss(None, torch.zeros(2, 3, 17, 17), torch.zeros(shape, dtype=torch.long))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.metrics import ConfusionMatrix
+from utils.metrics import ConfusionMatrix, mean_iou
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -256,3 +256,26 @@ def test_update_does_not_wait_for_the_device():
     finally:
         torch.cuda.set_sync_debug_mode(mode)
     assert_same(confusion.scores(), naive_scores(labels.cpu(), predictions.cpu(), 21))
+
+
+# ---- mean_iou(labels, predictions, num_classes)
+
+
+def test_mean_iou_of_arrays_and_tensors():
+    """Label 0 (3 pixels): IoU 2/4; label 1: 1/2; class 2 is only predicted: 0; 255 is not counted."""
+    labels = np.array([[0, 0, 0], [1, 1, 255]], dtype=np.uint8)
+    predictions = np.array([[0, 0, 2], [0, 1, 1]], dtype=np.uint8)
+    expected = pytest.approx((2 / 4 + 1 / 2 + 0) / 3)
+    assert mean_iou(labels, predictions, 3) == expected
+    assert mean_iou(labels[:, ::-1], predictions[:, ::-1], 21) == expected
+    assert mean_iou(torch.from_numpy(labels), predictions.astype(np.int64), 3) == expected
+    assert math.isnan(mean_iou(np.full((2, 2), 255), np.zeros((2, 2), int), 3))
+
+
+def test_what_is_no_pair_of_class_indices_is_refused():
+    labels = np.zeros((2, 3), np.uint8)
+    for wrong, words in ((labels[:1], "differ in shape"), (labels / 2, "expected integer"), (labels + 9, "outside 0..2")):
+        with pytest.raises(ValueError, match=words):
+            mean_iou(labels, wrong, 3)
+    with pytest.raises(TypeError, match=r"labels are a ndarray; expected a tensor .mean_iou takes arrays"):
+        ConfusionMatrix(3).update(labels, torch.zeros(2, 3, dtype=torch.uint8))

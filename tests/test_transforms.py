@@ -1,3 +1,4 @@
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -130,6 +131,20 @@ def test_the_input_of_a_batch_is_that_of_its_pictures():
     expected = pictures.astype(np.float32) - np.asarray(MEAN_BGR, dtype=np.float32)
     assert (batch.numpy() == expected.transpose(0, 3, 1, 2)).all()
     assert all(torch.equal(one, to_input(picture)) for one, picture in zip(batch, pictures))
+
+
+def test_what_is_no_image_is_refused():
+    good = np.zeros((3, 4, 3), np.uint8)
+    for wrong, found in (
+        (Image.fromarray(good), "Image of no numbers"),
+        (good.astype(np.float32), "ndarray of float32[3, 4, 3]"),
+        (torch.zeros(2, 3, 4, 3), "Tensor of torch.float32[2, 3, 4, 3]"),
+        (np.zeros((3, 4, 4), np.uint8), "ndarray of uint8[3, 4, 4]"),
+    ):
+        with pytest.raises(
+            TypeError, match=rf"the image is a {re.escape(found)}.*; expected uint8 .* read_image\(path\) reads"
+        ):
+            to_input(wrong)
 
 
 def test_options_choose_the_transforms_in_order():

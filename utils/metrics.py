@@ -127,8 +127,12 @@ class ConfusionMatrix:
             labels, predictions: integer tensors of one shape, any number of dimensions, also empty.
 
         Raises:
+            TypeError: no tensors; :func:`mean_iou` takes arrays.
             ValueError: the shapes differ, or a tensor does not hold integers.
         """
+        for name, tensor in (("labels", labels), ("predictions", predictions)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} are a {type(tensor).__name__}; expected a tensor (mean_iou takes arrays as well)")
         if labels.shape != predictions.shape:
             raise ValueError(
                 f"labels of shape {tuple(labels.shape)} and predictions of shape {tuple(predictions.shape)} differ in shape; "
@@ -180,6 +184,21 @@ class ConfusionMatrix:
             class_iou=class_iou,
             class_accuracy=class_accuracy,
         )
+
+
+def mean_iou(labels: Tensor | np.ndarray, predictions: Tensor | np.ndarray, num_classes: int) -> float:
+    """The mean IoU, 0..1, of two arrays of class indices, see :class:`Scores`; NaN where no pixel is labelled.
+
+    Args:
+        labels, predictions: integers of one shape; labels of 255 are not counted, whatever their prediction.
+
+    Raises:
+        ValueError: the shapes differ, no integers, or a class outside 0..num_classes - 1.
+    """
+    confusion = ConfusionMatrix(num_classes)
+    arrays = (a if isinstance(a, Tensor) else torch.from_numpy(np.array(a)) for a in (labels, predictions))
+    confusion.update(*(a.cpu() for a in arrays))
+    return confusion.scores().mean_iou
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
