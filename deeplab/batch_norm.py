@@ -1,4 +1,4 @@
-"""Batch norm in its three modes, and frozen batch norm as a part of the convolution before it."""
+"""The three modes of batch norm, and the folding of frozen batch norm into the convolution before it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,16 +14,15 @@ BATCH_NORM_MODES = ("frozen", "stats", "full")
 
 
 class Folded:
-    """The frozen batch norms of a net, for the forward passes that share one backward pass: each is a part of the convolution
-    before it.
+    """The frozen batch norms of a net, each folded into the convolution before it, for forward passes with a common backward.
 
-    The scale and shift of all are computed at once. A convolution's weight is multiplied by its scale where it is first used,
-    and the product is kept for the other passes. So the backward pass makes the gradients one by one, the last layer's first,
-    and DistributedDataParallel sends them while it goes on.
+    The scale and shift of all are computed at once. The weight of a convolution is multiplied by its scale when it is first
+    used, and the product is kept for the other passes. So the backward pass computes the gradients one by one, last layer
+    first, and DistributedDataParallel sends them meanwhile.
 
     Args:
-        constants: frozen batch norm -> its scale, (C, 1, 1, 1), and its shift, (C,), of type ``dtype``.
-        dtype: of the weights and biases.
+        constants: frozen batch norm -> its scale, (C, 1, 1, 1), and its shift, (C,) of type ``dtype``.
+        dtype: the type of the folded weights and biases.
     """
 
     def __init__(self, constants: Mapping[nn.Module, tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
@@ -31,7 +30,7 @@ class Folded:
         self.products: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def weight_and_bias(self, conv: nn.Conv2d, bn: nn.Module) -> tuple[Tensor, Tensor]:
-        """Of the convolution that does ``bn`` as well."""
+        """The weight and bias of ``conv`` with ``bn`` folded into it."""
         if bn not in self.products:
             scale, shift = self.constants[bn]
             bias = shift if conv.bias is None else (conv.bias * scale.flatten() + shift).to(self.dtype)
@@ -39,14 +38,14 @@ class Folded:
         return self.products[bn]
 
     def multiply(self, module: nn.Module) -> None:
-        """Multiply all weights of a module now: what is recomputed in the backward pass must find them as it did before."""
+        """Multiply all weights of a module now: a recomputed forward pass must find the same products as the first one."""
         for conv, bn in conv_bn_pairs(module):
             if bn in self.constants:
                 self.weight_and_bias(conv, bn)
 
 
 def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, folded: Folded | None = None) -> Tensor:
-    """``bn(conv(x))``, in one convolution where ``folded``, of :func:`fold`, holds ``bn``: (N, C_out, h, w)."""
+    """``bn(conv(x))``, as one convolution if ``folded`` (see :func:`fold`) holds ``bn``: (N, C_out, h, w)."""
     if folded is None or bn not in folded.constants:
         return bn(conv(x))
     weight, bias = folded.weight_and_bias(conv, bn)
@@ -54,21 +53,21 @@ def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, folded: Folded | None = N
 
 
 def conv_bn_pairs(net: nn.Module) -> list[tuple[nn.Conv2d, nn.Module]]:
-    """Every batch norm of a net with the convolution before it, which all nets here register right before it."""
+    """Each batch norm of a net with its convolution, which all nets here register right before it."""
     norms = (FrozenBatchNorm2d, nn.modules.batchnorm._BatchNorm)
     layers = [module for module in net.modules() if isinstance(module, (nn.Conv2d, *norms))]
     return [(conv, bn) for conv, bn in pairwise(layers) if isinstance(conv, nn.Conv2d) and isinstance(bn, norms)]
 
 
 def fold(net: nn.Module) -> Folded:
-    """Fold each frozen batch norm into the convolution before it, for the forward passes that share one backward pass.
+    """Fold each frozen batch norm into the convolution before it, for forward passes with a common backward pass.
 
     A frozen batch norm is the affine map ``y * scale + shift`` per channel, so ``bn(conv(x, w))`` equals
-    ``conv(x, w * scale) + shift``. ``conv.weight`` stays the parameter that is trained and saved, and gets the same gradient;
-    but no activation is stored between the two, as the unfolded pair does. Nothing is kept from one call to the next: for all
-    layers at once, the constants cost eight operations, and cannot be older than the buffers that they come from.
+    ``conv(x, w * scale) + shift``. ``conv.weight`` stays the parameter that is trained and saved, and gets the same gradient,
+    but no activation is stored between the two. Nothing is kept between calls, so the constants are never older than their
+    buffers; computing them for all layers at once costs eight operations.
 
-    Under autocast weights and biases are of its type. Other batch norms are left alone.
+    Under autocast the weights and biases have autocast's type. Other batch norms are not folded.
     """
     frozen = [bn for _, bn in conv_bn_pairs(net) if isinstance(bn, FrozenBatchNorm2d)]
     if not frozen:
@@ -83,7 +82,7 @@ def fold(net: nn.Module) -> Folded:
 
 
 def scale_and_shift(norms: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    """What batch norms do on running statistics, ``y * scale + shift``: (channels of all of them,) each."""
+    """The affine map ``y * scale + shift`` of batch norms that use running statistics: (channels of all of them,) each."""
     names = ("weight", "bias", "running_mean", "running_var")
     weight, bias, mean, var = (torch.cat([getattr(bn, name) for bn in norms]) for name in names)
     (eps,) = {bn.eps for bn in norms}
@@ -102,10 +101,10 @@ def make_norm(channels: int, batch_norm: str, eps: float) -> nn.Module:
 
 @contextmanager
 def kept_statistics(module: nn.Module) -> Iterator[None]:
-    """A context in which a forward pass in training mode moves no running statistic and no counter.
+    """A context in which a forward pass in training mode changes no running statistics and no counter.
 
-    For passes that are made twice, as activation checkpointing does. The statistics are still handed to the kernel, with a
-    momentum of 0: checkpointing wants both passes to save the same tensors for backward.
+    It is for one of the two forward passes of activation checkpointing. The kernel still gets the statistics, with a momentum
+    of 0: checkpointing needs both passes to save the same tensors for backward.
     """
     before = [
         (norm, norm.momentum, cast(Tensor, norm.num_batches_tracked))

@@ -1,6 +1,6 @@
-"""The dense CRF that sharpens a prediction along the edges of the image (Kraehenbuehl & Koltun, arXiv:1210.5644).
+"""The dense CRF, which sharpens a prediction along the edges of the image (Kraehenbuehl & Koltun, arXiv:1210.5644).
 
-Two ways to compute the same function: pydensecrf on the host, and torch operations on any device.
+Two backends compute the same function: pydensecrf on the host, and torch operations on any device.
 """
 
 from collections.abc import Iterator
@@ -15,22 +15,22 @@ from torch.nn.functional import one_hot
 
 from deeplab.permutohedral import Lattice
 
-MIN_PROBABILITY = 1e-5  # a probability of 0 would be an infinite energy that no neighbour could ever outvote
-TOLERANCE = 1e-3  # how far a probability may be outside 0..1
+MIN_PROBABILITY = 1e-5  # a probability of 0 would be an infinite energy, which no neighbour could outvote
+TOLERANCE = 1e-3  # a probability may be this far outside 0..1
 
 
 class CRFUnavailable(ImportError):
-    """The package that computes the CRF is not installed."""
+    """pydensecrf is not installed."""
 
     exit_status = 2
 
 
 @dataclass(frozen=True)
 class CRFParams:
-    """The settings of :func:`dense_crf`; the defaults are those published for DeepLab-v2 ResNet-101 on VOC.
+    """The parameters of :func:`dense_crf`; the defaults are the published ones of DeepLab-v2 ResNet-101 on VOC.
 
     Attributes:
-        iterations: mean-field iterations; 0 leaves the probabilities as they are.
+        iterations: mean-field iterations; 0 does not change the probabilities.
         gaussian_weight: weight of the smoothness kernel exp(-|p_i - p_j|^2 / 2 gaussian_sxy^2) between pixels at p_i and p_j.
         gaussian_sxy: its width in pixels.
         bilateral_weight: weight of the appearance kernel
@@ -68,30 +68,30 @@ def dense_crf(
     prune: float = 0.0,
     backend: Backend = "pydensecrf",
 ) -> ArrayOrTensor:
-    """Refine class probabilities with a fully connected CRF, by mean field with a Potts model.
+    """Refine class probabilities with a fully connected CRF: mean-field inference with a Potts model.
 
-    The energy is -log p (p no lower than 1e-5) plus, for each pair of pixels with different classes, the two kernels of
-    :class:`CRFParams`, each normalised symmetrically (k_ij / sqrt(n_i n_j), n_i = sum_j k_ij). The sums over all pairs are
-    approximated on a permutohedral lattice, as in the authors' program; like it, and unlike the paper, they contain the
-    pixel itself. All channels of ``image`` weigh the same: RGB and BGR give the same, but for that approximation.
+    The unary energy is -log p, with p clamped to at least 1e-5. Each pair of pixels with different classes adds the two kernels
+    of :class:`CRFParams`, normalised symmetrically (k_ij / sqrt(n_i n_j), n_i = sum_j k_ij). The sums over all pairs are
+    approximated on a permutohedral lattice. As in the authors' program, and unlike the paper, they include the pixel itself.
+    All channels of ``image`` have the same weight, so RGB and BGR give the same result up to that approximation.
 
     Args:
-        image: (H, W, 3) uint8, the raw image, 0..255, never the mean-subtracted input of the net; or (N, H, W, 3).
+        image: (H, W, 3) or (N, H, W, 3) uint8, the raw image, 0..255, never the mean-subtracted input of the net.
         probabilities: (C, H, W) or (N, C, H, W) floating point, softmax over the classes: 0..1, summing to 1 at each pixel.
-            NumPy arrays or tensors, on one device, as the image.
-        params: the settings, by default the published ones.
-        prune: classes whose probability is nowhere in an image above this are left out of it, which saves time in proportion,
-            and get probability 0. 0 leaves nothing out.
+            A NumPy array if the image is one, else a tensor on the same device.
+        params: the parameters, by default the published ones.
+        prune: classes whose probability in an image never exceeds this are left out of that image and get probability 0. The
+            time falls in proportion to the classes. 0 leaves nothing out.
         backend: ``"pydensecrf"`` computes on the host, one image at a time. ``"torch"`` computes all images at once on the
-            device of the tensors; it equals pydensecrf to rounding (1e-4, as much as pydensecrf's own results move when its
-            inputs move by 1e-7) and gives the same bits each time. Of VOC's 500x375 with 21 classes it takes 0.4 GB an image.
+            device of the tensors. It equals pydensecrf to rounding (1e-4: pydensecrf's own results move as much when its inputs
+            move by 1e-7) and is deterministic. An image of VOC's size, 500x375, with 21 classes needs 0.4 GB.
 
     Returns:
         float32 probabilities of the shape, kind and device of ``probabilities``. The inputs are not changed.
 
     Raises:
-        ValueError: a shape or dtype other than the above, sizes that differ, or values outside 0..1 (logits, NaN); the values
-            of tensors on a GPU are not looked at, which would wait for it. Widths so small that the lattice has no room.
+        ValueError: a wrong shape or dtype, sizes that differ, values outside 0..1 (logits, NaN), or widths too small for the
+            lattice. The values of tensors on a GPU are not checked, since that would be a host sync.
         CRFUnavailable: pydensecrf is not installed.
     """
     if backend not in ("pydensecrf", "torch"):
@@ -114,15 +114,15 @@ def dense_crf(
 
 
 def _mean_field(images: Tensor, probabilities: Tensor, params: CRFParams, kept: Tensor | None) -> Tensor:
-    """:func:`dense_crf` in torch, on inputs that were checked: (N, H, W, 3), (N, C, H, W) -> (N, C, H, W) float32."""
+    """:func:`dense_crf` in torch, on checked inputs: (N, H, W, 3), (N, C, H, W) -> (N, C, H, W) float32."""
     count, classes, height, width = probabilities.shape
     energy = probabilities.float().clamp_min(MIN_PROBABILITY).log()  # minus the energy
     if kept is not None:
         energy = energy.masked_fill(~kept[:, :, None, None], -torch.inf)
-        used = kept.any(dim=0).nonzero().flatten()  # columns that no image keeps cost nothing; this waits for the device
+        used = kept.any(dim=0).nonzero().flatten()  # drop the classes that no image keeps; a host sync
         energy = energy[:, used]
     energy = energy.permute(0, 2, 3, 1).reshape(count * height * width, -1).contiguous()
-    # A probability of an image is a row, of -inf where a class is left out: exp makes it 0 each time.
+    # One row per pixel, one column per class. A class that is left out is -inf, which exp turns into 0.
     lattices = list(_lattices(images, params)) if params.iterations else []
     refined = _softmax(energy)
     for _ in range(params.iterations):
@@ -137,7 +137,7 @@ def _mean_field(images: Tensor, probabilities: Tensor, params: CRFParams, kept: 
 
 
 def _lattices(images: Tensor, params: CRFParams) -> Iterator[Lattice]:
-    """The two kernels, normalised and weighted; one whose weight is 0 is left out."""
+    """The two kernels, normalised and weighted; a kernel of weight 0 is left out."""
     count, height, width, _ = images.shape
     position = torch.arange(max(height, width), dtype=torch.float32, device=images.device)
     x = position[:width].expand(count, height, width)
@@ -148,7 +148,7 @@ def _lattices(images: Tensor, params: CRFParams) -> Iterator[Lattice]:
         (params.bilateral_weight, params.bilateral_sxy, tuple(colors)),
     ):
         if weight > 0:
-            # Divided by a tensor: CUDA would multiply by the reciprocal of a number, and rounding decides which vertices exist.
+            # Divide by a tensor: with a number CUDA multiplies by its reciprocal, and rounding decides which vertices exist.
             widths = [position.new_full((), value) for value in (sxy, params.bilateral_srgb)]
             features = [x / widths[0], y / widths[0], *(channel / widths[1] for channel in channels)]
             bounds = [(width - 1) / sxy, (height - 1) / sxy, *([255 / params.bilateral_srgb] * len(channels))]
@@ -156,7 +156,7 @@ def _lattices(images: Tensor, params: CRFParams) -> Iterator[Lattice]:
 
 
 def _softmax(values: Tensor) -> Tensor:
-    """The softmax of each row. Torch's own takes ten times as long on a CPU where a row is shorter than 16."""
+    """The softmax of each row. On a CPU, torch's own takes ten times as long for rows shorter than 16."""
     if values.shape[1] >= 16 or values.device.type != "cpu":
         return values.softmax(dim=1)
     powers = (values - values.amax(dim=1, keepdim=True)).exp_()
@@ -164,12 +164,12 @@ def _softmax(values: Tensor) -> Tensor:
 
 
 def _by_pydensecrf(images: np.ndarray, probabilities: np.ndarray, params: CRFParams, kept: Tensor | None) -> Tensor:
-    """:func:`dense_crf` by pydensecrf, on inputs that were checked; the same shapes as :func:`_mean_field`."""
+    """:func:`dense_crf` by pydensecrf, on checked inputs; the shapes are those of :func:`_mean_field`."""
     densecrf = find_densecrf()
     count, classes, height, width = probabilities.shape
     refined = torch.zeros(count, classes, height, width)
     for i, image in enumerate(images):
-        # A pixel's probabilities need not add up to 1 again: a common factor changes nothing in the mean field.
+        # The kept probabilities of a pixel need not sum to 1: a common factor changes nothing in the mean field.
         used = slice(None) if kept is None else np.flatnonzero(kept[i].cpu().numpy())
         likely = probabilities[i, used].reshape(-1, height * width).astype(np.float32)
         likely = np.maximum(likely, MIN_PROBABILITY)
@@ -190,10 +190,10 @@ def _by_pydensecrf(images: np.ndarray, probabilities: np.ndarray, params: CRFPar
 
 
 def find_densecrf() -> ModuleType:
-    """pydensecrf's module, imported only when it is needed.
+    """The module of pydensecrf, imported only when it is needed.
 
     Raises:
-        CRFUnavailable: it is not installed.
+        CRFUnavailable: pydensecrf is not installed.
     """
     try:
         from pydensecrf import densecrf
@@ -203,7 +203,7 @@ def find_densecrf() -> ModuleType:
 
 
 def _tensor(values: np.ndarray | Tensor) -> Tensor:
-    """The values as a tensor, which takes no reversed axis and no read-only memory."""
+    """The values as a tensor; arrays with negative strides or in read-only memory are copied first."""
     return values if isinstance(values, Tensor) else torch.from_numpy(np.require(values, requirements=["C", "W"]))
 
 
@@ -226,5 +226,5 @@ def _check(images: Tensor, probabilities: Tensor) -> None:
         low, high = float(probabilities.min()), float(probabilities.max())
         if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # NaN fails both
             raise ValueError(
-                f"the probabilities of the CRF lie in {low:.4g}..{high:.4g}; expected 0..1: give the softmax of the logits"
+                f"the probabilities of the CRF are in {low:.4g}..{high:.4g}; expected 0..1: pass the softmax of the logits"
             )

@@ -13,7 +13,7 @@ from deeplab.inference import check_input
 from deeplab.resnet import DilatedResNet, check_classes
 
 ATROUS_RATES = (6, 12, 18, 24)  # ASPP-L of the paper
-PRODUCT_CLASSES = 32  # above that the taps of all rates together need too much memory
+PRODUCT_CLASSES = 32  # with more classes the taps of all rates together need too much memory
 
 
 class ASPP(nn.Module):
@@ -47,11 +47,11 @@ class ASPP(nn.Module):
         return logits
 
     def _as_one_product(self, x: Tensor) -> Tensor:
-        """The same sum of convolutions, as one 1x1 convolution to every tap of every rate and a sum of shifted taps.
+        """The same sum of convolutions, as one 1x1 convolution to all taps of all rates and a sum of shifted taps.
 
-        Tensor cores take channels by eights, which 21 classes are not; all taps together are 756 channels. The taps are summed
-        in float32, so that the error is below that of the convolutions, whose sum is rounded after each. (F.fold adds what it
-        finds at one place at the places of a window around it: the convolution's window turned by half.)
+        Tensor cores need a multiple of eight channels, and 21 is none; all taps together are 756 channels. The taps are summed
+        in float32, so the error is smaller than that of separate convolutions, whose sum is rounded after each. F.fold adds
+        each tap at its offset from the pixel: the kernel of the convolution turned by half.
         """
         convs: list[Any] = [*self.conv2d_list]
         taps = torch.cat([conv.weight for conv in convs]).flip(2, 3).permute(0, 2, 3, 1).flatten(0, 2)  # rates*C*9 in
@@ -66,19 +66,19 @@ class ASPP(nn.Module):
 class DeepLabV2(DilatedResNet):
     """(N, 3, H, W) mean-subtracted BGR images -> (N, num_classes, h, w) logits; 8k + 1 pixels give k + 1 positions.
 
-    ``net.config`` holds the arguments that are needed to build the same net again; snapshots carry it.
+    ``net.config`` holds the arguments that build the same net again; it is saved in snapshots.
 
     Args:
         backbone, batch_norm, batch_norm_eps, stride_in_3x3, stem: see :class:`DilatedResNet`.
-        num_classes: classes including the background, 1..255 (255 is the ignore label).
-        atrous_rates: the dilations of the head; (6, 12) gives the historic two-branch head.
+        num_classes: the number of classes including the background, 1..255 (255 is the ignore label).
+        atrous_rates: the dilations of the head; (6, 12) gives the older two-branch head.
 
     Raises:
-        ValueError: an unknown backbone or batch-norm mode, a class count or rate out of range.
+        ValueError: an unknown backbone or batch-norm mode, or a number of classes or an atrous rate out of range.
     """
 
     defaults: Mapping[str, Any] = MappingProxyType({})
-    """What training takes for options that nobody gave, where that is not the scripts' own."""
+    """Defaults of training options that differ from those of the scripts."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class DeepLabV2(DilatedResNet):
         super().__init__(backbone, batch_norm, batch_norm_eps, stride_in_3x3, stem)
         check_classes(num_classes)
         if not atrous_rates or min(atrous_rates) < 1:
-            raise ValueError(f"atrous_rates is {tuple(atrous_rates)}; expected one or more rates of at least 1")
+            raise ValueError(f"atrous_rates is {tuple(atrous_rates)}; expected one or more numbers of at least 1")
         self.num_classes = num_classes
         self.layer5 = ASPP(self.out_channels, num_classes, atrous_rates)
         self.config = {
@@ -112,28 +112,28 @@ class DeepLabV2(DilatedResNet):
         return self.layer5(x)
 
     def reset_head(self) -> None:
-        """Give the head its initial values, which weights of a backbone alone leave open."""
+        """Give the head its initial values, for a file that holds the backbone only."""
         self.layer5.reset_parameters()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The learnable parameters in the published groups (``lr_mult`` and ``decay_mult`` of the official train.prototxt).
 
-        Backbone: learning rate x1. ASPP weights: x10. ASPP biases: x20 and no weight decay. Parameters that the batch-norm mode
-        fixes are in no group.
+        Backbone: learning rate x1. ASPP weights: x10. ASPP biases: x20, no weight decay. Parameters that the batch-norm mode
+        freezes are in no group.
 
         Returns:
-            ``{"params": [...], "lr_scale": float, "decay_scale": float}`` for each group.
+            ``{"params": [...], "lr_scale": float, "decay_scale": float}`` per group.
         """
         head = dict(self.layer5.named_parameters())
-        theirs = {id(parameter) for parameter in head.values()}
-        trunk = [p for p in self.parameters() if p.requires_grad and id(p) not in theirs]
+        in_head = {id(parameter) for parameter in head.values()}
+        backbone = [p for p in self.parameters() if p.requires_grad and id(p) not in in_head]
         biases = [p for name, p in head.items() if name.endswith(".bias")]
         weights = [p for name, p in head.items() if not name.endswith(".bias")]
         return [
-            {"params": trunk, "lr_scale": 1.0, "decay_scale": 1.0},
+            {"params": backbone, "lr_scale": 1.0, "decay_scale": 1.0},
             {"params": weights, "lr_scale": 10.0, "decay_scale": 1.0},
             {"params": biases, "lr_scale": 20.0, "decay_scale": 0.0},
         ]
 
 
-deeplabv2 = DeepLabV2  # the name by which torchvision's builders of nets would call it
+deeplabv2 = DeepLabV2  # a function name, as torchvision's model builders have

@@ -1,4 +1,4 @@
-"""DeepLabv3 (Chen et al., arXiv:1706.05587) as pytorch-segmentation-toolbox publishes it."""
+"""DeepLabv3 (Chen et al., arXiv:1706.05587) as published by pytorch-segmentation-toolbox."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from deeplab.batch_norm import Folded
 from deeplab.toolbox import DROPOUT, FEATURES, ChannelDropout, NetWithAuxiliary, conv_bn_leaky
 
-RATES = (12, 24, 36)  # of output stride 8
+RATES = (12, 24, 36)  # at output stride 8
 
 
 class ASPPv3(nn.Module):
-    """Atrous spatial pyramid pooling with the image's mean: five branches side by side, and a 1x1 over them."""
+    """Atrous spatial pyramid pooling with global average pooling: five parallel branches, then a 1x1 convolution."""
 
     def __init__(self, in_channels: int, norm: Callable[[int], nn.Module], negative_slope: float, channels: int = 256) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Prediction on images of any size: whole or in tiles, over scales and horizontal flips; from logits to classes."""
+"""Prediction on images of any size: whole or with a sliding window, over scales and horizontal flips; logits to classes."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
@@ -18,13 +18,13 @@ NO_CLASS = 255  # the ignore label
 
 
 def fused(logits: Iterable[Tensor], count: int, fuse: str) -> Tensor:
-    """The pixel-wise ``"max"`` or ``"mean"`` of ``count`` tensors of one size, of which two are held at a time."""
+    """The pixel-wise ``"max"`` or ``"mean"`` of ``count`` tensors of one size; at most two are held at a time."""
     result = reduce(FUSIONS[fuse], logits)
     return result / count if fuse == "mean" and count > 1 else result
 
 
 def canvas_size(size: Sequence[int], stride: int = OUTPUT_STRIDE) -> tuple[int, int]:
-    """Each side rounded up to 8k + 1, where the net's logits lie exactly 8 pixels apart and end on the last pixel."""
+    """Each side rounded up to 8k + 1: there the logits are exactly 8 pixels apart, and the last one is on the last pixel."""
     height, width = (-(-(side - 1) // stride) * stride + 1 for side in size)
     return height, width
 
@@ -35,10 +35,10 @@ def pad(images: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _sample(logits: Tensor, side: int, scaled: int, dim: int) -> Tensor:
-    """Logits of an image whose side of ``side`` pixels (8k + 1) was scaled to ``scaled``, where the unscaled one's lie.
+    """Sample the logits of an image scaled from ``side`` pixels (8k + 1) to ``scaled`` on the grid of the unscaled image.
 
-    Linear interpolation along ``dim`` at k + 1 positions: i * (scaled - 1) / (side - 1). The arithmetic is that of whole
-    numbers, so it is exact without float64, which not every device has.
+    Linear interpolation along ``dim`` at k + 1 positions: i * (scaled - 1) / (side - 1). The positions are computed in
+    integers, so they are exact without float64, which some devices lack.
     """
     if scaled == side:
         return logits
@@ -52,12 +52,12 @@ def _sample(logits: Tensor, side: int, scaled: int, dim: int) -> Tensor:
 
 
 def check_input(images: object) -> None:
-    """Raise :class:`TypeError` for what is no net input, such as an image as it was read."""
+    """Raise :class:`TypeError` if ``images`` is no input for a net, for example an image as read from its file."""
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = f"{type(images).__name__} of {getattr(images, 'dtype', 'no numbers')}"
         raise TypeError(
-            f"the net was given a {kind}; expected a float tensor (N, 3, H, W) of mean-subtracted BGR, which "
-            "dataset.to_input(image) makes of a picture that dataset.read_image(path) read"
+            f"the net was given a {kind}; expected a float tensor (N, 3, H, W) of mean-subtracted BGR: "
+            "dataset.to_input(dataset.read_image(path))"
         )
 
 
@@ -68,21 +68,21 @@ def predict_grid(
     mirror: bool = False,
     fuse: str = "max",
 ) -> Tensor:
-    """Logits on the image's stride-8 grid: fused over ``scales``, the mean over the image and its mirror image.
+    """Logits on the stride-8 grid of the image, fused over ``scales`` and averaged over horizontal flips.
 
-    The image is padded to 8k + 1 a side. A scaled image is padded to 8k + 1 again and its logits are sampled where the
-    unscaled image's logits lie, so the scales stay aligned whatever the image's size.
+    Each side of the image is padded to 8k + 1. A scaled image is padded to 8k + 1 again, and its logits are sampled at the
+    positions of the unscaled image's logits, so the scales stay aligned for every image size.
 
     Args:
         net: (N, 3, H, W) -> (N, C, h, w).
         images: (N, 3, H, W) mean-subtracted BGR.
-        scales: factors, at least one; 1.0 need not be among them.
-        mirror: also predict the mirrored image.
+        scales: at least one factor; 1.0 may be missing.
+        mirror: also predict the horizontally flipped image and average the two.
         fuse: how to fuse the scales: ``"max"``, as in DeepLab-v2, or ``"mean"``.
 
     Returns:
-        (N, C, k_h + 1, k_w + 1): logit (i, j) lies at pixel (8i, 8j). :func:`enlarge` and :func:`enlarge_to_classes` go on to
-        the image's size.
+        (N, C, k_h + 1, k_w + 1): logit (i, j) is at pixel (8i, 8j). :func:`enlarge` and :func:`enlarge_to_classes` resize to
+        the size of the image.
     """
     check_input(images)
     images = pad(images, canvas_size(images.shape[-2:]))
@@ -102,10 +102,10 @@ def predict_grid(
 
 
 def enlarge(logits: Tensor, size: Sequence[int], stride: int = OUTPUT_STRIDE) -> Tensor:
-    """Logits on the stride-8 grid -> logits at the image's size: (N, C, k_h + 1, k_w + 1) -> (N, C, H, W).
+    """Logits on the stride-8 grid -> logits at the size of the image: (N, C, k_h + 1, k_w + 1) -> (N, C, H, W).
 
-    The grid may go on past the image, as that of a canvas does; what lies there has no part in the result. Logits of
-    ``stride`` 1 have the image's size already.
+    The grid may extend past the image, as that of a padded image does; the part outside is not used. Logits of ``stride`` 1
+    already have the size of the image.
     """
     canvas = canvas_size(size, stride)
     rows, columns = ((side - 1) // stride + 1 for side in canvas)
@@ -115,34 +115,33 @@ def enlarge(logits: Tensor, size: Sequence[int], stride: int = OUTPUT_STRIDE) ->
 def enlarge_rows(
     logits: Tensor, size: Sequence[int], max_elements: int = 2**25, stride: int = OUTPUT_STRIDE
 ) -> Iterator[tuple[slice, Tensor]]:
-    """:func:`enlarge` in blocks of rows, for images whose full-size logits would not fit.
+    """:func:`enlarge` in blocks of rows, for images whose full-size logits would not fit in memory.
 
-    The block borders lie on rows of the stride-8 grid, so the blocks together are what :func:`enlarge`
-    gives, to rounding.
+    The blocks begin and end on rows of the stride-8 grid, so together they equal :func:`enlarge` to rounding.
 
     Args:
         logits: (N, C, k_h + 1, k_w + 1).
         size: (H, W) of the image.
-        max_elements: how many elements a block may have, as far as single grid rows allow.
+        max_elements: the largest number of elements per block; a block has at least one row of the grid.
         stride: of the logits, see :func:`enlarge`.
 
     Yields:
-        The block's rows as a slice, and its (N, C, rows, W) logits.
+        The rows of the block as a slice, and its (N, C, rows, W) logits.
     """
     height, width = size
-    last_row = (canvas_size(size, stride)[0] - 1) // stride  # of the grid rows that the image needs
+    last_row = (canvas_size(size, stride)[0] - 1) // stride  # the last grid row that the image needs
     step = max(1, max_elements // (logits.shape[0] * logits.shape[1] * stride * width))
     for top in range(0, max(last_row, 1), step):
         bottom = min(top + step, last_row)
         first = top * stride
-        last = height if bottom == last_row else bottom * stride  # the bottom row opens the next block
+        last = height if bottom == last_row else bottom * stride  # the bottom row is the first of the next block
         yield slice(first, last), enlarge(logits[..., top : bottom + 1, :], (last - first, width), stride)
 
 
 def enlarge_to_classes(logits: Tensor, size: Sequence[int], stride: int = OUTPUT_STRIDE) -> Tensor:
-    """The class of each pixel from one image's logits on the stride-8 grid. Only here do logits become classes.
+    """The class of each pixel, from the logits of one image on the stride-8 grid. Logits become classes only here.
 
-    Works in blocks of rows, and without making the host wait for the device.
+    Works in blocks of rows, without a host sync.
 
     Args:
         logits: (C, k_h + 1, k_w + 1), at most 255 classes.
@@ -150,7 +149,7 @@ def enlarge_to_classes(logits: Tensor, size: Sequence[int], stride: int = OUTPUT
         stride: of the logits, see :func:`enlarge`.
 
     Returns:
-        (H, W) uint8 on the device of ``logits``; 255, which is no class, everywhere if a logit is NaN or infinite.
+        (H, W) uint8 on the device of ``logits``; 255 (no class) everywhere if any logit is NaN or infinite.
     """
     classes = torch.empty(tuple(size), dtype=torch.uint8, device=logits.device)
     for rows, block in enlarge_rows(logits[None], size, stride=stride):
@@ -168,7 +167,7 @@ def predict_classes(
         image: (N, 3, H, W) or (3, H, W) mean-subtracted BGR, of any size.
 
     Returns:
-        (N, H, W), or (H, W) for a single image; uint8, 255 all over an image whose logits are not finite.
+        (N, H, W), or (H, W) for a single image; uint8. An image with a logit that is not finite is 255 everywhere.
     """
     check_input(image)
     images = image if image.ndim == 4 else image[None]
@@ -178,7 +177,7 @@ def predict_classes(
 
 
 def predict(net: Callable[[Tensor], Tensor], image: Tensor, scales: Sequence[float] = (1.0,), mirror: bool = False) -> Tensor:
-    """Logits at the image's own size, see :func:`predict_grid`.
+    """Logits at the size of the image, see :func:`predict_grid`.
 
     Args:
         image: (N, 3, H, W) or (3, H, W) mean-subtracted BGR, of any size.
@@ -201,17 +200,17 @@ def predict_windows(
     mirror: bool = False,
     fuse: str = "max",
 ) -> Tensor:
-    """Logits at the image's size: those of each tile enlarged to the tile, and averaged where tiles overlap.
+    """Logits at the size of the image from a sliding window: each tile's logits are enlarged and averaged where tiles overlap.
 
-    The tiles begin at any pixel, not only at those of the stride-8 grid, so they are summed at full size. An image at another
-    scale is cut into tiles of the same size, so the net takes the same memory at every scale. Sides of tiles are rounded up to
-    8k + 1, as the net's grid wants; only where the image is smaller than that, the mean colour is beside it.
+    Tiles begin at any pixel, not only on the stride-8 grid, so they are summed at full size. At every scale the tiles have the
+    same size, so the net needs the same memory. The sides of a tile are rounded up to 8k + 1; an image smaller than a tile is
+    padded with the mean colour.
 
     Args:
-        net: (N, 3, H, W) -> (N, C, h, w); it sees tiles of one size only.
-        images: (N, 3, H, W) mean-subtracted BGR, all images of exactly this size.
-        window: (height, width) of a tile in pixels; 768 is taken as 769.
-        overlap: share of a tile that the next one covers, at least 0 and below 1.
+        net: (N, 3, H, W) -> (N, C, h, w); all tiles have one size.
+        images: (N, 3, H, W) mean-subtracted BGR, not padded.
+        window: (height, width) of a tile in pixels; 768 becomes 769.
+        overlap: the share of a tile that the next tile covers, at least 0 and below 1.
         scales, mirror, fuse: see :func:`deeplab.inference.predict_grid`.
 
     Returns:
@@ -238,9 +237,9 @@ def _tiled(net: Callable[[Tensor], Tensor], images: Tensor, window: tuple[int, i
             total = logits.new_zeros(*logits.shape[:2], height, width) if total is None else total
             part = total[..., top : top + window[0], left : left + window[1]]
             part += enlarge(logits, part.shape[-2:])
-    assert total is not None  # there is a tile at least
+    assert total is not None  # there is at least one tile
     for dim, starts in ((-2, tops), (-1, lefts)):
-        count = torch.zeros(images.shape[dim], device=total.device)  # tiles that cover a row, or a column
+        count = torch.zeros(images.shape[dim], device=total.device)  # the number of tiles over each row, or column
         for start in starts:
             count[start : start + window[dim]] += 1
         total /= count[:, None] if dim == -2 else count
@@ -248,9 +247,9 @@ def _tiled(net: Callable[[Tensor], Tensor], images: Tensor, window: tuple[int, i
 
 
 def tile_starts(side: int, window: int, overlap: Fraction = OVERLAP) -> list[int]:
-    """Where the tiles begin along a side: ceil(window * (1 - overlap)) apart, the last one pushed back to the border.
+    """The first pixels of the tiles along a side: ceil(window * (1 - overlap)) apart, the last moved back to fit the image.
 
-    2048 pixels in tiles of 769 give 0, 513, 1026 and 1279; a side that is not longer than the window gives 0 alone.
+    2048 pixels in tiles of 769 give 0, 513, 1026 and 1279; a side no longer than the window gives only 0.
     """
     stride = ceil(window * (1 - overlap))
     last = max(side - window, 0)

@@ -1,7 +1,7 @@
-"""Several scales through one net: the functions that training and prediction share.
+"""Several scales through one net: functions for training and prediction.
 
 All resizing keeps the corner pixels in place (``align_corners=True``), and a side of n pixels becomes round((n - 1) * s) + 1,
-as in the published Caffe net: 321 -> 241 -> 161. Pixel p of the image then lies at p * s, and logit k at pixel 8 * k.
+as in the published Caffe net: 321 -> 241 -> 161. So pixel p of the image moves to p * s, and logit k is at pixel 8 * k.
 """
 
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ TRAIN_SCALES = (1.0, 0.75, 0.5)
 
 
 def scaled_size(size: Sequence[int], scale: float) -> tuple[int, int]:
-    """(H, W) at another scale, with the grid kept aligned: round((n - 1) * scale) + 1."""
+    """(H, W) at another scale on an aligned grid: round((n - 1) * scale) + 1."""
     height, width = (round((side - 1) * scale) + 1 for side in size)
     return height, width
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear resizing of (N, C, H, W) that keeps the corner pixels in place; x itself where it has that size."""
+    """Bilinear resizing of (N, C, H, W) that keeps the corner pixels in place; x itself if it has that size already."""
     size = tuple(size)
     return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
@@ -42,16 +42,16 @@ def multiscale_logits(
     """The logits of each scale at that scale's own size.
 
     Args:
-        net: (N, 3, H, W) -> (N, C, h, w); an auxiliary head answers at the first scale alone, so that is a pair then.
+        net: (N, 3, H, W) -> (N, C, h, w).
         images: (N, 3, H, W) mean-subtracted BGR.
-        scales: factors, at least one.
-        one_scale_at_a_time: keep only the activations of the first scale, and compute those of the others again in the
-            backward pass, for memory. At scales 1, 0.75 and 0.5 this adds (0.75^2 + 0.5^2) / (3 (1 + 0.75^2 + 0.5^2)) = 15 %
+        scales: at least one factor.
+        one_scale_at_a_time: to save memory, keep the activations of the first scale only and recompute those of the others in
+            the backward pass. At scales 1, 0.75 and 0.5 this adds (0.75^2 + 0.5^2) / (3 (1 + 0.75^2 + 0.5^2)) = 15 %
             arithmetic.
-        auxiliary: whether an auxiliary head answers at all.
+        auxiliary: whether to compute an auxiliary head, if the net has one; it runs at the first scale only.
 
     Returns:
-        One (N, C, h_s, w_s) a scale, in the order of ``scales``.
+        (N, C, h_s, w_s) per scale, in the order of ``scales``; with an auxiliary head the first is a pair (main, auxiliary).
     """
     inputs = [resize(images, scaled_size(images.shape[-2:], scale)) for scale in scales]
     folded = fold(net) if isinstance(net, DilatedResNet) else None  # once for all scales
@@ -62,11 +62,11 @@ def multiscale_logits(
         return [first(inputs[0]), *map(plain, inputs[1:])]
     if folded:
         folded.multiply(net)
-    # Backward goes through what was computed last first: the first scale, whose activations are then gone before those of the
-    # others come back, one scale after another. Running statistics move in the second pass of the others, which makes it the
-    # order in which they move without this option: first scale, second, third.
-    dropout = plain is not forward  # the nets with auxiliary heads draw numbers, and must draw the same ones again
-    contexts = lambda: (kept_statistics(net), nullcontext())  # noqa: E731 (of the first pass, of the second)
+    # The backward pass starts with what was computed last: the first scale. Its activations are freed before those of the
+    # other scales are recomputed, one scale after another. The running statistics of the others move in their second pass, so
+    # the order is the same as without this option: first scale, second, third.
+    dropout = plain is not forward  # nets with auxiliary heads have dropout, which must draw the same numbers again
+    contexts = lambda: (kept_statistics(net), nullcontext())  # noqa: E731 (for the first and the second pass)
     others = [
         checkpoint(plain, x, use_reentrant=False, preserve_rng_state=dropout, context_fn=contexts) for x in reversed(inputs[1:])
     ]

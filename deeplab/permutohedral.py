@@ -3,18 +3,18 @@
 Adams, Baek & Davis, "Fast High-Dimensional Filtering Using the Permutohedral Lattice", Computer Graphics Forum 29(2), 2010
 (page numbers below), with the blur and the scaling of Kraehenbuehl & Koltun's program (arXiv:1210.5644), to rounding.
 
-The lattice lies in the hyperplane of R^(d+1) whose coordinates add up to 0. Its points are the integer vectors x there whose
-coordinates all leave the same remainder on division by d + 1. They cut the hyperplane into equal simplices of d + 1
-vertices. Filtering a point's value is three sparse products:
+The lattice is in the hyperplane of R^(d+1) whose coordinates sum to 0. Its points are the integer vectors x whose coordinates
+all have the same remainder modulo d + 1. They cut the hyperplane into equal simplices of d + 1 vertices. The filter is three
+sparse products:
 
     splat: each point adds its value to the d + 1 vertices around it, with its barycentric coordinates as weights
     blur:  along each of the d + 1 axes, each vertex becomes itself + half of its two neighbours
     slice: each point reads the vertices around it, with the same weights
 
-All differences x_i - x_d are multiples of d + 1, and y_i = (x_i - x_d) / (d + 1), i < d, names a vertex uniquely
-(x_d = -sum(y)). In y a step along axis i < d adds 1 to y_i, and one along axis d subtracts 1 from all. So with y packed into
-one int64, a step along an axis adds a constant: the vertices of a simplex, the list of all vertices and their neighbours
-need neither a hash table nor vectors of integers.
+All differences x_i - x_d are multiples of d + 1, and y_i = (x_i - x_d) / (d + 1), i < d, identifies a vertex uniquely
+(x_d = -sum(y)). In y, a step along axis i < d adds 1 to y_i, and a step along axis d subtracts 1 from every y_i. So with y
+packed into one int64, a step along an axis adds a constant: neither the vertices of a simplex, nor the list of all vertices,
+nor their neighbours need a hash table or vectors of integers.
 """
 
 import math
@@ -25,16 +25,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LIMIT = 2**63 - 1  # of a packed vertex
-CPU_VALUES = 2**18  # that a product writes at once on a CPU
+LIMIT = 2**63 - 1  # the largest packed vertex
+CPU_VALUES = 2**18  # the block size of a product on a CPU, in values
 
 
 class Lattice:
     """The vertices around a set of points, and the filter over them.
 
     Args:
-        features: (B, d, N) float32, the coordinates of B sets of N points each, in standard deviations of the Gaussian, at
-            least 0. The sets do not see each other.
+        features: (B, d, N) float32, the coordinates of B independent sets of N points each, in standard deviations of the
+            Gaussian, at least 0.
         bounds: the largest value of each of the d coordinates, known without reading ``features`` back from the device.
 
     Attributes:
@@ -47,20 +47,20 @@ class Lattice:
     def __init__(self, features: Tensor, bounds: list[float]) -> None:
         sets, d, points = features.shape
         device = features.device
-        # The authors' program works on four points at a time; the last four are filled up with points at 0, whose vertices
-        # take part in the blur.
+        # The authors' program works on four points at a time and pads the last four with points at 0, whose vertices take
+        # part in the blur.
         padded = points + -points % 4
         axes = F.pad(features, (0, padded - points)).movedim(1, 0).reshape(d, sets * padded)
         corner, rank, weights = _simplices(axes)
 
         low, radix = _digits(bounds, sets)
         places = [math.prod(radix[:i]) for i in range(d + 1)]  # of y_0 .. y_(d-1), and of the number of the set
-        steps = [*places[:d], -sum(places[:d])]  # what a step along each axis adds to a packed vertex
+        steps = [*places[:d], -sum(places[:d])]  # a step along axis i adds steps[i] to a packed vertex
         keys = torch.arange(sets, device=device).repeat_interleave(padded) * places[d]
         for i in range(d):
             keys += (corner[i] - low[i]) * places[i]
-        # From the corner of remainder 0 to the next one the axis of the largest rank falls by d and all others rise by 1:
-        # a step back along that axis. The others follow in the order of their ranks.
+        # From the corner of remainder 0 to the next corner, the axis of the largest rank falls by d and all others rise by 1:
+        # a step back along that axis. The other corners follow in the order of the ranks.
         by_rank = torch.empty_like(rank)
         for axis, step in enumerate(steps):
             by_rank.scatter_(0, rank[axis : axis + 1], step)
@@ -68,7 +68,7 @@ class Lattice:
 
         sorted_keys, order = keys.flatten().sort(stable=True)
         new = torch.cat([sorted_keys.new_ones(1, dtype=torch.bool), sorted_keys[1:] != sorted_keys[:-1]])
-        starts = new.nonzero().flatten()  # the one wait for the device
+        starts = new.nonzero().flatten()  # the only host sync
         unique, count = sorted_keys[starts], starts.shape[0]
         vertex = torch.empty_like(order).scatter_(0, order, new.cumsum(0) - 1).view(d + 1, sets, padded)[..., :points]
 
@@ -79,7 +79,7 @@ class Lattice:
         self._tables: dict[int, Tensor] = {}
         self._points = sets * points
         self._splat_rows = row.int()
-        # One vertex more than there are is none of them: nothing is added to it, and it stands where a neighbour is missing.
+        # The row after the last vertex stands for a missing neighbour: nothing is added to it, so it is 0.
         self._splat_starts = torch.cat([starts, starts.new_full((2,), order.shape[0])]).int()
         self._splat_weights = weights.flatten()[order] * real
         self._slice_rows = vertex.permute(1, 2, 0).flatten().int()
@@ -95,7 +95,7 @@ class Lattice:
         self._blur_weights = self._blur_weights.flatten()
 
     def __call__(self, values: Tensor) -> Tensor:
-        """Filter ``values`` (B * N, C) float32; returns the same shape, on a CPU in memory that the next call uses again."""
+        """Filter ``values`` (B * N, C) float32; returns the same shape. On a CPU the next call overwrites the result."""
         table = self._product(0, self._splat_rows, self._splat_starts, self._splat_weights, values)
         for axis, rows in enumerate(self._blur_rows):
             table = self._product((axis + 1) % 2, rows, self._blur_starts, self._blur_weights, table)
@@ -104,8 +104,7 @@ class Lattice:
     def _product(self, place: int, rows: Tensor, starts: Tensor, weights: Tensor, table: Tensor) -> Tensor:
         """The sparse product sum_k weights[k] * table[rows[k]] over starts[i] <= k < starts[i + 1], for each i.
 
-        On a CPU it is written by blocks into one of three tables, since large memory is mapped anew, and slowly, each time that
-        it is asked for.
+        On a CPU it is written in blocks into one of three tables that are kept: allocating large memory anew each time is slow.
         """
         count = starts.shape[0] - 1
         product = partial(F.embedding_bag, mode="sum", include_last_offset=True)
@@ -122,7 +121,7 @@ class Lattice:
         return result
 
     def normalise(self, weight: float) -> "Lattice":
-        """Make the filter k_ij into weight * k_ij / sqrt(n_i n_j), n_i = sum_j k_ij, at no cost per call."""
+        """Turn the filter k_ij into weight * k_ij / sqrt(n_i n_j), n_i = sum_j k_ij, at no cost per call."""
         scale = (self(self._splat_weights.new_ones(self._points, 1)).flatten() + 1e-20).rsqrt()
         self._splat_weights = self._splat_weights * scale[self._splat_rows]
         corners = self._slice_weights.shape[0] // self._points
@@ -139,8 +138,8 @@ def _simplices(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         features: (d, N) float32.
 
     Returns:
-        y of the vertex of remainder 0, (d, N) int64; the rank of each coordinate by its distance from that vertex, the
-        largest first, (d + 1, N) int64; the barycentric coordinates of the vertices of remainders 0 .. d, (d + 1, N) float32.
+        y of the vertex of remainder 0, (d, N) int64; the rank of each coordinate by its distance from that vertex, largest
+        first, (d + 1, N) int64; the barycentric coordinates of the vertices of remainders 0 .. d, (d + 1, N) float32.
     """
     d, points = features.shape
     deviation = float(np.float32(math.sqrt(2 / 3) * (d + 1)))  # of the whole filter (p. 6)
@@ -161,14 +160,14 @@ def _simplices(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             less = (rest[i] < rest[j]).float()
             rank[i] += less
             rank[j] += 1 - less
-    rank += excess  # a vertex off the hyperplane is brought back along the coordinates that were rounded furthest
+    rank += excess  # a vertex off the hyperplane moves back along the coordinates with the largest rounding error
     wrap = (rank < 0).float() - (rank > d).float()
     rank += wrap * (d + 1)
     corner += wrap
     rank = rank.long()
 
     rest = (elevated - corner * (d + 1)) * (1 / (d + 1))
-    ordered = torch.empty_like(rest).scatter_(0, rank, rest)  # the largest first
+    ordered = torch.empty_like(rest).scatter_(0, rank, rest)  # largest first
     weights = torch.empty_like(ordered)
     weights[1:] = (ordered[:d] - ordered[1:]).flip(0)
     weights[0] = ordered[d] + (1 - ordered[0])
@@ -184,12 +183,12 @@ def _digits(bounds: list[float], sets: int) -> tuple[list[int], list[int]]:
     high = [math.ceil(sum(largest[i:]) + d * largest[d - 1]) + 4 for i in range(d)]
     radix = [b - a + 1 for a, b in zip(low, high, strict=True)]
     if math.prod(radix) * sets > LIMIT:
-        raise ValueError(f"a lattice of {' x '.join(map(str, radix))} points for each of {sets} images has no room in 64 bits")
+        raise ValueError(f"a lattice of {' x '.join(map(str, radix))} points for each of {sets} images does not fit in 64 bits")
     return low, radix
 
 
 def _neighbours(unique: Tensor, step: int, count: int) -> Tensor:
-    """The rows of each vertex, the one a step before and the one a step after it, (3 * count,) int32; ``count`` is none."""
+    """The rows of each vertex, of the next and of the previous one along an axis, (3 * count,) int32; ``count`` if missing."""
     here = torch.arange(count, device=unique.device)
     after = torch.searchsorted(unique, unique + step)
     found = unique[after.clamp(max=count - 1)] == unique + step

@@ -1,9 +1,9 @@
-"""What DeepLabv3 and PSPNet share, as pytorch-segmentation-toolbox publishes them: a head, and an auxiliary one on stage 3.
+"""The common part of DeepLabv3 and PSPNet as published by pytorch-segmentation-toolbox: a head and an auxiliary one on stage 3.
 
-The parameter names are the published ones: ``head.0`` is the module that sees context, ``head.1`` the classifier, ``dsn`` the
-auxiliary head. The toolbox's normalisation, InPlace-ABN, multiplies by |weight| + eps, which ``deeplab.weights`` makes a plain
-batch norm's weight of; in the heads it ends in a leaky ReLU of slope 0.01, which stands here in :func:`conv_bn_leaky`. A slope
-of 0 is the ReLU of hszhao/semseg's PSPNet, whose auxiliary head has 256 channels.
+The parameter names are the published ones: ``head.0`` is the context module, ``head.1`` the classifier, ``dsn`` the auxiliary
+head. The toolbox's InPlace-ABN multiplies by |weight| + eps; ``deeplab.weights`` converts that to the weight of a plain batch
+norm. In the heads it includes a leaky ReLU of slope 0.01, which is in :func:`conv_bn_leaky` here. The PSPNet of hszhao/semseg
+has slope 0 (ReLU) and 256 channels in the auxiliary head.
 """
 
 from collections.abc import Mapping
@@ -24,14 +24,14 @@ DROPOUT = 0.1  # of whole channels, before each classifier
 
 
 def conv_bn_leaky(x: Tensor, conv: nn.Conv2d, bn: nn.Module, folded: Folded | None, negative_slope: float) -> Tensor:
-    """:func:`deeplab.batch_norm.conv_bn` and the heads' leaky ReLU."""
+    """:func:`deeplab.batch_norm.conv_bn`, then the leaky ReLU of the heads."""
     return F.leaky_relu(conv_bn(x, conv, bn, folded), negative_slope, inplace=True)
 
 
 class ChannelDropout(nn.Dropout2d):
-    """``Dropout2d`` that draws for the batch of all processes and takes what its own part of it is given.
+    """``Dropout2d`` that draws for the whole batch of all processes and uses the part of its own process.
 
-    Where all of them draw from one seed, their number then changes nothing. ``shard``: (number of this process, processes).
+    So with the same seed everywhere the result does not depend on the number of processes. ``shard``: (rank, world size).
     """
 
     shard = (0, 1)
@@ -45,18 +45,18 @@ class ChannelDropout(nn.Dropout2d):
 
 
 class NetWithAuxiliary(DilatedResNet):
-    """(N, 3, H, W) mean-subtracted BGR images -> (N, num_classes, h, w) logits; in training, those of both heads.
+    """(N, 3, H, W) mean-subtracted BGR images -> (N, num_classes, h, w) logits; in training, the logits of both heads.
 
-    ``net.config`` holds the arguments that are needed to build the same net again; snapshots carry it.
+    ``net.config`` holds the arguments that build the same net again; it is saved in snapshots.
 
     Args:
         backbone, batch_norm, batch_norm_eps, stride_in_3x3, stem: see :class:`DilatedResNet`; the defaults are the published.
-        num_classes: classes, 1..255 (255 is the ignore label).
-        negative_slope: of the heads' leaky ReLU, at least 0.
-        auxiliary_channels: of the auxiliary head before its classifier.
+        num_classes: the number of classes, 1..255 (255 is the ignore label).
+        negative_slope: the slope of the leaky ReLU in the heads, at least 0.
+        auxiliary_channels: channels of the auxiliary head before its classifier.
 
     Raises:
-        ValueError: an unknown backbone, batch-norm mode or stem, a class count or another number out of range.
+        ValueError: an unknown backbone, batch-norm mode or stem, or a number out of range.
     """
 
     name: str
@@ -65,7 +65,7 @@ class NetWithAuxiliary(DilatedResNet):
     defaults: Mapping[str, Any] = MappingProxyType(
         {"learning_rate": 1e-2, "loss_size": "input", "batch_norm": "full", "aux_weight": 0.4}
     )
-    """What training takes for options that nobody gave: the published values."""
+    """Defaults of training options: the published values."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class NetWithAuxiliary(DilatedResNet):
         }
 
     def forward(self, images: Tensor, folded: Folded | None = None, auxiliary: bool | None = None) -> Any:
-        """The logits of ``head``; with ``auxiliary``, by default in training, a pair: those of ``head`` and of ``dsn``."""
+        """The logits of ``head``; with ``auxiliary``, by default in training, the pair of logits of ``head`` and ``dsn``."""
         check_input(images)
         folded = fold(self) if folded is None else folded
         third, fourth = self.features(images, folded)
@@ -118,7 +118,7 @@ class NetWithAuxiliary(DilatedResNet):
         return logits, self.dsn[3](self.dsn[2](x))
 
     def reset_head(self) -> None:
-        """Give both heads their initial values, torch's own, which weights of a backbone alone leave open."""
+        """Give both heads torch's initial values, for a file that holds the backbone only."""
         for module in (*self.head.modules(), *self.dsn.modules()):
             if isinstance(module, FrozenBatchNorm2d):
                 for buffer, value in ((module.weight, 1), (module.bias, 0), (module.running_mean, 0), (module.running_var, 1)):
@@ -127,5 +127,5 @@ class NetWithAuxiliary(DilatedResNet):
                 module.reset_parameters()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """All that learns, in one group, as published: ``{"params": [...], "lr_scale": 1, "decay_scale": 1}``."""
+        """All learnable parameters in one group, as published: ``{"params": [...], "lr_scale": 1, "decay_scale": 1}``."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr_scale": 1.0, "decay_scale": 1.0}]

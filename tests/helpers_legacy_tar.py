@@ -1,4 +1,4 @@
-"""Torch files as PyTorch 0.1.9 wrote them, put together from their layout without torch's help."""
+"""Torch files as PyTorch 0.1.9 wrote them, built from their layout without torch."""
 
 import io
 import pickle
@@ -9,7 +9,7 @@ import torch
 
 
 class Torch01Pickler(pickle._Pickler):
-    """Pickles as PyTorch 0.1.9 under Python 2: byte strings, tensors as the text of their number, parameters around them."""
+    """Pickles like PyTorch 0.1.9 in Python 2: byte strings, and tensors as the text of their numbers, maybe in a Parameter."""
 
     def __init__(self, file, numbers):
         super().__init__(file, protocol=2)
@@ -55,9 +55,9 @@ def tar_torch(content, wrap=None, module="torch", view=(), **members):
 
     Args:
         content: key -> tensor.
-        wrap: each tensor is a Parameter with its data as an ``"argument"`` or in its ``"state"``.
+        wrap: make each tensor a Parameter with its data as an ``"argument"`` or in its ``"state"``.
         view: keys of float tensors that are parts of one storage.
-        members: what replaces members of the archive.
+        members: replacements for members of the archive.
     """
     numbers = {id(tensor): 1000 + n for n, tensor in enumerate(content.values())}
 

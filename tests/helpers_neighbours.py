@@ -1,4 +1,4 @@
-"""Nets of neighbouring projects, each from its definition: float64, random numbers everywhere, and their own names."""
+"""Nets of other projects, written from their definitions: float64, random numbers everywhere, their own names."""
 
 from collections.abc import Callable
 
@@ -16,19 +16,19 @@ CLASSES = 5
 
 
 def resnet(depths: tuple[int, ...] = (1, 1, 1, 1), **options) -> ResNet:
-    """torchvision's ResNet of bottleneck blocks."""
+    """torchvision's ResNet with bottleneck blocks."""
     return ResNet(Bottleneck, list(depths), **options)
 
 
-def picture(height: int, width: int, count: int = 1) -> Tensor:
-    """(count, 3, height, width) RGB of 0..255."""
+def random_image(height: int, width: int, count: int = 1) -> Tensor:
+    """(count, 3, height, width) RGB in 0..255."""
     generator = torch.Generator().manual_seed(height)
     return torch.randint(0, 256, (count, 3, height, width), generator=generator).double()
 
 
 @torch.no_grad()
 def trained(net: nn.Module, forward: Callable[[Tensor], object]) -> None:
-    """Give ``net`` random numbers that pictures come through, as training does: float64, statistics of what its layers see."""
+    """Give ``net`` random weights in float64, and the batch statistics of random images, as training does."""
     net.double().train()
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
@@ -37,25 +37,25 @@ def trained(net: nn.Module, forward: Callable[[Tensor], object]) -> None:
             module.momentum = None  # the mean of all batches
             nn.init.uniform_(module.weight, -0.5, 1.5)
             nn.init.normal_(module.bias, std=0.5)
-    forward(picture(65, 57, count=3))
+    forward(random_image(65, 57, count=3))
     net.eval()
     for tensor in net.state_dict().values():
-        tensor.copy_(tensor.float())  # as they are saved
+        tensor.copy_(tensor.float())  # rounded as in a file
 
 
 def normalised(rgb: Tensor) -> Tensor:
-    """(N, 3, H, W) of 0..255 as torchvision's nets see it."""
+    """(N, 3, H, W) of 0..255 -> the input of torchvision's nets."""
     mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (MEAN_RGB, STD_RGB))
     return (rgb / 255 - mean) / std
 
 
 def mean_subtracted(rgb: Tensor) -> Tensor:
-    """The same picture as nets here see it."""
+    """(N, 3, H, W) of 0..255 -> the input of the nets here."""
     return (rgb.flip(1) - torch.tensor(MEAN_BGR, dtype=torch.float64)[:, None, None]).float()
 
 
 def first_layer(conv: nn.Conv2d, rgb: Tensor, our_border: bool) -> Tensor:
-    """``conv`` of the normalised picture, padded with zeros, or with the colour that our zeros stand for."""
+    """``conv`` of the normalised image, padded with zeros, or with the colour that zeros mean in our input."""
     if not our_border:
         return conv(normalised(rgb))
     width = conv.padding[0]
@@ -65,7 +65,7 @@ def first_layer(conv: nn.Conv2d, rgb: Tensor, our_border: bool) -> Tensor:
 
 
 class SemsegPSPNet(nn.Module):
-    """hszhao/semseg's PSPNet, as the paper and its file describe it: the facts are its names, its widths and its order."""
+    """hszhao/semseg's PSPNet, from the paper and the names, widths and order in its file."""
 
     def __init__(self, depths: tuple[int, ...] = (1, 1, 1, 1)) -> None:
         super().__init__()
@@ -74,10 +74,10 @@ class SemsegPSPNet(nn.Module):
             conv = nn.Conv2d(given, channels, 3, stride, 1, bias=False)
             self.layer0.extend([conv, nn.BatchNorm2d(channels), nn.ReLU()])
         self.layer0.append(nn.MaxPool2d(3, 2, 1))
-        trunk = resnet(depths)
-        trunk.layer1[0].conv1 = nn.Conv2d(128, 64, 1, bias=False)
-        trunk.layer1[0].downsample[0] = nn.Conv2d(128, 256, 1, bias=False)
-        self.layer1, self.layer2, self.layer3, self.layer4 = trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4
+        body = resnet(depths)
+        body.layer1[0].conv1 = nn.Conv2d(128, 64, 1, bias=False)
+        body.layer1[0].downsample[0] = nn.Conv2d(128, 256, 1, bias=False)
+        self.layer1, self.layer2, self.layer3, self.layer4 = body.layer1, body.layer2, body.layer3, body.layer4
         for stage, dilation in ((self.layer3, 2), (self.layer4, 4)):
             for conv in (module for module in stage.modules() if isinstance(module, nn.Conv2d)):
                 conv.stride = (1, 1)
@@ -116,7 +116,7 @@ def conv_bn_relu(given: int, channels: int, size: int = 1) -> list[nn.Module]:
 
 
 def aspp(width: int = 8) -> nn.Module:
-    """torchvision's names of the branches, of their own width."""
+    """A narrow ASPP with torchvision's names."""
     module = nn.Module()
     module.convs = nn.ModuleList(nn.Sequential(*conv_bn_relu(2048, width)) for _ in range(4))
     module.convs.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), *conv_bn_relu(2048, width)))
@@ -125,7 +125,7 @@ def aspp(width: int = 8) -> nn.Module:
 
 
 def over_torchvision(name: str) -> nn.Module:
-    """A segmentation net over torchvision's ResNet at output stride 8, ``net.backbone``, with the dilations that it has."""
+    """A segmentation net over torchvision's ResNet at output stride 8, ``net.backbone``, with its original dilations."""
     backbone = resnet(replace_stride_with_dilation=[False, True, True])
     if name.startswith("torchvision"):
         layers = IntermediateLayerGetter(backbone, {"layer4": "out", "layer3": "aux"})
@@ -160,7 +160,7 @@ def over_torchvision(name: str) -> nn.Module:
 
 
 def features(backbone: nn.Module, rgb: Tensor, our_border: bool = False) -> Tensor:
-    """What stage 4 gives."""
+    """The output of stage 4."""
     x = F.relu(backbone.bn1(first_layer(backbone.conv1, rgb, our_border)))
     x = F.max_pool2d(x, 3, 2, 1)
     for stage in (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4):

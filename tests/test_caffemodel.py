@@ -31,7 +31,7 @@ def test_a_layer_byte_by_byte():
     assert found.blobs[0].tolist() == [[1.0], [-2.0]]
 
 
-def test_blobs_in_all_the_ways_the_format_allows():
+def test_blobs_in_all_forms_of_the_format():
     numbers = np.arange(6, dtype=np.float32)
     shape = message(7, message(1, b"\x02\x03"))
     whole = shape + message(5, numbers.tobytes())
@@ -48,7 +48,7 @@ def test_blobs_in_all_the_ways_the_format_allows():
     assert read(layer("x", "Convolution", old))[0].blobs[0].shape == (1, 2, 3, 1)
 
 
-def test_fields_without_weights_are_passed_over():
+def test_fields_without_weights_are_skipped():
     more = message(3, b"bottom") + b"\x2d\0\0\x80\x3f" + message(6, message(1, b"conv1_0")) + b"\x50\x01" + b"\x59" + b"\0" * 8
     data = message(3, b"data") + b"\x20\x0a" + layer("relu", "ReLU") + layer("x", "Convolution", blob(np.ones(3)), more=more)
     model = CaffeModel(data)
@@ -129,7 +129,7 @@ def test_the_coco_and_imagenet_heads_are_left_out(tmp_path):
     assert any("plain image classifier" in note for note in weights.notes)
 
 
-def test_what_does_not_fit_is_refused():
+def test_layers_that_do_not_fit_are_refused():
     with pytest.raises(WeightsError, match="old V1 format"):
         CaffeModel(message(2, message(4, b"conv1") + message(6, blob(np.ones(2)))))
     with pytest.raises(WeightsError, match="without any weights"):
@@ -150,7 +150,7 @@ def test_cut_off_anywhere():
     assert len(read(data)[0].blobs) == 2
 
 
-def test_varints_that_never_end_or_run_over():
+def test_varints_without_end_or_past_the_file():
     for junk in (b"\xff" * 20, varint(100 << 3 | 2) + b"\xff" * 9 + b"\x01", b"\x0b\x0c", b"\0\0\0"):
         with pytest.raises(WeightsError):
             CaffeModel(junk)

@@ -195,7 +195,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     convert(path, "out.safetensors")  # the suffix says which scheme
     lines = capsys.readouterr().out
     assert "snapshot: 128 tensors; net deeplabv2, backbone resnet18, num_classes 3" in lines
-    assert "do not score it on val: it saw val" in lines
+    assert "do not evaluate it on val: it saw val" in lines
     assert "wrote out.safetensors (safetensors, " in lines
     command = [sys.executable, SCRIPT, path, "x.pth", "--to", "kazuto"]
     failed = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

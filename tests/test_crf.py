@@ -1,4 +1,4 @@
-"""The dense CRF against an exact mean field in float64 on tiny pictures, and against what it is for."""
+"""The dense CRF against an exact mean field in float64 on tiny images, and on images that it must clean up."""
 
 import dataclasses
 import subprocess
@@ -20,7 +20,7 @@ BACKENDS = ["pydensecrf", "torch"]
 
 
 def exact_mean_field(image, probabilities, params):
-    """Mean field with every pair of pixels summed up one by one in float64; no lattice."""
+    """Mean field with every pair of pixels summed one by one in float64, without a lattice."""
     classes, height, width = probabilities.shape
     pixels = [(y, x) for y in range(height) for x in range(width)]
     kernels = []
@@ -43,7 +43,7 @@ def exact_mean_field(image, probabilities, params):
     for _ in range(params.iterations):
         energy = unary.copy()
         for kernel in kernels:
-            for label in range(classes):  # Potts: every other class at the other pixel costs its kernel
+            for label in range(classes):  # Potts: a different class at the other pixel costs the kernel's value
                 energy[label] += (1 - q[label]) @ kernel
         q = np.exp(-(energy - energy.min(axis=0)))
         q /= q.sum(axis=0)
@@ -62,13 +62,13 @@ def two_colours(height, width, edge):
 
 
 def from_labels(labels, classes, confidence):
-    """(C, H, W) probabilities with ``confidence`` on the label and the rest shared out."""
+    """(C, H, W) probabilities: ``confidence`` for the label, the rest in equal shares for the other classes."""
     one_hot = (np.arange(classes)[:, None, None] == labels).astype(np.float64)
     return (one_hot * confidence + (1 - one_hot) * (1 - confidence) / max(classes - 1, 1)).astype(np.float32)
 
 
-# The lattice is an approximation. Largest difference measured over 24 such cases: 0.037 for the Gaussian kernel, 0.002 for the
-# bilateral one, after one iteration; the argmax differs only where two classes are within 0.1 of each other.
+# The lattice is an approximation. The largest difference after one iteration, over 24 such cases, was 0.037 for the Gaussian
+# kernel and 0.002 for the bilateral one. The argmax differs only where two classes are within 0.1 of each other.
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     "image", [np.full((5, 7, 3), 90, np.uint8), two_colours(5, 7, 3), two_colours(9, 6, 5)], ids=["flat", "5x7", "9x6"]
@@ -92,7 +92,7 @@ def test_one_iteration_agrees_with_the_exact_sums(image, settings, tolerance, se
     assert (refined.argmax(axis=0) == exact.argmax(axis=0))[clear].all()
 
 
-# Ten iterations multiply the differences where classes are level; on labels with some noise they settle: 0.0042 measured.
+# Ten iterations amplify the differences between near-equal classes; on labels with some noise they converge: 0.0042 measured.
 @pytest.mark.parametrize(("classes", "confidence"), [(2, 0.6), (3, 0.5), (3, 0.7)])
 def test_published_settings_agree_with_the_exact_sums(classes, confidence):
     rng = np.random.default_rng(classes)
@@ -134,7 +134,7 @@ def test_noise_is_cleaned_to_the_colour_edge():
     assert (p.argmax(axis=0) != truth).sum() > 20
     refined = dense_crf(image, p)
     assert (refined.argmax(axis=0) == truth).all()
-    # the kernels weigh all channels the same; the lattice orders them (0.006 measured)
+    # the kernels give all channels the same weight, but the lattice depends on their order (0.006 measured)
     for order in ([2, 1, 0], [1, 2, 0]):
         np.testing.assert_allclose(dense_crf(image[:, :, order], p), refined, atol=0.02)
 
@@ -160,12 +160,12 @@ def test_smallest_inputs(classes, height, width):
     refined = dense_crf(rng.integers(0, 256, (height, width, 3), dtype=np.uint8), p)
     assert refined.shape == p.shape
     np.testing.assert_allclose(refined.sum(axis=0), 1, atol=1e-5)
-    if height * width == 1:  # a pixel has no pair but itself: exact in closed form
+    if height * width == 1:  # the only pair of the pixel is itself: exact in closed form
         alone = exact_mean_field(np.zeros((1, 1, 3), np.uint8), p, CRFParams())
         np.testing.assert_allclose(refined, alone, atol=1e-4)
 
 
-def test_inputs_are_kept_and_may_be_strided():
+def test_inputs_are_not_changed_and_may_be_strided():
     rng = np.random.default_rng(2)
     image = rng.integers(0, 256, (7, 9, 3), dtype=np.uint8)
     p = random_probabilities(rng, 3, 7, 9)
@@ -207,15 +207,15 @@ def changed(value):
         (IMAGE, UNIFORM[0], r"shape \(4, 6\)"),
         (IMAGE, UNIFORM[:0], r"shape \(0, 4, 6\)"),
         (IMAGE, (UNIFORM * 255).astype(np.uint8), "probabilities of the CRF are torch.uint8"),
-        (IMAGE, changed(np.nan), r"lie in nan\.\.nan"),
-        (IMAGE, changed(np.inf), r"lie in 0\.3333\.\.inf"),
-        (IMAGE, changed(-0.2), r"lie in -0\.2\.\.0\.3333; expected 0\.\.1"),
-        (IMAGE, changed(-0.002), r"lie in -0\.002\.\.0\.3333; expected 0\.\.1"),
-        (IMAGE, changed(1.002), r"lie in 0\.3333\.\.1\.002; expected 0\.\.1"),
-        (IMAGE, UNIFORM * 9, r"lie in 3\.\.3; expected 0\.\.1: give the softmax"),
+        (IMAGE, changed(np.nan), r"are in nan\.\.nan"),
+        (IMAGE, changed(np.inf), r"are in 0\.3333\.\.inf"),
+        (IMAGE, changed(-0.2), r"are in -0\.2\.\.0\.3333; expected 0\.\.1"),
+        (IMAGE, changed(-0.002), r"are in -0\.002\.\.0\.3333; expected 0\.\.1"),
+        (IMAGE, changed(1.002), r"are in 0\.3333\.\.1\.002; expected 0\.\.1"),
+        (IMAGE, UNIFORM * 9, r"are in 3\.\.3; expected 0\.\.1: pass the softmax"),
     ],
 )
-def test_wrong_inputs_are_refused_in_words(image, probabilities, message):
+def test_wrong_inputs_are_refused(image, probabilities, message):
     with pytest.raises(ValueError, match=message):
         dense_crf(image, probabilities)
 
@@ -231,7 +231,7 @@ def test_wrong_inputs_are_refused_in_words(image, probabilities, message):
         {"bilateral_srgb": -1.0},
     ],
 )
-def test_wrong_settings_are_refused_in_words(settings):
+def test_wrong_settings_are_refused(settings):
     (name, value), *_ = settings.items()
     with pytest.raises(ValueError, match=f"{name}={value}.*: expected iterations and weights of at least 0"):
         CRFParams(**settings)
@@ -251,8 +251,8 @@ def test_pydensecrf_is_imported_only_when_needed(monkeypatch):
     assert CRFUnavailable.exit_status == 2
 
 
-def test_pruning_leaves_out_what_is_nowhere_likely():
-    """Two classes of which one is below the threshold everywhere: the rest is refined as if it were not there."""
+def test_pruning_leaves_out_classes_that_are_unlikely_everywhere():
+    """A class below the threshold everywhere: the others are refined as if it did not exist."""
     rng = np.random.default_rng(4)
     image = rng.integers(0, 256, (12, 9, 3), dtype=np.uint8)
     probabilities = rng.dirichlet([4, 4, 4], (12, 9)).transpose(2, 0, 1).astype(np.float32)
@@ -264,7 +264,7 @@ def test_pruning_leaves_out_what_is_nowhere_likely():
     np.testing.assert_allclose(pruned[[0, 2, 3]], expected, atol=1e-5)
     np.testing.assert_array_equal(dense_crf(image, with_unlikely, prune=0.001), dense_crf(image, with_unlikely))
     nothing = np.concatenate([np.zeros((1, 12, 9), np.float32), probabilities])
-    assert dense_crf(image, nothing)[0].any()  # no class is left out unless that is asked for
+    assert dense_crf(image, nothing)[0].any()  # by default no class is left out
     border = np.concatenate(
         [np.full((1, 12, 9), 0.25, np.float32), probabilities * 0.75]
     )  # nowhere above 0.25, exact in binary
@@ -275,7 +275,7 @@ def test_pruning_leaves_out_what_is_nowhere_likely():
 
 
 def photograph(rng, height, width):
-    """Smooth regions, edges and grain, as a camera makes them."""
+    """Smooth regions, edges and grain, like a camera image."""
     coarse = torch.from_numpy(rng.random((1, 3, 5, 7)) * 255)
     regions = torch.nn.functional.interpolate(coarse, (height, width), mode="nearest")
     shading = torch.nn.functional.interpolate(coarse.flip(2), (height, width), mode="bilinear")
@@ -284,13 +284,13 @@ def photograph(rng, height, width):
 
 
 def blobs(rng, classes, height, width):
-    """What a net's softmax looks like: smooth logits."""
+    """Probabilities like those of a net: the softmax of smooth logits."""
     coarse = torch.from_numpy(rng.normal(0, 2.5, (1, classes, 5, 6)).astype(np.float32))
     return torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear", align_corners=True).softmax(1)[0].numpy()
 
 
 def assert_equal_to_rounding(found, expected):
-    """Within 1e-4, as far as pydensecrf's own results move when its inputs move by 1e-7."""
+    """Within 1e-4: pydensecrf's own results move as much when its inputs move by 1e-7."""
     assert found.dtype == expected.dtype
     np.testing.assert_allclose(found, expected, atol=1e-4)
     second, first = np.sort(np.concatenate([np.zeros_like(expected[:1]), expected]), axis=0)[-2:]
@@ -343,8 +343,8 @@ def test_torch_equals_pydensecrf_at_other_settings(settings):
     assert_equal_to_rounding(dense_crf(image, p, params, backend="torch"), dense_crf(image, p, params))
 
 
-def test_a_batch_is_its_images_one_by_one():
-    """With pruning, which leaves other classes out of each."""
+def test_a_batch_equals_its_images_one_by_one():
+    """Also with pruning, which leaves different classes out of each image."""
     rng = np.random.default_rng(38)
     images = np.stack([photograph(rng, 21, 34) for _ in range(3)])
     p = np.stack([blobs(rng, 7, 21, 34) for _ in range(3)])
@@ -379,8 +379,8 @@ def test_torch_gives_the_same_bits_on_one_thread_and_two():
     assert torch.equal(results[0], results[2])
 
 
-class Waits(TorchDispatchMode):
-    """Counts the operators that make the host wait for a device."""
+class HostSyncs(TorchDispatchMode):
+    """Records the operators that are host syncs."""
 
     def __init__(self):
         super().__init__()
@@ -397,14 +397,14 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_torch_waits_for_a_gpu_once_a_lattice(count):
-    """On fake CUDA tensors, whose values cannot come to the host."""
-    with FakeTensorMode(shape_env=ShapeEnv()), Waits() as waits, NoConstants("cuda"):
+def test_torch_has_one_host_sync_per_lattice(count):
+    """On fake CUDA tensors, whose values the host cannot read."""
+    with FakeTensorMode(shape_env=ShapeEnv()), HostSyncs() as syncs, NoConstants("cuda"):
         images = torch.zeros(count, 40, 55, 3, dtype=torch.uint8, device="cuda")
         p = torch.zeros(count, 21, 40, 55, device="cuda")
         refined = dense_crf(images, p, backend="torch")
     assert (refined.device.type, refined.shape, refined.dtype) == ("cuda", p.shape, torch.float32)
-    assert waits.names == ["aten::nonzero"] * 2
+    assert syncs.names == ["aten::nonzero"] * 2
 
 
 @pytest.mark.cuda

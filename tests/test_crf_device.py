@@ -1,4 +1,4 @@
-"""The CRF on the net's device gives the classes of the pool of processes, or hands the work over to it."""
+"""The CRF on the net's device predicts the same classes as the pool of processes, or the pool takes over."""
 
 import json
 from argparse import Namespace
@@ -19,7 +19,7 @@ from utils.evaluation.crf_pool import CRFPool, refine
 
 
 def assert_same(found, expected) -> None:
-    """The same images in the same order, with the same classes; noise has a few pixels where two classes are level."""
+    """The same images in the same order, with the same classes; in noise, two classes are equal at a few pixels."""
     assert [sample.id for sample, _ in found] == [sample.id for sample, _ in expected]
     for (_, mask), (_, other) in zip(found, expected, strict=True):
         assert mask.dtype == np.uint8
@@ -37,8 +37,8 @@ def test_classes_are_those_of_the_pool(batch_size, prune):
     assert list(DeviceCRF(batch_size, check=True).refine([])) == []
 
 
-def test_first_image_decides_where_that_is_asked_for(monkeypatch, capsys):
-    """A device whose results are wrong: one warning, and the pool serves the run, that image included."""
+def test_check_of_the_first_image_decides(monkeypatch, capsys):
+    """A device with wrong results: one warning, and the pool refines all images, the first one included."""
     inputs = samples_with_logits(4)
     expected = [(sample, refine(sample.image, logits)) for sample, logits in inputs]
     assert_same(list(DeviceCRF(check=True).refine(inputs)), expected)
@@ -57,7 +57,7 @@ def test_first_image_decides_where_that_is_asked_for(monkeypatch, capsys):
     assert all((mask != other).any() for (_, mask), (_, other) in zip(unchecked, expected, strict=True))
 
 
-def test_what_does_not_fit_is_a_sentence(monkeypatch):
+def test_running_out_of_memory_is_one_sentence(monkeypatch):
     def full(*args, **options):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
@@ -89,7 +89,7 @@ def test_auto_is_torch_on_a_gpu(backend, device, cuda, expected, monkeypatch):
 
 @pytest.mark.parametrize("options", [[], ["--batch-size", "3"], ["--window", "33,41"], ["--crf-prune", "0.05"]])
 def test_evaluation_gives_the_same_scores(options, toy_voc, snapshot, tmp_path):
-    """Of both commands: scores to the last digit, and masks."""
+    """In both commands: the scores and the masks."""
     scores, masks = {}, {}
     for backend in ("pydensecrf", "torch"):
         folder = tmp_path / backend

@@ -1,4 +1,4 @@
-"""The CRF's processes: the same classes under every start method, and no process that outlives the command."""
+"""The pool of CRF processes: the same classes under every start method, and no process outlives the command."""
 
 import os
 import signal
@@ -12,17 +12,17 @@ import pytest
 from deeplab import dense_crf
 from deeplab.inference import enlarge
 from tests.helpers import ROOT, hear_ctrl_c
-from tests.helpers_data import samples_with_logits as pictures
+from tests.helpers_data import samples_with_logits
 from utils.command import UserError
 from utils.evaluation.crf_pool import CRFPool
 
 
-def test_pictures_come_back_in_order_and_are_taken_as_they_are_needed():
+def test_images_come_back_in_order_and_are_read_as_needed():
     taken, seen = 0, []
 
     def stream():
         nonlocal taken
-        for entry in pictures(20):
+        for entry in samples_with_logits(20):
             taken += 1
             yield entry
 
@@ -32,18 +32,18 @@ def test_pictures_come_back_in_order_and_are_taken_as_they_are_needed():
             assert taken - len(seen) <= pool.capacity
         assert list(pool.refine([])) == []
     assert [sample.id for sample, _ in seen] == [str(i) for i in range(20)]
-    for (sample, classes), (_, logits) in zip(seen, pictures(20)):
+    for (sample, classes), (_, logits) in zip(seen, samples_with_logits(20)):
         probabilities = enlarge(logits[None], sample.image.shape[:2])[0].softmax(dim=0).numpy()
         assert (classes == dense_crf(sample.image[:, :, ::-1], probabilities).argmax(axis=0)).all()
     assert not any(process.is_alive() for process in pool.processes)
 
 
-def test_a_killed_process_is_a_sentence():
+def test_a_killed_process_is_one_sentence():
     with CRFPool(2) as pool:
         for process in pool.processes:
             process.kill()
-        with pytest.raises(UserError, match=r"CRF was killed at picture \d+; .* --crf-workers"):
-            list(pool.refine(pictures(4)))
+        with pytest.raises(UserError, match=r"CRF was killed at \w+ \d+; .* --crf-workers"):
+            list(pool.refine(samples_with_logits(4)))
 
 
 def test_a_pool_that_cannot_start_leaves_no_process(monkeypatch):
@@ -62,8 +62,8 @@ def test_a_pool_that_cannot_start_leaves_no_process(monkeypatch):
     assert [process.is_alive() for process in started] == [False]
 
 
-def command(toy_voc: Path, snapshot: Path, out: Path, pictures: int, num_workers: int) -> list[str]:
-    (toy_voc / "list.txt").write_text("toy_0\ntoy_1\n" * (pictures // 2))
+def command(toy_voc: Path, snapshot: Path, out: Path, images: int, num_workers: int) -> list[str]:
+    (toy_voc / "list.txt").write_text("toy_0\ntoy_1\n" * (images // 2))
     options = ["--data-dir", toy_voc, "--data-list", toy_voc / "list.txt", "--restore-from", snapshot, "--device", "cpu"]
     options += ["--crf", "--crf-workers", 1, "--num-workers", num_workers, "--save-dir", out]
     return [str(ROOT / "evaluate.py"), *map(str, options)]
@@ -97,7 +97,7 @@ def group_is_gone(group: int) -> bool:
     ],
 )
 def test_a_stopped_evaluation_leaves_nothing_behind(toy_voc, snapshot, tmp_path, number, to_group, status):
-    """Whether the signal comes from ``kill`` or, as from a terminal or Slurm, to the whole group of processes."""
+    """Both for a signal from ``kill`` and for one to the whole process group, as from a terminal or Slurm."""
     arguments = [sys.executable, *command(toy_voc, snapshot, tmp_path / "out", 10000, 1)]
     options = {"start_new_session": True, "preexec_fn": hear_ctrl_c, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, **options) as process:

@@ -118,7 +118,7 @@ def bytearray_of_any_size(data):
         ("SBD's archive", gzips_sum, "is damaged or cut short .CRC check failed"),
         ("SBD's archive, new sums", third_header, "its list of members breaks off at byte 2048"),
         ("npz", long_comment, r"its directory has \d+ of \d+ entries"),
-        ("last.ckpt", marked_as_folder, "/data/13 in it does not fit its check sum"),
+        ("last.ckpt", marked_as_folder, "/data/13 in it does not match its checksum"),
         ("zip archive, compressed", emptied, r"cls/2\.mat has two check sums"),
         ("zip of masks", renamed, "File name in directory"),
         ("zip of masks", senseless_place, "neither a folder nor a readable zip"),

@@ -53,7 +53,7 @@ def test_torch_files_of_early_2017_run_nothing(tmp_path, monkeypatch):
     path = tmp_path / "x.pth"
     for member in ("pickle", "storages", "tensors"):
         path.write_bytes(tar_torch(state, **{member: pickle.dumps(Evil(), protocol=2)}))
-        refused(path, r"holds Python objects \((posix|nt)\.system\) beside tensors")
+        refused(path, r"holds Python objects \((posix|nt)\.system\) besides tensors")
     net = b"ctorchvision.models.resnet\nResNet\n)\x81."
     path.write_bytes(tar_torch(state, pickle=net))
     refused(path, r"holds Python objects \(torchvision\.models\.resnet\.ResNet\)")
@@ -64,7 +64,7 @@ def test_broken_torch_files_of_early_2017(tmp_path):
     state = {"a.weight": torch.rand(3, 4)}
     path = tmp_path / "x.pth"
     path.write_bytes(tar_torch(state))
-    refused(path, r"its keys \(a\.weight\)")  # read, but no net
+    refused(path, r"its keys \(a\.weight\)")  # read, but not a net
     far = tar_torch(state).replace(struct.pack("<ixxxx5q", 2, 3, 4, 4, 1, 0), struct.pack("<ixxxx5q", 2, 3, 4, 4, 1, 1))
     path.write_bytes(far)
     refused(path, "cut off or damaged")
@@ -73,7 +73,7 @@ def test_broken_torch_files_of_early_2017(tmp_path):
 
 
 def test_tensors_without_numbers(tmp_path):
-    """They are empty, also those without dimensions; no tensor has more numbers than its storage."""
+    """They are empty, also with no dimensions; a tensor with more numbers than its storage is refused."""
     path = tmp_path / "x.pth"
     whole = tar_torch({"a": torch.empty(0), "b": torch.empty(2, 0, 3)})
     path.write_bytes(whole)

@@ -349,7 +349,7 @@ def test_nets_that_cannot_fit(tmp_path):
     refuse_net(tmp_path, deep_stem, "64x3x3x3; expected 64x3x7x7, or 64x3x3x3 and conv2 and conv3 after it")
     grey = narrow_state(head=0) | {"conv1.weight": torch.rand(64, 1, 7, 7)}
     refuse_net(tmp_path, grey, "its first convolution is 64x1x7x7; expected 64x3x7x7")
-    refuse_net(tmp_path, {"features.0.weight": torch.rand(1)}, r"its keys \(features\.0\.weight\) are of no scheme")
+    refuse_net(tmp_path, {"features.0.weight": torch.rand(1)}, r"its keys \(features\.0\.weight\) match no known scheme")
     refuse_net(tmp_path, {"step": 3}, r"holds no tensors under the names of parameters \(step\)")
     refuse_net(tmp_path, torch.rand(3), "it holds a Tensor; expected a state_dict")
     shallow = {key: value for key, value in narrow_state().items() if not key.startswith("layer3.22")}
@@ -375,7 +375,7 @@ def test_pickles_that_would_run_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for zipped in (True, False):
         save("x.pth", {"state_dict": {}, "args": Evil()}, _use_new_zipfile_serialization=zipped)
-        with pytest.raises(WeightsError, match=r"holds Python objects \((posix|nt)\.system\) beside tensors"):
+        with pytest.raises(WeightsError, match=r"holds Python objects \((posix|nt)\.system\) besides tensors"):
             load_weights("x.pth")
     np.save("x.npy", {"conv1": {"weights": Evil()}})
     with pytest.raises(WeightsError, match=r"its pickle holds (posix|nt)\.system; only dictionaries of numpy arrays"):

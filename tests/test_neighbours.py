@@ -1,4 +1,4 @@
-"""Weights of neighbouring projects: the logits, or the features, of the source's own net, and what is refused by its name."""
+"""Weights of other projects: the logits or features equal those of the source's own net; others are refused by name."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from tests.helpers_neighbours import (
     features,
     mean_subtracted,
     over_torchvision,
-    picture,
+    random_image,
     resnet,
     trained,
 )
@@ -28,7 +28,7 @@ SIZE = (97, 65)  # 8k + 1
 
 @pytest.fixture(autouse=True)
 def thin(monkeypatch):
-    """A ResNet-50 of one block a stage."""
+    """A ResNet-50 with one block per stage."""
     monkeypatch.setitem(BACKBONES, "resnet50", Backbone(Bottleneck, (1, 1, 1, 1)))
 
 
@@ -54,31 +54,31 @@ def semseg():
 @pytest.mark.parametrize(("size", "mode"), [(SIZE, "frozen"), ((41, 57), "full")])
 def test_both_heads_of_semsegs_pspnet(semseg, size, mode, tmp_path):
     source, content = semseg
-    path, rgb = save(tmp_path / "train_epoch_200.pth", content), picture(*size)
+    path, rgb = save(tmp_path / "train_epoch_200.pth", content), random_image(*size)
     before = path.read_bytes()
     with torch.no_grad():
-        exact, own = source(rgb, our_border=True), source(rgb)
+        exact, original = source(rgb, our_border=True), source(rgb)
         weights = load_weights(path)
         assert not weights.skipped
         net = build_net(weights, batch_norm=mode)[0].eval()
-        for ours, theirs, at_the_border in zip(net(mean_subtracted(rgb), auxiliary=True), exact, own, strict=True):
+        for ours, theirs, at_the_border in zip(net(mean_subtracted(rgb), auxiliary=True), exact, original, strict=True):
             assert difference(ours, theirs) < 1e-5
-            assert 1e-4 < difference(ours, at_the_border) < 0.05  # a pixel's width of another colour
+            assert 1e-4 < difference(ours, at_the_border) < 0.05  # one pixel of padding has another colour
         for ours, theirs in zip(fold_batch_norm(net)(mean_subtracted(rgb), auxiliary=True), exact):
             assert difference(ours, theirs) < 1e-5
-    assert path.read_bytes() == before  # although numbers are moved in what torch maps of it
+    assert path.read_bytes() == before  # although numbers move in torch's mapping of it
 
 
-def test_a_snapshot_of_semsegs_pspnet_records_what_it_is(semseg, tmp_path):
+def test_a_snapshot_of_semsegs_pspnet_records_its_config(semseg, tmp_path):
     source, content = semseg
-    path, rgb = save(tmp_path / "semseg.pth", content), picture(*SIZE)
+    path, rgb = save(tmp_path / "semseg.pth", content), random_image(*SIZE)
     with torch.no_grad():
         expected = source(rgb, our_border=True)[0]
         assert convert_weights.main([str(path), str(tmp_path / "ours.safetensors")]) == 0
         net = load_net(tmp_path / "ours.safetensors")
         assert (net.config["negative_slope"], net.config["auxiliary_channels"]) == (0.0, 256)
         assert difference(net(mean_subtracted(rgb)), expected) < 1e-5
-    bare = load_weights(save(tmp_path / "bare.pth", net.state_dict()))  # whose metadata say it
+    bare = load_weights(save(tmp_path / "bare.pth", net.state_dict()))  # its metadata say so
     assert bare.config == net.config
     reasons = "leaky ReLU of slope 0.01; the toolbox's auxiliary head has 512 channels"
     with pytest.raises(WeightsError, match=reasons):
@@ -86,10 +86,10 @@ def test_a_snapshot_of_semsegs_pspnet_records_what_it_is(semseg, tmp_path):
 
 
 def test_steps_from_semsegs_pspnet(semseg, tmp_path):
-    """Gradients are those of the source, under both heads."""
+    """The gradients under both heads are those of the source."""
     source, content = semseg
     net = build_net(load_weights(save(tmp_path / "semseg.pth", content)))[0].eval()
-    rgb, labels = picture(33, 41), torch.randint(0, CLASSES, (1, 5, 6))
+    rgb, labels = random_image(33, 41), torch.randint(0, CLASSES, (1, 5, 6))
     source.zero_grad()
     for main, aux in (net(mean_subtracted(rgb), auxiliary=True), source(rgb, our_border=True)):
         (F.cross_entropy(main.double(), labels) + 0.4 * F.cross_entropy(aux.double(), labels)).backward()
@@ -117,7 +117,7 @@ def test_semsegs_pspnet_in_other_nets(semseg, tmp_path):
 
 
 def test_batch_norms_of_semseg_are_plain(semseg, tmp_path):
-    """As also before there were batch counters; InPlace-ABN has none."""
+    """Also from the time before batch counters; InPlace-ABN has none."""
     state = {key: value for key, value in semseg[1]["state_dict"].items() if not key.endswith("num_batches_tracked")}
     path = save(tmp_path / "semseg.pth", state)
     assert torch.equal(load_weights(path).state["bn2.weight"], state["module.layer0.4.weight"])
@@ -126,7 +126,7 @@ def test_batch_norms_of_semseg_are_plain(semseg, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["PSANet", "a fifth bin", "no head"])
-def test_other_nets_of_semsegs_kind_are_trunks(semseg, change, tmp_path):
+def test_other_nets_of_semseg_give_their_backbone(semseg, change, tmp_path):
     source, content = semseg
     state = content["state_dict"]
     if change == "PSANet":
@@ -141,7 +141,7 @@ def test_other_nets_of_semsegs_kind_are_trunks(semseg, change, tmp_path):
     assert report.missing
     assert all(key.startswith(("head", "dsn")) for key in report.missing)
     assert not report.unexpected
-    rgb = picture(*SIZE)
+    rgb = random_image(*SIZE)
     with torch.no_grad():
         expected = source.layer4(source.layer3(source.layer2(source.layer1(source.stem(rgb, our_border=True)))))
         assert difference(net.eval().features(mean_subtracted(rgb), fold(net))[1], expected) < 1e-5
@@ -160,16 +160,16 @@ def test_other_nets_of_semsegs_kind_are_trunks(semseg, change, tmp_path):
         ("jfzhang95 DeepLabv3+", ""),
     ],
 )
-def test_trunks_of_segmentation_nets(name, prefix, tmp_path):
-    """The features of stage 4 are the source's own, once its blocks are given our dilations."""
-    source, rgb = over_torchvision(name), picture(*SIZE)
+def test_backbones_of_segmentation_nets(name, prefix, tmp_path):
+    """The features of stage 4 equal the source's own once its blocks have our dilations."""
+    source, rgb = over_torchvision(name), random_image(*SIZE)
     state = in_float32(source, prefix) | {"criterion.weight": torch.rand(CLASSES)}
     weights = load_weights(save(tmp_path / "x.pth", {"model_state": state}))
     assert weights.scheme == name
     assert weights.skipped.pop("criterion.weight") == "no place in the net"
-    prefix = prefix.replace("module.", "")  # which is dropped
+    prefix = prefix.replace("module.", "")  # dropped
     assert weights.skipped.keys() == {prefix + key for key in source.state_dict() if not key.startswith("backbone.")}
-    assert any("only the trunk is used" in note and "dilations" in note for note in weights.notes)
+    assert any("only the backbone is used" in note and "dilations" in note for note in weights.notes)
     with pytest.raises(WeightsError, match="leave --trunk out"):
         load_weights(tmp_path / "x.pth", "caffe")
     with torch.no_grad():
@@ -183,14 +183,14 @@ def test_trunks_of_segmentation_nets(name, prefix, tmp_path):
             assert all(key.startswith(("layer5", "head", "dsn")) for key in report.missing)
             ours = net.eval().features(mean_subtracted(rgb), fold(net))[1]
             assert difference(ours, expected) < 1e-5
-        assert (difference(ours, own) > 1e-3) == (name != "jfzhang95 DeepLabv3+")  # whose one block here has our dilation
+        assert (difference(ours, own) > 1e-3) == (name != "jfzhang95 DeepLabv3+")  # its single block here has our dilation
 
 
-# Weights trained with two of a head's four branches
+# Weights trained with two of the four branches of a head
 
 
 def two_rates(path, rgb):
-    """A file of AdaptSegNet's kind, and the logits of its net, which sums the first two branches."""
+    """A file like AdaptSegNet's, and the logits of its net, which sums the first two branches."""
     source = random_net("resnet18", 3)
     features = source.features(rgb, fold(source))[1]
     first, second = source.layer5.conv2d_list[:2]
@@ -198,7 +198,7 @@ def two_rates(path, rgb):
 
 
 @torch.no_grad()
-def test_every_way_from_a_file_takes_two_rates(tmp_path, monkeypatch):
+def test_every_reader_of_weights_accepts_two_rates(tmp_path, monkeypatch):
     rgb = torch.randn(1, 3, 33, 41)
     path, expected = two_rates(tmp_path / "x.pth", rgb)
     (note,) = [note for note in load_weights(path).notes if "--atrous-rates 6,12" in note]
@@ -233,14 +233,14 @@ def test_rates_that_a_head_does_not_have(rates, words, tmp_path):
     path, _ = two_rates(tmp_path / "x.pth", torch.zeros(1, 3, 9, 9))
     with pytest.raises(WeightsError, match=words):
         load_net(path, atrous_rates=rates)
-    trunk = {key: value for key, value in torch.load(path).items() if not key.startswith("layer5")}
+    backbone = {key: value for key, value in torch.load(path).items() if not key.startswith("layer5")}
     with pytest.raises(WeightsError, match="no head of a DeepLab-v2, whose rates --atrous-rates says; leave the option out"):
-        load_weights(save(path, trunk), atrous_rates=rates)
+        load_weights(save(path, backbone), atrous_rates=rates)
 
 
 @torch.no_grad()
-def test_a_head_of_three_branches_is_given_its_rates(tmp_path):
-    """Which nothing in the file says."""
+def test_rates_of_a_head_with_three_branches_are_given(tmp_path):
+    """The file does not say them."""
     source, rgb = random_net("resnet18", 3, atrous_rates=(2, 4, 6)), torch.randn(1, 3, 33, 41)
     path = save(tmp_path / "x.pth", dict(source.state_dict()))
     assert "num_classes" not in load_weights(path).config
@@ -261,17 +261,17 @@ def test_a_prefix_that_a_few_keys_lack(prefix, tmp_path):
     assert set(report.unexpected) == more.keys()
     assert report.missing == []
     assert difference(net.eval()(rgb), source(rgb)) < 1e-5
-    trunk = {f"{prefix}{key}": value for key, value in trunk_state(source).items()} | more
-    weights = load_weights(save(tmp_path / "trunk.pth", trunk), trunk="caffe")
+    backbone = {f"{prefix}{key}": value for key, value in backbone_state(source).items()} | more
+    weights = load_weights(save(tmp_path / "backbone.pth", backbone), trunk="caffe")
     assert {key: reason for key, reason in weights.skipped.items() if key in more} == dict.fromkeys(more, "no place in the net")
 
 
-def trunk_state(net):
+def backbone_state(net):
     return {key: value for key, value in net.state_dict().items() if not key.startswith("layer5")}
 
 
 @torch.no_grad()
-def test_wrappers_are_dropped_wherever_they_stand(tmp_path):
+def test_wrappers_are_dropped_anywhere_in_a_name(tmp_path):
     source, rgb = random_net("resnet18", 3), torch.randn(1, 3, 33, 41)
     names = {
         key: key.replace("layer1.", "layer1._fsdp_wrapped_module._checkpoint_wrapped_module.", 1)
@@ -288,7 +288,7 @@ def test_wrappers_are_dropped_wherever_they_stand(tmp_path):
         load_weights(save(tmp_path / "x.pth", both))
 
 
-# The right name for what is refused
+# Refused nets are named
 
 
 def bottlenecks(prefix):
@@ -310,20 +310,20 @@ def bottlenecks(prefix):
             "over another backbone than a ResNet",
         ),
         ({"backbone.0.0.weight": torch.rand(2, 2), "classifier.cbr.0.weight": torch.rand(2, 2)}, "torchvision's LR-ASPP"),
-        ({"features.block1.reduce.weight": torch.rand(2, 2)}, "no scheme known"),
-        ({"x.block1.conv.weight": torch.rand(2, 2), "layer2.block1.weight": torch.rand(2, 2)}, "no scheme known"),
+        ({"features.block1.reduce.weight": torch.rand(2, 2)}, "no known scheme"),
+        ({"x.block1.conv.weight": torch.rand(2, 2), "layer2.block1.weight": torch.rand(2, 2)}, "no known scheme"),
         (
             {"feature_extractor": bottlenecks("module.backbone."), "classifier": {"module.conv2d_list.0.bias": torch.rand(2)}},
             r"FADA's net in two parts.*\['feature_extractor'\]",
         ),
     ],
 )  # fmt: skip
-def test_the_right_name(state, words, tmp_path):
+def test_refused_nets_are_named(state, words, tmp_path):
     with pytest.raises(WeightsError, match=words):
         load_weights(save(tmp_path / "x.pth", state))
 
 
-def test_what_is_advised_for_fada_works(tmp_path):
+def test_the_advice_for_fada_works(tmp_path):
     state = bottlenecks("module.backbone.")
     weights = load_weights(save(tmp_path / "x.pth", state), trunk="torchvision")
     assert torch.equal(weights.state["layer4.0.conv2.weight"], state["module.backbone.layer4.0.conv2.weight"])
@@ -350,18 +350,18 @@ def test_a_save_that_broke_off(tmp_path):
         with pytest.raises(WeightsError, match=r"a torch file whose end is missing: torch\.save, or a copy, broke off"):
             load_weights(path)
     end = data.rindex(b"PK\6\7")
-    path.write_bytes(data[: end + 4] + b"\1" + data[end + 5 :])  # damage that zipfile.is_zipfile() does not look for
+    path.write_bytes(data[: end + 4] + b"\1" + data[end + 5 :])  # damage that zipfile.is_zipfile() does not notice
     with pytest.raises(WeightsError, match=r"cut off or damaged .*multiple disks"):
         load_weights(path)
 
 
-# A backbone of one's own
+# A custom backbone
 
 RESNEXT = Backbone(Bottleneck, (1, 1, 1, 1), groups=32, width=4)
 
 
 class Tanh(Bottleneck):
-    """The names and shapes of a bottleneck, and another function."""
+    """The names and shapes of a bottleneck, but another function."""
 
     def forward(self, x, folded=None):
         return super().forward(x, folded).tanh()
@@ -370,8 +370,8 @@ class Tanh(Bottleneck):
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("entry", [RESNEXT, Backbone(Tanh, (1, 1, 1, 1))])
 @torch.no_grad()
-def test_a_snapshots_own_word_for_its_backbone(entry, wrapped, tmp_path, monkeypatch):
-    """A net of as many blocks as a known one, and another kind."""
+def test_a_snapshot_names_its_backbone(entry, wrapped, tmp_path, monkeypatch):
+    """A net with as many blocks as a known one, but of another kind."""
     monkeypatch.setitem(BACKBONES, "own", entry)
     random_net.cache_clear()
     source = random_net("own", 3, stride_in_3x3=True)
@@ -394,8 +394,8 @@ def reason_against(path):
 
 
 @torch.no_grad()
-def test_torchvisions_resnext_is_a_trunk(tmp_path, monkeypatch):
-    source, rgb = resnet(groups=32, width_per_group=4, replace_stride_with_dilation=[False, True, True]), picture(*SIZE)
+def test_backbone_of_torchvisions_resnext(tmp_path, monkeypatch):
+    source, rgb = resnet(groups=32, width_per_group=4, replace_stride_with_dilation=[False, True, True]), random_image(*SIZE)
     trained(source, source)
     for stage, dilation in ((source.layer3, 2), (source.layer4, 4)):
         stage[0].conv2.dilation = stage[0].conv2.padding = (dilation, dilation)

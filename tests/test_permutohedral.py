@@ -34,9 +34,9 @@ def simplex_around(point):
 
 
 def naive_filter(features, values):
-    """Splat, blur and slice with all vertices in a dictionary. (d, N), (N, C) -> (N, C) float64, the number of vertices."""
+    """Splat, blur and slice with all vertices in a dictionary: (d, N), (N, C) -> (N, C) float64, and the number of vertices."""
     d, points = features.shape
-    filled = np.concatenate([features, np.zeros((d, -points % 4))], axis=1)  # as the authors' program fills up its last four
+    filled = np.concatenate([features, np.zeros((d, -points % 4))], axis=1)  # the authors' program pads to fours
     around = [simplex_around(point) for point in filled.T]
     lattice = {vertex: np.zeros(values.shape[1]) for simplex in around for vertex, _ in simplex}
     for simplex, value in zip(around[:points], values, strict=True):
@@ -55,7 +55,7 @@ def naive_filter(features, values):
 
 
 @pytest.mark.parametrize(("d", "points", "spread"), [(1, 7, 3), (2, 40, 9), (3, 21, 2), (5, 33, 4), (5, 1, 80), (6, 10, 3)])
-def test_filter_is_that_of_vectors_of_integers(d, points, spread):
+def test_filter_equals_one_on_vectors_of_integers(d, points, spread):
     rng = np.random.default_rng(d)
     features, values = rng.random((2, d, points)) * spread, rng.random((2, points, 3))
     lattice = Lattice(torch.from_numpy(features).float(), [spread] * d)
@@ -69,7 +69,7 @@ def test_filter_is_that_of_vectors_of_integers(d, points, spread):
 
 
 def test_filter_is_about_a_gaussian():
-    """One point of value 1 among 41 x 41: what the others get falls off as exp(-r^2 / 2), the paper's claim."""
+    """One point of value 1 among 41 x 41: the values of the others fall as exp(-r^2 / 2), as the paper claims."""
     rows, columns = torch.meshgrid(torch.arange(41.0), torch.arange(41.0), indexing="ij")
     grid = torch.stack([rows.flatten(), columns.flatten()]) / 4  # standard deviations of 4 pixels
     values = torch.zeros(41, 41)
@@ -81,7 +81,7 @@ def test_filter_is_about_a_gaussian():
 
 
 def test_normalised_kernel_has_its_weight():
-    """k_ij w / sqrt(n_i n_j), from the matrix of the filter that is not normalised."""
+    """k_ij w / sqrt(n_i n_j), from the matrix of the unnormalised filter."""
     rng = np.random.default_rng(3)
     features = torch.from_numpy(rng.random((1, 3, 15)).astype(np.float32) * 3)
     kernel = Lattice(features, [3] * 3)(torch.eye(15)).double()
@@ -90,7 +90,7 @@ def test_normalised_kernel_has_its_weight():
     np.testing.assert_allclose(Lattice(features, [3] * 3).normalise(2.5)(torch.eye(15)), expected, atol=1e-5)
 
 
-def test_blocks_of_rows_change_no_bit(monkeypatch):
+def test_results_do_not_depend_on_the_block_size(monkeypatch):
     rng = np.random.default_rng(4)
     features = torch.from_numpy(rng.random((1, 5, 300)).astype(np.float32) * 5)
     values = torch.from_numpy(rng.random((300, 7)).astype(np.float32))
@@ -99,6 +99,6 @@ def test_blocks_of_rows_change_no_bit(monkeypatch):
     assert torch.equal(Lattice(features, [5] * 5)(values), whole)
 
 
-def test_lattice_without_room_is_refused():
-    with pytest.raises(ValueError, match=r"no room in 64 bits"):
+def test_lattice_with_too_many_points_is_refused():
+    with pytest.raises(ValueError, match=r"does not fit in 64 bits"):
         Lattice(torch.zeros(1, 5, 4), [1e4] * 5)

@@ -1,4 +1,4 @@
-"""Weights files as bytes: damage, check sums, wrappings, and what is no weights file."""
+"""Weights files as bytes: damage, checksums, nested dictionaries, and files that are not weights."""
 
 import collections
 import contextlib
@@ -45,11 +45,11 @@ def refused(path, match):
     return text
 
 
-# Check sums
+# Checksums
 
 
 def test_a_directory_of_more_members_than_its_counter_holds(tmp_path):
-    """A zip file's counter has two bytes, and 65,535 means "look elsewhere" (PKWARE APPNOTE 4.4.1.4)."""
+    """The counter of a zip file has two bytes, and 65,535 means "look elsewhere" (PKWARE APPNOTE 4.4.1.4)."""
     with zipfile.ZipFile(tmp_path / "many", "w") as archive:
         for number in range(65_536):
             archive.writestr(zipfile.ZipInfo(str(number)), b"")
@@ -72,7 +72,7 @@ def flip_a_bit(path, offset):
 
 
 def offset_of(path, member):
-    """Where a member's bytes begin (PKWARE APPNOTE 4.3.7: a header of 30 bytes, the name and the extra field)."""
+    """The offset of a member's bytes (PKWARE APPNOTE 4.3.7: a header of 30 bytes, the name and the extra field)."""
     data = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
         start = archive.getinfo(member).header_offset
@@ -81,7 +81,7 @@ def offset_of(path, member):
 
 
 @pytest.mark.parametrize("kind", ["published", "snapshot", "npz", "npz compressed"])
-def test_one_flipped_bit_in_a_zip_file_is_seen(tmp_path, kind):
+def test_one_flipped_bit_in_a_zip_file_is_found(tmp_path, kind):
     state = narrow_state("resnet50")
     if kind.startswith("npz"):
         path = tmp_path / "x.npz"
@@ -100,7 +100,7 @@ def test_one_flipped_bit_in_a_zip_file_is_seen(tmp_path, kind):
         check_sums(path)
 
 
-def test_a_zeroed_page_is_seen_wherever_it_lies(tmp_path):
+def test_a_zeroed_page_is_found_at_any_offset(tmp_path):
     whole = save(tmp_path / "whole.pth", narrow_state("resnet18") | {"layer4.1.bn2.weight": torch.rand(5000)}).read_bytes()
     path = tmp_path / "x.pth"
     for start in range(0, len(whole), 4096):
@@ -108,30 +108,30 @@ def test_a_zeroed_page_is_seen_wherever_it_lies(tmp_path):
         refused(path, "fetch or copy it again")
 
 
-def test_a_torch_file_without_sums_is_read_with_a_line(tmp_path):
+def test_a_torch_file_without_checksums_is_read_with_a_note(tmp_path):
     state = narrow_state("resnet18")
     path = save(tmp_path / "x.pth", state)
     data = bytearray(path.read_bytes())
-    for part in re.finditer(rb"PK\x01\x02", data):  # the directory's entries, each with the sum 16 bytes on
+    for part in re.finditer(rb"PK\x01\x02", data):  # the entries of the directory, with the checksum at byte 16
         data[part.start() + 16 : part.start() + 20] = bytes(4)
     path.write_bytes(data)
     weights = assert_loads(path, state)
-    assert [note for note in weights.notes if "without check sums" in note] == [check_sums(path)]
+    assert [note for note in weights.notes if "without checksums" in note] == [check_sums(path)]
 
 
-def test_an_npz_with_one_array_is_not_taken_for_a_file_without_sums(tmp_path):
+def test_an_npz_with_one_damaged_array_is_not_a_file_without_checksums(tmp_path):
     np.savez(tmp_path / "x.npz", arr_0=np.ones(500))
     flip_a_bit(tmp_path / "x.npz", offset_of(tmp_path / "x.npz", "arr_0.npy") + 400)
     refused(tmp_path / "x.npz", r"damaged: arr_0\.npy in it")
 
 
-def test_other_kinds_have_no_sums(tmp_path):
+def test_other_kinds_have_no_checksums(tmp_path):
     old = save(tmp_path / "old.pth", narrow_state("resnet18"), _use_new_zipfile_serialization=False)
     save_file(narrow_state("resnet18"), tmp_path / "x.safetensors")
     assert check_sums(old) == check_sums(tmp_path / "x.safetensors") == ""
 
 
-def test_bytes_that_were_changed_at_random_never_end_in_a_traceback(tmp_path):
+def test_random_bytes_never_cause_a_traceback(tmp_path):
     state, layers = narrow_state("resnet18"), tensorflow_arrays(narrow_state("resnet50"), "resnet50")
     save(tmp_path / "zip.pth", state)
     save(tmp_path / "old.pth", state, _use_new_zipfile_serialization=False)
@@ -145,7 +145,7 @@ def test_bytes_that_were_changed_at_random_never_end_in_a_traceback(tmp_path):
         whole = path.read_bytes()
         for _ in range(12):
             data = bytearray(whole)
-            start = int(rng.integers(min(len(data), 20_000)))  # the descriptions lie in front
+            start = int(rng.integers(min(len(data), 20_000)))  # the descriptions come first
             data[start : start + 40] = rng.bytes(40)
             path.write_bytes(bytes(data))
             with contextlib.suppress(WeightsError):
@@ -155,11 +155,11 @@ def test_bytes_that_were_changed_at_random_never_end_in_a_traceback(tmp_path):
             refused(path, "it ")
 
 
-# Wrappings
+# Nested dictionaries
 
 
 @pytest.mark.parametrize("keys", [("model_state",), ("net_dict",), ("state", "model"), ("a", "b", "c"), (0, 1)])
-def test_the_one_state_dict_is_found_however_it_is_wrapped(tmp_path, keys):
+def test_a_single_state_dict_is_found_at_any_depth(tmp_path, keys):
     state = narrow_state("resnet18")
     content = state
     for key in reversed(keys):
@@ -195,17 +195,17 @@ def test_dictionaries_that_hold_themselves(tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_whole_net_is_told_for_what_it_is(tmp_path, zipped):
+def test_a_whole_net_is_refused_by_name(tmp_path, zipped):
     for content in (torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1)), {"net": torch.nn.DataParallel(torch.nn.Linear(1, 1))}):
         save(tmp_path / "x.pth", content, _use_new_zipfile_serialization=zipped)
-        refused(tmp_path / "x.pth", r"whole net as a Python object \(torch\.nn\..*save the net's state_dict\(\)")
+        refused(tmp_path / "x.pth", r"whole net as a Python object \(torch\.nn\..*save the state_dict\(\) of the net")
     save(
         tmp_path / "x.pth", {"conv1.weight": torch.rand(1), "when": collections.deque()}, _use_new_zipfile_serialization=zipped
     )
-    refused(tmp_path / "x.pth", r"holds Python objects \(collections\.deque\) beside tensors")
+    refused(tmp_path / "x.pth", r"holds Python objects \(collections\.deque\) besides tensors")
 
 
-# What is no weights file
+# Files that are not weights
 
 
 def zip_of(*names):
@@ -235,31 +235,31 @@ def tar_of(*names):
         (zip_of("m/archive_format", "m/models/model.json"), r"a program of torch\.export"),
         (zip_of("m/.data/extern_modules", "m/res/model.pkl"), r"a torch\.package archive"),
         (zip_of("metadata.json", "config.json", "model.weights.h5"), "a Keras model"),
-        (b"\x89HDF\r\n\x1a\n" + bytes(90), "an HDF5 file, as Keras"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(90), "an HDF5 file, from Keras"),
         (b"MATLAB 5.0 MAT-file, Platform: GLNXA64" + bytes(90), "a MATLAB file"),
         (b"\x08\x07\x12\x07pytorch\x1a\x032.0" + bytes(90), "an ONNX graph"),
         (pickle.dumps({"blobs": [1, 2]}, protocol=2), "a plain Python pickle"),
         (pickle.dumps({"a": 1}, protocol=4), "a plain Python pickle"),
         (json.dumps({"metadata": {}, "weight_map": {"a": "1.safetensors"}}, indent=1).encode(), "index of a safetensors file"),
-        (b"404: Not Found\n", "a text file, no weights"),
-        (b"\x05" + bytes(7) + b"abc\x01" + bytes(90), "no weights file that is known here"),
-        (b"\xff" * 8 + b"{" + bytes(90), "no weights file that is known here"),
-        (b"a\x02" + bytes(90), "no weights file that is known here"),
-        (b"\x80\x01" + bytes(90), "no weights file that is known here"),
+        (b"404: Not Found\n", "a text file, not weights"),
+        (b"\x05" + bytes(7) + b"abc\x01" + bytes(90), "no known kind of weights file"),
+        (b"\xff" * 8 + b"{" + bytes(90), "no known kind of weights file"),
+        (b"a\x02" + bytes(90), "no known kind of weights file"),
+        (b"\x80\x01" + bytes(90), "no known kind of weights file"),
         (b"\x08\x07\x12\x04onnx\x01" + bytes(90), "an ONNX graph"),
-        (b"\x08\x07\x12\x04abcd\x01" + bytes(90), "no weights file that is known here"),
-        (b"\xff\xd8\xff\xe0JFIF", "a JPEG picture"),
+        (b"\x08\x07\x12\x04abcd\x01" + bytes(90), "no known kind of weights file"),
+        (b"\xff\xd8\xff\xe0JFIF", "a JPEG image"),
         (b"%PDF-1.5", "a PDF document"),
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else "",
 )
-def test_other_files_are_told_by_what_they_are(tmp_path, content, match):
+def test_other_files_are_named_in_the_error(tmp_path, content, match):
     path = tmp_path / "x.pth"
     path.write_bytes(content)
     assert "damaged" not in refused(path, match)
 
 
-def test_an_account_tells_what_is_known_of_the_net():
+def test_lines_describe_the_net_and_the_skipped_keys():
     weights = Weights({}, "a net", {"backbone": "resnet18", "num_classes": 3})
     assert weights.lines() == ["a net: 0 tensors; backbone resnet18, num_classes 3"]
     weights.skipped = {f"k{n}": "why" for n in range(8)}
@@ -273,7 +273,7 @@ def test_npy_files_of_version_2_and_of_several_objects(tmp_path):
     assert not nested
     assert found[""].tolist() == [[0, 3], [1, 4], [2, 5]]
     np.save(tmp_path / "b.npy", np.array([{"a": np.ones(2)}, None], dtype=object))
-    assert read_numpy(tmp_path / "b.npy", "npy")[0][""].shape == (2,)  # no weights, and no damage
+    assert read_numpy(tmp_path / "b.npy", "npy")[0][""].shape == (2,)  # neither weights nor damage
 
 
 def test_heads_that_disagree_are_refused(tmp_path):
@@ -282,7 +282,7 @@ def test_heads_that_disagree_are_refused(tmp_path):
     refused(save(tmp_path / "x.pth", state), r"disagree on the number of classes \(20, 21\)")
 
 
-# Tensors that are no plain arrays of numbers
+# Tensors that are not plain arrays of numbers
 
 ODD = {
     "sparse": lambda t: t.to_sparse(),
@@ -305,15 +305,15 @@ ODD = {
 @pytest.mark.parametrize("kind", ODD)
 @pytest.mark.filterwarnings("ignore")
 def test_odd_tensors_are_refused_in_a_sentence(tmp_path, kind):
-    """All at places where arithmetic is done with them; those of another shape when they are put into a net."""
+    """Each at a place where the loader computes with it; one of another shape is refused when it is loaded into a net."""
     small = narrow_state("resnet18")
-    trunk = {key: value for key, value in small.items() if not key.startswith("layer5.")} | {"fc.weight": torch.rand(5, 2)}
+    backbone = {key: value for key, value in small.items() if not key.startswith("layer5.")} | {"fc.weight": torch.rand(5, 2)}
     scales = {f"Scale{n}.{key}": value for key, value in small.items() for n in (1, 2, 3)}
     huge = kind == "more numbers than memory"
     shapes = kind in ("one number", "one axis more", "no numbers")
     for state, keys in (
         (small, ["conv1.weight", "bn1.running_var", "layer5.conv2d_list.0.bias"]),
-        (trunk, ["bn1.running_mean", "fc.weight"]),
+        (backbone, ["bn1.running_mean", "fc.weight"]),
         (scales, ["Scale2.layer1.0.conv1.weight"]),
         ({"model": small, "meta": {"backbone": "resnet18"}}, ["bn1.bias"]),
     ):

@@ -1,4 +1,4 @@
-"""DeepLabv3 and PSPNet against a plain derivation: torchvision's trunk, InPlace-ABN as published, heads as drawn."""
+"""DeepLabv3 and PSPNet against a plain derivation: torchvision's backbone, InPlace-ABN as published, heads from the papers."""
 
 import copy
 from functools import partial
@@ -26,7 +26,7 @@ load_toolbox, load_toolbox_net = partial(load_weights, abn="abs"), partial(load_
 
 
 class Abn(nn.Module):
-    """InPlace-ABN on running statistics: |weight| + eps, in the heads a leaky ReLU of slope 0.01."""
+    """InPlace-ABN on running statistics: |weight| + eps, and in the heads a leaky ReLU of slope 0.01."""
 
     def __init__(self, channels, slope=1.0):
         super().__init__()
@@ -51,12 +51,12 @@ class Toolbox(nn.Module):
 
     def __init__(self, name, backbone):
         super().__init__()
-        trunk = get_model(backbone, weights=None, norm_layer=Abn)
-        width = trunk.fc.in_features
+        body = get_model(backbone, weights=None, norm_layer=Abn)
+        width = body.fc.in_features
         self.conv1, self.bn1 = nn.Conv2d(3, 64, 3, 2, 1, bias=False), Abn(64)
         self.conv2, self.bn2 = nn.Conv2d(64, 64, 3, 1, 1, bias=False), Abn(64)
         self.conv3, self.bn3 = nn.Conv2d(64, 128, 3, 1, 1, bias=False), Abn(128)
-        self.layer1, self.layer2, self.layer3, self.layer4 = trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4
+        self.layer1, self.layer2, self.layer3, self.layer4 = body.layer1, body.layer2, body.layer3, body.layer4
         first = self.layer1[0]
         first.conv1 = nn.Conv2d(128, 64, first.conv1.kernel_size, padding=first.conv1.padding, bias=False)
         out = 256 if width == 2048 else 64
@@ -113,7 +113,7 @@ def save(path, net):
 
 
 @pytest.mark.parametrize("size", [(41, 57), (97, 129)])
-def test_logits_of_both_heads_are_the_published_nets(toolbox, size, tmp_path):
+def test_logits_of_both_heads_equal_the_published_nets(toolbox, size, tmp_path):
     name, basic, bottleneck = toolbox
     images = torch.randn(1, 3, *size)
     for reference in [basic] if size == (97, 129) else [basic, bottleneck]:
@@ -133,7 +133,7 @@ def test_logits_of_both_heads_are_the_published_nets(toolbox, size, tmp_path):
                 assert float((ours - theirs).abs().max()) < 1e-5 * scale
 
 
-def test_gradients_through_folded_heads_are_those_without_folding(toolbox, tmp_path):
+def test_gradients_through_folded_heads_equal_those_without_folding(toolbox, tmp_path):
     _, reference, _ = toolbox
     net, _ = build_net(load_toolbox(save(tmp_path / "net.pth", reference)), batch_norm="frozen")
     net.eval()  # no dropout
@@ -153,7 +153,7 @@ def test_gradients_through_folded_heads_are_those_without_folding(toolbox, tmp_p
 
 
 def test_a_map_that_is_larger_than_every_rate(toolbox, tmp_path):
-    """On smaller ones the outer taps of the atrous branches see nothing but padding."""
+    """On smaller maps the outer taps of the atrous branches see only padding."""
     _, reference, _ = toolbox
     head = load_toolbox_net(save(tmp_path / "net.pth", reference), "full").eval().head[0]
     features = torch.randn(1, 512, 41, 39)
@@ -173,7 +173,7 @@ def test_a_map_that_is_larger_than_every_rate(toolbox, tmp_path):
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 6), (6, 6), (7, 11), (13, 25), (9, 64)])
 def test_the_pyramid_pools_as_torch_does(size):
-    """Means and gradients in float64 to its rounding, in each memory format; maps smaller than the bins among them."""
+    """Means and gradients in float64 to its rounding, in each memory format, also of maps smaller than the bins."""
     for layout in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(2, 3, *size, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
         expected = [F.adaptive_avg_pool2d(x, bins) for bins in BINS]
@@ -189,7 +189,7 @@ def test_the_pyramid_pools_as_torch_does(size):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_pyramid_under_mixed_precision(dtype):
-    """Only the results are rounded to the type: factors and sums are not, and what fp16 cannot hold is never summed in it."""
+    """Only the results are rounded to the type, not the factors and sums, which may be too large for fp16."""
     x = (300 * torch.rand(1, 2, 97, 95)).to(dtype)  # the 9215 positions sum up to 1.4 million
     exact = [F.adaptive_avg_pool2d(x.double(), bins) for bins in BINS]
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -200,7 +200,7 @@ def test_the_pyramid_under_mixed_precision(dtype):
         assert float(((plain - theirs) / theirs).abs().max()) < 0.51 * torch.finfo(dtype).eps + 1e-6
 
 
-def test_auxiliary_logits_come_in_training_alone_and_dropout_with_them():
+def test_auxiliary_logits_and_dropout_are_for_training_only():
     torch.manual_seed(0)
     net = make_net({"net": "pspnet", "backbone": "resnet18", "num_classes": 3}, "frozen")
     images = torch.randn(1, 3, 33, 33)
@@ -211,7 +211,7 @@ def test_auxiliary_logits_come_in_training_alone_and_dropout_with_them():
 
 
 def test_published_counts():
-    """Facts of the toolbox's own nets with 19 classes: tensors without counters, and parameters."""
+    """The toolbox's own nets with 19 classes: the number of tensors without counters, and of parameters."""
     for name, tensors, parameters in (("deeplabv3", 570, 63_226_854), ("pspnet", 565, 70_437_350)):
         with torch.device("meta"):
             net = NETS[name]()
@@ -230,7 +230,7 @@ def test_one_group_and_every_parameter_in_it():
 # files
 
 
-def test_published_way_back(toolbox, tmp_path):
+def test_export_to_published_names(toolbox, tmp_path):
     _, _, deep = toolbox
     weights = load_toolbox(save(tmp_path / "net.pth", deep))
     back = export(weights, "published")
@@ -245,11 +245,11 @@ def test_a_file_with_batch_counters_has_plain_batch_norms(tmp_path):
     net = make_net({"net": "pspnet", "backbone": "resnet18", "num_classes": 3}, "full")
     with torch.no_grad():
         net.bn1.weight[0] = -0.5
-    torch.save(dict(net.state_dict()), tmp_path / "net.pth")  # without the metadata that make it one of ours
+    torch.save(dict(net.state_dict()), tmp_path / "net.pth")  # without the metadata of our own files
     assert load_weights(tmp_path / "net.pth").state["bn1.weight"][0] == -0.5
 
 
-def test_trunk_of_mit_and_of_another_head(toolbox, tmp_path):
+def test_backbone_of_mit_and_of_another_head(toolbox, tmp_path):
     name, reference, _ = toolbox
     state = {key: value.float() for key, value in reference.state_dict().items() if not key.startswith(("head", "dsn"))}
     state |= {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
@@ -270,12 +270,12 @@ def test_trunk_of_mit_and_of_another_head(toolbox, tmp_path):
     assert report.missing
 
 
-def test_trunks_with_the_7x7_stem(tmp_path):
-    """torchvision's, Caffe's inside a published DeepLab-v2: the stem and the stride are the file's, the heads are new."""
-    trunk = get_model("resnet50", weights=None)
-    torch.save(trunk.state_dict(), tmp_path / "resnet50.pth")
+def test_backbones_with_the_7x7_stem(tmp_path):
+    """torchvision's, and Caffe's in a published DeepLab-v2: stem and stride come from the file, the heads are new."""
+    backbone = get_model("resnet50", weights=None)
+    torch.save(backbone.state_dict(), tmp_path / "resnet50.pth")
     torch.save(random_net("resnet18", 3).state_dict(), tmp_path / "published.pth")
-    for name, stride, note in (("resnet50.pth", True, "only its trunk"), ("published.pth", False, "is that of a deeplabv2")):
+    for name, stride, note in (("resnet50.pth", True, "only its backbone"), ("published.pth", False, "is that of a deeplabv2")):
         weights = load_weights(tmp_path / name, "torchvision" if stride else "auto")
         net, report = build_net(weights, net="deeplabv3", num_classes=3)
         assert net.config["stem"] == "7x7"
@@ -285,7 +285,7 @@ def test_trunks_with_the_7x7_stem(tmp_path):
         assert "layer4.1.conv2.weight" in report.loaded
 
 
-def test_reset_head_is_what_construction_gives():
+def test_reset_head_equals_construction():
     net = make_net({"net": "deeplabv3", "backbone": "resnet18", "num_classes": 3}, "frozen")
     with torch.no_grad():
         for value in net.state_dict().values():
@@ -299,7 +299,7 @@ def test_reset_head_is_what_construction_gives():
         if key.startswith(("head", "dsn")):
             assert bool(value.isfinite().all())
             assert torch.equal(value, fresh.state_dict()[key])
-    for norm in (net.head[0].conv2[1], net.dsn[1]):  # frozen ones have values of their own
+    for norm in (net.head[0].conv2[1], net.dsn[1]):  # frozen ones need their own initial values
         for values, initial in ((norm.weight, 1), (norm.bias, 0), (norm.running_mean, 0), (norm.running_var, 1)):
             assert bool((values == initial).all())
     assert float(net.head[1].weight.detach().std()) > 0
@@ -318,7 +318,7 @@ def test_reset_head_is_what_construction_gives():
         (lambda s: s.pop("conv3.weight"), "its first convolution is 64x3x3x3"),
     ],
 )
-def test_what_cannot_fit_is_refused_with_the_reason(toolbox, change, words, tmp_path):
+def test_files_that_do_not_fit_are_refused_with_the_reason(toolbox, change, words, tmp_path):
     state = {key: value.float() for key, value in toolbox[1].state_dict().items()}
     change(state)
     torch.save(state, tmp_path / "net.pth")
@@ -337,11 +337,11 @@ def test_stems_and_rates_that_do_not_fit(toolbox, tmp_path):
             make_net({"net": toolbox[0], "backbone": "resnet18", **option})
 
 
-# Whose batch norms a file has
+# The kind of batch norm in a file
 
 
 def frozen_net():
-    """A frozen DeepLabv3 whose batch norms have weights of either sign."""
+    """A frozen DeepLabv3 with batch-norm weights of both signs."""
     torch.manual_seed(5)
     net = make_net({"net": "deeplabv3", "backbone": "resnet18", "num_classes": 3}, "frozen").eval()
     for name, value in net.state_dict().items():
@@ -357,8 +357,8 @@ def same_logits(path, net, **options):
 
 
 @pytest.mark.parametrize("wrap", ["nothing", "DataParallel", "compile", "AveragedModel", "dictionary"])
-def test_a_state_dict_of_our_own_says_what_it_is(tmp_path, wrap):
-    """Its metadata go through torch.save, in either format, and through what a net is put into."""
+def test_a_state_dict_of_ours_describes_itself(tmp_path, wrap):
+    """Its metadata survive torch.save, in both formats, and wrappers around the net."""
     net = frozen_net()
     wrapped = {
         "DataParallel": nn.DataParallel,
@@ -374,8 +374,8 @@ def test_a_state_dict_of_our_own_says_what_it_is(tmp_path, wrap):
         load_weights(path, abn="abs")
 
 
-def test_what_could_have_either_kind_of_batch_norm_asks(tmp_path):
-    """Written without its metadata: as a plain dictionary, as safetensors, from an earlier version."""
+def test_files_with_an_unknown_kind_of_batch_norm_need_the_option(tmp_path):
+    """Saved without metadata: as a plain dictionary, as safetensors, by an earlier version."""
     net = frozen_net()
     torch.save(dict(net.state_dict()), tmp_path / "net.pth")
     save_file(net.state_dict(), tmp_path / "net.safetensors")
@@ -388,18 +388,18 @@ def test_what_could_have_either_kind_of_batch_norm_asks(tmp_path):
         assert torch.equal(state["head.0.bottleneck.1.weight"], stored.abs() + 1e-5)
     with pytest.raises(ValueError, match="abn 'both' is unknown"):
         load_net(path, abn="both")
-    options = ("negative_slope", "auxiliary_channels")  # which earlier versions did not write
+    options = ("negative_slope", "auxiliary_channels")  # earlier versions did not write these
     meta = {name: value for name, value in net.config.items() if name not in options}
     torch.save({"model": dict(net.state_dict()), "meta": meta}, tmp_path / "snapshot.pth")
     assert same_logits(tmp_path / "snapshot.pth", net)
-    counters = {"bn1.num_batches_tracked": torch.tensor(1)}  # which InPlace-ABN does not keep
+    counters = {"bn1.num_batches_tracked": torch.tensor(1)}  # InPlace-ABN has none
     torch.save(net.state_dict() | counters, tmp_path / "counted.pth")
     assert same_logits(tmp_path / "counted.pth", net)
 
 
-def test_the_trunk_under_another_head_asks_as_well(tmp_path):
-    """CCNet's; and DeepLab-v2's over the deep stem."""
-    trunk = {key: value for key, value in frozen_net().state_dict().items() if not key.startswith(("head.", "dsn."))}
+def test_the_backbone_under_another_head_needs_the_option_too(tmp_path):
+    """CCNet's head, and DeepLab-v2's over the deep stem."""
+    backbone = {key: value for key, value in frozen_net().state_dict().items() if not key.startswith(("head.", "dsn."))}
     heads = {
         "ccnet": {"head.conva.0.weight": torch.zeros(2, 3), "dsn.0.bias": torch.zeros(2)},
         "deeplabv2": {
@@ -411,21 +411,21 @@ def test_the_trunk_under_another_head_asks_as_well(tmp_path):
     }
     for name, head in heads.items():
         path = tmp_path / f"{name}.pth"
-        torch.save(trunk | head, path)
+        torch.save(backbone | head, path)
         with pytest.raises(WeightsError, match="give --abn abs or --abn signed"):
             load_weights(path)
         for abn in ("abs", "signed"):
             weights = load_weights(path, "auto" if name == "deeplabv2" else "caffe", abn)
-            for key, value in trunk.items():
+            for key, value in backbone.items():
                 is_norm = key.endswith(("bn1.weight", "bn2.weight", "bn3.weight", "downsample.1.weight"))
                 expected = value.abs() + 1e-5 if is_norm and abn == "abs" else value
                 assert torch.equal(weights.state[key], expected), key
         assert ("another net" in "".join(weights.notes)) == (name == "ccnet")
-    torch.save(trunk | {"fc.weight": torch.zeros(9, 2)}, path)  # MIT's ImageNet net
-    assert torch.equal(load_weights(path, "caffe").state["bn2.weight"], trunk["bn2.weight"])
+    torch.save(backbone | {"fc.weight": torch.zeros(9, 2)}, path)  # MIT's ImageNet net
+    assert torch.equal(load_weights(path, "caffe").state["bn2.weight"], backbone["bn2.weight"])
 
 
-def test_every_command_that_reads_weights_takes_the_option(tmp_path, monkeypatch):
+def test_every_command_that_reads_weights_has_the_option(tmp_path, monkeypatch):
     net, path = frozen_net(), str(tmp_path / "net.pth")
     torch.save(dict(net.state_dict()), path)
     images = torch.randn(1, 3, 33, 33)
@@ -458,7 +458,7 @@ def test_every_command_that_reads_weights_takes_the_option(tmp_path, monkeypatch
         torch.testing.assert_close(written[0](images), found(images))
 
 
-def test_a_head_of_the_toolbox_with_more_in_it_is_another_nets(toolbox, tmp_path):
+def test_a_toolbox_head_with_extra_modules_is_another_head(toolbox, tmp_path):
     state = {key: value.float() for key, value in toolbox[1].state_dict().items()} | {"head.0.gate.weight": torch.zeros(2)}
     torch.save(state, tmp_path / "net.pth")
     weights = load_toolbox(tmp_path / "net.pth")

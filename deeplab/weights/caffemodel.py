@@ -1,8 +1,8 @@
-"""Official ``.caffemodel`` files, read without Caffe.
+"""Read official ``.caffemodel`` files without Caffe.
 
-A caffemodel is one serialised ``NetParameter`` of ``caffe.proto`` (DeepLab-v2's fork and BVLC's have the same numbers here) in
-protobuf's wire format (protobuf.dev/programming-guides/encoding). Only the fields that hold weights are looked at, one layer at
-a time, so a file needs little more memory than the arrays that are kept.
+A caffemodel is one serialised ``NetParameter`` of ``caffe.proto`` in protobuf's wire format
+(protobuf.dev/programming-guides/encoding). The field numbers used here are the same in BVLC's Caffe and DeepLab-v2's fork. Only
+the fields that hold weights are read, one layer at a time, so reading needs little more memory than the arrays that are kept.
 """
 
 import math
@@ -19,17 +19,17 @@ from torch import Tensor
 from deeplab.weights.names import IN_CAFFE_BACKBONE, canonical_from_caffe, refuse_extras
 from deeplab.weights.weights import NO_PLACE, Weights, WeightsError
 
-CAFFE_EPS = 1e-5  # Caffe's default, and that of all published nets but those of TensorFlow
+CAFFE_EPS = 1e-5  # Caffe's default, and that of all published nets except TensorFlow's
 COCO_HEAD = (
     "a net trained on COCO with another head (one 1x1 convolution, 91 classes), which is left out: the head is untrained"
 )
-_TWIN = re.compile(r"_res(?:05|075)(?=_|$)")  # the copies of a layer for the 0.5x and 0.75x pictures
-_CUT_OFF = "it ends in the middle of a field: the file is cut off or no caffemodel; fetch it again"
+_TWIN = re.compile(r"_res(?:05|075)(?=_|$)")  # the copies of a layer for the 0.5x and 0.75x images
+_CUT_OFF = "it ends in the middle of a field: the file is cut off, or not a caffemodel; fetch it again"
 
 
 @dataclass
 class Layer:
-    """One layer of a caffemodel: its name, type, arrays and, of a batch norm, the epsilon: the file's, or Caffe's default."""
+    """One layer of a caffemodel: its name, type and arrays; for a batch norm also its epsilon, by default Caffe's."""
 
     name: str
     type: str = ""
@@ -38,13 +38,13 @@ class Layer:
 
 
 class CaffeModel:
-    """The layers of a caffemodel that hold weights; ``names`` in the order of the file, ``read(name)`` for one of them.
+    """The layers of a caffemodel that hold weights: ``names`` in the order of the file, ``read(name)`` for one layer.
 
     Args:
-        source: the file's path or its bytes.
+        source: the path or the bytes of the file.
 
     Raises:
-        WeightsError: cut off, not a caffemodel, or in Caffe's old V1 format; reading a layer may raise it as well.
+        WeightsError: the file is cut off, not a caffemodel, or in Caffe's old V1 format; also when reading a layer.
     """
 
     def __init__(self, source: str | Path | bytes) -> None:
@@ -69,10 +69,11 @@ class CaffeModel:
             self._layers[name] = value
         if not self._layers and legacy:
             raise WeightsError(
-                f"it has {legacy} layers in Caffe's old V1 format, without batch norm, so it is no DeepLab-ResNet"
+                f"it has {legacy} layers in Caffe's old V1 format, which has no batch norm, so it is not a DeepLab-ResNet; "
+                "use the caffemodel of one"
             )
         if not self._layers:
-            raise WeightsError("it is a caffemodel without any weights")
+            raise WeightsError("it is a caffemodel without any weights; fetch it again")
 
     @property
     def names(self) -> list[str]:
@@ -86,7 +87,7 @@ class CaffeModel:
                     layer.type = _text(value)
                 elif number == 7:
                     layer.blobs.append(_array(value))
-                elif number == 139:  # batch_norm_param; as the short decimal: 1e-05, not 9.99999975e-06
+                elif number == 139:  # batch_norm_param; the shortest decimal: 1e-05, not 9.99999975e-06
                     eps = next((float(str(np.frombuffer(v, "<f4")[0])) for n, v in _fields(value) if n == 3), eps)
         except ValueError as error:
             raise WeightsError(f"its layer {name!r} is damaged ({error}); fetch the file again") from None
@@ -96,13 +97,13 @@ class CaffeModel:
 
 
 def from_caffe(model: CaffeModel) -> Weights:
-    """A DeepLab-ResNet caffemodel under the canonical names.
+    """A DeepLab-ResNet caffemodel with the canonical names.
 
-    Batch norm keeps its mean and variance multiplied by a factor (its third blob; a factor of 0 stands for zeros) and its
-    weight and bias in a Scale layer. The 0.75x and 0.5x copies of the layers must equal the 1x ones and are dropped.
+    Caffe stores the mean and variance of batch norm multiplied by a factor, the third blob; with factor 0 they are zeros. The
+    weight and bias are in a Scale layer. The 0.75x and 0.5x copies of a layer must equal the 1x layer and are dropped.
 
     Raises:
-        WeightsError: copies that differ, blobs that do not fit their layer, layers inside the trunk that a plain ResNet lacks,
+        WeightsError: copies that differ, blobs that do not fit their layer, layers in the backbone that a plain ResNet lacks,
             or more than one epsilon.
     """
     weights = Weights({}, "Caffe DeepLab-v2", {"stride_in_3x3": False})
@@ -113,14 +114,14 @@ def from_caffe(model: CaffeModel) -> Weights:
             _check_twin(model.read(base), layer)
             skipped[name] = "equal to the 1x layer"
         elif base != name:
-            skipped[name] = "a copy for scaled pictures whose 1x layer is not in the file"
+            skipped[name] = "a copy for scaled images, without its 1x layer in the file"
         elif module := canonical_from_caffe(name):
             _add_layer(weights.state, module, layer)
             if layer.eps is not None:
                 epsilons.setdefault(layer.eps, name)
         elif "fc" in name and layer.type == "InnerProduct":
             skipped[name] = "the image classifier"
-            weights.notes.append("a plain image classifier: only its trunk is used, the head is untrained")
+            weights.notes.append("a plain image classifier: only its backbone is used, the head is untrained")
         elif "fc" in name and layer.type == "Convolution" and layer.blobs[0].shape[:1] == (91,):
             skipped[name] = "the head of another net"
             weights.notes.append(COCO_HEAD)
@@ -129,7 +130,7 @@ def from_caffe(model: CaffeModel) -> Weights:
     refuse_extras(name for name, reason in skipped.items() if reason.startswith(NO_PLACE) and IN_CAFFE_BACKBONE.match(name))
     if len(epsilons) > 1:
         found = ", ".join(f"{eps:g} in {name}" for eps, name in epsilons.items())
-        raise WeightsError(f"its batch norms have different epsilons ({found}); expected one for the whole net")
+        raise WeightsError(f"its batch norms have different epsilons ({found}); expected a single one")
     weights.config["batch_norm_eps"] = next(iter(epsilons), CAFFE_EPS)
     return weights
 
@@ -161,15 +162,15 @@ def _check_twin(layer: Layer, twin: Layer) -> None:
     if len(layer.blobs) == len(twin.blobs) and all(map(np.array_equal, layer.blobs, twin.blobs)):
         return
     raise WeightsError(
-        f"its layers {layer.name!r} and {twin.name!r} differ, so its scales do not share their weights; "
-        "one DeepLab-v2 net cannot hold them"
+        f"its layers {layer.name!r} and {twin.name!r} differ; expected equal ones, since the scales of DeepLab-v2 share their "
+        "weights"
     )
 
 
 def _array(blob: memoryview) -> np.ndarray:
-    """A BlobProto as a float32 array of its own. Packed or number by number, its floats lie in their bytes alike."""
+    """A BlobProto as a new float32 array. Packed floats and single floats have the same bytes."""
     pieces: list[np.ndarray] = []
-    old, shape = [0] * 4, None  # num, channels, height, width; what Caffe writes today
+    old, shape = [0] * 4, None  # num, channels, height, width; the current format
     for number, value in _fields(blob):
         if number in (5, 8):  # data, double_data
             pieces.append(np.frombuffer(value, "<f4" if number == 5 else "<f8"))
@@ -185,7 +186,7 @@ def _array(blob: memoryview) -> np.ndarray:
 
 
 def _fields(view: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """(field number, bytes) of each field of a message, without looking inside."""
+    """(field number, bytes) of each field of a message; nested messages are not parsed."""
     at = 0
     while at < len(view):
         tag, at = _varint(view, at)
@@ -203,7 +204,7 @@ def _fields(view: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 
 def _integers(view: memoryview) -> list[int]:
-    """One integer, or several that are packed."""
+    """One integer, or several packed ones."""
     found, at = [], 0
     while at < len(view):
         number, at = _varint(view, at)
@@ -212,7 +213,7 @@ def _integers(view: memoryview) -> list[int]:
 
 
 def _varint(view: memoryview, start: int) -> tuple[int, int]:
-    """A number of 7 bits a byte, and where it ends."""
+    """A number with 7 bits per byte, and the position after it."""
     value = 0
     for shift, position in zip(range(0, 70, 7), range(start, len(view))):
         value |= (view[position] & 127) << shift

@@ -1,9 +1,9 @@
 """Torch files from before PyTorch 0.1.10 (March 2017): tar archives, such as torchvision's first weights.
 
-Layout (the writer is long gone; ``legacy_load`` in ``torch/serialization.py`` still reads it, but not with
-``weights_only=True``): ``storages`` and ``tensors`` are a pickled count and then, for each entry, a pickled description with
-raw little-endian numbers behind it; ``pickle`` is the saved object, in which each tensor is the number of its entry. Storages
-that are parts of others are listed behind the storages.
+PyTorch no longer writes this format; ``legacy_load`` in ``torch/serialization.py`` still reads it, but not with
+``weights_only=True``. The members ``storages`` and ``tensors`` are a pickled count, then for each entry a pickled description
+followed by raw little-endian numbers. The member ``pickle`` is the saved object, with the number of an entry in place of each
+tensor. Storages that are parts of other storages are listed after them.
 """
 
 import io
@@ -28,10 +28,10 @@ _TYPES = {
 
 
 def read_tar_torch(path: Path) -> Any:
-    """What ``torch.save`` wrote into a tar archive, on the CPU; nothing in it is run.
+    """The object that ``torch.save`` wrote into a tar archive, on the CPU; no code in it is run.
 
     Raises:
-        WeightsError: damaged, or a file with other things than tensors and plain values.
+        WeightsError: the file is damaged, or holds anything but tensors and plain values.
     """
     try:
         with tarfile.open(path, "r:") as archive:
@@ -47,12 +47,12 @@ def read_tar_torch(path: Path) -> Any:
 def _member(archive: tarfile.TarFile, name: str) -> IO[bytes]:
     file = archive.extractfile(name)
     if file is None:
-        raise ValueError(f"{name} is no file")
-    return io.BytesIO(file.read())  # a read(n) of its own gives what there is, and makes no place for n bytes first
+        raise ValueError(f"{name} is not a file")
+    return io.BytesIO(file.read())  # its read(n) returns what there is; that of the archive allocates n bytes first
 
 
 def _read_storages(file: IO[bytes]) -> dict[Any, Tensor]:
-    """Each storage by its number, as a tensor of one dimension."""
+    """The storages by their numbers, as one-dimensional tensors."""
     storages = {}
     for _ in range(_plain(file)):
         key, _, kind = _plain(file)
@@ -65,14 +65,14 @@ def _read_storages(file: IO[bytes]) -> dict[Any, Tensor]:
 
 
 def _read_tensors(file: IO[bytes], storages: dict[Any, Tensor]) -> dict[str, Tensor]:
-    """Each tensor by its number, which the pickle gives as text."""
+    """The tensors by their numbers, which are text in the pickle."""
     tensors = {}
     for _ in range(_plain(file)):
         key, storage, kind = _plain(file)
         (dimensions,) = struct.unpack("<ixxxx", _exactly(file, 8))
         *layout, offset = struct.unpack(f"<{2 * dimensions + 1}q", _exactly(file, 8 * (2 * dimensions + 1)))
         shape, strides = layout[:dimensions], layout[dimensions:]
-        if dimensions == 0 or math.prod(shape) == 0:  # PyTorch had no numbers without dimensions: an empty tensor
+        if dimensions == 0 or math.prod(shape) == 0:  # PyTorch had no scalars then: no dimensions mean an empty tensor
             tensors[str(key)] = torch.empty(0, dtype=kind.dtype)
         else:
             numbers = storages[storage]
@@ -92,16 +92,16 @@ def _exactly(file: IO[bytes], count: int) -> bytes:
 
 
 class _Kind:
-    """Stands for ``torch.FloatTensor``, ``torch.FloatStorage`` and kin."""
+    """Stands for ``torch.FloatTensor``, ``torch.FloatStorage`` and similar types."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
 
 class _Parameter:
-    """Stands for the ``Parameter`` and ``Variable`` of that time: a tensor, kept as an argument or first in the state."""
+    """Stands for the ``Parameter`` and ``Variable`` of that time; the tensor is an argument or the first entry of the state."""
 
-    data: Tensor | None = None  # where the object is made without arguments
+    data: Tensor | None = None  # for an object made without arguments
 
     def __init__(self, data: Tensor) -> None:
         self.data = data
@@ -112,10 +112,10 @@ class _Parameter:
 
 
 class _TensorUnpickler(PlainUnpickler):
-    """An unpickler for which the stand-ins above and ordered dictionaries are the only classes there are."""
+    """An unpickler that allows only the stand-ins above and ordered dictionaries."""
 
     def __init__(self, file: IO[bytes], tensors: dict[str, Tensor]) -> None:
-        super().__init__(file, encoding="latin1")  # strings of Python 2 are bytes, latin1 keeps them
+        super().__init__(file, encoding="latin1")  # strings of Python 2 are bytes; latin1 keeps them
         self._tensors = tensors
 
     def find_class(self, module: str, name: str) -> Any:

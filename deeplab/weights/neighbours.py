@@ -1,4 +1,4 @@
-"""Nets of neighbouring projects: whose trunk is of use, whose PSPNet becomes ours, and what is refused under its right name."""
+"""Nets of other projects: which backbones can be used, how semseg's PSPNet is converted, and what is refused by its name."""
 
 import re
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ from deeplab.weights.stem import turn_stem
 from deeplab.weights.weights import NO_PLACE, OTHER_HEAD, Weights, WeightsError, some
 
 _FIRST_BLOCKS = "the first blocks of its stages 3 and 4 have dilations 1 and 2, those of the nets here 2 and 4"
-_AT_8 = "{}, if it was trained at output stride 8; at 16, which the file does not say, both stages are others"
+_AT_8 = "{}, if it was trained at output stride 8; at 16 both stages differ, and the file does not say which"
 _OVER_TORCHVISION = {
-    # what only its head holds -> whose net it is, and what of its trunk is not as in our nets
+    # keys that only its head has -> the name of the net, and the difference between its backbone and ours
     ("classifier.0.project.0.weight",): ("torchvision DeepLabv3", _FIRST_BLOCKS),
     ("classifier.0.weight", "classifier.1.running_var"): ("torchvision FCN", _FIRST_BLOCKS),
     ("classifier.classifier.0.project.0.weight",): ("VainF DeepLabv3", _AT_8.format(_FIRST_BLOCKS)),
@@ -26,13 +26,13 @@ _OVER_TORCHVISION = {
         _AT_8.format("the three blocks of its stage 4 have dilations 4, 8 and 16, those of the nets here 4"),
     ),
 }
-"""Segmentation nets over torchvision's ResNet, under ``backbone.``, and torchvision's pictures.
+"""Segmentation nets over torchvision's ResNet, with the prefix ``backbone.``, and torchvision's input.
 
 Sources: torchvision's ``models/segmentation``, ``network`` of VainF/DeepLabV3Plus-Pytorch, ``modeling`` of
 jfzhang95/pytorch-deeplab-xception.
 """
-_ITS_RESNET = "to start from its ResNet, save what is under {} alone, without that, and give --trunk torchvision"
-_REFUSED = (  # what a key begins with after a dot, or at its start -> what the file is
+_ITS_RESNET = "to start from its ResNet, save only the keys under {} without that prefix, and give --trunk torchvision"
+_REFUSED = (  # a pattern at the start of a key or after a dot -> the sentence
     (
         r"(weight|bias)_mask$",
         "it is a pruned net (torch.nn.utils.prune): it holds {}; call prune.remove(layer, 'weight') for each of its layers and "
@@ -40,18 +40,18 @@ _REFUSED = (  # what a key begins with after a dot, or at its start -> what the 
     ),
     (
         r"(parametrizations\.|weight_[guv]$|weight_orig$)",
-        "its weights are in parts ({}), as those of weight and spectral normalisation are; put them together "
+        "its weights are in parts ({}), as in weight and spectral normalisation; merge them "
         "(torch.nn.utils.parametrize.remove_parametrizations) and save the state_dict() again",
     ),
     (
         r"decode_head\.",
-        "it is a net of the toolbox mmsegmentation ({}), which cannot be exact here: the first block of a dilated stage has "
-        "half the dilation there, and corners are not aligned; " + _ITS_RESNET.format("backbone., if its conv1 is 7x7,"),
+        "it is a net of the toolbox mmsegmentation ({}), which cannot be reproduced exactly here: its dilated stages begin "
+        "with half the dilation, and it does not align corners; if its conv1 is 7x7: " + _ITS_RESNET.format("backbone."),
     ),
     (
         r"segmentation_head\.0\.",
-        "it is a net of segmentation_models_pytorch ({}), whose heads and decoders no net here has; "
-        + _ITS_RESNET.format("encoder., if that is a ResNet,"),
+        "it is a net of segmentation_models_pytorch ({}), with a head and a decoder that no net here has; if its encoder is a "
+        "ResNet: " + _ITS_RESNET.format("encoder."),
     ),
     (
         r"classifier\.(cbr\.0|low_classifier|high_classifier)\.",
@@ -61,14 +61,14 @@ _REFUSED = (  # what a key begins with after a dot, or at its start -> what the 
 
 
 def refuse_by_name(state: Mapping[str, Tensor]) -> None:
-    """Raise :class:`WeightsError` for nets that no part of can be taken as it is, with what they are."""
+    """Raise :class:`WeightsError` for nets that cannot be used as they are, even in part; the message names the net."""
     for pattern, what in _REFUSED:
         if found := [key for key in state if re.search(rf"(^|\.){pattern}", key)]:
             raise WeightsError(what.format(some(found[:2]) + " ..." * (len(found) > 2)))
 
 
 def refuse_other_nets(state: Mapping[str, Tensor]) -> None:
-    """Raise :class:`WeightsError` for nets that hold no ResNet under its own names, with the reason."""
+    """Raise :class:`WeightsError`, with the reason, for nets without a ResNet under torchvision's names."""
     if any(key.startswith("backbone.") for key in state) and any(key.startswith("classifier.") for key in state):
         raise WeightsError(
             "it is a torchvision segmentation net (backbone. and classifier.) over another backbone than a ResNet; start from "
@@ -83,26 +83,26 @@ def refuse_other_nets(state: Mapping[str, Tensor]) -> None:
             if f"{prefix}layer1.0.conv1.weight" in state:
                 other = [key for key in state if not key.startswith(prefix)]
                 raise WeightsError(
-                    f"it holds a ResNet under {prefix} beside parts of another net ({some(other[:2])} ...), which have no "
-                    f"place here; to start from the ResNet, save what is under {prefix} alone, without it, and give --trunk"
+                    f"it holds a ResNet under {prefix} and parts of another net ({some(other[:2])} ...) that no net here has; "
+                    f"to start from the ResNet, save only the keys under {prefix} without that prefix, and give --trunk"
                 )
-        raise WeightsError(f"its keys ({some(state)}) are of no scheme known here; expected a DeepLab-v2 or ResNet state_dict")
+        raise WeightsError(f"its keys ({some(state)}) match no known scheme; expected a DeepLab-v2 or ResNet state_dict")
 
 
 def refuse_fada(content: Any) -> None:
-    """Raise :class:`WeightsError` for the two parts in which FADA (JDAI-CV/FADA, ``core/models``) saves its nets."""
+    """Raise :class:`WeightsError` for a net of FADA (JDAI-CV/FADA, ``core/models``), which is saved in two parts."""
     if isinstance(content, Mapping) and all(
         isinstance(content.get(part), Mapping) for part in ("feature_extractor", "classifier")
     ):
         raise WeightsError(
-            "it holds FADA's net in two parts, feature_extractor and classifier, which cannot be exact here: "
+            "it holds FADA's net in two parts, feature_extractor and classifier, which cannot be reproduced exactly here: "
             f"{_FIRST_BLOCKS}; to start from its ResNet, torch.save(torch.load(PATH)['feature_extractor'], OUT) and give "
             "--trunk torchvision"
         )
 
 
-def trunk_of_another_net(state: Mapping[str, Tensor]) -> Weights | None:
-    """The ResNet of a segmentation net that has torchvision's; None for other nets."""
+def backbone_of_another_net(state: Mapping[str, Tensor]) -> Weights | None:
+    """The ResNet of a segmentation net over torchvision's ResNet; None for other nets."""
     block = "backbone.layer1.0.conv1.weight"
     prefix = next((key.removesuffix(block) for key in state if key.endswith(block)), "")
     needed = (block, "backbone.layer4.0.conv1.weight")  # HRNet has the first as well
@@ -110,28 +110,28 @@ def trunk_of_another_net(state: Mapping[str, Tensor]) -> Weights | None:
     if not marks:
         return None
     title, difference = _OVER_TORCHVISION[marks.pop()]
-    trunk: dict[str, Tensor] = {}
+    backbone: dict[str, Tensor] = {}
     start = f"{prefix}backbone."
-    weights = Weights(trunk, title, {"stride_in_3x3": True, "batch_norm_eps": CAFFE_EPS})
+    weights = Weights(backbone, title, {"stride_in_3x3": True, "batch_norm_eps": CAFFE_EPS})
     for key, tensor in state.items():
         if key.startswith(start):
-            trunk[key.removeprefix(start)] = tensor
+            backbone[key.removeprefix(start)] = tensor
         else:
             of_head = key.startswith(tuple(f"{prefix}{part}." for part in ("classifier", "aux_classifier", "aspp", "decoder")))
             weights.skipped[key] = OTHER_HEAD if of_head else NO_PLACE
-    weights.notes.append(f"a {title}, whose head is another net's and is left out: only the trunk is used; {difference}")
+    weights.notes.append(f"a {title}: its head fits no net here, so only the backbone is used; {difference}")
     turn_stem(weights)
     return weights
 
 
 def settle_semseg(weights: Weights, source: Mapping[str, Tensor]) -> None:
-    """Turn a PSPNet of hszhao/semseg (``model/pspnet.py``), under canonical names, into one of ours with the same logits.
+    """Convert a PSPNet of hszhao/semseg (``model/pspnet.py``), under canonical names, to ours with the same logits.
 
-    Its heads end in ReLU, it concatenates the features before their means, its auxiliary convolution has no bias, and it sees
-    normalised RGB. Of its other nets, such as PSANet, only the trunk is used.
+    Its heads end with ReLU, it concatenates the features before their means, its auxiliary convolution has no bias, and its
+    input is normalised RGB. For its other nets, such as PSANet, only the backbone is used.
 
     Args:
-        source: the file's own tensors, by their own names.
+        source: the tensors of the file under their original names.
     """
     state = weights.state
     weights.signed = True  # plain batch norm
@@ -142,16 +142,16 @@ def settle_semseg(weights: Weights, source: Mapping[str, Tensor]) -> None:
         weights.skipped |= {key: OTHER_HEAD for key in source if not key.startswith("layer")}
         for key in filter(IN_HEAD.match, list(state)):
             del state[key]
-        head = f"the head of another net ({some(foreign)}) is left out: only the trunk is used"
-        weights.notes.append(head if foreign else "a trunk without a whole head")
+        head = f"the head of another net ({some(foreign)}) is left out: only the backbone is used"
+        weights.notes.append(head if foreign else "a backbone without a complete head")
         return
     weights.config["negative_slope"] = 0.0
     join, auxiliary = state.get("head.0.bottleneck.0.weight"), state.get("dsn.0.weight")
     if join is not None and join.shape == (FEATURES, 2048 + 4 * FEATURES, 3, 3):  # another shape is refused later
         join = state["head.0.bottleneck.0.weight"] = join.float().contiguous()
-        for kernel in join:  # in place: what torch maps of a file is a copy of its own
+        for kernel in join:  # in place: torch's mapping of a file is private
             kernel.copy_(kernel.roll(4 * FEATURES, dims=0))
     if auxiliary is not None and auxiliary.ndim == 4 and auxiliary.shape[0] <= FEATURES:
         state["dsn.0.bias"] = torch.zeros(auxiliary.shape[0])
         weights.config["auxiliary_channels"] = auxiliary.shape[0]
-    weights.notes.append("its heads end in ReLU; its pool rounds down, which is the same for sides of 8k + 1")
+    weights.notes.append("its heads end with ReLU; its max pooling rounds sizes down, which is the same for sides of 8k + 1")
