@@ -1,24 +1,23 @@
 """Measure training, evaluation, data loading and the CRF against the published implementation.
 
-    python scripts/benchmark.py                                   # everything, with made-up images and weights
+    python scripts/benchmark.py                                   # everything, with synthetic images and weights
     python scripts/benchmark.py train msc --batch-size 4 --amp bf16 --compile
     python scripts/benchmark.py crf --crf-repeats 3 --json speed.json
 
-Each part is one table. Its first row is the reference (``scripts/bench/reference.py``). All rows of a table are measured in one
-process and in turns, A B C A B C, after one run each to warm up, so that a drift of the machine affects all alike. The columns:
+Each part is one table. Its first row is the reference (``scripts/bench/reference.py``). After one warm-up run each, all rows of
+a table are measured alternately in one process, A B C A B C, so that a drift of the machine affects all equally. The columns:
 
-    seconds    the median of a run; compilation belongs to the warm-up
-    s/image    per image
-    x ref      the speed as a multiple of the reference's
-    x GEMM     convolutions and matrix products per second (forward and backward, as torch.utils.flop_counter counts them), as a
-               multiple of the row "matrix product": two large square matrices in the precision of the row
-    beyond MB  peak memory (on CUDA allocated, on a CPU resident, Linux only) of the second run in a process of its own, without
-               what has to be there: imports, weights and buffers and, in training, gradients and momentum. What is left is
-               activations and work space
+    seconds    median time of a run; compilation is part of the warm-up
+    s/image    seconds per image
+    x ref      speed relative to the reference
+    x GEMM     FLOP/s of convolutions and matrix products (forward and backward, counted by torch.utils.flop_counter), relative
+               to the row "matrix product": two large square matrices in the precision of the row
+    beyond MB  peak memory (allocated on CUDA; resident on a CPU, Linux only) of the second run in its own process, without
+               imports, weights, buffers and, in training, gradients and momentum: what is left are activations and workspace
 
-The part ``memory`` runs nothing: it computes what a training step of ``--batch-size`` crops takes, for usual settings.
+The part ``memory`` runs nothing: it computes the memory of a training step of ``--batch-size`` crops for common settings.
 
-Images (of the usual VOC sizes) and weights are made up. That does not change the arithmetic; only the speed of the CRF depends
+Images (in common VOC sizes) and weights are synthetic. This does not change the arithmetic; only the speed of the CRF depends
 on the image and the probabilities.
 """
 
@@ -38,7 +37,7 @@ from utils.argtypes import Parser, backbone_name, net_name, positive, size, targ
 from utils.command import run_command
 from utils.options import add_device_options
 
-if TYPE_CHECKING:  # the parts import torch, which --help need not wait for
+if TYPE_CHECKING:  # the parts import torch, which would slow down --help
     from scripts.bench.measure import Table
 
 PART_NAMES = ("train", "msc", "evaluate", "data", "crf", "memory")
@@ -46,7 +45,7 @@ PART_NAMES = ("train", "msc", "evaluate", "data", "crf", "memory")
 
 def part_name(text: str) -> str:
     if text not in PART_NAMES:
-        raise argparse.ArgumentTypeError(f"{text!r} is no part; choose from {', '.join(PART_NAMES)}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part; choose from {', '.join(PART_NAMES)}")
     return text
 
 
@@ -55,32 +54,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=description, epilog=details, formatter_class=formatter)
     parser.add_argument("parts", nargs="*", type=part_name, metavar="PART", help=f"{', '.join(PART_NAMES)} (default: all)")
-    parser.add_argument("--repeats", type=positive, default=3, help="rounds after the warm-up (default: %(default)s)")
-    parser.add_argument("--crf-repeats", type=positive, default=1, help="rounds of the CRF (default: %(default)s)")
-    parser.add_argument("--json", type=target_text, metavar="FILE", help="save everything here, after each part")
-    parser.add_argument("--no-memory", action="store_true", help="do not measure memory, which takes a process per row")
+    parser.add_argument("--repeats", type=positive, default=3, help="runs per row after the warm-up (default: %(default)s)")
+    parser.add_argument("--crf-repeats", type=positive, default=1, help="runs per row of the CRF (default: %(default)s)")
+    parser.add_argument("--json", type=target_text, metavar="FILE", help="save all figures to FILE, after each part")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure memory (needs one process per row)")
 
     group = parser.add_argument_group("what is measured")
-    group.add_argument("--net", type=net_name, default="deeplabv2", help="another only for memory (default: %(default)s)")
+    group.add_argument("--net", type=net_name, default="deeplabv2", help="others only for memory (default: %(default)s)")
     group.add_argument("--backbone", type=backbone_name, default="resnet101", help="default: %(default)s")
-    group.add_argument("--num-classes", type=positive, default=21, help="default: %(default)s")
+    group.add_argument("--num-classes", type=positive, default=21, help="number of classes (default: %(default)s)")
     group.add_argument("--batch-size", type=positive, default=2, help="crops per training step (default: %(default)s)")
     group.add_argument("--input-size", type=size, default=(321, 321), metavar="H,W", help="training crop (default: 321,321)")
     group.add_argument(
-        "--pictures", type=positive, default=3, help="images to evaluate, and per process of the CRF (default: %(default)s)"
+        "--pictures", type=positive, default=3, help="images to evaluate, and CRF images per process (default: %(default)s)"
     )
     add_device_options(parser)
     parser.add_argument(
         "--no-compile",
         dest="compile",
         action="store_false",
-        help="no compiled rows; by default evaluation has one, and --compile adds one to training",
+        help="no compiled rows; by default only evaluation has one, and --compile adds one to training",
     )
     parser.set_defaults(compile=None)
     args = parser.parse_args(argv)
     args.parts = list(dict.fromkeys(args.parts)) or list(PART_NAMES)
     if args.net != "deeplabv2" and args.parts != ["memory"]:
-        parser.error(f"--net {args.net}: the published implementation is a deeplabv2; compute the part memory alone")
+        parser.error(f"--net {args.net}: the published implementation is a deeplabv2; give only the part memory")
     return args
 
 
@@ -107,7 +106,7 @@ def run(args: argparse.Namespace, scratch: Path) -> int:
     result: dict[str, Any] = {"made_by": OUTPUT_MARK, "options": dict(vars(args)), "device": measure.describe(device)}
     result["parts"] = {}
     args.device, args.data_dir = str(device), str(scratch / "images")  # for the processes that measure memory
-    if "memory" in args.parts:  # computed, on any machine
+    if "memory" in args.parts:  # computed on any machine
         steps = memory_rows(args)
         print_memory(args, steps)
         result["parts"]["memory"] = {"rows": {name: {**asdict(step), "card": step.card} for name, step in steps.items()}}
@@ -124,7 +123,7 @@ def run(args: argparse.Namespace, scratch: Path) -> int:
             notes = add_memory(make_table, table, rows, args) if table.nets and not args.no_memory else []
             notes += table.remarks(rows)
             if unsteady := [name for name, row in rows.items() if not row["steady"]]:
-                notes.append(f"quartiles more than a tenth of the median apart: {', '.join(unsteady)}")
+                notes.append(f"interquartile range above a tenth of the median: {', '.join(unsteady)}")
             print_table(table.title, rows, notes)
             result["parts"][make_table.__name__] = {"title": table.title, "rows": rows, "notes": notes}
             if args.json:
@@ -133,7 +132,7 @@ def run(args: argparse.Namespace, scratch: Path) -> int:
 
 
 def add_memory(make_table: Callable, table: "Table", rows: dict[str, dict], args: argparse.Namespace) -> list[str]:
-    """Measure the peak memory of each row that is not compiled in a process of its own; returns a line for each that failed."""
+    """Measure the peak memory of each row that is not compiled, each in its own process; returns a line for each failure."""
     from scripts.bench.measure import measure_peak, progress
 
     notes = []
@@ -143,13 +142,13 @@ def add_memory(make_table: Callable, table: "Table", rows: dict[str, dict], args
             try:
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                     rows[row.name].update(pool.submit(measure_peak, make_table, row.name, args).result())
-            except (OSError, RuntimeError) as error:  # the process was killed, say
+            except (OSError, RuntimeError) as error:  # e.g. the process was killed
                 notes.append(f"the memory of {row.name} was not measured: {error}")
     return notes
 
 
 def cells(row: dict) -> dict[str, str]:
-    """{column: text} of one row; a column that was not measured is not there."""
+    """{column: text} of one row, only for the columns that were measured."""
     found = {"seconds": f"{row['median_s']:.3f}"}
     if row["items"]:
         found |= {"s/image": f"{1 / row['items_per_s']:.3f}", "x ref": f"{row['speedup']:.2f}"}
@@ -161,7 +160,7 @@ def cells(row: dict) -> dict[str, str]:
 
 
 def print_table(title: str, rows: dict[str, dict], notes: list[str]) -> None:
-    """One line per row, ``-`` where a row lacks what others have, and the notes."""
+    """Print one line per row, ``-`` for what was not measured, then the notes."""
     table = {name: cells(row) for name, row in rows.items()}
     columns = list(dict.fromkeys(column for found in table.values() for column in found))
     first = max(map(len, rows))

@@ -1,13 +1,13 @@
-"""Fetch the data sets and the published weights.
+"""Download the data sets and the published weights.
 
-    python scripts/download.py list                              # what there is
+    python scripts/download.py list                              # everything that is available
     python scripts/download.py VOC2012 SBD                       # into data/, unpacked
     python scripts/download.py resnet101-v1                      # into weights/
-    python scripts/download.py coco-init --from ~/Downloads/x.pth  # a file fetched in a browser
+    python scripts/download.py coco-init --from ~/Downloads/x.pth  # a file saved with a browser
 
-A broken download goes on where it stopped when the same command is given again. A file gets its name after its check sum has
-been found right. Sums and addresses come from torchvision (VOC 2012, SBD, its ResNets) and from the pages of the authors; what
-nobody has checked is told by `list`.
+The same command resumes an interrupted download. A file gets its final name only after its checksum has been verified.
+Checksums and URLs come from torchvision (VOC 2012, SBD, its ResNets) and from the pages of the authors; `list` says what
+nobody has checked.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from utils.command import UserError, run_command
 
 
 def print_table(data_dir: Path, weights_dir: Path) -> None:
-    """Name, size, licence, check sum and place of every item, and below what is to be known about some of them."""
-    rows = [("name", "size", "licence", "check sum", "goes to")]
+    """Print the name, size, licence, checksum and destination of every item, and below the table notes on some of them."""
+    rows = [("name", "size", "licence", "checksum", "saved to")]
     notes = []
     for item in CATALOGUE:
         directory = data_dir if item.kind == "data" else weights_dir
@@ -41,34 +41,34 @@ def print_table(data_dir: Path, weights_dir: Path) -> None:
         uncertain = " (?)" if not item.sum_certain else ""
         rows.append((item.name, size, item.licence, known + uncertain, str(item.place(directory))))
         if item.manual:
-            notes.append(f"{item.name}: by hand, from {item.manual}")
+            notes.append(f"{item.name}: download it with a browser, from {item.manual}")
         plain = [url for url in item.urls if url.startswith("http:")]
         if plain:
-            notes.append(f"{item.name}: no https address is published for {plain[0]}")
+            notes.append(f"{item.name}: no https URL is published for {plain[0]}")
         if item.unverified:
             notes.append(f"{item.name}: not verified: {item.unverified}")
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     print(
-        "\n(repository): the licence of the repository that publishes the file. starts: the digits that the file name\n"
-        "carries, as torch.hub checks them. (?): may not hold for this copy, so a difference only warns.\n"
-        "not known: not checked, and the SHA-256 found is printed."
+        "\n(repository): the licence of the repository that publishes the file. starts: the first digits, which are part\n"
+        "of the file name and which torch.hub checks. (?): may not hold for this copy, so a mismatch only warns.\n"
+        "not known: the file is not checked, and its SHA-256 is printed."
     )
     print("\n".join(["", *notes]))
 
 
 def obtain(item: Item, directory: Path, args: argparse.Namespace) -> None:
-    """Bring one item to its place: fetched or copied, checked, unpacked. Does nothing where it is there already."""
+    """Download or copy one item, check it and unpack it. Does nothing if it is already there."""
     target, place = item.path(directory), item.place(directory)
     if item.unpack and not args.force and args.file is None:
         if unpacked(item, directory):
-            print(f"{item.name}: {place} is there and complete; nothing to do")
+            print(f"{item.name}: {place} exists and is complete; nothing to do")
             if args.remove_archive:
                 target.unlink(missing_ok=True)
             return
         if (directory / item.holds).exists() and not record_of(target).exists():
-            print(f"{item.name}: {place} is there, unpacked by other means and not checked; nothing done (--force: anew)")
+            print(f"{item.name}: {place} exists, unpacked by other means and not checked; nothing done (--force replaces it)")
             return
     if args.file is not None:
         take(item, args.file, target, args.force)
@@ -77,13 +77,13 @@ def obtain(item: Item, directory: Path, args: argparse.Namespace) -> None:
             check(item, target)
         except ChecksumError as error:
             raise UserError(f"{error}; move it away, or pass --force to replace it") from error
-        print(f"{item.name}: {target} is there")
+        print(f"{item.name}: {target} already exists")
     elif item.urls:
-        print(f"{item.name}: fetching {item.filename} to {target.parent}")
+        print(f"{item.name}: downloading {item.filename} to {target.parent}")
         fetch(item, target, args.tries, args.timeout)
     else:
         raise UserError(
-            f"{item.name} cannot be fetched by a script; open {item.manual} in a browser, save {item.filename}, and run: "
+            f"{item.name} cannot be downloaded by a script; open {item.manual} in a browser, save {item.filename}, and run: "
             f"python scripts/download.py {item.name} --from FILE"
         )
     if item.unpack:
@@ -94,12 +94,12 @@ def obtain(item: Item, directory: Path, args: argparse.Namespace) -> None:
 
 
 def refused(error: OSError, directory: Path) -> UserError:
-    """What the disk refused (full, no permission, not a folder), in one sentence."""
+    """One sentence for an error of the file system (disk full, no permission, not a folder)."""
     where = error.filename or directory
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"no space is left for {where}; free some, and the same command goes on")
+        return UserError(f"no space is left for {where}; free some space and run the same command to resume")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UserError(f"no permission for {where}; change its rights, or choose another --data-dir or --weights-dir")
+        return UserError(f"no permission for {where}; change its permissions, or choose another --data-dir or --weights-dir")
     return UserError(f"{where} cannot be read or written ({error.strerror or error})")
 
 
@@ -115,21 +115,19 @@ def select(names: list[str]) -> list[Item]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="+", metavar="NAME", help='what to fetch; "list" shows what there is')
-    parser.add_argument("--from", dest="file", type=Path, metavar="FILE", help="a file fetched by hand: checked and copied")
-    parser.add_argument("--data-dir", type=target, default=Path("data"), help="default: %(default)s")
-    parser.add_argument("--weights-dir", type=target, default=Path("weights"), help="default: %(default)s")
-    parser.add_argument("--force", action="store_true", help="fetch again what is there")
-    parser.add_argument("--remove-archive", action="store_true", help="delete an archive once it is unpacked")
-    parser.add_argument(
-        "--tries", type=positive, default=5, help="attempts without progress, per mirror (default: %(default)s)"
-    )
-    parser.add_argument("--timeout", type=positive, default=30, help="seconds without an answer (default: %(default)s)")
+    parser.add_argument("names", nargs="+", metavar="NAME", help='what to download; "list" shows everything available')
+    parser.add_argument("--from", dest="file", type=Path, metavar="FILE", help="a file downloaded by hand, to check and copy")
+    parser.add_argument("--data-dir", type=target, default=Path("data"), help="folder for data sets (default: %(default)s)")
+    parser.add_argument("--weights-dir", type=target, default=Path("weights"), help="folder for weights (default: %(default)s)")
+    parser.add_argument("--force", action="store_true", help="download again and replace existing files")
+    parser.add_argument("--remove-archive", action="store_true", help="delete each archive after unpacking it")
+    parser.add_argument("--tries", type=positive, default=5, help="attempts without progress, per URL (default: %(default)s)")
+    parser.add_argument("--timeout", type=positive, default=30, help="seconds to wait for a response (default: %(default)s)")
     args = parser.parse_args(argv)
     if "list" in args.names and len(args.names) > 1:
-        parser.error("list stands alone")
+        parser.error("list cannot be combined with other names")
     if args.file is not None and len(args.names) > 1:
-        parser.error(f"--from is one file and goes with one name, not with {len(args.names)}")
+        parser.error(f"--from is one file and needs one name, found {len(args.names)}")
     return args
 
 
@@ -145,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
             obtain(item, directory, args)
             path = shlex.quote(str(item.place(directory)))
             commands.append(item.after.format(path=path, directory=shlex.quote(str(directory))))
-        except (UserError, OSError) as error:  # the others may still come
+        except (UserError, OSError) as error:  # the other items may still succeed
             problem = error if isinstance(error, UserError) else refused(error, directory)
             print(f"download.py: error: {problem}", file=sys.stderr)
             status = max(status, problem.exit_status)

@@ -1,5 +1,5 @@
-# Sourced by quickstart.sh and test.sh: `environment FILE...` makes the packages of the requirement files importable.
-# An active environment is used as it is; otherwise .venv beside the scripts is made and activated.
+# Sourced by the other scripts: `environment FILE...` installs the packages of the requirement files.
+# It uses the active environment; without one it creates and activates .venv in the project folder.
 
 environment() {
     local root venv prefix file missing=() options=()
@@ -19,7 +19,7 @@ environment() {
         echo "Python 3.10 or newer is needed; found $(python --version 2>&1)" >&2
         return 1
     fi
-    # pip takes seconds to see that all is there; a copy of each file beside the packages says it at once.
+    # pip needs seconds to find that nothing is missing; a copy of each installed file in the environment is faster to compare.
     prefix=$(python -c 'import sys; print(sys.prefix)')
     for file in "$@"; do
         if ! cmp -s "$file" "$prefix/.deeplab-$file"; then
@@ -29,18 +29,18 @@ environment() {
     done
     [ ${#missing[@]} -gt 0 ] || return 0
     if ! python -c 'import pip' 2>/dev/null; then
-        echo "$prefix has no pip: run \`python -m ensurepip\` in it, or leave it and start again" >&2
+        echo "$prefix has no pip: run \`python -m ensurepip\` in it, or deactivate it and start again" >&2
         return 1
     fi
-    echo "installing ${missing[*]} into $prefix; pip is silent meanwhile"
+    echo "installing ${missing[*]} into $prefix; pip prints nothing meanwhile"
     if ! python -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("torch"))'; then
-        echo "  torch is new there: with CUDA, as on Linux, about 3 GB to fetch and 6 GB on the disk, 5 to 20 minutes."
-        echo "  For a torch without CUDA (0.3 GB) press Ctrl-C, activate that environment, install torch and torchvision"
-        echo "  as pytorch.org says for the CPU, and start again."
+        echo "  torch will be installed: with CUDA (the default on Linux) a 3 GB download, 6 GB on disk, 5 to 20 minutes."
+        echo "  For torch without CUDA (0.3 GB) press Ctrl-C, activate this environment, install torch and torchvision"
+        echo "  for the CPU as described on pytorch.org, and start again."
     fi
     if ! python -m pip install --quiet --disable-pip-version-check "${options[@]}"; then
-        echo "pip could not install ${missing[*]}; its reason is above. Without a network nothing can be fetched; else the" \
-            "same command goes on from here" >&2
+        echo "pip could not install ${missing[*]}; the reason is above. Check the network, then run the same" \
+            "command again" >&2
         return 1
     fi
     for file in "${missing[@]}"; do cp "$file" "$prefix/.deeplab-$file"; done
@@ -54,11 +54,11 @@ new_environment() {
         return 1
     fi
     if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
-        echo "$python cannot make an environment (Debian and Ubuntu: apt install python3-venv); or activate one of your own" >&2
+        echo "$python cannot create an environment; install venv (Debian, Ubuntu: apt install python3-venv) or activate your own" >&2
         return 1
     fi
     if ! "$python" -m venv "$1"; then
-        echo "the environment $1 could not be made; the reason is above" >&2
+        echo "the environment $1 could not be created; the reason is above" >&2
         return 1
     fi
 }

@@ -3,19 +3,19 @@
     python scripts/make_shapes.py --out data/shapes
     python scripts/make_shapes.py --kind landscapes --out data/landscapes
 
-A net learns it from scratch in minutes, so it shows that training and evaluation work where no real data is at hand. Shapes:
-each class has its own shape, texture and range of hues, and every image holds two to four whole objects that do not touch.
-Landscapes: mountains, woods and lakes with balloons above them (scripts/data/landscapes.py). The sides are odd and differ from
-image to image. Written are
+A net learns it from scratch in minutes, so training and evaluation can be tried without real data. Shapes: each class has its
+own shape, texture and range of hues, and every image holds two to four complete objects that do not touch. Landscapes:
+mountains, woods and lakes with balloons above them (scripts/data/landscapes.py). The image sizes are odd numbers and vary.
+The script writes
 
     JPEGImages/<id>.jpg               RGB, quality 95
-    SegmentationClassAug/<id>.png     palette PNG of classes; 255, to be ignored, along the outline of every shape
-    ImageSets/Segmentation/train.txt  one id per line; val.txt likewise
-    classes.txt                       one name per line, line 1 = label 0; landscapes' with a colour
+    SegmentationClassAug/<id>.png     palette PNG of classes; 255 (ignored) along the outline of every shape
+    ImageSets/Segmentation/train.txt  one id per line; and val.txt
+    classes.txt                       one name per line, line 1 = label 0; for landscapes also a colour
 
-and a hidden file that marks the folder, since only an empty one, or one made here, is written to.
-An image depends on its seed, list and number alone: the same command writes the same bytes, and more images leave the earlier
-ones as they are.
+and a hidden file that marks the folder: the script writes only to an empty folder or to one that it has made.
+An image depends only on the seed, its list and its number: the same command writes the same bytes, and asking for more images
+does not change the first ones.
 """
 
 import argparse
@@ -37,9 +37,9 @@ from utils.visualize import save_indexed_png
 
 CLASSES = ("background", "disc", "square", "triangle", "ring", "star", "cross")
 SPLITS = ("train", "val")
-SUPERSAMPLING = 4  # outlines are drawn this much finer and averaged down
-OUTLINE_WIDTH = 5  # pixels across the brush that draws the void border
-CLEARANCE = 8  # pixels kept free around an object
+SUPERSAMPLING = 4  # outlines are drawn at this scale and averaged down
+OUTLINE_WIDTH = 5  # width in pixels of the brush that draws the ignored border
+CLEARANCE = 8  # free pixels around an object
 
 
 class Placed(NamedTuple):
@@ -74,7 +74,7 @@ def outline(label: int) -> list[np.ndarray]:
 
 
 def texture(label: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """The pattern of a class, 0..1, at the coordinates u and v counted in periods of the pattern."""
+    """The pattern of a class, 0..1, at coordinates u and v in periods of the pattern."""
     u, v = 2 * np.pi * u, 2 * np.pi * v
     wave = {
         "disc": lambda: np.sin(np.hypot(u, v)),  # circles
@@ -88,7 +88,7 @@ def texture(label: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def place(rng: np.random.Generator, height: int, width: int, first_label: int) -> list[Placed]:
-    """Two to four objects, the first of a given class, whole and apart from each other."""
+    """Two to four complete, separate objects, the first of a given class."""
     labels = [first_label, *rng.integers(1, len(CLASSES), rng.integers(1, 4)).tolist()]
     smallest, room = 0.18 * min(height, width), 0.14 * min(height, width)
     while True:
@@ -107,16 +107,16 @@ def place(rng: np.random.Generator, height: int, width: int, first_label: int) -
 
 
 def ground(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """(height, width, 3) float32: clouds of two sizes and grain around one dull colour."""
-    picture = np.full((height, width, 3), rng.uniform(70, 180) + rng.uniform(-25, 25, 3), dtype=np.float32)
+    """The background, (height, width, 3) float32: clouds of two sizes and grain around one dull colour."""
+    image = np.full((height, width, 3), rng.uniform(70, 180) + rng.uniform(-25, 25, 3), dtype=np.float32)
     for cells, strength in ((4, 22), (20, 14)):
         clouds = rng.standard_normal((cells, cells, 1)) * strength + rng.standard_normal((cells, cells, 3)) * strength / 3
-        picture += cv2.resize(clouds.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
-    return picture + rng.standard_normal((height, width, 1), dtype=np.float32) * 5
+        image += cv2.resize(clouds.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
+    return image + rng.standard_normal((height, width, 1), dtype=np.float32) * 5
 
 
 def two_colors(rng: np.random.Generator, label: int) -> tuple[np.ndarray, np.ndarray]:
-    """A dark and a light colour (BGR, float32). The hues of a class stay clear of those of its neighbours."""
+    """A dark and a light colour (BGR, float32). The hue ranges of the classes do not overlap."""
     hue = (label * 360 / (len(CLASSES) - 1) + rng.uniform(-18, 18)) % 360
     other = (hue + rng.uniform(-10, 10)) % 360
     hsv = np.array(
@@ -159,7 +159,7 @@ def draw(rng: np.random.Generator, image: np.ndarray, labels: np.ndarray, item: 
 def make_image(
     seed: int, split: int, number: int, largest: tuple[int, int], kind: str = "shapes"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One image, (H, W, 3) uint8 BGR, and its labels, (H, W) uint8, with odd sides of 5/6 ``largest`` and more."""
+    """One (H, W, 3) uint8 BGR image and its (H, W) uint8 labels; the sides are odd, from 5/6 of ``largest`` up to it."""
     rng = np.random.default_rng((seed, split, number))
     height, width = (int(rng.choice(np.arange(side * 5 // 6 | 1, side + 1, 2))) for side in largest)
     if kind == "landscapes":
@@ -177,12 +177,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description="Make a small data set of textured shapes, or of landscapes, in the layout of PASCAL VOC.",
         formatter_class=formatter,
     )
-    parser.add_argument("--kind", choices=("shapes", "landscapes"), default="shapes", help="what the images show")
-    text = "folder to write to; made if it is missing"
+    parser.add_argument("--kind", choices=("shapes", "landscapes"), default="shapes", help="content of the images")
+    text = "output folder; created if missing"
     parser.add_argument("--out", type=target, required=True, default=argparse.SUPPRESS, help=text)
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same files, byte for byte")
     parser.add_argument("--train", type=int, default=200, help="number of training images")
-    parser.add_argument("--val", type=int, default=40, help="number of held-out images")
+    parser.add_argument("--val", type=int, default=40, help="number of validation images")
     parser.add_argument("--size", type=size, default="193,225", metavar="H,W", help="height and width of the largest images")
     return parser.parse_args(argv)
 
@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
             folder.mkdir(parents=True, exist_ok=True)
         lines = [" ".join(map(str, (name, *color))) for name, color in zip_longest(names, colors, fillvalue=())]
         (args.out / "classes.txt").write_text("".join(f"{line}\n" for line in lines))
-        for split in SPLITS:  # the lists come back last: a run that was stopped half-way leaves none
+        for split in SPLITS:  # the lists are written last: an interrupted run leaves none
             (lists / f"{split}.txt").unlink(missing_ok=True)
         ids: dict[str, list[str]] = {}
         for s, (split, count) in enumerate(zip(SPLITS, (args.train, args.val))):
@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
             (lists / f"{split}.txt").write_text("".join(f"{image_id}\n" for image_id in ids[split]))
     except OSError as error:
         raise UserError(f"cannot write to {args.out}: {error.strerror or error}; choose another folder with --out") from None
-    print(f"{args.out}: {args.train} training and {args.val} held-out images of {len(names)} classes ({', '.join(names)})")
+    print(f"{args.out}: {args.train} training and {args.val} validation images of {len(names)} classes ({', '.join(names)})")
     return 0
 
 

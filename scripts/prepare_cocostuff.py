@@ -1,13 +1,13 @@
-"""Make labels that training reads of the 10k of COCO-Stuff, version 1.1, whose labels are .mat files.
+"""Convert the .mat labels of COCO-Stuff 10k, version 1.1, to PNGs for training.
 
     python scripts/download.py cocostuff10k
     python scripts/prepare_cocostuff.py
     python train.py --dataset cocostuff --data-dir data/cocostuff10k --num-steps 20000 --random-mirror --random-scale
 
-annotations/<id>.mat becomes annotations_png/<id>.png: class indices 0..181, 255 unlabelled, under the VOC colour map. The lists
-in imageLists/ are read as they are: train, and test, which is what others call val. The folder appears when every label is in
-it; one that is there already is compared with the .mat files and left as it is. Images and labels keep their sizes: the scores
-that are published for the 10k are of images and labels warped to 513x513. The 164k images need no preparation.
+annotations/<id>.mat becomes annotations_png/<id>.png: class indices 0..181, 255 unlabelled, with the VOC colour map. The lists
+in imageLists/ are used unchanged: train, and test for validation. The folder appears only when every label is in it; an
+existing folder is compared with the .mat files and not changed. Images and labels keep their sizes, but the published scores
+of the 10k are of images and labels warped to 513x513. COCO-Stuff 164k needs no preparation.
 """
 
 import argparse
@@ -34,13 +34,13 @@ from utils.files import check_writable
 from utils.visualize import save_indexed_png
 
 PUBLISHED = {"train": 9000, "test": 1000}
-OLD_NAMES = 172  # names in a file of version 1.0, in which 1 is unlabelled and no number is left out (cocostuff10k, README)
-SHOWN = 20  # files in a message
+OLD_NAMES = 172  # names in a file of version 1.0, where 1 is unlabelled and no number is skipped (cocostuff10k, README)
+SHOWN = 20  # files listed in a message
 LAYOUT = "images/<id>.jpg, annotations/<id>.mat and imageLists/{train,test,all}.txt"
 
 
 def decode(data: bytes) -> np.ndarray:
-    """The classes (H, W) int64 of a .mat file: its ``S`` holds 0 where nothing is labelled, and class k as k + 1."""
+    """The (H, W) int64 classes of a .mat file: its ``S`` holds 0 for unlabelled pixels and k + 1 for class k."""
     content = read_mat(data, "S", "S, as in version 1.1 of the 10k")
     values, names = content["S"], content.get("names")
     if names is not None and names.size == OLD_NAMES:
@@ -55,14 +55,14 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def convert(image_id: str, root: Path, folder: Path, write: bool) -> str:
-    """Write the label of an image to ``folder``, or compare it with the one there; what is wrong in a sentence, else ""."""
+    """Write the label of an image to ``folder``, or compare it with the one there; returns the fault in one sentence, or ""."""
     path, label = root / "annotations" / f"{image_id}.mat", folder / f"{image_id}.png"
     try:
         mask = checked(decode(path.read_bytes()), root / "images" / f"{image_id}.jpg", len(COCO_NAMES))
         if write:
             save_indexed_png(label, mask)
         elif not np.array_equal(decode_label(label.read_bytes())[0], mask):
-            return f"{label} is another label than {path}"
+            return f"{label} differs from {path}"
     except BadLabel as error:
         return f"{path} {error}"
     except FileNotFoundError as error:
@@ -74,11 +74,11 @@ def read_lists(root: Path) -> dict[str, list[str]]:
     """The ids of imageLists/train.txt, test.txt and all.txt.
 
     Raises:
-        DatasetError: this is not the folder of the 10k, or the lists do not fit together.
+        DatasetError: this is not the folder of COCO-Stuff 10k, or the lists contradict each other.
     """
     if (root / "images/train2017").is_dir():
         raise DatasetError(
-            f"{root} holds the 164k, whose labels are PNGs: nothing is to be prepared; --dataset cocostuff reads it"
+            f"{root} is COCO-Stuff 164k and needs no preparation: its labels are PNGs; use it with --dataset cocostuff"
         )
     paths = {name: root / "imageLists" / f"{name}.txt" for name in ("train", "test", "all")}
     if lost := next((path for path in (root / "images", root / "annotations", *paths.values()) if not path.exists()), None):
@@ -97,10 +97,10 @@ def read_lists(root: Path) -> dict[str, list[str]]:
 
 
 def prepare(root: Path, workers: int) -> None:
-    """Make ``root/annotations_png``, or compare what is there.
+    """Make ``root/annotations_png``, or compare an existing one.
 
     Raises:
-        UserError: a label or image is missing or wrong; nothing is left behind then.
+        UserError: a label or image is missing or wrong; nothing is written then.
     """
     lists = read_lists(root)
     ids, place = sorted(lists["all"]), root / PREPARED
@@ -122,11 +122,11 @@ def prepare(root: Path, workers: int) -> None:
     finally:
         if new:
             shutil.rmtree(folder, ignore_errors=True)
-    print(f"{place}: {len(ids)} labels {'written' if new else 'were there already'}")
+    print(f"{place}: {len(ids)} labels {'written' if new else 'already there'}")
     for name, count in PUBLISHED.items():
         if len(lists[name]) != count:
-            print(f"warning: {name}.txt names {len(lists[name])} images, published are {count}", file=sys.stderr)
-    print("images and labels keep their sizes; published scores of the 10k are of both warped to 513x513")
+            print(f"warning: {name}.txt names {len(lists[name])} images, expected {count} as published", file=sys.stderr)
+    print("images and labels keep their sizes; the published scores of the 10k are of both warped to 513x513")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -1,13 +1,13 @@
-"""Make the augmented PASCAL VOC 2012 set (10,582 training pictures) from VOC 2012 and SBD.
+"""Make the augmented PASCAL VOC 2012 set (10,582 training images) from VOC 2012 and SBD.
 
     python scripts/prepare_voc.py                                # SBD from data/SBD, unpacked or as benchmark.tgz
-    python scripts/prepare_voc.py --aug SegmentationClassAug.zip # masks that somebody has converted already
+    python scripts/prepare_voc.py --aug SegmentationClassAug.zip # masks that are already converted
 
-Into --data-dir go SegmentationClassAug/<id>.png (class indices under the VOC palette) and the lists
-ImageSets/SegmentationAug/{train_aug,trainval_aug,val}.txt. Where VOC and SBD both have a mask, VOC's is taken: only that one
-has the void border. Masks and lists that are there already are compared: what is right stays as it is, in whatever form, and
-what is not is moved to SegmentationClassAug_replaced/. So an interrupted run goes on where it stopped, and a finished one
-changes nothing.
+Writes SegmentationClassAug/<id>.png (class indices with the VOC palette) and the lists
+ImageSets/SegmentationAug/{train_aug,trainval_aug,val}.txt to --data-dir. If VOC and SBD both have a mask, VOC's is used: only
+VOC's has the border that is ignored ("void"). Existing masks and lists are checked: correct ones stay unchanged in any format,
+wrong ones are moved to SegmentationClassAug_replaced/. So the same command resumes an interrupted run, and after a complete
+run it changes nothing.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from utils.options import DATA_DIR
 SBD_FOLDER, SBD_ARCHIVE = Path("data/SBD/benchmark_RELEASE"), Path("data/SBD/benchmark.tgz")
 SBD_COUNT = 11355  # ids on SBD's train (8498) and val (2857) lists together
 
-PUBLISHED = {  # number of ids and MD5 of the lists as the DeepLab authors published them, see ids_md5()
+PUBLISHED = {  # number of ids and MD5 (see ids_md5()) of the lists that the DeepLab authors published
     "train": (1464, "223101833d3a86c8a837814f3e7afe88"),
     "val": (1449, "5510db06bbb92848a0bf6109eba6d646"),
     "train_aug": (10582, "215992f6fd958f89800449fdb4bbabe6"),
@@ -47,20 +47,20 @@ PUBLISHED = {  # number of ids and MD5 of the lists as the DeepLab authors publi
 
 
 def ids_md5(ids: set[str]) -> str:
-    """MD5 of the sorted ids, one a line, each with a line feed: independent of the order of a published list."""
+    """MD5 of the sorted ids, one per line, each followed by a line feed: independent of the order of a list."""
     return hashlib.md5("".join(f"{image_id}\n" for image_id in sorted(ids)).encode()).hexdigest()
 
 
 def augmented_lists(train: set[str], val: set[str], extra: set[str]) -> dict[str, set[str]]:
-    """The three lists from VOC's own two and the ids of further masks: no id of val may be trained on."""
+    """The three lists from VOC's train and val and the ids of further masks: no id of val is in train_aug."""
     train_aug = (train | extra) - val
     return {"train_aug": train_aug, "trainval_aug": train_aug | val, "val": val}
 
 
 def difference(name: str, ids: set[str], data_dir: Path) -> str | None:
-    """What sets ``ids`` apart from the published list ``name``, in one sentence; None if nothing does.
+    """How ``ids`` differ from the published list ``name``, in one sentence; None if they do not.
 
-    The check sum only tells that they differ. Which ids differ is told where a copy of the published list lies in ImageSets.
+    The checksum only shows that they differ. If ImageSets has a copy of the published list, the differing ids are named.
     """
     count, md5 = PUBLISHED[name]
     if ids_md5(ids) == md5:
@@ -71,7 +71,7 @@ def difference(name: str, ids: set[str], data_dir: Path) -> str | None:
     )
     strange = {image_id for image_id in ids if not re.fullmatch(r"\d{4}_\d{6}", image_id)}
     if strange:
-        text += f"; {len(strange)} not of the form of VOC's (2007_000032): {few(sorted(strange))}"
+        text += f"; {len(strange)} not in VOC's format (2007_000032): {few(sorted(strange))}"
     for path in sorted(data_dir.glob("ImageSets/Segmentation*/*.txt")):
         published = set(read_ids(path))
         if ids_md5(published) == md5:
@@ -82,7 +82,7 @@ def difference(name: str, ids: set[str], data_dir: Path) -> str | None:
 
 
 def locate_sbd(given: str | None) -> Path:
-    """The SBD folder or archive: the one given, else the unpacked one in data/SBD, else the archive there."""
+    """The SBD folder or archive: the given path, else the unpacked folder in data/SBD, else the archive there."""
     if given is not None:
         if not Path(given).exists():
             raise DatasetError(f"--sbd {given} does not exist; pass SBD's benchmark_RELEASE folder or benchmark.tgz")
@@ -90,14 +90,14 @@ def locate_sbd(given: str | None) -> Path:
     found = next((path for path in (SBD_FOLDER, SBD_ARCHIVE) if path.exists()), None)
     if found is None:
         raise DatasetError(
-            f"neither {SBD_FOLDER} nor {SBD_ARCHIVE} is there: get SBD with `python scripts/download.py sbd`, "
+            f"neither {SBD_FOLDER} nor {SBD_ARCHIVE} exists: get SBD with `python scripts/download.py sbd`, "
             "or pass a ready SegmentationClassAug folder or zip with --aug"
         )
     return found
 
 
 def read_voc_lists(data_dir: Path) -> tuple[set[str], set[str]]:
-    """VOC's own train and val ids; DatasetError where ``data_dir`` is not the VOC2012 folder."""
+    """VOC's train and val ids; raises DatasetError if ``data_dir`` is not the VOC2012 folder."""
     lists = [data_dir / "ImageSets/Segmentation" / f"{name}.txt" for name in ("train", "val")]
     if not all(path.is_file() for path in lists) or not (data_dir / "JPEGImages").is_dir():
         inner = next((str(path) for name in ("VOC2012", "VOCdevkit/VOC2012") if (path := data_dir / name).is_dir()), None)
@@ -108,12 +108,12 @@ def read_voc_lists(data_dir: Path) -> tuple[set[str], set[str]]:
     return set(read_ids(lists[0])), set(read_ids(lists[1]))
 
 
-def fetch_missing_pictures(ids: set[str], sbd: Path | None, data_dir: Path) -> set[str]:
-    """Copy pictures that JPEGImages lacks from SBD, whose pictures are VOC's; returns the ids that stay without one."""
+def copy_missing_images(ids: set[str], sbd: Path | None, data_dir: Path) -> set[str]:
+    """Copy images that JPEGImages lacks from SBD, which has the same images; returns the ids that are still missing."""
     missing = {image_id for image_id in ids if not (data_dir / "JPEGImages" / f"{image_id}.jpg").exists()}
     if missing and sbd is not None:
         wanted = {f"img/{image_id}.jpg" for image_id in missing}
-        for name, data in tqdm(read_sbd(sbd, wanted), "pictures from SBD", len(wanted), unit="file", disable=None):
+        for name, data in tqdm(read_sbd(sbd, wanted), "images from SBD", len(wanted), unit="file", disable=None):
             write_atomically(data_dir / "JPEGImages" / Path(name).name, methodcaller("write", data))
             missing.remove(Path(name).stem)
     return missing
@@ -121,13 +121,13 @@ def fetch_missing_pictures(ids: set[str], sbd: Path | None, data_dir: Path) -> s
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=target, default=Path(DATA_DIR), help="the VOC2012 folder (%(default)s)")
+    parser.add_argument("--data-dir", type=target, default=Path(DATA_DIR), help="the VOC2012 folder (default: %(default)s)")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--sbd", help=f"SBD's folder or benchmark.tgz ({SBD_FOLDER}, else {SBD_ARCHIVE})")
+    source.add_argument("--sbd", help=f"SBD's folder or benchmark.tgz (default: {SBD_FOLDER}, else {SBD_ARCHIVE})")
     source.add_argument("--aug", type=Path, help="a ready SegmentationClassAug folder or zip, instead of SBD")
     add_workers_option(parser)
-    parser.add_argument("--overwrite", action="store_true", help="write every mask anew, also those that are there and right")
-    parser.add_argument("--strict", action="store_true", help="end with status 1 where a list is not the published one")
+    parser.add_argument("--overwrite", action="store_true", help="write every mask again, also correct existing ones")
+    parser.add_argument("--strict", action="store_true", help="exit with status 1 if the result differs from the published set")
     return parser.parse_args(argv)
 
 
@@ -147,7 +147,7 @@ def prepare(args: argparse.Namespace) -> int:
         extra = sbd_lists["train"] | sbd_lists["val"]
         print(f"VOC: {len(train)} train, {len(val)} val; SBD: {len(sbd_lists['train'])} train, {len(sbd_lists['val'])} val")
         if len(extra) != SBD_COUNT:
-            notes.append(f"SBD: its lists name {len(extra)} pictures, published are {SBD_COUNT}")
+            notes.append(f"SBD: its lists name {len(extra)} images, expected {SBD_COUNT} as published")
     lists = augmented_lists(train, val, extra)
     ids = lists["trainval_aug"]
     if unsafe := {image_id for image_id in ids if not re.fullmatch(r"[\w-]+", image_id)}:
@@ -155,15 +155,15 @@ def prepare(args: argparse.Namespace) -> int:
 
     own = {image_id for image_id in train | val if (data_dir / VOC_DIR / f"{image_id}.png").exists()}
     remove_torn_files(data_dir / "JPEGImages" / f"{image_id}.jpg" for image_id in ids)
-    missing = fetch_missing_pictures(ids, sbd, data_dir)
-    bad = [f"{image_id}: JPEGImages has no picture of it" for image_id in sorted(missing)]
-    bad += [f"{image_id}: {VOC_DIR} has no mask of it" for image_id in sorted((train | val) - own - extra)]
+    missing = copy_missing_images(ids, sbd, data_dir)
+    bad = [f"{image_id}: no image in JPEGImages" for image_id in sorted(missing)]
+    bad += [f"{image_id}: no mask in {VOC_DIR}" for image_id in sorted((train | val) - own - extra)]
     if borrowed := (train | val) & extra - own:
-        notes.append(f"{len(borrowed)} VOC ids lack a mask in {VOC_DIR} and take the one of {source}: {few(sorted(borrowed))}")
+        notes.append(f"{len(borrowed)} VOC ids lack a mask in {VOC_DIR}; that of {source} is used: {few(sorted(borrowed))}")
     if ready:
         notes.append(compare_with_voc(source, ready, own & extra, data_dir, args.workers))
 
-    # Masks are read here, one file after the other, and compared and written in the worker processes.
+    # Masks are read here, one file after the other; the worker processes compare and write them.
     aside = next(path for n in count(1) if not (path := data_dir / f"{AUG_DIR}_replaced{'' if n == 1 else n}").exists())
     (data_dir / AUG_DIR).mkdir(exist_ok=True)
     remove_torn_files(data_dir / AUG_DIR / f"{image_id}.png" for image_id in ids)  # left by a run that was killed
@@ -174,7 +174,7 @@ def prepare(args: argparse.Namespace) -> int:
     outcomes = dict(tqdm(converted, "masks", len(from_voc) + len(from_extra), unit="mask", disable=None))
     by_outcome = {name: {i for i, outcome in outcomes.items() if outcome == name} for name in ("there", "new", "replaced")}
     bad += [f"{i}: {outcome}" for i, outcome in sorted(outcomes.items()) if outcome not in by_outcome]
-    bad += [f"{image_id}: {source} has no mask of it" for image_id in sorted(from_extra - outcomes.keys())]
+    bad += [f"{image_id}: no mask in {source}" for image_id in sorted(from_extra - outcomes.keys())]
     written = by_outcome["new"] | by_outcome["replaced"]
     print(
         f"masks: {len(by_outcome['there'])} already there, {len(written & from_voc)} written from VOC, "
@@ -182,13 +182,13 @@ def prepare(args: argparse.Namespace) -> int:
     )
     if replaced := by_outcome["replaced"]:
         text = f"moved to {aside}/: {few(sorted(replaced))}"
-        print(f"{len(replaced)} masks were there but are not those of VOC or {source}: {text}")
+        print(f"{len(replaced)} existing masks differ from those of VOC or {source}: {text}")
     if bad:
         print("\n".join(bad[:50]), file=sys.stderr)
         more = f" (and {len(bad) - 50} more)" if len(bad) > 50 else ""
         raise DatasetError(
-            f"{len(bad)} file{'s' * (len(bad) > 1)} cannot be used, see above{more}; no list was written: mend or fetch "
-            "them again and run the same command, the finished masks stay"
+            f"{len(bad)} file{'s' * (len(bad) > 1)} cannot be used, see above{more}; no list was written: repair or download "
+            "them again and run the same command, finished masks are kept"
         )
 
     notes += [difference(name, lists[name], data_dir) for name in ("train_aug", "trainval_aug")]
@@ -197,18 +197,18 @@ def prepare(args: argparse.Namespace) -> int:
     for note in notes:
         print(f"warning: {note}", file=sys.stderr)
     if notes:
-        print("warning: this is not the published set; results on it do not compare with published ones", file=sys.stderr)
+        print("warning: this is not the published set; results on it are not comparable with published ones", file=sys.stderr)
     return 1 if notes and args.strict else 0
 
 
 def compare_with_voc(source: Path, ready: dict[str, str], ids: set[str], data_dir: Path, workers: int) -> str | None:
-    """What sets ready masks apart from the published ones, which are VOC's own where VOC has any; None if nothing does."""
+    """How many ready masks differ from VOC's own, which the published set uses, in one sentence; None if no mask differs."""
     tasks = ((image_id, data, data_dir) for image_id, data in read_ready(source, ready, ids))
     compared = tqdm(parallel_map(agrees, tasks, workers), "compared with VOC", len(ids), unit="mask", disable=None)
     other = {image_id for image_id, same in compared if not same}
     if not other:
         return None
-    return f"{len(other)} of the {len(ids)} masks in {source} that VOC has, too, are not VOC's: {few(sorted(other))}"
+    return f"{len(other)} of the {len(ids)} masks in {source} that VOC also has differ from VOC's: {few(sorted(other))}"
 
 
 def voc_masks(ids: set[str], data_dir: Path) -> Iterator[tuple[str, str, bytes]]:
@@ -226,27 +226,27 @@ def extra_masks(source: Path, ready: dict[str, str], ids: set[str]) -> Iterator[
 
 
 def write_lists(lists: dict[str, set[str]], own: set[str], data_dir: Path, aside: Path) -> None:
-    """Write the lists, one bare id a line; a file that lists the same ids and masks already, in any form, stays as it is."""
+    """Write the lists, one id per line; a file that already lists the same ids and masks, in any format, is left unchanged."""
     folder = data_dir / "ImageSets/SegmentationAug"
     folder.mkdir(exist_ok=True)
     remove_torn_files(folder / f"{name}.txt" for name in lists)
     for name, listed in lists.items():
         path = folder / f"{name}.txt"
-        if not says(path, listed, own):
+        if not is_current(path, listed, own):
             if path.exists():
                 set_aside(path, aside)
-                print(f"{path} named other ids or masks: moved to {aside}/")
+                print(f"{path} listed other ids or masks: moved to {aside}/")
             text = "".join(f"{image_id}\n" for image_id in sorted(listed)).encode()
             write_atomically(path, methodcaller("write", text))
         published = " (ids as published)" if ids_md5(listed) == PUBLISHED[name][1] else ""
         print(f"{path}: {len(listed)} ids{published}")
 
 
-def says(path: Path, listed: set[str], own: set[str]) -> bool:
-    """Whether a list names each of ``listed`` once, with the masks that are in place; VOC's ``own`` are in two folders."""
+def is_current(path: Path, listed: set[str], own: set[str]) -> bool:
+    """Whether a list names each of ``listed`` once, with existing masks; those of VOC's ``own`` are in two folders."""
     try:
         entries = read_list(path)
-    except DatasetError:  # missing, empty or no text
+    except DatasetError:  # missing, empty or not text
         return False
     ids = [entry.id for entry in entries]
     folders = {entry.id: (AUG_DIR, VOC_DIR) if entry.id in own else (AUG_DIR,) for entry in entries}
@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
         return prepare(args)
     except BrokenPipeError:
         raise
-    except OSError as error:  # no permission, disk full, broken medium
+    except OSError as error:  # no permission, disk full, I/O error
         raise DatasetError(f"{error.filename or args.data_dir}: {error.strerror or error}") from error
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# From nothing to a trained, evaluated net: makes a small data set, trains on it, evaluates with three scales and the dense
-# CRF, and ends with a report to look at. With a CUDA device it trains a ResNet-101, on the CPU a ResNet-18.
+# Makes a small data set, trains a net on it, evaluates it with three scales and the dense CRF, and writes a report.
+# Trains a ResNet-101 on a CUDA device, a ResNet-18 on the CPU.
 #
-#     bash scripts/quickstart.sh [FOLDER]        results go to FOLDER (default: quickstart), which is made anew
+#     bash scripts/quickstart.sh [FOLDER]        writes to FOLDER (default: quickstart); replaces an earlier run
 set -euo pipefail
 start_folder=$PWD
 cd "$(dirname "$0")/.."

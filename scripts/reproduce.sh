@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The published numbers on PASCAL VOC 2012 val, with one command:
+# Reproduce the published mean IoU on PASCAL VOC 2012 val:
 #
-#     bash scripts/reproduce.sh kazuto      kazuto1011's released weights, three scales, without and with CRF
-#     bash scripts/reproduce.sh official    the authors' released weights, in the same way
-#     bash scripts/reproduce.sh train       train_msc.py by the official recipe from the COCO weights, then the same
+#     bash scripts/reproduce.sh kazuto      kazuto1011's weights, three scales, without and with CRF
+#     bash scripts/reproduce.sh official    the authors' weights, evaluated in the same way
+#     bash scripts/reproduce.sh train       train_msc.py with the official recipe from the COCO weights, then the same
 #
-# Fetches what is missing (VOC2012 2 GB, SBD 1.4 GB, the weights), prepares, evaluates, and prints expected | got. Every step goes
-# on where an earlier run of it stopped. Results go to results/. Further options go to evaluate.py, those in TRAIN_OPTIONS to
-# train_msc.py, whose steps are STEPS (20000).
+# Downloads missing files (VOC2012 2 GB, SBD 1.4 GB, the weights), prepares, evaluates, and prints expected and measured values.
+# The same command resumes an interrupted run. Results are written to results/. Further options go to evaluate.py; the
+# environment variables TRAIN_OPTIONS and STEPS (default: 20000) set options and the number of steps of train_msc.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
@@ -23,7 +23,7 @@ name=$1
 shift
 environment requirements.txt
 
-echo "== pictures and labels"
+echo "== images and labels"
 if [ ! -f data/VOCdevkit/VOC2012/ImageSets/SegmentationAug/val.txt ]; then
     python scripts/download.py VOC2012 SBD
     python scripts/prepare_voc.py

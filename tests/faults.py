@@ -1,10 +1,10 @@
-"""Kills programs at random moments, and looks whether anything is lost; by hand, and in small by test_faults.py.
+"""Kill programs at random moments and check that nothing is lost. Run by hand; test_faults.py runs a few kills.
 
-    python tests/faults.py [--kills 200] [--minutes 60] [--seed N]   kills, inside writes too; a table, status 1 for a loss
+    python tests/faults.py [--kills 200] [--minutes 60] [--seed N]   kills, also during writes; status 1 if anything is lost
     python tests/faults.py --long                                    memory and open files of long runs; status 1 if they grow
 
-A kill is SIGKILL to a whole process group. A training run goes on with --resume after each, and must end as one that nobody
-disturbed; the other programs are started again, and must leave the same files.
+A kill is SIGKILL to a whole process group. After each kill a training run is resumed with --resume, and must end exactly like
+an undisturbed run. Other programs are started again, and must write the same files.
 """
 
 import argparse
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import deeplab  # noqa: F401  (what is imported here costs no child any time)
+import deeplab  # noqa: F401  (imported once here, not in every child)
 import train
 from deeplab.weights import check_sums
 from tests.helpers import ROOT, make_toy_voc
@@ -59,19 +59,19 @@ MOST_GROWTH = 1.02
 
 
 class Killer:
-    """Lets programs run, and kills them: half of them at any moment, half of them as soon as they are seen writing."""
+    """Kills running programs, half of them at a random moment and half of them during a write."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self.kills: Counter[str] = Counter()
-        self.inside: Counter[str] = Counter()  # of them inside a write
+        self.inside: Counter[str] = Counter()  # kills during a write
 
     @property
     def total(self) -> int:
         return self.kills.total()
 
     def disturb(self, kind: str, pids: list[int], folder: Path, seconds: float) -> bool:
-        """Kill what was just started, or find that it was faster; whether it was killed."""
+        """Kill processes that were just started; returns False if they finished before."""
         begun, seen = time.monotonic(), 0.0
         writes = self.random.random() < 0.5
         wait = self.random.uniform(0, 0.06 if writes else seconds)
@@ -92,7 +92,7 @@ class Killer:
         with suppress(ProcessLookupError):
             os.killpg(victim, signal.SIGKILL)
         if len(pids) > 1:
-            time.sleep(self.random.uniform(0, 0.2))  # the launcher needs a moment to end the others
+            time.sleep(self.random.uniform(0, 0.2))  # the launcher needs a moment to stop the others
         kill(*pids)
         self.kills[kind] += 1
         self.inside[kind] += bool(unfinished(folder) - before)
@@ -116,18 +116,18 @@ def start_training(toy: Path, folder: Path, ranks: int, *more: str) -> list[int]
 
 
 def check_whole(folder: Path) -> None:
-    """Every snapshot that has its name is whole, whatever the moment of the kill."""
+    """Every snapshot with its final name must be complete."""
     try:
         if (folder / "last.ckpt").exists():
             load_checkpoint(folder / "last.ckpt")
         for path in folder.glob("*.pth"):
             check_sums(path)
-    except Exception as error:  # of the reader of whatever is broken
+    except Exception as error:  # any error of a reader
         raise Lost(f"{type(error).__name__}: {error}") from error
 
 
 def same(one: object, other: object) -> bool:
-    """Bit for bit, through dicts and lists."""
+    """Whether two values are equal bit for bit, also in dicts and lists."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and torch.equal(one, other)
     if isinstance(one, dict):
@@ -138,17 +138,17 @@ def same(one: object, other: object) -> bool:
 
 
 def check_end(folder: Path, expected: Path) -> None:
-    """A run that was killed and resumed is the run that nobody disturbed; nothing is left of the kills."""
+    """A killed and resumed run must equal the undisturbed one; no file of the kills may be left."""
     for path in [*sorted(expected.glob("*.pth")), expected / "last.ckpt"]:
         one, other = (torch.load(place, weights_only=True) for place in (path, folder / path.name))
         for content in (one, other):
             content["meta"].pop("args")  # --resume
-            content["meta"].pop("run", None)  # each run's own
+            content["meta"].pop("run", None)  # differs between runs
         if not same(one, other):
-            raise Lost(f"{folder / path.name} is not that of the undisturbed run")
+            raise Lost(f"{folder / path.name} differs from the undisturbed run")
     lines = [[{k: v for k, v in line.items() if k not in TIMES} for line in log_lines(place)] for place in (expected, folder)]
     if lines[0] != lines[1]:
-        raise Lost(f"{folder}/log.jsonl is not that of the undisturbed run")
+        raise Lost(f"{folder}/log.jsonl differs from the undisturbed run")
     numbered = [{path.name for path in place.glob("VOC12*")} for place in (expected, folder)]
     if numbered[0] != numbered[1]:
         raise Lost(f"{folder} holds {numbered[1]}")
@@ -157,7 +157,7 @@ def check_end(folder: Path, expected: Path) -> None:
 
 
 def chain(killer: Killer, toy: Path, folder: Path, expected: Path, ranks: int, seconds: float, most: int) -> None:
-    """One run, killed up to ``most`` times, to its end."""
+    """One run, killed up to ``most`` times and then completed."""
     kind, log = f"training, {ranks} process{'es' if ranks > 1 else ''}", folder.with_suffix(".txt")
     for _ in range(most):
         workers = str(killer.random.randrange(2))
@@ -167,7 +167,7 @@ def chain(killer: Killer, toy: Path, folder: Path, expected: Path, ranks: int, s
         check_whole(folder)
     undisturbed(start_training(toy, folder, ranks, "--resume"), log)
     check_end(folder, expected)
-    if "Traceback" in (text := log.read_text()) and ranks == 1:  # the other one of two says that its neighbour is gone
+    if "Traceback" in (text := log.read_text()) and ranks == 1:  # of two processes, the other reports that its peer is gone
         raise Lost(text[-3000:])
     shutil.rmtree(folder.parent)
 
@@ -176,7 +176,7 @@ def chain(killer: Killer, toy: Path, folder: Path, expected: Path, ranks: int, s
 
 
 def disturb_tool(killer: Killer, name: str, make: Callable, run: Callable, root: Path, expected: dict, seconds: float) -> None:
-    """One program, killed up to three times, and then to its end: the files are those of an undisturbed run."""
+    """One program, killed up to three times and then completed: it must write the files of an undisturbed run."""
     folder = root / "tool"
     folder.mkdir()
     make(folder)
@@ -195,7 +195,7 @@ def disturb_tool(killer: Killer, name: str, make: Callable, run: Callable, root:
 
 
 def kills(args: argparse.Namespace, root: Path) -> None:
-    """Kill until there were ``args.kills`` kills or ``args.minutes`` are over; print what happened."""
+    """Kill until ``args.kills`` kills or ``args.minutes`` minutes are reached; print the counts."""
     begun, killer = time.monotonic(), Killer(args.seed)
     toy = make_toy_voc(root / "toy")
     expected: dict[int, Path] = {}
@@ -229,14 +229,14 @@ def kills(args: argparse.Namespace, root: Path) -> None:
     finally:
         kill(serving)
     for kind, number in sorted(killer.kills.items()):
-        print(f"{kind}: {number} kills, {killer.inside[kind]} of them inside a write")
+        print(f"{kind}: {number} kills, {killer.inside[kind]} of them during a write")
     print(
-        f"nothing was lost in {killer.total} kills ({killer.inside.total()} inside a write), {time.monotonic() - begun:.0f} s"
+        f"nothing was lost in {killer.total} kills ({killer.inside.total()} during a write), {time.monotonic() - begun:.0f} s"
     )
 
 
 def long_runs(root: Path) -> None:
-    """2,000 training steps with all that a run writes, and 5,000 predictions."""
+    """2,000 training steps with all outputs of a run, and 5,000 predictions."""
     toy = make_toy_voc(root / "toy")
     words = ["--data-dir", toy, "--snapshot-dir", root / "run", *SMALL, *SCRATCH, "--num-steps", 2000, "--keep", 2]
     words += ["--save-pred-every", 200, "--val-every", 200, "--save-num-images", 1, "--num-workers", 1, "--tensorboard"]
@@ -255,7 +255,7 @@ def long_runs(root: Path) -> None:
 
 
 def start(script: str, words: list, log: Path) -> subprocess.Popen:
-    """A command in which large blocks that are freed go back to the system, so that resident means in use."""
+    """Start a command that returns large freed blocks to the system, so that resident memory is memory in use."""
     given = {"MALLOC_MMAP_THRESHOLD_": "100000", "MALLOC_TRIM_THRESHOLD_": "100000"}  # glibc's
     with open(log, "w") as file:
         line = [sys.executable, str(ROOT / script), *map(str, words)]
@@ -263,10 +263,10 @@ def start(script: str, words: list, log: Path) -> subprocess.Popen:
 
 
 def watch(what: str, process: subprocess.Popen, progress: Callable[[], float], log: Path) -> None:
-    """Follow a process to its end: its memory and its open files, after a fifth of the work against the last tenth.
+    """Compare the memory and open files of a process after a fifth of its work with those in the last tenth.
 
     Raises:
-        Lost: they have grown by more than 2 %, or it failed.
+        Lost: they have grown by more than 2 %, or the process failed.
     """
     found: list[tuple[float, float, int]] = []
     while process.poll() is None:
@@ -283,19 +283,19 @@ def watch(what: str, process: subprocess.Popen, progress: Callable[[], float], l
     )
     print(f"    {memory[1] / memory[0] - 1:+.2%}; at most {max(row[1] for row in found if row[0] >= 0.2):.1f} MB", flush=True)
     if memory[1] > MOST_GROWTH * memory[0] or files[1] > MOST_GROWTH * files[0]:
-        raise Lost(f"{what}: they grow")
+        raise Lost(f"{what}: memory or open files grow")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200, help="default: %(default)s")
-    parser.add_argument("--minutes", type=float, default=60, help="at most; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--quick", action="store_true", help="training in one process alone")
-    parser.add_argument("--long", action="store_true", help="no kills: long runs instead")
+    parser.add_argument("--kills", type=int, default=200, help="number of kills (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=60, help="time limit (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kills (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="only training in one process")
+    parser.add_argument("--long", action="store_true", help="long runs instead of kills")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing which was started stays
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that started processes are ended
     root = Path(tempfile.mkdtemp(prefix="faults-"))
     try:
         long_runs(root) if args.long else kills(args, root)

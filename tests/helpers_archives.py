@@ -11,7 +11,7 @@ def names(folder):
 
 
 def tar_of(path, members, mode="w:gz"):
-    """A tar of (name, content or (type, link target))."""
+    """Write a tar file with members (name, content) or (name, (type, link target))."""
     with tarfile.open(path, mode) as tar:
         for name, content in members:
             info = tarfile.TarInfo(name)

@@ -1,4 +1,4 @@
-"""What tests/faults.py disturbs: programs forked from a process that has imported torch, a server, and small data for them."""
+"""Helpers of tests/faults.py: programs forked from a process that has imported torch, a server, and small data."""
 
 import atexit
 import hashlib
@@ -24,15 +24,15 @@ from utils.command import run_command
 
 
 class Lost(Exception):
-    """Something that a killed program should have kept."""
+    """A killed program lost something that it should have kept."""
 
 
 def fork(name: str, main: Callable, words: list, log: Path, **environment: str) -> int:
-    """Start ``main(words)`` as a command of its own, in a process group of its own; returns its number."""
+    """Run ``main(words)`` as a command in a forked process with its own process group; returns the process id."""
     sys.stdout.flush()
     if pid := os.fork():
         return pid
-    atexit._clear()  # what this process would do at its end is not the child's to do
+    atexit._clear()  # the child must not run the parent's exit handlers
     status = 1
     try:
         os.setsid()
@@ -53,7 +53,7 @@ def fork(name: str, main: Callable, words: list, log: Path, **environment: str) 
 
 
 def kill(*pids: int) -> None:
-    """SIGKILL to the process groups, and an end to the processes themselves."""
+    """Send SIGKILL to the process groups, then wait for the processes."""
     for pid in pids:
         with suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
@@ -63,16 +63,17 @@ def kill(*pids: int) -> None:
 
 
 def undisturbed(pids: list[int], log: Path) -> None:
+    """Wait for processes that nobody kills; raises Lost if one fails."""
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     if any(statuses):
         raise Lost(f"status {statuses}:\n{log.read_text()[-2000:]}")
 
 
 def unfinished(folder: Path) -> set[tuple[str, int]]:
-    """Files that a writer has begun, or has left behind, with their sizes."""
+    """Temporary and partial files, with their sizes."""
     found = set()
     for pattern in (".*.tmp", "*.part*", ".*.unpacking"):
-        with suppress(OSError):  # what was there is done
+        with suppress(OSError):  # a file was just renamed
             found |= {(str(path), path.stat().st_size) for path in folder.rglob(pattern)}
     return found
 
@@ -82,7 +83,7 @@ def bytes_of(folder: Path) -> dict[str, str]:
 
 
 class Slow(BaseHTTPRequestHandler):
-    """Serves one file in small pieces, from where it is asked to."""
+    """Serves one file in small blocks, from the requested offset."""
 
     content = b""
 
@@ -112,7 +113,7 @@ def make_archive(path: Path) -> None:
 
 
 def make_voc(root: Path, count: int = 60) -> tuple[Path, Path]:
-    """VOC and SBD in miniature: (the VOC folder, SBD's)."""
+    """Make miniature VOC and SBD sets; returns their folders."""
     ids = [f"2008_{number:06d}" for number in range(count)]
     voc, sbd = root / "voc", root / "sbd"
     kinds = {"train": ids[: count // 3], "val": ids[count // 3 : count // 2]}
@@ -130,7 +131,7 @@ def make_voc(root: Path, count: int = 60) -> tuple[Path, Path]:
 
 
 def multiply(toy: Path, times: int) -> list[str]:
-    """More pictures in ``toy``, by other names of those on its list; their ids."""
+    """Link each image of the val list in ``toy`` under ``times`` new names; returns their ids."""
     ids = (toy / "ImageSets/Segmentation/val.txt").read_text().split()
     for image_id, number in itertools.product(ids, range(times)):
         for folder, suffix in (("JPEGImages", "jpg"), ("SegmentationClassAug", "png")):
@@ -139,7 +140,7 @@ def multiply(toy: Path, times: int) -> list[str]:
 
 
 def tools(root: Path, toy: Path, snapshot: Path, port: int) -> dict[str, tuple[Callable[[Path], None], Callable[[Path], int]]]:
-    """Each program's name -> how its folder is made, and how it is started there."""
+    """{program: (function that prepares a folder, function that starts the program there and returns its process id)}"""
     voc, sbd = make_voc(root)
     (toy / "many.txt").write_text("\n".join(multiply(toy, 20)) + "\n")
     tar = root / "set.tar"

@@ -1,4 +1,4 @@
-"""One file of every kind that the project reads, small, with the reader that takes it: what tests/hostile.py damages."""
+"""A small file of every kind that the project reads, with its reader, for tests/hostile.py to damage."""
 
 import gzip
 import io
@@ -38,11 +38,11 @@ class Specimen(NamedTuple):
     """A file and its reader.
 
     Attributes:
-        filename: by which some readers go.
-        data: the bytes that are damaged.
-        read: path -> what is in the file, for comparison; raises where it is refused.
-        sums: the format has check sums for all that is read, so what is read must not change.
-        wrap: what is done to the damaged bytes, such as to compute the sums anew: damage from before the file was written.
+        filename: some readers depend on it.
+        data: the bytes to damage.
+        read: path -> content, for comparison; raises if the file is refused.
+        sums: whether checksums cover all content, so that it must not change.
+        wrap: applied to the damaged bytes, e.g. to recompute checksums, as if the damage came before writing.
     """
 
     filename: str
@@ -53,8 +53,8 @@ class Specimen(NamedTuple):
 
 
 def specimens() -> dict[str, Specimen]:
-    """By name; the same bytes on every call."""
-    return labels() | pictures() | texts() | weights() | archives()
+    """All specimens by name; the same bytes on every call."""
+    return labels() | images() | texts() | weights() | archives()
 
 
 def labels() -> dict[str, Specimen]:
@@ -72,7 +72,7 @@ def labels() -> dict[str, Specimen]:
     }
 
 
-def pictures() -> dict[str, Specimen]:
+def images() -> dict[str, Specimen]:
     image = np.random.default_rng(0).integers(0, 255, (HEIGHT // 5, WIDTH // 5, 3), dtype=np.uint8).repeat(5, 0).repeat(5, 1)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -92,15 +92,15 @@ def pictures() -> dict[str, Specimen]:
         "WebP": encoded("WEBP"),
         "WebP, lossless": encoded("WEBP", lossless=True, exif=exif),
     }
-    found = {f"picture, {name}": Specimen("a.jpg", data, read_picture) for name, data in files.items()}
-    found["picture, PNG"] = Specimen("a.png", turned, read_picture, sums=True)
-    found["picture, PNG of 16 bits"] = Specimen("a.png", png(image * np.int64(257), 16, RGB), read_picture, sums=True)
-    found["picture, PNG, new sums"] = Specimen("a.png", turned, read_picture, wrap=with_new_crcs)
+    found = {f"image, {name}": Specimen("a.jpg", data, read_picture) for name, data in files.items()}
+    found["image, PNG"] = Specimen("a.png", turned, read_picture, sums=True)
+    found["image, PNG of 16 bits"] = Specimen("a.png", png(image * np.int64(257), 16, RGB), read_picture, sums=True)
+    found["image, PNG, new sums"] = Specimen("a.png", turned, read_picture, wrap=with_new_crcs)
     return found
 
 
 def with_new_crcs(data: bytes) -> bytes:
-    """A PNG whose chunks, as far as they can be told, have the right check sums."""
+    """A PNG with the checksums of its chunks recomputed, as far as the chunks can be found."""
     out, position = bytearray(data), 8
     while position + 12 <= len(out):
         end = position + 8 + int.from_bytes(out[position : position + 4], "big")
@@ -133,7 +133,7 @@ def weights() -> dict[str, Specimen]:
     flat = {f"{layer}/{leaf}": value for layer, entry in layers.items() for leaf, value in entry.items()}
     auxiliary = {key.replace("layer5", "layer6"): value for key, value in small.items() if key.startswith("layer5")}
     auxiliary = {key: torch.cat([value, value], 1) if value.ndim == 4 else value for key, value in auxiliary.items()}
-    trunk = {key: value for key, value in small.items() if not key.startswith("layer5")} | {"fc.weight": torch.rand(9, 2)}
+    resnet = {key: value for key, value in small.items() if not key.startswith("layer5")} | {"fc.weight": torch.rand(9, 2)}
     meta = {"backbone": "resnet18", "num_classes": 21, "atrous_rates": [6, 12, 18, 24], "seen_voc_val": "", "step": 3}
     meta |= {"stride_in_3x3": False, "batch_norm_eps": 1e-5, "classes": None, "args": {"power": 0.9}, "version": 1}
     slots = {"state": {0: {"momentum_buffer": torch.rand(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
@@ -154,7 +154,7 @@ def weights() -> dict[str, Specimen]:
 
     snapshot = saved({"model": small, "meta": meta})
     semseg = saved(semseg_state(middle))
-    segmentation = {f"backbone.{key}": value for key, value in trunk.items() if not key.startswith("fc.")}
+    segmentation = {f"backbone.{key}": value for key, value in resnet.items() if not key.startswith("fc.")}
     segmentation |= {f"classifier.{key}": torch.rand(2) for key in ("0.weight", "1.running_var", "4.weight", "4.bias")}
     objects = numpy_bytes(np.save, np.array(layers, dtype=object))
     tar = tar_torch(small, "argument")
@@ -166,7 +166,7 @@ def weights() -> dict[str, Specimen]:
         "two-level": Specimen("a.pth", saved(small | auxiliary), read, sums=True),
         "semseg's, new sums": Specimen("a.pth", member_of(semseg, "data.pkl"), read, wrap=with_member(semseg, "data.pkl")),
         "torchvision's FCN": Specimen("a.pth", saved(segmentation), read, sums=True),
-        "ResNet": Specimen("a.pth", saved(trunk), read, sums=True),
+        "ResNet": Specimen("a.pth", saved(resnet), read, sums=True),
         "legacy pickle": Specimen("a.pth", saved(small, old=True), read),
         "tar .pth": Specimen("a.pth", tar, read),
         "npy of objects": Specimen("a.npy", objects, read),
@@ -189,7 +189,7 @@ def member_of(archive: bytes, name: str) -> bytes:
 
 
 def with_member(archive: bytes, name: str) -> Callable[[bytes], bytes]:
-    """A function that puts other bytes in the place of one member of a zip file."""
+    """A function that replaces one member of a zip file by other bytes."""
     with zipfile.ZipFile(io.BytesIO(archive)) as package:
         members = {each: package.read(each) for each in package.namelist()}
     place = next(each for each in members if each.endswith(name))
@@ -265,4 +265,4 @@ def archives() -> dict[str, Specimen]:
 
 
 class Refused(str):
-    """A sentence in place of what could not be read, where the reader does not raise but reports."""
+    """The message of a reader that returns it instead of raising."""

@@ -1,11 +1,11 @@
-"""Damaged files through the real readers: nothing but the project's own sentences, no crash, no hang, no wrong content.
+"""Read damaged files with the real readers: only the project's own errors, no crash, no hang, no wrong content.
 
-    python tests/hostile.py --files 20000 --seed 1      # by hand; the suite runs a few hundred
+    python tests/hostile.py --files 20000 --seed 1      # the suite runs a few hundred
     python tests/hostile.py --seed 1 --only 4711        # one file again
 
-Each file is a specimen (tests/helpers_specimens.py) with one to three changes. It is read in a forked process with a limit of
-its memory, so that a crash, a hang and a giant allocation are seen. A file in a format with check sums must be refused or give
-what was in the whole one.
+Each file is a specimen (tests/helpers_specimens.py) with one to three changes. A forked process with limited memory reads it,
+so that crashes, hangs and huge allocations are detected. If the format has checksums, a damaged file must be refused or
+give the original content.
 """
 
 import argparse
@@ -33,18 +33,18 @@ from deeplab.weights import WeightsError
 from tests.helpers_specimens import Refused, Specimen, specimens
 from utils.command import UserError
 
-SECONDS = 10  # a file that takes longer hangs
-MEMORY = 4 * 2**30  # a picture may have 2^30 pixels, which are 3 GiB
+SECONDS = 10  # a reader that needs longer counts as a hang
+MEMORY = 4 * 2**30  # an image may have 2^30 pixels, which need 3 GiB
 OWN = (DatasetError, WeightsError, UserError)
 KINDS = ("bits", "cut", "insert", "remove", "zeros", "swap", "huge")
 
 
 def mutate(data: bytes, rng: np.random.Generator) -> tuple[bytes, str]:
-    """The bytes with one to three changes, and what they are."""
+    """The bytes with one to three changes, and a description of the changes."""
     out, done = bytearray(data), []
     for _ in range(int(rng.choice([1, 1, 1, 2, 3]))):
         kind = str(rng.choice(KINDS))
-        near = int(rng.choice([64, 1024, 1 << 40]))  # the descriptions lie in front, a zip's behind
+        near = int(rng.choice([64, 1024, 1 << 40]))  # headers are at the start, the directory of a zip at the end
         at = int(rng.integers(min(len(out), near) + 1))
         at = len(out) - at if rng.random() < 0.4 else at
         length = int(2 ** rng.uniform(0, 10))
@@ -73,7 +73,7 @@ def mutate(data: bytes, rng: np.random.Generator) -> tuple[bytes, str]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two things that were read hold the same."""
+    """Whether two results of a reader are equal."""
     if type(a) is not type(b):
         return False
     if isinstance(a, dict):
@@ -86,7 +86,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def judge(specimen: Specimen, expected: Any, data: bytes, path: Path) -> tuple[str, str]:
-    """What a reader makes of a damaged file: ("refused", ...), ("same", ...), ("other", ...) or a fault in capitals."""
+    """The outcome of reading a damaged file, and a detail: "refused", "same", "other", or a fault in capitals."""
     path.write_bytes(specimen.wrap(data))
     try:
         found = specimen.read(path)
@@ -111,8 +111,8 @@ def judge(specimen: Specimen, expected: Any, data: bytes, path: Path) -> tuple[s
 
 
 def child(every: dict[str, Specimen], files: range, seed: int, write: int) -> None:
-    """Read the files of these numbers and tell of each by a line on the pipe, before and after."""
-    torch.set_num_threads(1)  # the pool of the parent is not there
+    """Read the files with these numbers; write half a line to the pipe before each, and the rest after it."""
+    torch.set_num_threads(1)  # the parent's thread pool does not survive the fork
     cv2.setNumThreads(0)
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
@@ -129,7 +129,7 @@ def child(every: dict[str, Specimen], files: range, seed: int, write: int) -> No
             place, whole = Path(folder) / str(number), Path(folder) / name
             place.mkdir()
             if name not in expected:
-                whole.mkdir()  # stays: tensors are mapped from it
+                whole.mkdir()  # not removed: tensors are mapped from it
                 (whole / specimen.filename).write_bytes(specimen.wrap(specimen.data))
                 expected[name] = specimen.read(whole / specimen.filename)
             data, how = mutate(specimen.data, np.random.default_rng((seed, number)))
@@ -140,10 +140,10 @@ def child(every: dict[str, Specimen], files: range, seed: int, write: int) -> No
 
 
 def run(every: dict[str, Specimen], files: range, seed: int) -> tuple[Counter, list[str]]:
-    """Damage and read the files of these numbers, which take the specimens in turn.
+    """Damage and read the files with these numbers, which cycle through the specimens.
 
     Returns:
-        (specimen, outcome) -> how many, and a line for each fault.
+        {(specimen, outcome): count}, and one line per fault.
     """
     counts: Counter = Counter()
     faults = []
@@ -187,10 +187,10 @@ def run(every: dict[str, Specimen], files: range, seed: int) -> tuple[Counter, l
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--files", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, help="the number of one file")
-    parser.add_argument("--kind", default="", help="only specimens with this in their name; numbers are then others")
+    parser.add_argument("--files", type=int, default=10_000, help="number of files (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the damage (default: %(default)s)")
+    parser.add_argument("--only", type=int, help="read only the file with this number")
+    parser.add_argument("--kind", default="", help="use only specimens with this in their name (changes the numbers)")
     args = parser.parse_args()
     files = range(args.files) if args.only is None else range(args.only, args.only + 1)
     every = {name: specimen for name, specimen in specimens().items() if args.kind in name}

@@ -1,4 +1,4 @@
-"""Unpacking: hostile, damaged, cut and foreign archives, and what was there before."""
+"""Unpacking: hostile, damaged, truncated and foreign archives; existing files stay."""
 
 import contextlib
 import itertools
@@ -52,7 +52,7 @@ def test_hostile_tar(tmp_path, monkeypatch, member, old_python):
 @pytest.mark.parametrize("name", ["../evil", "/evil", "d/..\\..\\e", "C:/evil", "\\evil"])
 def test_hostile_zip(tmp_path, name):
     zip_of(tmp_path / "set.zip", [("d/x.txt", b"good"), (name, b"x")])
-    with pytest.raises(UserError, match=r"would land outside its folder\); nothing was unpacked"):
+    with pytest.raises(UserError, match=r"would be written outside its folder\); nothing was unpacked"):
         unpack(archive_item("set.zip"), tmp_path)
     assert names(tmp_path) == ["out", "set.zip"]
     assert names(tmp_path / "out") == []
@@ -67,8 +67,8 @@ def test_absolute_names_and_links_inside_a_tar_stay_inside(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["tar", "tgz", "zip"])
-def test_every_damage_is_a_sentence(tmp_path, suffix):
-    """A cut archive is refused; noise may lie where no sum tells, but ends in no traceback."""
+def test_every_damage_gives_one_sentence(tmp_path, suffix):
+    """A truncated archive is refused. No checksum may cover random damage, but it never gives a traceback."""
     rng = random.Random(1)
     members = [("d/x.txt", rng.randbytes(5_000)), ("e/z", b"text" * 500)]
     path = tmp_path / f"set.{suffix}"
@@ -77,7 +77,7 @@ def test_every_damage_is_a_sentence(tmp_path, suffix):
     else:
         tar_of(path, members, "w" if suffix == "tar" else "w:gz")
     whole = path.read_bytes()
-    for n in range(11):  # inside the first file
+    for n in range(11):  # truncated inside the first file
         path.write_bytes(whole[: len(whole) * n // 21])
         with pytest.raises(UserError, match=r"nothing was unpacked|does not hold d/x\.txt, only nothing"):
             unpack(archive_item(path.name), tmp_path)
@@ -101,7 +101,7 @@ def test_another_archive(tmp_path):
 
 @pytest.mark.parametrize("how", ["zip", "tar", "tar of an old Python"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_unpacking_leaves_other_files_alone(tmp_path, monkeypatch, how):
+def test_unpacking_keeps_other_files(tmp_path, monkeypatch, how):
     (tmp_path / "out/d").mkdir(parents=True)
     (tmp_path / "out/d/mine.txt").write_text("mine")
     (tmp_path / "out/d/x.txt").write_text("old")
@@ -116,8 +116,8 @@ def test_unpacking_leaves_other_files_alone(tmp_path, monkeypatch, how):
     assert names(tmp_path / "out") == ["d", "e"]
 
 
-def test_cut_unpacking(tmp_path, monkeypatch):
-    """Ctrl-C or a full disk while unpacking leaves nothing; while moving, it is seen and mended by the next call."""
+def test_interrupted_unpacking(tmp_path, monkeypatch):
+    """Ctrl-C or a full disk while unpacking leaves no files; while moving, the next call finds and repairs it."""
     thing = archive_item("set.tgz")
     tar_of(tmp_path / "set.tgz", [("d/x.txt", b"good"), ("e/y", b"also")])
 

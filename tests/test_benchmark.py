@@ -1,4 +1,4 @@
-"""The benchmark: its parts, how they are measured, and the reference. Nothing here depends on how fast anything is."""
+"""The benchmark: its parts, the measurements, and the reference. No test depends on the speed of the machine."""
 
 import argparse
 import itertools
@@ -54,7 +54,7 @@ def random_statistics(net: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("name", [name for name in benchmark.PART_NAMES if name != "memory"])
 def test_part(name, small, tmp_path, capsys):
-    """Memory is measured for one of them alone: it takes a process per row."""
+    """Memory is measured in only one of them, as it needs a process per row."""
     file = tmp_path / "speed.json"
     options = [name, *TINY, "--json", str(file), *(["--no-memory"] if name != "evaluate" else [])]
     assert benchmark.main(options) == 0
@@ -77,7 +77,7 @@ def test_part(name, small, tmp_path, capsys):
         assert rows["matrix product, float32"]["gemm_ratio"] == 1
     if name == "train":
         assert list(rows)[:3] == ["reference, as published", "unfolded, frozen batch norm", "ours"]
-        assert rows["ours"]["flops"] == rows["reference, as published"]["flops"]  # folding leaves the convolutions as they are
+        assert rows["ours"]["flops"] == rows["reference, as published"]["flops"]  # folding does not change the convolutions
         assert rows["ours --grad-checkpoint"]["flops"] > 1.2 * rows["ours"]["flops"]  # the backbone runs forward twice
     if name == "evaluate":
         assert list(rows)[:2] == ["reference, as published", "ours"]
@@ -97,8 +97,8 @@ def test_part(name, small, tmp_path, capsys):
         assert on_device["difference"] < 1e-3
 
 
-def test_processes_of_the_reference_start_in_any_way(small, tmp_path, monkeypatch):
-    """Spawned processes, as on macOS and Windows, import what they are given by its name."""
+def test_processes_of_the_reference_start_with_spawn(small, tmp_path, monkeypatch):
+    """Spawned processes (macOS, Windows) import the functions that they run by name."""
     monkeypatch.setattr(multiprocessing, "get_context", partial(multiprocessing.get_context, "spawn"))
     args = benchmark.parse_args(["crf", *TINY])
     args.data_dir = tmp_path / "images"
@@ -117,16 +117,16 @@ def test_a_device_that_is_not_there():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"), [(["training"], "'training' is no part"), (["train", "--net", "pspnet"], "--net pspnet")]
+    ("wrong", "message"), [(["training"], "'training' is not a part"), (["train", "--net", "pspnet"], "--net pspnet")]
 )
-def test_mistakes(wrong, said, capsys):
+def test_mistakes(wrong, message, capsys):
     with pytest.raises(SystemExit) as caught:
         benchmark.main(wrong)
     assert caught.value.code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_made_up_images(tmp_path):
+def test_synthetic_images(tmp_path):
     make_images(tmp_path / "voc", 3, 21)
     data = open_images(argparse.Namespace(data_dir=tmp_path / "voc", num_classes=21))
     labels = [data.load(index)[1] for index in range(len(data))]  # loading checks sizes and values
@@ -134,10 +134,10 @@ def test_made_up_images(tmp_path):
     assert all(255 in label and len(np.unique(label)) > 2 for label in labels)
 
 
-# ---- how it is measured
+# ---- measurements
 
 
-def test_rows_take_turns(monkeypatch):
+def test_rows_alternate(monkeypatch):
     log: list[str] = []
     now = [0.0]
     monkeypatch.setattr(measure, "timer", lambda: now[0])
@@ -152,8 +152,8 @@ def test_rows_take_turns(monkeypatch):
 
     table = Table("title", [row("a", 4.0, 2), row("b", 1.0, 3)], nets=False)
     rows = run_table(table, 2, CPU)
-    turn = ["set up a", "a", "set up b", "b"]
-    assert log[:12] == turn * 3  # the first warms up
+    once = ["set up a", "a", "set up b", "b"]
+    assert log[:12] == once * 3  # the first is the warm-up
     assert sorted(log[12:]) == ["end a", "end b"]
     assert rows["b"]["seconds"] == [1.0, 1.0]
     assert rows["b"]["median_s"] == 1.0
@@ -161,7 +161,7 @@ def test_rows_take_turns(monkeypatch):
     assert rows["b"]["speedup"] == 6  # 3 per second against 2 in 4 seconds
 
 
-def test_rows_are_closed_when_one_fails():
+def test_rows_are_closed_if_one_fails():
     log = []
 
     def fail() -> None:
@@ -173,16 +173,16 @@ def test_rows_are_closed_when_one_fails():
     assert log == ["end a"]
 
 
-def test_seconds_are_those_of_the_run():
+def test_seconds_of_a_run():
     row = Row("sleep", lambda: Runner(lambda: time.sleep(0.05)), 1)
     rows = run_table(Table("title", [row], nets=False), 3, CPU)
     assert min(rows["sleep"]["seconds"]) >= 0.05
 
 
-def test_arithmetic_and_its_rate(monkeypatch):
-    """Two operations per multiply-add, forward and backward; rates follow from the counts and the seconds."""
+def test_flops_and_their_speed(monkeypatch):
+    """Two operations per multiply-add, forward and backward; the speed is the count divided by the seconds."""
     monkeypatch.setattr(measure, "MATRIX_SIDE", {"cpu": 4})
-    monkeypatch.setattr(measure, "timer", partial(next, itertools.count()))  # a run takes a second
+    monkeypatch.setattr(measure, "timer", partial(next, itertools.count()))  # each run takes one second
     conv = nn.Conv2d(3, 5, 3, padding=1)
     images = torch.rand(2, 3, 7, 9)
     forward = 2 * (2 * 5 * 7 * 9) * (3 * 3 * 3)  # 27 multiply-adds per value
@@ -192,7 +192,7 @@ def test_arithmetic_and_its_rate(monkeypatch):
         "to the images": lambda: conv(images.clone().requires_grad_()).sum().backward(),
     }
     rows = [Row(name, partial(Runner, run), 1) for name, run in runs.items()]
-    rows.append(Row("compiled", partial(Runner, runs["forward"]), 1, compiled=True))  # counted as the row before
+    rows.append(Row("compiled", partial(Runner, runs["forward"]), 1, compiled=True))  # with the FLOPs of the row before
     entries = run_table(Table("title", rows), 1, CPU)
     product = 3 * 2 * 4**3
     for name, times in {"forward": 1, "backward": 2, "to the images": 3, "compiled": 3}.items():
@@ -201,7 +201,7 @@ def test_arithmetic_and_its_rate(monkeypatch):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
-def test_peak_memory_holds_what_a_run_allocates():
+def test_peak_memory_includes_what_a_run_allocates():
     net = nn.Linear(1000, 1000, bias=False)  # 4 MB
     args = argparse.Namespace(device="cpu", gpu=0, no_tf32=False, deterministic=False)
 
@@ -245,12 +245,12 @@ def test_reference_trains_on_batch_statistics_with_fixed_weights():
 def test_reference_loss_is_ours_on_enlarged_logits():
     torch.manual_seed(0)
     logits, labels = torch.randn(2, 3, 5, 6), torch.randint(0, 3, (2, 33, 41))
-    labels[:, :4] = 255  # as many in both images, so both ways of averaging agree
+    labels[:, :4] = 255  # equally many in both images, so that both ways of averaging agree
     expected = single_scale_loss(lambda images: logits, torch.empty(2, 3, 33, 41), labels, size="input")["loss"]
     torch.testing.assert_close(reference.single_scale_loss(lambda images: logits, torch.empty(2, 3, 33, 41), labels), expected)
 
 
-def test_reference_counts_as_we_do():
+def test_reference_counts_like_ours():
     rng = np.random.default_rng(0)
     labels, predictions = rng.choice([0, 1, 2, 255], 500), rng.integers(0, 3, 500)
     matrix = ConfusionMatrix(3)
@@ -261,7 +261,7 @@ def test_reference_counts_as_we_do():
 def test_reference_prediction_has_the_size_of_the_image():
     image = np.random.default_rng(0).integers(0, 256, (20, 33, 3), dtype=np.uint8)
 
-    def net(inputs: torch.Tensor) -> torch.Tensor:  # class 1 where the canvas lies in the right half
+    def net(inputs: torch.Tensor) -> torch.Tensor:  # class 1 in the right half of the canvas
         assert inputs.shape == (1, 3, 41, 65)
         assert not inputs[:, :, 20:].any()
         logits = torch.zeros(1, 2, 6, 9)
@@ -282,7 +282,7 @@ def test_reference_sample(toy_voc):
         assert set(np.unique(mask)) <= {0, 1, 2, 3, 255}
 
 
-def test_figures_replace_nothing_of_the_users(tmp_path):
+def test_figures_never_replace_a_file_of_the_user(tmp_path):
     (tmp_path / "notes.json").write_text('{"mine": 1}')
     with pytest.raises(UserError, match="no earlier output"):
         benchmark.main(["memory", *TINY, "--json", str(tmp_path / "notes.json")])
@@ -299,16 +299,16 @@ def test_the_gpu_check_names_tests_that_exist():
 
 
 def test_the_real_steps_of_the_gpu_check_are_taken(tmp_path):
-    """Its own command, with small crops: frozen batch norm over random weights, as published nets have it, diverges at once."""
+    """The command of the check with small crops: with purely random weights and frozen batch norm it would diverge."""
     command = gpu_check.real_steps_command(tmp_path, "resnet101", 1, 65, 3)
     assert command[0] == "train.py"
     assert train_script.main([*command[1:], "--num-workers", "0", "--device", "cpu", "--log-every", "1"]) == 0
     losses = [json.loads(line)["loss"] for line in (tmp_path / "snapshots/log.jsonl").read_text().splitlines()]
     assert len(losses) == 3
-    assert all(2 < loss < 5 for loss in losses), losses  # log(21) = 3.04 is what a net knows that knows nothing
+    assert all(2 < loss < 5 for loss in losses), losses  # log(21) = 3.04 is the loss of a uniform prediction
 
 
-def test_the_table_of_the_gpu_check_is_whole_whatever_fails(tmp_path, monkeypatch, capsys):
+def test_the_table_of_the_gpu_check_is_complete_if_a_part_fails(tmp_path, monkeypatch, capsys):
     def real_steps(check):
         raise ZeroDivisionError("no steps")
 
@@ -324,9 +324,9 @@ def test_the_table_of_the_gpu_check_is_whole_whatever_fails(tmp_path, monkeypatc
     assert "real steps, benchmark failed: please" in out[-1]
 
 
-def test_the_utilisation_is_what_nvidia_smi_reports(tmp_path, monkeypatch):
+def test_the_utilisation_comes_from_nvidia_smi(tmp_path, monkeypatch):
     reporter = tmp_path / "nvidia-smi"
-    reporter.write_text(f"#!/bin/sh\necho 87\necho [N/A]\necho 91\ntouch {tmp_path}/said\nexec sleep 60\n")
+    reporter.write_text(f"#!/bin/sh\necho 87\necho [N/A]\necho 91\ntouch {tmp_path}/printed\nexec sleep 60\n")
     reporter.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -335,6 +335,6 @@ def test_the_utilisation_is_what_nvidia_smi_reports(tmp_path, monkeypatch):
     assert found == []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with gpu_check.utilisation() as found:
-        while not (tmp_path / "said").exists():
+        while not (tmp_path / "printed").exists():
             time.sleep(0.01)
     assert found == [87, 91]

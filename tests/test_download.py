@@ -1,4 +1,4 @@
-"""Downloads against a server on the loopback address that misbehaves in every way a server can."""
+"""Downloads from a local server that misbehaves in every way a server can."""
 
 import contextlib
 import dataclasses
@@ -33,7 +33,7 @@ NOT_THERE = {"status": 404}
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves ``server.files[path]``; the steps in ``server.plan[path]`` are used up one a request and break that request."""
+    """Serves ``server.files[path]``; each request uses up one step of ``server.plan[path]``, which breaks that request."""
 
     def do_GET(self):
         server, path = self.server, self.path
@@ -52,7 +52,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(206 if start else 200, body[start:], headers, step.get("cut"), step.get("stall"), step.get("framing"))
 
     def reply(self, status, body, headers, cut=None, stall=None, framing="length"):
-        """``framing``: "length" by default; "close", the end of the connection; "chunked", in one chunk; "endless"."""
+        """``framing``: "length" (default); "close": up to the end of the connection; "chunked": one chunk; "endless"."""
         self.send_response(status)
         chunked = {"Transfer-Encoding": "chunked"}
         lengths = {"chunked": chunked, "endless": chunked, "close": {}}.get(framing, {"Content-Length": len(body)})
@@ -69,7 +69,7 @@ class Handler(BaseHTTPRequestHandler):
                 time.sleep(stall)
 
     def endless(self, body):
-        """``body`` over and over, until the other end has had enough."""
+        """Send ``body`` again and again until the client disconnects."""
         with contextlib.suppress(ConnectionError):
             while True:
                 self.wfile.write(b"%x\r\n%b\r\n" % (len(body), body))
@@ -107,11 +107,11 @@ def quick(thing, target, tries=3, timeout=5.0):
     return fetch(thing, target, tries, timeout)
 
 
-# ---- check sums
+# ---- checksums
 
 
 def test_check_against_sums_of_other_programs(tmp_path, capsys):
-    """One million zero bytes, as md5sum, sha1sum and sha256sum have them."""
+    """The checksums of one million zero bytes by md5sum, sha1sum and sha256sum."""
     path = tmp_path / "zeros"
     path.write_bytes(bytes(1_000_000))
     sums = {
@@ -130,18 +130,18 @@ def test_check_against_sums_of_other_programs(tmp_path, capsys):
             check(Item("x", "zeros", "data", "", **good | {name: wrong, "sum_certain": False}), path)
             assert "WARNING" in capsys.readouterr().out
     check(Item("x", "zeros", "data", ""), path)
-    assert re.search(f"no check sum is known.*{sums['sha256']}", capsys.readouterr().out)
+    assert re.search(f"no checksum is known.*{sums['sha256']}", capsys.readouterr().out)
 
 
-def test_a_file_far_under_the_known_size(tmp_path):
+def test_a_file_much_smaller_than_known(tmp_path):
     (tmp_path / "a").write_bytes(bytes(1_000_000))
     for about, fits in (("1.2 MB", True), ("1 MB", True), ("1.3 MB", False), ("over 1 GB", False), ("1.1 MiB", True)):
         thing = Item("x", "a", "weights", "", about=about)
-        with contextlib.nullcontext() if fits else pytest.raises(ChecksumError, match=f"1000000 bytes and x has {about}"):
+        with contextlib.nullcontext() if fits else pytest.raises(ChecksumError, match=f"1000000 bytes, expected {about} for x"):
             check(thing, tmp_path / "a")
 
 
-def test_text_is_told_from_what_the_catalogue_holds():
+def test_text_is_distinguished_from_files_of_the_catalogue():
     for head in (
         HTML,
         b"\n  <html lang=en>",
@@ -159,22 +159,22 @@ def test_text_is_told_from_what_the_catalogue_holds():
         assert not is_text(head[:512])
 
 
-def test_an_endless_answer_ends_with_the_file(server, tmp_path):
-    """Of a known size as of one that is known roughly, with a sum and without; and the next mirror is asked."""
+def test_an_endless_response_is_stopped(server, tmp_path):
+    """With an exact or approximate known size, with and without a checksum; the next URL is tried."""
     endless = {"framing": "endless"}
     for known in ({}, {"sha256": ""}, {"size": None, "about": "0.4 MB"}, {"size": None, "sha256": "", "about": "0.4 MB"}):
         server.plan, server.sent = {"/a.bin": [endless] * 9}, 0
         thing = item(server, "/a.bin", **known)
-        with pytest.raises(DownloadError, match=f"sends more than .* bytes, and thing has {thing.size or '0.4 MB'}"):
+        with pytest.raises(DownloadError, match=f"sends more than .* bytes, expected {thing.size or '0.4 MB'}"):
             quick(thing, tmp_path / "a.bin")
-        assert server.sent < 20_000_000  # what the system had on its way
+        assert server.sent < 20_000_000  # a few socket buffers more than the limit
         assert not list(tmp_path.iterdir())
     server.files["/b.bin"] = PAYLOAD
     server.plan = {"/a.bin": [endless] * 9}
     assert quick(item(server, "/a.bin", "/b.bin"), tmp_path / "a.bin") == SUM
 
 
-# ---- fetching
+# ---- downloading
 
 
 def test_plain(server, tmp_path):
@@ -185,15 +185,15 @@ def test_plain(server, tmp_path):
     assert server.log == [("/a.bin", None)]
 
 
-def test_cut_connection_is_continued_where_a_sum_tells(server, tmp_path, capsys):
-    cuts = [{"cut": 30_000}] * 4  # more than the tries, but there is progress
+def test_cut_connection_is_resumed_if_a_checksum_is_known(server, tmp_path, capsys):
+    cuts = [{"cut": 30_000}] * 4  # more than the number of tries, but each makes progress
     server.plan["/a.bin"] = list(cuts)
     quick(item(server), tmp_path / "a.bin")
     assert (tmp_path / "a.bin").read_bytes() == PAYLOAD
     assert server.log == [("/a.bin", f"bytes={30_000 * n}-" if n else None) for n in range(5)]
-    assert "going on" in capsys.readouterr().err
+    assert "resuming" in capsys.readouterr().err
 
-    for certain in ({}, {"sha256": SUM, "sum_certain": False}, {"sha256_prefix": SUM[:8]}):  # else it starts over
+    for certain in ({}, {"sha256": SUM, "sum_certain": False}, {"sha256_prefix": SUM[:8]}):  # otherwise it starts over
         server.plan["/a.bin"], server.log[:] = cuts[:2], []
         quick(unsummed(server, **certain), tmp_path / "b.bin")
         assert (tmp_path / "b.bin").read_bytes() == PAYLOAD
@@ -201,7 +201,7 @@ def test_cut_connection_is_continued_where_a_sum_tells(server, tmp_path, capsys)
         (tmp_path / "b.bin").unlink()
 
 
-def test_gives_up_and_goes_on_in_a_later_call(server, tmp_path):
+def test_gives_up_and_resumes_in_a_later_call(server, tmp_path):
     server.plan["/a.bin"] = [{"cut": 100_000}, {"cut": 0}, {"cut": 0}]
     with pytest.raises(DownloadError, match=r"3 attempts in a row.*--from FILE"):
         quick(item(server), tmp_path / "a.bin")
@@ -213,11 +213,11 @@ def test_gives_up_and_goes_on_in_a_later_call(server, tmp_path):
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked", "close"])
-def test_truncated_reply_never_gets_the_name(server, tmp_path, framing):
-    """Nothing is known of this file but what the reply says; the end of a connection says nothing."""
+def test_truncated_response_never_gets_the_name(server, tmp_path, framing):
+    """Only the response gives the size of this file; the end of the connection does not count."""
     server.plan["/a.bin"] = [{"cut": 200_000, "framing": framing}] * 3
     with pytest.raises(
-        DownloadError, match="does not say where the file ends" if framing == "close" else "3 attempts in a row"
+        DownloadError, match="does not give the length of the file" if framing == "close" else "3 attempts in a row"
     ):
         quick(unsummed(server), tmp_path / "a.bin")
     assert names(tmp_path) == []
@@ -225,23 +225,23 @@ def test_truncated_reply_never_gets_the_name(server, tmp_path, framing):
     if framing != "close":
         quick(unsummed(server), tmp_path / "a.bin")
     else:
-        quick(item(server), tmp_path / "a.bin")  # here the sum tells
+        quick(item(server), tmp_path / "a.bin")  # here the checksum shows that it is complete
     assert (tmp_path / "a.bin").read_bytes() == PAYLOAD
 
 
-def test_slow_reply_times_out_and_is_continued(server, tmp_path, capsys):
+def test_slow_response_times_out_and_is_resumed(server, tmp_path, capsys):
     server.plan["/a.bin"] = [{"cut": 200_000, "stall": 1.5}]
     quick(item(server), tmp_path / "a.bin", timeout=0.3)
     assert (tmp_path / "a.bin").read_bytes() == PAYLOAD
-    assert server.log[1][1] in ("bytes=196608-", "bytes=200000-")  # whole blocks at least
+    assert server.log[1][1] in ("bytes=196608-", "bytes=200000-")  # at least the complete blocks
     assert "timed out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("begun", "requests"), [(PAYLOAD, 1), (PAYLOAD + b"more", 2), (b"x" * 300_000, 2), (b"x" * 300_001, 2)]
 )
-def test_part_that_is_whole_too_long_or_spoilt(server, tmp_path, begun, requests):
-    """The whole one is taken (status 416); the others have the wrong sum and are fetched from the start."""
+def test_part_that_is_complete_too_long_or_wrong(server, tmp_path, begun, requests):
+    """The complete one is used (status 416); the others have a wrong checksum and are downloaded from the start."""
     (tmp_path / "a.bin.part").write_bytes(begun)
     quick(item(server), tmp_path / "a.bin")
     assert (tmp_path / "a.bin").read_bytes() == PAYLOAD
@@ -256,17 +256,17 @@ def test_range_ignored_starts_over(server, tmp_path):
 
 def test_wrong_sum_never_gets_the_name(server, tmp_path):
     server.files["/a.bin"] = PAYLOAD[:-1] + bytes([PAYLOAD[-1] ^ 1])
-    with pytest.raises(DownloadError, match=f"sha256 is .* and should be {SUM}"):
+    with pytest.raises(DownloadError, match=f"sha256 is .*, expected {SUM}"):
         quick(item(server), tmp_path / "a.bin")
     assert names(tmp_path) == []
     assert len(server.log) == 1
 
 
-def test_wrong_sum_over_a_bad_line_comes_to_an_end(server, tmp_path):
-    """A wrong sum after a continuation is worth one more transfer, not endless ones."""
+def test_wrong_sum_on_an_unreliable_connection_ends(server, tmp_path):
+    """A wrong checksum after resuming causes one more transfer, not an endless loop."""
     server.files["/a.bin"] = PAYLOAD[::-1]
     server.plan["/a.bin"] = [{"cut": 200_000}, {}] * 20
-    with pytest.raises(DownloadError, match="should be"):
+    with pytest.raises(DownloadError, match="expected"):
         quick(item(server), tmp_path / "a.bin")
     assert len(server.log) == 4
     assert names(tmp_path) == []
@@ -296,7 +296,7 @@ def test_second_mirror_never_deletes_good_bytes(server, tmp_path, answer):
     assert server.log == [("/a.bin", "bytes=100000-")]
 
 
-def test_mirrors_in_turn(server, tmp_path, capsys):
+def test_mirrors_are_tried_in_order(server, tmp_path, capsys):
     server.files["/b.bin"] = PAYLOAD
     server.plan["/a.bin"] = [{"cut": 100_000}, NOT_THERE]
     quick(item(server, "/a.bin", "/b.bin"), tmp_path / "a.bin")
@@ -306,7 +306,7 @@ def test_mirrors_in_turn(server, tmp_path, capsys):
 
 
 def test_another_size_is_refused_before_the_transfer(server, tmp_path):
-    with pytest.raises(DownloadError, match="offers 300001 bytes where 5 are expected"):
+    with pytest.raises(DownloadError, match="offers 300001 bytes, expected 5"):
         quick(item(server, size=5), tmp_path / "a.bin")
     assert names(tmp_path) == []
 
@@ -316,9 +316,9 @@ def test_busy_server(server, tmp_path, capsys):
     start = time.monotonic()
     quick(item(server), tmp_path / "a.bin")
     assert time.monotonic() - start >= 1
-    assert "HTTP 429; asking again" in capsys.readouterr().err
+    assert "HTTP 429; retrying" in capsys.readouterr().err
     server.plan["/a.bin"] = [{"status": 503, "headers": {"Retry-After": "7200"}}]
-    with pytest.raises(DownloadError, match="come back in 7200 seconds"):
+    with pytest.raises(DownloadError, match="retry after 7200 seconds"):
         quick(item(server), tmp_path / "b.bin")
     server.plan["/a.bin"], server.log[:] = [{"status": 500}] * 3, []
     with pytest.raises(DownloadError, match="HTTP 500"):
@@ -336,7 +336,7 @@ def test_redirects(server, tmp_path, monkeypatch):
     real = fetching.requests.Session.get
     plain = server.url + "/a.bin"
     monkeypatch.setattr(fetching.requests.Session, "get", lambda self, url, **options: real(self, plain, **options))
-    with pytest.raises(DownloadError, match="from https to an unprotected"):
+    with pytest.raises(DownloadError, match="from https to an unencrypted"):
         quick(dataclasses.replace(item(server), urls=("https://a.example/a.bin",)), tmp_path / "b.bin")
 
 
@@ -344,7 +344,7 @@ def test_no_server(server, tmp_path, capsys):
     thing = Item("thing", "a.bin", "weights", "", ("http://127.0.0.1:9/a.bin",))
     with pytest.raises(DownloadError, match=r"\(http://127.0.0.1:9/a.bin: [^(]*refused\); .*--from FILE"):
         quick(thing, tmp_path / "a.bin")
-    assert capsys.readouterr().err.count("refused; asking again") == 2
+    assert capsys.readouterr().err.count("refused; retrying") == 2
 
 
 @pytest.mark.parametrize("step", [{"body": HTML}, {"body": b'{"error": 1}'}, {"headers": {"Content-Type": "text/html"}}])
@@ -360,7 +360,7 @@ def test_page_or_message_in_place_of_the_file(server, tmp_path, step):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """``run(item, option, ...)`` is the command with a catalogue of that item alone; returns the exit status."""
+    """``run(item, option, ...)`` runs the command with a catalogue of only that item; returns the exit status."""
 
     def call(thing, *options, name=None):
         monkeypatch.setattr(download, "CATALOGUE", (thing,))
@@ -370,12 +370,12 @@ def run(tmp_path, monkeypatch):
     return call
 
 
-def test_command_fetches_once(server, tmp_path, run, capsys):
+def test_command_downloads_once(server, tmp_path, run, capsys):
     thing = item(server)
     assert run(thing) == 0
     assert f"next:\n  python train.py --restore-from {tmp_path / 'weights/a.bin'}" in capsys.readouterr().out
     assert run(thing) == 0
-    assert "is there" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
     assert len(server.log) == 1
     assert run(thing, "--force") == 0
     assert len(server.log) == 2
@@ -386,7 +386,7 @@ def test_command_does_not_overwrite_another_file(server, tmp_path, run, capsys):
     target.parent.mkdir()
     target.write_bytes(b"mine")
     assert run(item(server)) == 2
-    assert "4 bytes and thing has 300001" in capsys.readouterr().err
+    assert "4 bytes, expected 300001 for thing" in capsys.readouterr().err
     assert target.read_bytes() == b"mine"
     assert run(item(server), "--force") == 0
     assert target.read_bytes() == PAYLOAD
@@ -397,8 +397,8 @@ def test_command_failure_has_status_1(server, run, capsys):
     assert "HTTP 404" in capsys.readouterr().err
 
 
-def test_what_the_disk_refuses(server, tmp_path, run, monkeypatch, capsys):
-    """Each in a sentence with status 2, and what has come stays."""
+def test_disk_errors(server, tmp_path, run, monkeypatch, capsys):
+    """Each gives one sentence with status 2, and the downloaded bytes are kept."""
 
     class Usage:
         free = 10
@@ -438,23 +438,23 @@ def test_command_unpacks(server, tmp_path, run, capsys):
     assert run(thing) == 0
     assert (data / "out/d/x.txt").read_bytes() == b"good"
     assert f"see {data / 'out/d/x.txt'}" in capsys.readouterr().out
-    assert run(thing, name="SET.tgz") == 0  # by the name of the file, in any case
+    assert run(thing, name="SET.tgz") == 0  # by the file name, in upper or lower case
     assert "complete; nothing to do" in capsys.readouterr().out
-    (data / "out/d/y.txt").unlink()  # mended from the archive
+    (data / "out/d/y.txt").unlink()  # restored from the archive
     assert run(thing) == 0
     assert (data / "out/d/y.txt").read_bytes() == b"also"
     assert len(server.log) == 1
     assert run(thing, "--remove-archive") == 0
-    assert run(thing) == 0  # complete without its archive
+    assert run(thing) == 0  # complete without the archive
     assert names(data) == ["out", "set.tgz.unpacked"]
     assert len(server.log) == 1
     (data / "out/d/y.txt").write_text("spoilt")
-    assert run(thing, "--from", tmp_path / "set.tgz") == 0  # a file that is handed over is never ignored
+    assert run(thing, "--from", tmp_path / "set.tgz") == 0  # a given file is never ignored
     assert (data / "out/d/y.txt").read_bytes() == b"also"
 
 
-def test_voc_and_sbd_go_where_the_next_command_looks(server, tmp_path, monkeypatch, capsys):
-    """The catalogue's own entries, with toy archives of the published layout."""
+def test_voc_and_sbd_are_where_the_next_command_expects_them(server, tmp_path, monkeypatch, capsys):
+    """The entries of the catalogue, with toy archives in the published layout."""
     toys, data = [], tmp_path / "data"
     for thing, member in ((0, "VOCdevkit/VOC2012/JPEGImages/a.jpg"), (1, "benchmark_RELEASE/dataset/cls/a.mat")):
         toy = CATALOGUE[thing]
@@ -472,7 +472,7 @@ def test_voc_and_sbd_go_where_the_next_command_looks(server, tmp_path, monkeypat
     assert capsys.readouterr().out.endswith(f"next:\n  {command}\n")
 
 
-def test_command_leaves_a_folder_of_other_origin(server, tmp_path, run, capsys):
+def test_command_keeps_a_folder_of_other_origin(server, tmp_path, run, capsys):
     (tmp_path / "data/out/d").mkdir(parents=True)
     (tmp_path / "data/out/d/x.txt").write_text("mine")
     assert run(archive_item("set.tgz", urls=(server.url + "/set.tgz",))) == 0
@@ -480,7 +480,7 @@ def test_command_leaves_a_folder_of_other_origin(server, tmp_path, run, capsys):
     assert server.log == []
 
 
-def test_file_fetched_by_hand(tmp_path, run, capsys):
+def test_file_downloaded_by_hand(tmp_path, run, capsys):
     manual = Item("thing", "a.bin", "weights", "", sha256=SUM, manual="https://drive.example/a", after="go {path}")
     assert run(manual) == 2
     error = capsys.readouterr().err
@@ -499,7 +499,7 @@ def test_file_fetched_by_hand(tmp_path, run, capsys):
 
 
 def test_from_compares_or_replaces(tmp_path, run, capsys):
-    """No sum is known, so both files may be right: the one that is there stays unless --force says otherwise."""
+    """No checksum is known, so both files may be right: the existing one stays, unless --force is given."""
     thing = Item("thing", "a.bin", "weights", "", manual="https://drive.example/a", after="go {path}")
     target = tmp_path / "weights/a.bin"
     target.parent.mkdir()
@@ -509,7 +509,7 @@ def test_from_compares_or_replaces(tmp_path, run, capsys):
     assert "the same bytes" in capsys.readouterr().out
     assert run(thing, "--from", target) == 0
     assert run(thing, "--from", tmp_path / "other") == 2
-    assert "is another file than" in capsys.readouterr().err
+    assert "differs from" in capsys.readouterr().err
     assert target.read_bytes() == PAYLOAD
     assert run(thing, "--from", tmp_path / "other", "--force") == 0
     assert target.read_bytes() == PAYLOAD[::-1]
@@ -534,7 +534,7 @@ def test_ctrl_c_keeps_the_part(server, tmp_path):
     assert process.returncode == 130
     kept = part.stat().st_size
     assert kept > 0
-    assert f"keeps its {kept} bytes; the same command goes on from there" in error
+    assert f"keeps its {kept} bytes; run the same command to resume" in error
     assert "Traceback" not in error
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=30).returncode == 0
     assert (tmp_path / "a.bin").read_bytes() == PAYLOAD
@@ -550,8 +550,8 @@ def test_list_and_mistakes(tmp_path, capsys):
     assert re.search(r"^VOC2012 +2\.0 GB +.*sha256 e14f763270cf193d\.\.\. +d/VOCdevkit/VOC2012$", printed, re.M)
     assert all(thing.unverified in printed for thing in CATALOGUE)
     for arguments, message in (
-        (["list", "SBD"], "list stands alone"),
-        (["SBD", "VOC2012", "--from", "x"], "goes with one name"),
+        (["list", "SBD"], "list cannot be combined"),
+        (["SBD", "VOC2012", "--from", "x"], "needs one name"),
         (["SBD", "--tries", "0"], "at least 1"),
         ([], "NAME"),
     ):

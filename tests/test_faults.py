@@ -1,4 +1,4 @@
-"""A few of the kills of tests/faults.py, and what it would call a loss."""
+"""A few of the kills of tests/faults.py, and the faults that it must report as losses."""
 
 import re
 import subprocess
@@ -21,8 +21,8 @@ def test_a_few_kills_lose_nothing():
 
 
 @pytest.mark.parametrize("fault", ["weights", "log", "file", "torn", "none"])
-def test_a_loss_is_one(fault, tmp_path):
-    """What differs from the undisturbed run, or is left over, by hand."""
+def test_losses_are_reported(fault, tmp_path):
+    """Hand-made differences from the undisturbed run, and files left over."""
     for name in ("expected", "found"):
         folder = tmp_path / name
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""A few hundred damaged files of every kind (many more by hand, see tests/hostile.py), and what the many have found."""
+"""A few hundred damaged files of every kind (tests/hostile.py runs many more by hand), and the faults found so far."""
 
 import gzip
 import os
@@ -14,17 +14,17 @@ from tests.helpers_specimens import Specimen, specimens
 EVERY = specimens()
 
 
-def test_damaged_files_end_in_a_sentence_and_never_in_other_content():
+def test_damaged_files_give_one_sentence_and_never_other_content():
     counts, faults = hostile.run(EVERY, range(8 * len(EVERY)), seed=0)
     assert not faults, "\n".join(faults)
     assert counts.total() == 8 * len(EVERY)
     assert {name for name, outcome in counts if outcome == "refused"} == EVERY.keys()
 
 
-def test_the_harness_sees_what_it_is_for(monkeypatch):
+def test_the_harness_finds_every_kind_of_fault(monkeypatch):
     def reader(fault):
         def read(path):
-            return fault() if path.parent.name.isdigit() else "whole"  # the file in the other folder is the whole one
+            return fault() if path.parent.name.isdigit() else "whole"  # the undamaged file is in the other folder
 
         return read
 
@@ -49,11 +49,11 @@ def test_the_harness_sees_what_it_is_for(monkeypatch):
     assert len(faults) == 5
 
 
-# What the harness has found, each as it was found: (specimen, what is done to its bytes, what is said)
+# Faults that the harness has found: (specimen, damage to its bytes, expected message)
 
 
 def directory_entry(data, name):
-    """Where the entry of a member begins in a zip's directory (PKWARE APPNOTE 4.3.12: its name is 46 bytes on)."""
+    """The offset of a member's entry in a zip directory; the name follows at byte 46 (PKWARE APPNOTE 4.3.12)."""
     return data.rindex(name) - 46
 
 
@@ -93,11 +93,11 @@ def renamed(data):
     return changed(data, directory_entry(data, b"SegmentationClassAug/1.png") + 46 + 23, b"gnp")
 
 
-def senseless_place(data):
+def wrong_offset(data):
     return data[:160] + data[161:]
 
 
-def no_picture_data(data):
+def no_image_data(data):
     at = data.index(b"IDAT") - 4
     return data[:at] + data[at + 12 + struct.unpack(">I", data[at : at + 4])[0] :]
 
@@ -109,24 +109,24 @@ def bytearray_of_any_size(data):
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("picture, PNG", orientation, "its part eXIf does not fit its check sum"),
-        ("picture, PNG", no_picture_data, "is damaged: its pixels end after 0 of"),
-        ("label, palette", no_picture_data, "is damaged: its pixels end after 0 of"),
+        ("image, PNG", orientation, "its part eXIf does not fit its check sum"),
+        ("image, PNG", no_image_data, "is damaged: its pixels end after 0 of"),
+        ("label, palette", no_image_data, "is damaged: its pixels end after 0 of"),
         ("tgz archive", gzips_sum, "is damaged or unsafe .CRC check failed"),
-        ("tgz archive, new sums", third_header, "its list of members breaks off at byte 2048"),
+        ("tgz archive, new sums", third_header, "its list of members ends early, at byte 2048"),
         ("tgz archive", lambda data: data[:300], "damaged or unsafe"),
         ("SBD's archive", gzips_sum, "is damaged or cut short .CRC check failed"),
-        ("SBD's archive, new sums", third_header, "its list of members breaks off at byte 2048"),
+        ("SBD's archive, new sums", third_header, "its list of members ends early, at byte 2048"),
         ("npz", long_comment, r"its directory has \d+ of \d+ entries"),
         ("last.ckpt", marked_as_folder, "/data/13 in it does not match its checksum"),
-        ("zip archive, compressed", emptied, r"cls/2\.mat has two check sums"),
+        ("zip archive, compressed", emptied, r"cls/2\.mat has two checksums"),
         ("zip of masks", renamed, "File name in directory"),
-        ("zip of masks", senseless_place, "neither a folder nor a readable zip"),
+        ("zip of masks", wrong_offset, "neither a folder nor a readable zip"),
         ("npy of objects", bytearray_of_any_size, "damaged .KeyError"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_what_was_once_taken(tmp_path, name, damage, message):
+def test_damage_that_was_once_accepted(tmp_path, name, damage, message):
     specimen = EVERY[name]
     path = tmp_path / specimen.filename
     path.write_bytes(specimen.wrap(damage(specimen.data)))
@@ -136,7 +136,7 @@ def test_what_was_once_taken(tmp_path, name, damage, message):
     assert len(str(caught.value)) < 600
 
 
-def test_archives_with_trailing_zeros_are_whole(tmp_path):
+def test_archives_with_trailing_zeros_are_accepted(tmp_path):
     specimen = EVERY["tgz archive, new sums"]
     path = tmp_path / specimen.filename
     path.write_bytes(gzip.compress(specimen.data + bytes(10240)))

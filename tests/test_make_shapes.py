@@ -1,4 +1,4 @@
-"""The shapes data set: layout, labels, void borders, and the same bytes for the same seed."""
+"""The shapes data set: layout, labels, ignored borders, and the same bytes for the same seed."""
 
 import hashlib
 import os
@@ -29,12 +29,12 @@ def digests(folder):
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """The data set as the command line makes it, twelve training images and six others."""
+    """The data set made by the command line, with twelve training images and six for validation."""
     out = tmp_path_factory.mktemp("shapes") / "not" / "there"
     command = [sys.executable, str(SCRIPT), "--out", str(out), "--train", "12", "--val", "6", "--seed", "5"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{out}: 12 training and 6 held-out images of 7 classes (background, disc, ")
+    assert done.stdout.startswith(f"{out}: 12 training and 6 validation images of 7 classes (background, disc, ")
     return out
 
 
@@ -52,7 +52,7 @@ def test_layout(shapes):
     assert sorted(os.listdir(shapes / "SegmentationClassAug")) == sorted(f"{i}.png" for i in ids)
 
 
-def test_pictures_and_labels(shapes):
+def test_images_and_labels(shapes):
     sizes = set()
     for split in ("train", "val"):
         met = set()
@@ -73,7 +73,7 @@ def test_pictures_and_labels(shapes):
             objects, parts = cv2.connectedComponents((labels > 0).astype(np.uint8))
             assert 2 <= objects - 1 <= 4
             for part in range(1, objects):
-                assert len(set(np.unique(labels[parts == part])) - {255}) == 1  # one class an object
+                assert len(set(np.unique(labels[parts == part])) - {255}) == 1  # one class per object
                 rows, columns = np.nonzero(parts == part)
                 assert max(np.ptp(rows), np.ptp(columns)) + 1 >= 45
                 assert np.hypot(np.ptp(rows), np.ptp(columns)) <= 190
@@ -85,7 +85,7 @@ def test_pictures_and_labels(shapes):
     assert len(sizes) > 5
 
 
-def test_void_lies_between_every_object_and_the_ground(shapes):
+def test_ignored_pixels_separate_every_object_from_the_background(shapes):
     for image_id in read_list(shapes, "train"):
         labels = np.array(Image.open(shapes / "SegmentationClassAug" / f"{image_id}.png")).astype(int)
         for a, b in ((labels[1:], labels[:-1]), (labels[:, 1:], labels[:, :-1])):
@@ -94,8 +94,8 @@ def test_void_lies_between_every_object_and_the_ground(shapes):
         assert (labels == 0).mean() > 0.4
 
 
-def test_labels_fit_the_picture():
-    """Within an object the picture has the strong pattern of its class, outside only the soft ground; plain rings have none."""
+def test_labels_fit_the_image():
+    """An object has the strong pattern of its class (except the plain ring), the background has only weak contrast."""
 
     def contrast(gray, mask):
         return gray[mask].std()
@@ -115,14 +115,14 @@ def test_same_seed_same_bytes(shapes, tmp_path, capsys):
     assert main(["--out", str(tmp_path / "again"), "--train", "12", "--val", "6", "--seed", "5"]) == 0
     assert digests(tmp_path / "again") == digests(shapes)
 
-    # fewer pictures are the first ones of more
+    # fewer images are the first ones of more
     assert main(["--out", str(tmp_path / "fewer"), "--train", "3", "--val", "2", "--seed", "5"]) == 0
     first, full = digests(tmp_path / "fewer"), digests(shapes)
-    pictures = [name for name in first if name.endswith((".jpg", ".png"))]
-    assert len(pictures) == 10
-    assert all(first[name] == full[name] for name in pictures)
+    images = [name for name in first if name.endswith((".jpg", ".png"))]
+    assert len(images) == 10
+    assert all(first[name] == full[name] for name in images)
 
-    # another seed, no two pictures alike
+    # with another seed no two images are equal
     assert main(["--out", str(tmp_path / "other"), "--train", "12", "--val", "6", "--seed", "6"]) == 0
     assert not set(digests(tmp_path / "other" / "JPEGImages").values()) & set(digests(shapes / "JPEGImages").values())
     assert len(set(digests(shapes / "JPEGImages").values())) == 18
@@ -148,7 +148,7 @@ def test_outlines_fill_the_unit_circle():
         for points in outline(label):
             assert np.hypot(*points.T).max() <= 1.001
         assert np.hypot(*outline(label)[0].T).max() > 0.9
-    # areas worked by hand: shoelace over the corners
+    # areas computed by hand; _area uses the shoelace formula
     area = {CLASSES[label]: _area(outline(label)[0]) for label in range(1, len(CLASSES))}
     assert area["square"] == pytest.approx(2)
     assert area["triangle"] == pytest.approx(3 * np.sqrt(3) / 4)
@@ -189,7 +189,7 @@ def test_wrong_options(tmp_path, arguments, message):
     assert not (tmp_path / "s").exists()
 
 
-def test_other_folders_are_left_alone(tmp_path):
+def test_other_folders_are_not_changed(tmp_path):
     (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
     (tmp_path / "ImageSets/Segmentation/train.txt").write_text("mine\n")
     (tmp_path / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
@@ -204,8 +204,8 @@ def test_other_folders_are_left_alone(tmp_path):
         main(["--out", str(tmp_path / "file"), "--train", "1", "--val", "0"])
 
 
-def test_the_camera_over_a_plain_sees_what_geometry_says():
-    """Over flat ground at height 0, a ray that falls by b pixels per focal length meets the ground at focal * eye / b."""
+def test_the_camera_agrees_with_geometry_over_flat_ground():
+    """On flat ground at height 0, a ray b pixels below the horizon meets the ground at distance focal * eye / b."""
     flat = np.zeros((landscapes.SIDE, landscapes.SIDE), np.float32)
     terrain = landscapes.Terrain(flat, np.zeros((*flat.shape, 3), np.float32), flat.astype(np.uint8))
     distance, x, y = landscapes.look(np.random.default_rng(0), terrain, 97, 129, horizon=0.4)
@@ -230,7 +230,7 @@ def test_landscapes(tmp_path):
     images, labels = zip(*(landscapes.make_landscape(0, 0, number, 97, 129) for number in range(9)))
     assert set(np.unique(labels)) == set(range(7))
     blue = [np.mean([image[label == name][:, 0].mean() for image, label in zip(images, labels)]) for name in (0, 3)]
-    assert blue[0] > blue[1] + 50, "the sky is bluer than woods"
+    assert blue[0] > blue[1] + 50, "the sky is bluer than the woods"
     for label in labels:
         ground = (label != landscapes.SKY) & (label != landscapes.BALLOON)
-        assert (np.diff(ground.astype(int), axis=0) >= 0).all(), "below ground there is no sky"
+        assert (np.diff(ground.astype(int), axis=0) >= 0).all(), "there is no sky below the ground"

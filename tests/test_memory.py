@@ -1,4 +1,4 @@
-"""The computed memory of a training step: against hand-worked bytes, and against what a real step takes."""
+"""The computed memory of a training step, compared with hand-worked bytes and with a real step."""
 
 import json
 import os
@@ -18,7 +18,7 @@ CASES = {
     "resnet50 one at a time": ("resnet50", 4, (161, 161), 4, {"scales": 3, "one_scale_at_a_time": True}),
     "resnet50 recomputed": ("resnet50", 4, (161, 161), 4, {"grad_checkpoint": True}),
 }
-# A real step in a process in which large blocks that are freed go back to the system, so that resident means in use.
+# A real step in a process that returns large freed blocks to the system, so that resident memory is memory in use.
 REAL = """
 import gc, json
 import torch
@@ -41,7 +41,7 @@ def step(backbone, classes, crop, batch, options):
 
 found = {}
 for name, case in CASES.items():
-    step("resnet18", 2, (33, 33), 1, {})  # brings the libraries
+    step("resnet18", 2, (33, 33), 1, {})  # loads the libraries
     gc.collect()
     before = resident("VmRSS")
     found[name] = step(*case) - before
@@ -51,8 +51,8 @@ print(json.dumps(found))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the resident set is read from /proc")
-def test_a_real_step_takes_what_was_computed():
-    """The resident set of four kinds of steps on the CPU, within 15 %."""
+def test_a_real_step_needs_the_computed_memory():
+    """The resident set of four kinds of steps on the CPU is within 15 % of the computed one."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "100000", "MALLOC_TRIM_THRESHOLD_": "100000"}
     child = subprocess.run([sys.executable, "-c", REAL], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
     assert child.returncode == 0, child.stderr[-2000:]
@@ -62,7 +62,7 @@ def test_a_real_step_takes_what_was_computed():
         assert step_memory(*net, **options).peak == pytest.approx(real[name], rel=0.15), name
 
 
-def test_bytes_are_counted_as_long_as_they_live():
+def test_bytes_are_counted_while_they_are_alive():
     with LiveBytes() as live:
         a = torch.zeros(1000)  # 4,000 bytes
         b = a.view(10, 100)[2:]  # the same bytes
@@ -77,8 +77,8 @@ def test_bytes_are_counted_as_long_as_they_live():
     assert live.now == 0
 
 
-def test_what_a_step_keeps():
-    """Weights and momentum by their number; less with recomputation and in bfloat16, more with three scales."""
+def test_memory_of_a_step():
+    """Weights and momentum follow from the parameters; recomputation and bfloat16 need less, three scales need more."""
     compute = lambda **options: step_memory("resnet50", 4, (161, 161), 4, **options)  # noqa: E731
     plain = compute()
     with torch.device("meta"):
@@ -90,7 +90,7 @@ def test_what_a_step_keeps():
     recomputed, half, three = compute(grad_checkpoint=True), compute(amp=True), compute(scales=3)
     alone = compute(scales=3, one_scale_at_a_time=True)
     assert recomputed.saved < 0.8 * plain.saved
-    assert recomputed.saved < recomputed.peak - recomputed.weights - recomputed.momentum  # a block is computed again on top
+    assert recomputed.saved < recomputed.peak - recomputed.weights - recomputed.momentum  # plus one recomputed block
     assert half.saved < 0.6 * plain.saved
     assert half.peak < 0.8 * plain.peak
     assert plain.peak < alone.peak < 1.1 * plain.peak < 1.3 * plain.peak < three.peak

@@ -1,4 +1,4 @@
-"""The labels of COCO-Stuff's 10k: from .mat files to PNGs, whole or not at all."""
+"""The labels of COCO-Stuff 10k: all .mat files become PNGs, or none."""
 
 import re
 import shutil
@@ -40,7 +40,7 @@ def test_labels_are_one_less(tmp_path, dtype, workers, capsys):
     captured = capsys.readouterr()
     assert "3 labels written" in captured.out
     assert "warped to 513x513" in captured.out
-    assert "train.txt names 2 images, published are 9000" in captured.err
+    assert "train.txt names 2 images, expected 9000 as published" in captured.err
 
 
 def test_a_second_run_changes_nothing(tmp_path, capsys):
@@ -51,7 +51,7 @@ def test_a_second_run_changes_nothing(tmp_path, capsys):
     before = files(root)
     assert len(before) == 3 + 3 + 3 + 3
     assert prepare(root) == 0
-    assert "3 labels were there already" in capsys.readouterr().out
+    assert "3 labels already there" in capsys.readouterr().out
     assert files(root) == before
     Image.fromarray(np.zeros(SIZE, np.uint8)).save(root / f"annotations_png/{IDS[1]}.png")
     (root / f"annotations_png/{IDS[2]}.png").unlink()
@@ -59,9 +59,9 @@ def test_a_second_run_changes_nothing(tmp_path, capsys):
     with pytest.raises(UserError, match=r"2 of 3 labels cannot be used, see above; move .*annotations_png away"):
         prepare(root)
     assert files(root) == before
-    told = capsys.readouterr().err
-    assert f"{IDS[1]}.png is another label than" in told
-    assert f"{IDS[2]}.png does not exist" in told
+    errors = capsys.readouterr().err
+    assert f"{IDS[1]}.png differs from" in errors
+    assert f"{IDS[2]}.png does not exist" in errors
 
 
 @pytest.mark.parametrize(
@@ -95,8 +95,8 @@ def test_a_bad_file_leaves_nothing_behind(tmp_path, content, message, capsys):
     assert sorted(path.name for path in root.iterdir()) == ["annotations", "imageLists", "images"]
 
 
-def test_what_is_no_10k_is_refused(tmp_path):
-    with pytest.raises(DatasetError, match=r"nothing is to be prepared; --dataset cocostuff reads it"):
+def test_other_folders_are_refused(tmp_path):
+    with pytest.raises(DatasetError, match=r"needs no preparation: .* --dataset cocostuff"):
         prepare(make_164k(tmp_path / "coco"))
     with pytest.raises(DatasetError, match=r"images does not exist; expected COCO-Stuff's 10k, .*download\.py cocostuff10k"):
         prepare(tmp_path / "nowhere")

@@ -1,4 +1,4 @@
-"""prepare_voc.py on a miniature VOC + SBD pair, from the raw files to an optimiser step."""
+"""prepare_voc.py on miniature VOC and SBD sets, from the raw files to an optimiser step."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ from utils.command import UserError
 SCRIPT = Path(prepare_voc.__file__)
 VOC = {"train": ["2007_000032", "2008_000002"], "val": ["2007_000033", "2008_000007"]}
 SBD = {"train": ["2008_000002", "2008_000015", "2008_000007"], "val": ["2009_000001", "2007_000033"]}
-TRAIN_AUG = ["2007_000032", "2008_000002", "2008_000015", "2009_000001"]  # by hand: all but VOC's val
+TRAIN_AUG = ["2007_000032", "2008_000002", "2008_000015", "2009_000001"]  # by hand: all except VOC's val
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def command(voc, *options, cwd=None):
 
 
 def check_result(voc, kept=()):
-    """Lists as by hand; VOC's mask for its four ids, SBD's for the other two; palettes but for those that were ``kept``."""
+    """Lists as worked by hand; VOC's mask for its four ids, SBD's for the other two; palettes, except for ``kept`` ids."""
     lists = {path.stem: path.read_text().split() for path in (voc / "ImageSets/SegmentationAug").iterdir()}
     assert lists == {"train_aug": TRAIN_AUG, "trainval_aug": TRAINVAL_AUG, "val": ["2007_000033", "2008_000007"]}
     assert sorted(path.name for path in (voc / "SegmentationClassAug").iterdir()) == [f"{i}.png" for i in TRAINVAL_AUG]
@@ -87,12 +87,12 @@ def test_lists_by_hand():
     assert lists == {"train_aug": {"a", "b", "c", "d"}, "trainval_aug": {"a", "b", "c", "d", "v", "w"}, "val": {"v", "w"}}
 
 
-def test_md5_is_that_of_the_sorted_lines():
+def test_md5_of_the_sorted_lines():
     ids = {"2010_000001", "2007_000032", "2008_000002"}  # printf '2007_000032\n2008_000002\n2010_000001\n' | md5sum
     assert prepare_voc.ids_md5(ids) == "d85def2238e6a11a507147e2f853cee3"
 
 
-def test_published_counts_fit_together():
+def test_published_counts_are_consistent():
     counts = {name: count for name, (count, _) in prepare_voc.PUBLISHED.items()}
     assert counts["train_aug"] + counts["val"] == counts["trainval_aug"] == 12031
     assert counts["train_aug"] - counts["train"] == 9118
@@ -108,14 +108,14 @@ def test_sbd_folder_through_the_command_line(voc, sbd, capsys):
     assert "6 already there, 0 written from VOC, 0 from" in capsys.readouterr().out
 
 
-def test_sbd_archive_is_read_as_it_is(voc, sbd, tmp_path):
+def test_sbd_archive_is_read_without_unpacking(voc, sbd, tmp_path):
     archive = archive_of(sbd, tmp_path / "benchmark.tgz")
-    picture = voc / "JPEGImages/2009_000001.jpg"
-    picture.unlink()
+    image = voc / "JPEGImages/2009_000001.jpg"
+    image.unlink()
     before = {path for path in tmp_path.rglob("*") if "VOC2012" not in path.parts}
     assert run(voc, "--sbd", archive) == 0
     check_result(voc)
-    assert picture.read_bytes() == jpeg_bytes("2009_000001")
+    assert image.read_bytes() == jpeg_bytes("2009_000001")
     assert {path for path in tmp_path.rglob("*") if "VOC2012" not in path.parts} == before
 
 
@@ -136,8 +136,8 @@ def test_ready_masks(voc, tmp_path, form, capsys):
     kept = ("2008_000015", "2009_000001") if form == "in place" else ()
     check_result(voc, kept)
     out, err = capsys.readouterr()
-    assert ("4 masks were there but are not those of VOC" in out) == (form == "in place")
-    assert f"warning: 4 of the 4 masks in {source} that VOC has, too, are not VOC's: 2007_000032" in err
+    assert ("4 existing masks differ from those of VOC" in out) == (form == "in place")
+    assert f"warning: 4 of the 4 masks in {source} that VOC also has differ from VOC's: 2007_000032" in err
     assert run(voc, "--aug", source) == 0
     assert "6 already there" in capsys.readouterr().out
 
@@ -146,22 +146,22 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_second_run_changes_nothing_and_mends_what_is_broken(voc, sbd):
+def test_a_second_run_changes_nothing_and_repairs_what_is_broken(voc, sbd):
     assert run(voc, "--sbd", sbd) == 0
     folder, lists = voc / "SegmentationClassAug", voc / "ImageSets/SegmentationAug"
     with Image.open(folder / "2009_000001.png") as image:
         grey = Image.fromarray(np.array(image))
-    grey.save(folder / "2009_000001.png")  # the right indices, without a palette, as published
+    grey.save(folder / "2009_000001.png")  # the right indices without a palette, as published
     pairs = [f"/JPEGImages/{i}.jpg /SegmentationClassAug/{i}.png\r\n" for i in reversed(TRAIN_AUG)]
-    (lists / "train_aug.txt").write_text("".join(pairs))  # the right ids and masks, in the official form and order
+    (lists / "train_aug.txt").write_text("".join(pairs))  # the right ids and masks, in the official format and another order
     before = contents(voc)
     assert run(voc, "--sbd", sbd) == 0
     assert contents(voc) == before
 
     whole = (folder / "2008_000015.png").read_bytes()
     (folder / "2008_000015.png").write_bytes(whole[:-20])
-    (folder / "2007_000033.png").write_bytes(png_bytes(sbd_mask("2007_000033")))  # whole, but not VOC's own
-    (folder / ".2007_000032.png.77.tmp").write_bytes(b"half")  # a killed run's
+    (folder / "2007_000033.png").write_bytes(png_bytes(sbd_mask("2007_000033")))  # complete, but not VOC's mask
+    (folder / ".2007_000032.png.77.tmp").write_bytes(b"half")  # left by a killed run
     (lists / "val.txt").write_text("2007_000033\n")
     (lists / "train_aug.txt").write_text("".join(pairs).replace("ClassAug/2009_000001", "Class/2009_000001"))
     wrong = [folder / "2008_000015.png", folder / "2007_000033.png", lists / "val.txt", lists / "train_aug.txt"]
@@ -185,24 +185,24 @@ def test_masks_of_another_source_are_noticed_and_replaced(voc, sbd, tmp_path, ca
     monkeypatch.setattr(prepare_voc, "SBD_COUNT", 5)
     assert run(voc, "--aug", bad, "--strict") == 1
     out, err = capsys.readouterr()
-    assert f"4 of the 4 masks in {bad} that VOC has, too, are not VOC's" in err
+    assert f"4 of the 4 masks in {bad} that VOC also has differ from VOC's" in err
     assert "warning: this is not the published set" in err
     assert run(voc, "--sbd", sbd, "--strict") == 0
     check_result(voc)
     out, err = capsys.readouterr()
     assert "masks: 4 already there, 0 written from VOC, 2 from" in out
-    assert "2 masks were there but are not those of VOC or" in out
+    assert "2 existing masks differ from those of VOC or" in out
     assert "warning" not in err
     aside = voc / "SegmentationClassAug_replaced"
     assert sorted(path.name for path in aside.iterdir()) == ["2008_000015.png", "2009_000001.png"]
-    assert run(voc, "--aug", bad) == 0  # the same way back: nothing that was set aside is overwritten
+    assert run(voc, "--aug", bad) == 0  # and back: no mask that was set aside is overwritten
     assert sorted(path.name for path in (voc / "SegmentationClassAug_replaced2").iterdir()) == [
         path.name for path in sorted(aside.iterdir())
     ]
 
 
 def test_a_re_ordered_palette_is_refused(voc, tmp_path, capsys):
-    """In a ready set and in VOC's own folder; it is not written back under the VOC palette."""
+    """In a ready set and in VOC's own folder; such a mask is never written with the VOC palette."""
     black, aeroplane, sofa = (0, 0, 0), (128, 0, 0), (0, 192, 0)
     source = tmp_path / "ready"
     for image_id in TRAINVAL_AUG:
@@ -216,7 +216,7 @@ def test_a_re_ordered_palette_is_refused(voc, tmp_path, capsys):
     assert not (voc / "SegmentationClassAug/2008_000015.png").exists()
 
 
-def test_bad_masks_are_listed_all_and_then_it_fails_once(voc, sbd):
+def test_all_bad_masks_are_listed_before_it_fails(voc, sbd):
     folder = sbd / "dataset/cls"
     extra = ["2009_000002", "2009_000003", "2009_000004", "2009_000005", "2009_000006"]
     for image_id in extra:
@@ -248,7 +248,7 @@ def test_bad_masks_are_listed_all_and_then_it_fails_once(voc, sbd):
     assert {path.stem for path in (voc / "SegmentationClassAug").iterdir()} == {i for ids in VOC.values() for i in ids}
 
 
-def test_missing_sources_are_told_in_a_sentence(voc, tmp_path):
+def test_missing_sources_give_one_sentence(voc, tmp_path):
     done = command(voc, cwd=tmp_path)
     assert done.returncode == 2
     assert "python scripts/download.py sbd" in done.stderr
@@ -300,13 +300,13 @@ def test_a_damaged_member_of_a_zip_is_named(voc, tmp_path, capsys):
     assert "2008_000015: the mask cannot be decoded" in capsys.readouterr().err
 
 
-def test_a_published_list_at_hand_tells_which_ids_differ(voc, monkeypatch):
+def test_a_published_list_in_the_folder_shows_which_ids_differ(voc, monkeypatch):
     published = {"2007_000032", "2008_000002", "2010_000001"}
     monkeypatch.setitem(prepare_voc.PUBLISHED, "train_aug", (3, "d85def2238e6a11a507147e2f853cee3"))
     assert prepare_voc.difference("train_aug", published, voc) is None
     ids = {"2007_000032", "2008_000002", "2011_000009", "cat"}
     text = prepare_voc.difference("train_aug", ids, voc)
-    assert text == "train_aug: 4 ids, 1 more than the published 3; 1 not of the form of VOC's (2007_000032): cat"
+    assert text == "train_aug: 4 ids, 1 more than the published 3; 1 not in VOC's format (2007_000032): cat"
     lines = [f"/JPEGImages/{i}.jpg /SegmentationClassAug/{i}.png" for i in published]
     write(voc / "ImageSets/SegmentationAug/official.txt", "\n".join(lines))
     text = prepare_voc.difference("train_aug", ids, voc)
@@ -314,8 +314,8 @@ def test_a_published_list_at_hand_tells_which_ids_differ(voc, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_ctrl_c_leaves_whole_files_and_the_next_run_goes_on(voc, sbd):
-    pipe = voc / "SegmentationClass/2008_000007.png"  # the last of VOC's: reading it blocks
+def test_ctrl_c_leaves_complete_files_and_the_next_run_resumes(voc, sbd):
+    pipe = voc / "SegmentationClass/2008_000007.png"  # VOC's last mask: reading it blocks
     pipe.unlink()
     os.mkfifo(pipe)
     line = [sys.executable, str(SCRIPT), "--data-dir", str(voc), "--sbd", str(sbd), "--workers", "2"]
@@ -326,7 +326,7 @@ def test_ctrl_c_leaves_whole_files_and_the_next_run_goes_on(voc, sbd):
     deadline = time.monotonic() + 40
     while len(list(folder.glob("[!.]*.png"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of the command
+    os.killpg(process.pid, signal.SIGINT)  # to all processes of the command, as a terminal does
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 130
     assert errors.strip().endswith("interrupted")
@@ -347,7 +347,7 @@ def _die(number):
     os._exit(9)
 
 
-def test_parallel_map_reads_only_a_little_ahead():
+def test_parallel_map_reads_only_a_few_tasks_ahead():
     taken = []
 
     def numbers():
@@ -362,9 +362,9 @@ def test_parallel_map_reads_only_a_little_ahead():
     assert list(parallel_map(_square, [], workers=2)) == []
 
 
-def test_a_worker_that_dies_is_an_error_that_names_its_work():
+def test_the_error_of_a_dead_worker_names_its_task():
     with pytest.raises(UserError, match="one of 17"):
-        list(parallel_map(_die, [(17,)], workers=2))  # the idle one is ended, too
+        list(parallel_map(_die, [(17,)], workers=2))  # the idle worker also ends
 
 
 def test_from_the_archives_to_an_optimiser_step(voc, sbd):

@@ -1,1 +1,1 @@
-"""The workshop of ``scripts/benchmark.py`` and ``scripts/gpu_check.sh``: reference, measured parts, clock, computed memory."""
+"""The modules of ``scripts/benchmark.py`` and ``scripts/gpu_check.sh``: reference, parts, timing and computed memory."""

@@ -1,4 +1,4 @@
-"""What ``scripts/gpu_check.sh`` does: the tests that need a GPU, the benchmark, 200 real steps, and a table of the results."""
+"""The program behind ``scripts/gpu_check.sh``: the tests that need a GPU, the benchmark, 200 training steps, and a table."""
 
 import importlib.util
 import json
@@ -30,12 +30,12 @@ from utils.training.monitor import MUCH_WAITING
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MINUTES = 8.0
-# the CPU has no tests of its own: these count what a GPU would launch
+# on a CPU: tests that count the kernels that a GPU would launch
 TESTS = {
     "cuda": ["-m", "cuda", "tests"],
     "cpu": ["tests/test_device.py", "-k", "launches or stale"],
 }
-# (options, parts) of each run of the benchmark; on a CPU in float32 alone
+# (options, parts) of each run of the benchmark; on a CPU only float32
 RUNS = {
     "cuda": [
         ("", ["train", "msc", "evaluate", "data", "crf"]),
@@ -48,7 +48,7 @@ RUNS = {
 
 
 class Check:
-    """The device, the time that is left, and the lines of the table."""
+    """The device, the end time, and the lines of the table."""
 
     def __init__(self, folder: Path) -> None:
         self.kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -60,13 +60,13 @@ class Check:
         self.table: dict[str, str] = {}
 
     def run(self, title: str, command: list[str]) -> bool:
-        """Run a command of this project in the time that is left; returns whether it ended with status 0."""
+        """Run a command of this project in the remaining time; returns whether it succeeded (status 0)."""
         left = self.end - time.monotonic()
         print(f"\n=== {title} ({left / 60:.1f} minutes left)", flush=True)
         try:
             status = subprocess.run([sys.executable, *command], cwd=ROOT, timeout=max(left, 1)).returncode
         except subprocess.TimeoutExpired:
-            self.table[title] = "did not end in time"
+            self.table[title] = "not finished in time"
             return False
         if status:
             self.table[title] = f"failed, status {status}"
@@ -93,7 +93,7 @@ class Check:
                     self.table[f"{part}{options}"] = described(row)
 
     def real_steps(self) -> None:
-        """A run of train.py, data loading included, with the utilisation of the GPU."""
+        """Run train.py, with data loading, and report the utilisation of the GPU."""
         command = real_steps_command(self.folder, self.net, self.batch, self.crop, self.steps)
         with utilisation() as used:
             succeeded = self.run("real steps", command + (["--amp", "bf16"] if self.kind == "cuda" else []))
@@ -104,11 +104,11 @@ class Check:
         speed, self.data_wait = median(x["images_per_s"] for x in steady), mean(x["data_wait"] for x in steady)
         self.table["real steps"] = f"{speed:.1f} images/s, {self.data_wait:.0%} of the time waiting for data"
         if used:
-            self.table["real steps"] += f", GPU used {mean(used[len(used) // 2 :]):.0f} %"
+            self.table["real steps"] += f", GPU utilisation {mean(used[len(used) // 2 :]):.0f} %"
 
     def step(self, crop: int, batch: int, amp: str) -> Callable[[], object]:
-        """A step of the training loop that has been taken three times."""
-        torch.backends.cudnn.benchmark = True  # as in training: crops are of one size
+        """A training step, after three warm-up runs."""
+        torch.backends.cudnn.benchmark = True  # as in training: all crops have one size
         args = Namespace(backbone=self.net, num_classes=21, batch_size=batch, input_size=(crop, crop))
         run = our_step(args, self.device, single_scale_loss, amp=amp).run
         for _ in range(3):
@@ -116,10 +116,10 @@ class Check:
         return run
 
     def limits(self) -> None:
-        """How long a step takes, how long the host takes to launch one, and so what limits it."""
+        """Measure how long a step takes and how long the host takes to launch it, and so what limits the speed."""
         amp = "bf16" if self.kind == "cuda" else "off"
         run = self.step(self.crop, self.batch, amp)
-        start = timer()  # waits for the device
+        start = timer()  # synchronises with the device
         for _ in range(5):
             run()
         took = (timer() - start) / 5
@@ -132,19 +132,19 @@ class Check:
             run()
             torch.cuda.synchronize()
         events = profiler.events() or []
-        kernels = sum(event.device_type == DeviceType.CUDA for event in events)  # the others are calls of the runtime
-        launch = self.step(33, 1, amp)  # so little work that the device never holds the host up
+        kernels = sum(event.device_type == DeviceType.CUDA for event in events)  # the other events are CUDA runtime calls
+        launch = self.step(33, 1, amp)  # so little work that the host never waits for the device
         start = timer()
         for _ in range(5):
             launch()
         launched = (time.perf_counter() - start) / 5
-        self.table[f"a step, {amp}"] += f", which the host launches in {1000 * launched:.1f} ms, {kernels} kernels and copies"
-        self.table[f"memory of it, {amp}"] = f"{peak / 1e6:.0f} MB at its peak, computed {computed / 1e6:.0f} MB"
-        limit = "the host: see --compile" if launched > 0.9 * took else "arithmetic"
-        self.table["limited by"] = "data: see --num-workers" if self.data_wait > MUCH_WAITING else limit
+        self.table[f"a step, {amp}"] += f", launched by the host in {1000 * launched:.1f} ms, {kernels} kernels and copies"
+        self.table[f"its memory, {amp}"] = f"{peak / 1e6:.0f} MB peak, computed {computed / 1e6:.0f} MB"
+        limit = "kernel launches: see --compile" if launched > 0.9 * took else "arithmetic"
+        self.table["limited by"] = "data loading: see --num-workers" if self.data_wait > MUCH_WAITING else limit
 
     def all(self) -> None:
-        """Every part; what fails in one is a line of the table, and the others follow."""
+        """Run every part; a failure becomes a line of the table, and the next part runs."""
         for part in (self.tests, self.real_steps, self.limits, self.benchmark):
             try:
                 part()
@@ -153,20 +153,20 @@ class Check:
                 self.table[part.__name__.replace("_", " ")] = f"failed: {type(error).__name__}: {str(error)[:200]}"
 
     def advice(self) -> str:
-        """What to do with the table."""
+        """What the user should do with the table."""
         if failed := [name for name, text in self.table.items() if "failed" in text]:
-            return f"{', '.join(failed)} failed: please open an issue with this table and what stands above it"
+            return f"{', '.join(failed)} failed: please open an issue with this table and the output above it"
         if self.kind == "cpu":
-            return "this machine has no CUDA device; on one that has, the same command tries it"
+            return "no CUDA device found; run the same command on a machine that has one"
         return (
             "all parts ran: please send us this table; training is `python train.py --random-mirror --random-scale --amp bf16`"
         )
 
 
 def real_steps_command(folder: Path, net: str, batch: int, crop: int, steps: int) -> list[str]:
-    """The command of some steps on made-up images, both made in ``folder``, from weights with moderate values.
+    """The command of a short training run; its synthetic images and its moderate initial weights are written to ``folder``.
 
-    Random weights behind frozen batch norm would let the activations grow from block to block, and the loss without bounds.
+    With purely random weights and frozen batch norm, activations grow from block to block and the loss diverges.
     """
     make_images(folder / "images", 60, 21)
     args = Namespace(backbone=net, num_classes=21)
@@ -177,13 +177,13 @@ def real_steps_command(folder: Path, net: str, batch: int, crop: int, steps: int
 
 
 def first_card() -> str:
-    """The number of the card that torch calls 0, for nvidia-smi, which knows nothing of CUDA_VISIBLE_DEVICES."""
+    """The index of torch's device 0 for nvidia-smi, which ignores CUDA_VISIBLE_DEVICES."""
     return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
 
 
 @contextmanager
 def utilisation() -> Iterator[list[float]]:
-    """Gathers the utilisation of the GPU in percent, twice a second, as nvidia-smi reports it where there is one."""
+    """Collect the GPU utilisation in percent from nvidia-smi, twice per second; an empty list without nvidia-smi."""
     found: list[float] = []
     if not torch.cuda.is_available() or not shutil.which("nvidia-smi"):
         yield found
@@ -207,7 +207,7 @@ def described(row: dict[str, Any]) -> str:
 
 def card() -> str:
     if not torch.cuda.is_available():
-        return "none: no CUDA device found, this is the CPU's share of the check"
+        return "none: no CUDA device found, only the checks for a CPU run"
     properties = torch.cuda.get_device_properties(0)
     driver = ""
     if shutil.which("nvidia-smi"):
@@ -218,7 +218,7 @@ def card() -> str:
 
 def main() -> int:
     if len(sys.argv) > 1:
-        raise UserError(f"gpu_check takes no arguments, found {' '.join(sys.argv[1:])}")
+        raise UserError(f"gpu_check has no arguments, found {' '.join(sys.argv[1:])}")
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as scratch:
         check = Check(Path(scratch))
         check.table["card"] = card()

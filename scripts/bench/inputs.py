@@ -1,4 +1,4 @@
-"""What the benchmark measures with: made-up images and labels, and nets with random weights."""
+"""Inputs of the benchmark: synthetic images and labels, and nets with random weights."""
 
 import itertools
 from argparse import Namespace
@@ -16,12 +16,12 @@ from deeplab.resnet import Bottleneck
 from scripts.bench import reference
 from utils.visualize import save_indexed_png
 
-SIZES = ((375, 500), (500, 375), (333, 500), (375, 500), (500, 333))  # height, width: the usual ones in VOC
+SIZES = ((375, 500), (500, 375), (333, 500), (375, 500), (500, 333))  # height, width: common in VOC
 LIST = "ImageSets/Segmentation/train.txt"
 
 
 def make_images(root: Path, count: int, num_classes: int) -> None:
-    """Images with smooth and fine structure and labels of smooth regions, in the VOC layout, the same ones each time."""
+    """Write images with coarse and fine structure and labels of smooth regions, in the VOC layout; the same on every call."""
     rng = np.random.default_rng(0)
     for folder in ("JPEGImages", "ImageSets/Segmentation"):
         (root / folder).mkdir(parents=True)
@@ -30,7 +30,7 @@ def make_images(root: Path, count: int, num_classes: int) -> None:
         coarse = rng.integers(0, 256, (8, 10, 3)).astype(np.float32)
         image = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC) + rng.normal(0, 8, (height, width, 3))
         cv2.imwrite(str(root / "JPEGImages" / f"{image_id}.jpg"), np.clip(image, 0, 255).astype(np.uint8))
-        present = np.append(0, rng.integers(0, num_classes, 3))  # an image shows few classes
+        present = np.append(0, rng.integers(0, num_classes, 3))  # an image has few classes
         fields = [cv2.resize(rng.random((5, 6)), (width, height), interpolation=cv2.INTER_CUBIC) for _ in present]
         label = present[np.argmax(fields, axis=0)].astype(np.uint8)
         label[:3] = 255
@@ -62,12 +62,12 @@ def reference_net(args: Namespace, device: torch.device, norm: Callable[..., nn.
     """The reference implementation with the same weights."""
     net = random_net(args)
     unfolded = reference.ReferenceNet(net.config, norm)
-    unfolded.load_state_dict(net.state_dict(), strict=False)  # all but the counters of a batch norm on batch statistics
+    unfolded.load_state_dict(net.state_dict(), strict=False)  # not strict: batch norm has a counter that a frozen one lacks
     return unfolded.to(device)
 
 
 def our_modes(args: Namespace, compiled: bool) -> Iterator[tuple[str, str, bool]]:
-    """(row, amp, compile) of this project's rows."""
+    """Yield (row name, amp, compile) of this project's rows."""
     amp = "" if args.amp == "off" else f" --amp {args.amp}"
     yield "ours", "off", False
     if amp:

@@ -1,4 +1,4 @@
-"""How the benchmark measures: rows in turns with torch's benchmark clock, arithmetic with torch's FLOP counter, peak memory."""
+"""Measurements of the benchmark: time (rows alternate), FLOPs by torch's FLOP counter, and peak memory."""
 
 import gc
 import os
@@ -29,8 +29,9 @@ class Runner:
     Attributes:
         run: does the work once.
         setup: called before each run, outside the measured time.
-        close: ends what the row started.
-        net: whose weights it holds; in ``training`` it holds gradients and momentum as well.
+        close: stops the processes that the row started.
+        net: the net of the row.
+        training: whether there are gradients and momentum.
     """
 
     run: Callable[[], object]
@@ -45,10 +46,10 @@ class Row:
     """One way to do the work of a table.
 
     Attributes:
-        images: per run.
-        amp: the precision, whose matrix product it is compared with.
-        compiled: a compiled net, which the FLOP counter cannot read; its arithmetic is that of the row before.
-        base: the row whose speed is 1; "" is the table's first.
+        images: number of images per run.
+        amp: the precision, also of the matrix product for ``x GEMM``.
+        compiled: whether the net is compiled. The FLOP counter cannot read it, so the FLOPs of the row before are used.
+        base: the row to compare with; "" is the first row of the table.
     """
 
     name: str
@@ -64,9 +65,9 @@ class Table:
     """The rows of one part of the benchmark, the reference first.
 
     Attributes:
-        nets: whether the rows run a net, so that arithmetic and memory are measured.
-        repeats: rounds, in place of ``--repeats``.
-        remarks: rows of :func:`run_table` -> the lines below the table; may add entries to the rows.
+        nets: whether the rows run a net, so that FLOPs and memory are measured.
+        repeats: number of rounds, instead of ``--repeats``.
+        remarks: result of :func:`run_table` -> lines below the table; may add entries to the rows.
     """
 
     title: str
@@ -81,11 +82,11 @@ def progress(text: str) -> None:
 
 
 def matrix_product(amp: str, device: torch.device) -> Row:
-    """Three products of two large square matrices: what the machine reaches in one precision."""
+    """Three products of two large square matrices: the practical peak speed in one precision."""
 
     def build() -> Runner:
         if device.type == "cuda" and torch.backends.cudnn.allow_tf32:
-            torch.set_float32_matmul_precision("high")  # TF32, as the convolutions have it
+            torch.set_float32_matmul_precision("high")  # TF32, like the convolutions
         side = MATRIX_SIDE[device.type]
         matrix = torch.rand(side, side, device=device).to(DTYPES[amp])
         return Runner(lambda: [torch.mm(matrix, matrix) for _ in range(3)])
@@ -94,11 +95,11 @@ def matrix_product(amp: str, device: torch.device) -> Row:
 
 
 def run_table(table: Table, repeats: int, device: torch.device) -> dict[str, dict]:
-    """Run each row once to warm up and count its arithmetic, then all rows in turns: A B C, A B C, ...
+    """Run each row once to warm up and count its FLOPs, then all rows alternately: A B C, A B C, ...
 
     Returns:
-        {row: entries}: seconds (list), median_s, steady (bool), items (images), amp, flops; but for matrix products items_per_s
-        and speedup (over ``Row.base``); with nets gemm_ratio, the rate as a multiple of the matrix product's.
+        {row: entries}: seconds (list), median_s, steady (bool), items (images), amp, flops; except for matrix products
+        items_per_s and speedup (over ``Row.base``); with nets gemm_ratio, the FLOP/s relative to the matrix product.
     """
     rows = [*table.rows]
     if table.nets:
@@ -121,7 +122,7 @@ def run_table(table: Table, repeats: int, device: torch.device) -> dict[str, dic
         for number in range(repeats):
             progress(f"round {number + 1} of {repeats}")
             for name, runner in runners.items():
-                # torch.utils.benchmark.Timer has the same clock, but runs twice more before each turn
+                # torch.utils.benchmark.Timer has the same clock, but adds two runs before each measurement
                 found[name]["seconds"].append(timeit.Timer(runner.run, runner.setup, timer).timeit(1))
     runners.clear()
     gc.collect()
@@ -141,27 +142,27 @@ def run_table(table: Table, repeats: int, device: torch.device) -> dict[str, dic
 
 
 def resident(name: str) -> int:
-    """Resident bytes of this process: now (``VmRSS``, of files ``RssFile``) or at their peak (``VmHWM``); Linux only."""
+    """Resident bytes of this process, Linux only: now (``VmRSS``; of files, ``RssFile``) or at the peak (``VmHWM``)."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{name}:"))
 
 
 def reset_peak() -> None:
-    """The peak of the resident set starts again at what is resident now."""
-    with suppress(OSError), open("/proc/self/clear_refs", "w") as file:  # not in every container
+    """Reset the peak of the resident set to its current size."""
+    with suppress(OSError), open("/proc/self/clear_refs", "w") as file:  # not possible in every container
         file.write("5")
 
 
 def measure_peak(make_table: Callable[[Namespace, torch.device], Table], name: str, args: Namespace) -> dict[str, int]:
-    """The peak memory of the second run of one row; to be called in a process of its own.
+    """The peak memory of the second run of one row; call it in a new process.
 
     Returns:
-        peak_bytes: allocated on CUDA, else resident. beyond_bytes: without the process after its imports (on a CPU), the
-        weights and buffers and, in training, gradients and momentum.
+        peak_bytes: allocated on CUDA, else resident. beyond_bytes: without the imports (on a CPU), weights, buffers and, in
+        training, gradients and momentum.
 
     Raises:
-        OSError: the resident set cannot be read here.
-        RuntimeError: memory was short, so that the system took pages of libraries away, which the peak then lacks.
+        OSError: the resident set cannot be read on this system.
+        RuntimeError: memory was short, so the system dropped pages of libraries and the measured peak is too low.
     """
     device = select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
     row = next(row for row in make_table(args, device).rows if row.name == name)

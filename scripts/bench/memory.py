@@ -1,8 +1,8 @@
-"""The memory of a training step, computed without running one.
+"""The memory of a training step, computed without running it.
 
-The net, its loss and its backward pass run on fake tensors, which have shapes and no values, while every storage is counted as
-long as it lives: weights, gradients, momentum, activations saved for the backward pass or recomputed there, and results of one
-operator for the next. The work space inside a kernel is not counted, nor what the driver needs.
+The net, its loss and its backward pass run on fake tensors, which have shapes but no values. Every storage is counted while it
+is alive: weights, gradients, momentum, activations saved for the backward pass or recomputed there, and intermediate results.
+The workspace inside a kernel and the memory of the driver are not counted.
 """
 
 import weakref
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from deeplab import make_net, multi_scale_loss, single_scale_loss
 
 CARDS = (8, 12, 16, 24, 40)  # GiB
-RESERVE = 1.5 * 2**30  # of a card, for the CUDA context, cuDNN's work space and fragmentation: an assumption, not measured
+RESERVE = 1.5 * 2**30  # per card, for the CUDA context, cuDNN's workspace and fragmentation: assumed, not measured
 ROWS: dict[str, dict[str, Any]] = {
     "train.py": {},
     "train.py --amp bf16": {"amp": True},
@@ -40,7 +40,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes: ``weights`` with buffers, ``momentum`` (a gradient takes as much), ``saved`` for the backward pass, ``peak``."""
+    """Bytes: ``weights`` with buffers, ``momentum`` (gradients need as much), ``saved`` for the backward pass, ``peak``."""
 
     weights: int
     momentum: int
@@ -49,12 +49,12 @@ class StepMemory:
 
     @property
     def card(self) -> int | None:
-        """The smallest of ``CARDS`` that the step fits, in GiB."""
+        """The smallest of ``CARDS`` that has enough memory for the step, in GiB."""
         return next((card for card in CARDS if self.peak + RESERVE <= card * 2**30), None)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operators allocate, each once and as long as something refers to it."""
+    """Counts the bytes of all storages that operators allocate, each once and while something refers to it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,11 +95,11 @@ def step_memory(
     grad_checkpoint: bool = False,
     one_scale_at_a_time: bool = False,
 ) -> StepMemory:
-    """The memory of the second of two training steps, when gradients and momentum are there.
+    """The memory of the second training step, when gradients and momentum exist.
 
     Args:
-        scales: 1 as in train.py, 3 as in train_msc.py.
-        amp: bfloat16; float16 needs the same.
+        scales: 1 as in train.py, or 3 as in train_msc.py.
+        amp: bfloat16; float16 needs as much memory.
     """
     three: Callable[..., dict[str, Tensor]] = partial(multi_scale_loss, one_scale_at_a_time=one_scale_at_a_time)
     loss_function = three if scales == 3 else single_scale_loss
@@ -122,13 +122,13 @@ def step_memory(
 
 
 def memory_rows(args: Namespace) -> dict[str, StepMemory]:
-    """{row: memory} for the net, the crop and the batch of the benchmark's options."""
+    """{row: memory} for the net, the crop and the batch size in the benchmark's options."""
     compute = partial(step_memory, args.backbone, args.num_classes, args.input_size, args.batch_size, net_name=args.net)
     return {name: compute(**options) for name, options in ROWS.items()}
 
 
 def print_memory(args: Namespace, rows: dict[str, StepMemory]) -> None:
-    """The table, and what its columns mean."""
+    """Print the table and explain its columns."""
     height, width = args.input_size
     print(
         f"\nmemory of a training step, computed: batch {args.batch_size} of {height}x{width}, {args.net}, {args.backbone}, MB"
@@ -138,5 +138,5 @@ def print_memory(args: Namespace, rows: dict[str, StepMemory]) -> None:
     for name, row in rows.items():
         cells = "  ".join(f"{value / 1e6:8.0f}" for value in (row.weights, row.momentum, row.saved, row.peak))
         print(f"{name:{first}}  {cells}  {f'{row.card} GB' if row.card else '-':>6}")
-    print("  saved: kept between forward and backward; peak: of all, with gradients and what is recomputed")
-    print(f"  card: the smallest of {', '.join(map(str, CARDS))} GB with {RESERVE / 2**30:g} GB to spare; computed, not tried")
+    print("  saved: activations kept for the backward pass; peak: everything, with gradients and recomputed activations")
+    print(f"  card: the smallest of {', '.join(map(str, CARDS))} GB with {RESERVE / 2**30:g} GB left over; computed, not tried")

@@ -1,4 +1,4 @@
-"""The parts after training: evaluation, from disk to the confusion matrix, and the dense CRF."""
+"""The parts without training: evaluation, from disk to the confusion matrix, and the dense CRF."""
 
 import itertools
 import timeit
@@ -27,8 +27,8 @@ from utils.processes import default_processes, usable_cores
 
 
 def evaluate(args: Namespace, device: torch.device) -> Table:
-    """Images and labels from disk, logits, classes, confusion matrix."""
-    torch.backends.cudnn.benchmark = False  # as evaluate.py: images are of many sizes
+    """The part ``evaluate``: images and labels from disk, logits, classes, confusion matrix."""
+    torch.backends.cudnn.benchmark = False  # as in evaluate.py: image sizes vary
     data = open_images(args)
 
     def published() -> Runner:
@@ -61,7 +61,7 @@ def evaluate(args: Namespace, device: torch.device) -> Table:
 
 
 def crf_inputs(args: Namespace, count: int) -> list[tuple[Sample, Tensor]]:
-    """``count`` images and (C, h, w) logits, made from their labels and noise."""
+    """``count`` images, each with (C, h, w) logits made of its label and noise."""
     generator = torch.Generator().manual_seed(0)
     samples = Samples(open_images(args))
     inputs = []
@@ -75,7 +75,7 @@ def crf_inputs(args: Namespace, count: int) -> list[tuple[Sample, Tensor]]:
 
 
 def torch_parts(sample: Sample, logits: Tensor, device: torch.device) -> dict[str, float]:
-    """How the time of an image's CRF in torch is shared out, in seconds, and how far a probability is from pydensecrf's."""
+    """Seconds for the lattices and per iteration of the CRF in torch, and its largest difference from pydensecrf."""
     image = torch.from_numpy(sample.image).to(device)
     probabilities = enlarge(logits[None].to(device), image.shape[:2])[0].softmax(dim=0)
     seconds = {}
@@ -89,7 +89,7 @@ def torch_parts(sample: Sample, logits: Tensor, device: torch.device) -> dict[st
 
 
 def crf(args: Namespace, device: torch.device) -> Table:
-    """The dense CRF on one process and on all cores, ours and the reference on as many."""
+    """The part ``crf``: the dense CRF in one process and on all cores, for ours and the reference."""
     processes = sorted({1, default_processes(32)})
     inputs = crf_inputs(args, args.pictures * processes[-1])
     results: dict[str, list[np.ndarray]] = {}
@@ -116,7 +116,7 @@ def crf(args: Namespace, device: torch.device) -> Table:
 
         def run() -> None:
             threads = torch.get_num_threads()
-            torch.set_num_threads(1)  # one core, on a CPU
+            torch.set_num_threads(1)  # so a CPU uses one core
             results[name] = [prediction for _, prediction in refine((sample, x.to(device)) for sample, x in inputs)]
             torch.set_num_threads(threads)
 
@@ -139,13 +139,13 @@ def crf(args: Namespace, device: torch.device) -> Table:
         for name, entry in entries.items():
             found = np.concatenate([classes.flatten() for classes in results[name]])
             entry["agreement"] = float(np.mean(found == expected))
-            yield f"{name}: the class of the reference at {100 * entry['agreement']:.3f} % of the pixels"
-        yield "x ref: of the reference on as many processes; the probabilities are made up"
+            yield f"{name}: same class as the reference at {100 * entry['agreement']:.3f} % of the pixels"
+        yield "x ref: relative to the reference with as many processes; the probabilities are synthetic"
         parts = torch_parts(*inputs[0], device)
         entries[rows[-1].name].update(parts)
         lattices, iteration = 1000 * parts["lattices_s"], 1000 * parts["iteration_s"]
-        yield f"torch, per image: lattices {lattices:.0f} ms, an iteration {iteration:.1f} ms"
-        yield f"torch and pydensecrf: the largest difference of a probability is {parts['difference']:.1e}"
+        yield f"torch, per image: lattices {lattices:.0f} ms, {iteration:.1f} ms per iteration"
+        yield f"torch and pydensecrf: largest difference of a probability {parts['difference']:.1e}"
 
     title = f"dense CRF: {len(inputs)} images, {args.num_classes} classes, 10 iterations"
     return Table(title, rows, nets=False, repeats=args.crf_repeats, remarks=remarks)

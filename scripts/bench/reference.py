@@ -1,11 +1,11 @@
-"""The published way of doing it, written plainly: what ``scripts/benchmark.py`` measures this project against.
+"""A plain version of the published implementation: the reference of ``scripts/benchmark.py``, used by nothing else.
 
-It follows the scripts of github.com/speedinghzl/Pytorch-Deeplab step by step: an unfolded batch norm behind every convolution,
-NCHW memory, float32, no compiler; training on batch statistics with the logits enlarged to the labels and the loss read at each
-step; evaluation on a 505x505 canvas, one image at a time, the argmax in numpy, the pixels counted one by one in Python on all
-cores; the CRF in one process per image. Where the published code cannot run today or is wrong, the cheaper way is taken, so
-that no ratio is flattered: the head sums its branches without copies, labels are shrunk on the device, masks are read in their
-own mode, each core counts as many pixels as the others. Only the benchmark uses this module.
+It follows the scripts of github.com/speedinghzl/Pytorch-Deeplab step by step. The net: batch norm after every convolution, not
+folded, NCHW memory, float32, not compiled. Training: batch statistics, logits enlarged to the labels, a host sync per step to
+read the loss. Evaluation: one image at a time on a 505x505 canvas, argmax in numpy, pixels counted one by one in Python on all
+cores. CRF: one process per image. If the published code cannot run today or is wrong, the cheaper way is used, so that no ratio
+is too good: the head sums its branches without copies, labels are shrunk on the device, masks are read in their own mode, and
+all cores count equally many pixels.
 """
 
 import random
@@ -25,21 +25,21 @@ from torchvision.models import get_model
 from dataset.classes import IGNORE_LABEL, MEAN_BGR
 
 MEAN = np.asarray(MEAN_BGR, dtype=np.float32)
-CANVAS = (505, 505)  # height, width: every image is padded to it for evaluation
+CANVAS = (505, 505)  # height, width: evaluation pads every image to this size
 
 
 def batch_norm(channels: int, eps: float = 1e-5) -> nn.BatchNorm2d:
-    """The published batch norm: batch statistics in training; weight and bias are fixed."""
+    """The published batch norm: batch statistics in training, fixed weight and bias."""
     return nn.BatchNorm2d(channels, eps=eps).requires_grad_(False)
 
 
 class ReferenceNet(nn.Module):
-    """The same net as :class:`deeplab.DeepLabV2`, with the same parameter names, unfolded: torchvision's ResNet, which the
-    published net was made from, with its changes of stride, dilation and pool.
+    """The same net as :class:`deeplab.DeepLabV2` with the same parameter names and batch norm not folded: torchvision's ResNet
+    with the published changes of stride, dilation and pooling.
 
     Args:
-        config: that of a ``DeepLabV2``.
-        norm: (channels, eps=...) -> a batch norm.
+        config: the ``config`` of a ``DeepLabV2``.
+        norm: (channels, eps=...) -> batch norm module.
     """
 
     def __init__(self, config: Mapping[str, Any], norm: Callable[..., nn.Module] = batch_norm) -> None:
@@ -80,12 +80,12 @@ def _enlarge(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def single_scale_loss(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """The published ``train.py``: the logits enlarged to the labels, the mean over all labelled pixels."""
+    """The loss of the published ``train.py``: logits enlarged to the labels, mean over all labelled pixels."""
     return F.cross_entropy(_enlarge(net(images), labels.shape[-2:]), labels, ignore_index=IGNORE_LABEL)
 
 
 def multi_scale_loss(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """The published ``train_msc.py``: three forward passes, their maximum enlarged, each scale with shrunk labels."""
+    """The loss of the published ``train_msc.py``: the enlarged maximum of three scales, plus each scale with shrunk labels."""
     height, width = images.shape[-2:]
     logits = [net(images)]
     logits += [net(_enlarge(images, (int(height * scale), int(width * scale)))) for scale in (0.75, 0.5)]
@@ -98,7 +98,7 @@ def multi_scale_loss(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def make_optimizer(net: nn.Module, lr: float) -> torch.optim.SGD:
-    """The published optimiser: two groups, the head at ten times the learning rate."""
+    """The published optimiser: two groups, ten times the learning rate for the head."""
     head = list(net.get_submodule("layer5").parameters())
     held = {id(parameter) for parameter in head}
     backbone = [parameter for parameter in net.parameters() if parameter.requires_grad and id(parameter) not in held]
@@ -107,7 +107,7 @@ def make_optimizer(net: nn.Module, lr: float) -> torch.optim.SGD:
 
 
 def train_step(net: nn.Module, optimizer: torch.optim.SGD, images: Tensor, labels: Tensor, loss_function: Callable) -> float:
-    """One published training step; returns the loss, which the published script prints."""
+    """One published training step; returns the loss, as the published script prints it."""
     optimizer.zero_grad()
     loss = loss_function(net, images, labels)
     loss.backward()
@@ -116,7 +116,7 @@ def train_step(net: nn.Module, optimizer: torch.optim.SGD, images: Tensor, label
 
 
 def read(image_path: Path, label_path: Path) -> tuple[Any, Any]:
-    """An image, (H, W, 3) uint8 BGR, and its label, (H, W) uint8."""
+    """A (H, W, 3) uint8 BGR image and its (H, W) uint8 label."""
     return cv2.imread(str(image_path), cv2.IMREAD_COLOR), np.array(Image.open(label_path))
 
 
@@ -139,7 +139,7 @@ def training_sample(image_path: Path, label_path: Path, crop: tuple[int, int]) -
 
 
 def on_canvas(image: np.ndarray, canvas: tuple[int, int]) -> Tensor:
-    """(H, W, 3) uint8 BGR -> (1, 3, *canvas) float32 minus the mean, padded with 0 at the bottom and the right."""
+    """(H, W, 3) uint8 BGR -> (1, 3, *canvas) float32 minus the mean, padded with 0 at the bottom and right."""
     height, width = image.shape[:2]
     bottom, right = max(canvas[0] - height, 0), max(canvas[1] - width, 0)
     pixels: Any = np.asarray(image, np.float32) - MEAN

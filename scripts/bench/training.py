@@ -1,4 +1,4 @@
-"""The parts about training: a step at one scale and at three, and data loading."""
+"""The training parts: a step at one scale and at three scales, and data loading."""
 
 import itertools
 import random
@@ -21,11 +21,11 @@ from utils.device import autocast
 from utils.loader import make_loader
 from utils.training.optimizer import GuardedSGD
 
-LEARNING_RATE = 0.0  # the arithmetic is the same, and the weights stay as they are, however many steps are taken
+LEARNING_RATE = 0.0  # same arithmetic, and the weights never change
 
 
 def random_batch(args: Namespace, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(N, H, W, 3) uint8 noise and (N, H, W) uint8 labels in patches, some of them 255."""
+    """(N, H, W, 3) uint8 noise and (N, H, W) uint8 labels in patches, some of them 255 (ignored)."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (args.batch_size, *args.input_size, 3), generator=generator, dtype=torch.uint8)
     patches = torch.randint(-1, args.num_classes, (args.batch_size, 1, 9, 9), generator=generator)
@@ -36,7 +36,7 @@ def random_batch(args: Namespace, device: torch.device) -> tuple[Tensor, Tensor]
 def reference_step(
     args: Namespace, device: torch.device, loss: Callable[..., Tensor], norm: Callable[..., nn.Module] = reference.batch_norm
 ) -> Runner:
-    """A step of the reference: loss, a function of (net, images, labels), is a scalar."""
+    """A training step of the reference; ``loss(net, images, labels)`` returns a scalar."""
     net = reference_net(args, device, norm).train()
     optimizer = reference.make_optimizer(net, LEARNING_RATE)
     images, labels = random_batch(args, device)
@@ -53,7 +53,7 @@ def our_step(
     grad_checkpoint: bool = False,
     **loss_options: object,
 ) -> Runner:
-    """A step of the training loop, without data loading and log."""
+    """A step of the training loop, without data loading and logging."""
     net = random_net(args).to(device).to(memory_format=torch.channels_last).train()
     net.grad_checkpoint = grad_checkpoint
     objective = Objective(net, loss, **loss_options)
@@ -75,8 +75,8 @@ def our_step(
 
 
 def step_table(args: Namespace, device: torch.device, scales: str, published: Callable, loss: Callable) -> Table:
-    """The reference's step and ours; a part adds rows."""
-    torch.backends.cudnn.benchmark = True  # as the training loop: crops are of one size
+    """The reference's step and ours; each part adds rows."""
+    torch.backends.cudnn.benchmark = True  # as in the training loop: all crops have one size
     rows = [Row("reference, as published", partial(reference_step, args, device, published), args.batch_size)]
     for name, amp, compiled in our_modes(args, compiled=args.compile is True):
         rows.append(Row(name, partial(our_step, args, device, loss, amp, compiled), args.batch_size, amp, compiled))
@@ -85,7 +85,7 @@ def step_table(args: Namespace, device: torch.device, scales: str, published: Ca
 
 
 def train(args: Namespace, device: torch.device) -> Table:
-    """A step of train.py."""
+    """The part ``train``: a step of train.py."""
     table = step_table(args, device, "one scale", reference.single_scale_loss, single_scale_loss)
     frozen = partial(reference_step, args, device, lambda *batch: single_scale_loss(*batch)["loss"], FrozenBatchNorm2d)
     table.rows.insert(1, Row("unfolded, frozen batch norm", frozen, args.batch_size))
@@ -95,15 +95,15 @@ def train(args: Namespace, device: torch.device) -> Table:
 
 
 def msc(args: Namespace, device: torch.device) -> Table:
-    """A step of train_msc.py."""
+    """The part ``msc``: a step of train_msc.py."""
     table = step_table(args, device, "scales 1, 0.75, 0.5", reference.multi_scale_loss, multi_scale_loss)
-    in_turn = partial(our_step, args, device, multi_scale_loss, one_scale_at_a_time=True)
-    table.rows.append(Row("ours --one-scale-at-a-time", in_turn, args.batch_size))
+    one_at_a_time = partial(our_step, args, device, multi_scale_loss, one_scale_at_a_time=True)
+    table.rows.append(Row("ours --one-scale-at-a-time", one_at_a_time, args.batch_size))
     return table
 
 
 def data(args: Namespace, device: torch.device) -> Table:
-    """Data loading: read, scale, flip horizontally, crop."""
+    """The part ``data``: read, scale, flip horizontally, crop."""
     batches = max(1, 48 // args.batch_size)
     images = batches * args.batch_size
 
@@ -118,7 +118,7 @@ def data(args: Namespace, device: torch.device) -> Table:
         files = open_images(args, transform)
         stream = iter(make_loader(files, StepSampler(len(files), args.batch_size, 0), workers, device))
         take = lambda count: [next(stream) for _ in range(count)]  # noqa: E731
-        return Runner(partial(take, batches), setup=partial(take, 2 * workers))  # what the workers had ready comes before
+        return Runner(partial(take, batches), setup=partial(take, 2 * workers))  # setup takes the batches that are prefetched
 
     rows = [Row("reference, in this process", published, images), Row("ours, in this process", partial(ours, 0), images)]
     rows.append(Row("ours, 1 worker", partial(ours, 1), images))

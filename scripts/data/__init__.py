@@ -1,1 +1,1 @@
-"""What the data scripts share: fetching, unpacking, masks on their way into a data set, and a map over processes."""
+"""What the data scripts share: downloading, unpacking, converting masks, and a parallel map."""

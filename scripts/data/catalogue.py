@@ -1,6 +1,6 @@
-"""What can be fetched: addresses, sizes, check sums, licences, and what nobody has checked.
+"""Everything that can be downloaded: URLs, sizes, checksums, licences, and what nobody has checked.
 
-Sums and addresses come from torchvision (VOC 2012, SBD, its ResNets) and from the pages of the authors.
+Checksums and URLs come from torchvision (VOC 2012, SBD, its ResNets) and from the pages of the authors.
 """
 
 from dataclasses import dataclass
@@ -9,25 +9,25 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to fetch. Paths are relative to the folder it goes to (``--data-dir`` or ``--weights-dir``)."""
+    """One file to download. Paths are relative to ``--data-dir`` or ``--weights-dir``."""
 
     name: str
     filename: str
-    kind: str  # "data" or "weights": which of the two folders
+    kind: str  # "data" (--data-dir) or "weights" (--weights-dir)
     licence: str
     urls: tuple[str, ...] = ()  # mirrors, tried in order
-    size: int | None = None  # bytes, where the exact size is known
-    about: str = ""  # the size in words, where it is not
+    size: int | None = None  # bytes, if the exact size is known
+    about: str = ""  # the approximate size otherwise, e.g. "over 1 GB"
     md5: str = ""
     sha1: str = ""
     sha256: str = ""
-    sha256_prefix: str = ""  # torch.hub's convention: the file name carries the first 8 hex digits
-    sum_certain: bool = True  # False: the sum was published for another copy; a difference is told, not refused
-    folder: str = ""  # where the file goes
-    unpack: str = ""  # the folder an archive is unpacked into
-    holds: str = ""  # what must be there after unpacking
-    gives: str = ""  # what a user works with, where it is not ``holds``
-    manual: str = ""  # a page for a browser, where no script can fetch the file
+    sha256_prefix: str = ""  # torch.hub's convention: the file name has the first 8 hex digits
+    sum_certain: bool = True  # False: the checksum is of another copy, so a mismatch only warns
+    folder: str = ""  # of the file
+    unpack: str = ""  # the folder to unpack an archive into
+    holds: str = ""  # what must exist after unpacking
+    gives: str = ""  # what the user works with, if it is not ``holds``
+    manual: str = ""  # a page to open in a browser, if no script can download the file
     unverified: str = ""  # what nobody has checked
     after: str = ""  # the next command; {path} is ``place()``, {directory} the folder
 
@@ -36,7 +36,7 @@ class Item:
         return directory / self.folder / self.filename
 
     def place(self, directory: Path) -> Path:
-        """What is there in the end: the file, or what an archive gives."""
+        """The final path: of the file, or of what an archive unpacks to."""
         return directory / (self.gives or self.holds) if self.unpack else self.path(directory)
 
 
@@ -63,10 +63,10 @@ def coco(
     folder: str,
     holds: str,
     after: str,
-    licence: str = "pictures: Flickr terms; labels: CC BY 4.0",
+    licence: str = "images: Flickr terms; labels: CC BY 4.0",
 ) -> Item:
-    """Archives of COCO and COCO-Stuff, of which no check sums are published."""
-    unverified = "size; whether the server still answers; what folders the archive holds"
+    """An archive of COCO or COCO-Stuff, for which no checksums are published."""
+    unverified = "size; whether the server still responds; the folders in the archive"
     return Item(name, url.rpartition("/")[2], "data", licence, (url,), about=about, folder=folder, unpack=folder, holds=holds,
                 unverified=unverified, after=after)  # fmt: skip
 
@@ -77,7 +77,7 @@ def kazuto(name: str, filename: str, about: str, after: str) -> Item:
 
 
 def torchvision(name: str, filename: str, about: str) -> Item:
-    """Sizes and addresses of ``torchvision.models.resnet``; the name carries the prefix that ``torch.hub`` checks."""
+    """Sizes and addresses of ``torchvision.models.resnet``; the file name has the prefix that ``torch.hub`` checks."""
     option = "" if name.startswith("resnet101") else f" --backbone {name.split('-')[0]}"
     url, prefix = f"https://download.pytorch.org/models/{filename}", filename.split("-")[1].removesuffix(".pth")
     licence = "BSD-3-Clause; ImageNet terms"
@@ -86,7 +86,7 @@ def torchvision(name: str, filename: str, about: str) -> Item:
 
 CATALOGUE = (
     Item(
-        "VOC2012", "VOCtrainval_11-May-2012.tar", "data", "pictures: Flickr terms",
+        "VOC2012", "VOCtrainval_11-May-2012.tar", "data", "images: Flickr terms",
         ("https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
          "https://data.pjreddie.com/files/VOCtrainval_11-May-2012.tar"),
         size=1_999_639_040,
@@ -94,7 +94,7 @@ CATALOGUE = (
         sha1="4e443f8a2eca6b1dac8a6c57641b67dd40621a49",
         sha256="e14f763270cf193d0b5f74b169f44157a4b0c6efa708f4dd0ff78ee691763bcb",
         unpack=".", holds="VOCdevkit/VOC2012/JPEGImages", gives="VOCdevkit/VOC2012",
-        unverified="whether the second mirror still answers",
+        unverified="whether the second server still responds",
         after=PREPARE,
     ),
     Item(
@@ -113,8 +113,8 @@ CATALOGUE = (
         ("https://www.dropbox.com/s/oeu149j8qtbs1x0/SegmentationClassAug.zip?dl=1", VLLAB + "SegmentationClassAug.zip"),
         sha256="63b2c2e40badf93e7c4a91e2c5e6dd2eb68ace6a639736f9a2447b446ec2a13d", sum_certain=False,
         unpack=".", holds="SegmentationClassAug",
-        unverified="the sum is that of the second mirror, whether the first has the same file is not known (a difference only "
-        "warns); size; number of masks (12,031 expected)",
+        unverified="whether the first server has the same file: the checksum is from the second (a mismatch only warns); size; "
+        "number of masks (12,031 expected)",
         after="python scripts/prepare_voc.py --data-dir {directory}/VOCdevkit/VOC2012 --aug {path}",
     ),
     coco("coco-train2017", COCO + "train2017.zip", "18 GB", "cocostuff/images", "cocostuff/images/train2017", CHECK),
@@ -130,27 +130,27 @@ CATALOGUE = (
     drive(
         "coco-init", "MS_DeepLab_resnet_pretrained_COCO_init.pth",
         ("0BxhUwxvLPO7TVFJQU1dwbXhHdEk", "0-7UxnHrm5eDCyvz2G35aKgA"),
-        "size (derived); whether the link still answers; the head in it is meaningless", TRAIN,
+        "size (derived); whether the link still works (its head is not trained)", TRAIN,
     ),
     Item(
         "coco-init-vllab", "resnet101COCO-41f33a49.pth", "weights", "not known", (VLLAB + "resnet101COCO-41f33a49.pth",),
         sha256_prefix="41f33a49", sum_certain=False,
-        unverified="that the name carries the SHA-256's first digits (a difference only warns); size; whether the server still "
-        "answers", after=HEAD_START,
+        unverified="that the name has the SHA-256's first digits (a mismatch only warns); size; whether the server still "
+        "responds", after=HEAD_START,
     ),
     Item(
         "imagenet-init-vllab", "DeepLab_resnet_pretrained_init-f81d91e8.pth", "weights", "not known",
         ("http://vllab.ucmerced.edu/ytsai/CVPR18/DeepLab_resnet_pretrained_init-f81d91e8.pth",),
         sha256_prefix="f81d91e8", sum_certain=False,
-        unverified="that the name carries the SHA-256's first digits (a difference only warns); size; whether the server still "
-        "answers", after=HEAD_START,
+        unverified="that the name has the SHA-256's first digits (a mismatch only warns); size; whether the server still "
+        "responds", after=HEAD_START,
     ),
     Item(
         "caffe", "prototxt_and_model.zip", "weights", "not known",
         ("http://liangchiehchen.com/projects/released/deeplab_aspp_resnet101/prototxt_and_model.zip",),
         about="over 1 GB", folder="caffe", unpack="caffe", holds="caffe/train_iter_20000.caffemodel",
-        unverified="size; whether the server still answers; the exact list of files in it (train2_iter_20000 has seen val: do "
-        "not score it there)", after=EVALUATE,
+        unverified="size; whether the server still responds; its exact contents (train2_iter_20000 was trained on val: do not "
+        "evaluate it there)", after=EVALUATE,
     ),
     Item(
         "caffe-init", "deeplabv2_resnet101_init.caffemodel", "weights", "not known",
@@ -161,22 +161,22 @@ CATALOGUE = (
     Item(
         "mit-resnet101", "resnet101-imagenet.pth", "weights", "not known",
         ("http://sceneparsing.csail.mit.edu/model/pretrained_resnet/resnet101-imagenet.pth",),
-        unverified="size; whether the server still answers; which input it was trained with", after=TRAIN + " --net pspnet",
+        unverified="size; whether the server still responds; which input it was trained with", after=TRAIN + " --net pspnet",
     ),
     drive(
         "voc-isht7", "MS_DeepLab_resnet_trained_VOC.pth",
         ("0BxhUwxvLPO7TeXFNQ3YzcGI4Rjg", "0-dPyNi9NU2Eo8Qw5kIHPUNA"),
-        "size (derived); whether the link still answers", EVALUATE,
+        "size (derived); whether the link still works", EVALUATE,
     ),
     drive(
         "voc-isht7-pytorch", "VOC12_scenes_16000.pth",
         ("0BxhUwxvLPO7TT0Y5UndZckIwMVE", "0-dN8LmTrIU54tOySJQpSjVg"),
-        "size (derived); file name; whether the link still answers", EVALUATE,
+        "size (derived); file name; whether the link still works", EVALUATE,
     ),
     Item(
         "voc-speedinghzl", "VOC12_scenes_20000.pth", "weights", "none; 'free to use' (author)",
         about="177 MB", manual="https://pan.baidu.com/s/1bP52R8",
-        unverified="size (derived); whether the link still answers", after=EVALUATE,
+        unverified="size (derived); whether the link still works", after=EVALUATE,
     ),
     kazuto("voc-kazuto1011", "deeplabv2_resnet101_msc-vocaug-20000.pth", "177 MB", EVALUATE),
     kazuto("cocostuff10k-kazuto1011", "deeplabv2_resnet101_msc-cocostuff10k-20000.pth", "224 MB",

@@ -1,4 +1,4 @@
-"""Fetching one file over an unreliable network: it gets its name when it is whole and has been checked."""
+"""Download one file over an unreliable network. It gets its final name only when it is complete and checked."""
 
 import filecmp
 import hashlib
@@ -25,12 +25,12 @@ from utils.files import write_atomically
 
 CHUNK = 1 << 16
 BACKOFF = 1.0  # seconds before the second attempt; later ones wait longer
-LONGEST_PAUSE = 300  # seconds; a server that asks for more is left for the next mirror
+LONGEST_PAUSE = 300  # seconds; if a server asks for a longer one, the next URL is tried
 UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20}
 
 
 class DownloadError(UserError):
-    """No mirror gave the file; not the caller's mistake, so the status is 1."""
+    """No URL gave the file. This is not the user's mistake, so the exit status is 1."""
 
     exit_status = 1
 
@@ -40,39 +40,39 @@ class ChecksumError(UserError):
 
 
 class _MirrorError(Exception):
-    """This address does not give the file."""
+    """This URL does not give the file."""
 
 
 class _CutError(Exception):
-    """The connection ended before the file did."""
+    """The connection ended before the file was complete."""
 
 
 # ---- checks
 
 
 def is_text(head: bytes) -> bool:
-    """Whether the first bytes of a file are readable: a web page or a message. Everything in the catalogue is binary."""
+    """Whether the first bytes of a file are text, such as a web page or a message. Every file in the catalogue is binary."""
     return re.search(rb"[\x00-\x08\x0e-\x1f]", head) is None
 
 
 def check(item: Item, path: Path) -> str:
-    """Compare kind, size and every known sum of the file at ``path``; returns its SHA-256 in hex.
+    """Check the type, the size and every known checksum of the file at ``path``; returns its SHA-256 in hex.
 
-    Where no sum is known, or only one of another copy, that is printed with the SHA-256 found.
+    If no checksum is known, or only that of another copy, this is printed with the SHA-256 found.
 
     Raises:
         ChecksumError: the file is not the published one.
     """
     size = path.stat().st_size
     if item.size is not None and size != item.size:
-        raise ChecksumError(f"{path} has {size} bytes and {item.name} has {item.size}; it is cut short or another file")
+        raise ChecksumError(f"{path} has {size} bytes, expected {item.size} for {item.name}; it is truncated or another file")
     hashes = {name: hashlib.new(name, usedforsecurity=False) for name in ("sha256", "sha1", "md5")}
     with (
         open(path, "rb") as file,
         tqdm(total=size, unit="B", unit_scale=True, unit_divisor=1024, desc="checking", disable=None, leave=False) as bar,
     ):
         if is_text(file.read(512)):
-            raise ChecksumError(f"{path} is {'a web page or another text' if size else 'empty'}, not {item.filename}")
+            raise ChecksumError(f"{path} is {'a web page or other text' if size else 'empty'}, not {item.filename}")
         file.seek(0)
         while block := file.read(1 << 20):
             for digest in hashes.values():
@@ -81,15 +81,15 @@ def check(item: Item, path: Path) -> str:
     found = {name: digest.hexdigest() for name, digest in hashes.items()}
     found["sha256_prefix"] = found["sha256"][: len(item.sha256_prefix)]
     expected = {name: getattr(item, name) for name in found if getattr(item, name)}
-    wrong = [f"{name} is {found[name]} and should be {value}" for name, value in expected.items() if found[name] != value]
+    wrong = [f"{name} is {found[name]}, expected {value}" for name, value in expected.items() if found[name] != value]
     if wrong and item.sum_certain:
         raise ChecksumError(f"{path} is not the published {item.filename}: {'; '.join(wrong)}")
     if not expected and item.about and size < 0.8 * _bytes(item.about):
-        raise ChecksumError(f"{path} has {size} bytes and {item.name} has {item.about}; it is cut short or another file")
+        raise ChecksumError(f"{path} has {size} bytes, expected {item.about} for {item.name}; it is truncated or another file")
     if wrong:
-        print(f"{item.name}: WARNING: not the copy whose sum is known ({'; '.join(wrong)}); SHA-256 found: {found['sha256']}")
+        print(f"{item.name}: WARNING: checksum mismatch ({'; '.join(wrong)}); SHA-256 found: {found['sha256']}")
     elif not expected:
-        print(f"{item.name}: no check sum is known for this file, so it was not checked; SHA-256 found: {found['sha256']}")
+        print(f"{item.name}: no checksum is known for this file, so it was not checked; SHA-256 found: {found['sha256']}")
     else:
         print(f"{item.name}: {', '.join(expected)} as published")
     return found["sha256"]
@@ -101,17 +101,17 @@ def _bytes(about: str) -> float:
     return float(number) * UNITS[unit]
 
 
-# ---- fetching
+# ---- downloading
 
 
 def fetch(item: Item, target: Path, tries: int = 5, timeout: float = 30.0) -> str:
-    """Download ``item`` to ``target`` from the first mirror that gives it whole and right; returns its SHA-256.
+    """Download ``item`` to ``target`` from the first URL that gives the complete, correct file; returns its SHA-256.
 
-    The bytes of each mirror go to a file of its own, ``NAME.part``, ``NAME.part1``, ...; where a full check sum is known, a
-    later call continues it. ``tries`` attempts without progress, or ``timeout`` seconds without an answer in each, are enough.
+    Each URL has its own partial file, ``NAME.part``, ``NAME.part1``, ... If a full checksum is known, a later call resumes it.
+    A URL is given up after ``tries`` attempts without progress; each attempt waits ``timeout`` seconds for a response.
 
     Raises:
-        DownloadError: no mirror gave the file.
+        DownloadError: no URL gave the file.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     parts = [target.with_name(f"{target.name}.part{number or ''}") for number in range(len(item.urls))]
@@ -126,7 +126,7 @@ def fetch(item: Item, target: Path, tries: int = 5, timeout: float = 30.0) -> st
         except KeyboardInterrupt:
             if _resumable(item) and part.exists():
                 kept = part.stat().st_size
-                print(f"\n{part} keeps its {kept} bytes; the same command goes on from there", file=sys.stderr)
+                print(f"\n{part} keeps its {kept} bytes; run the same command to resume", file=sys.stderr)
             raise
         else:
             with open(part, "rb+") as file:
@@ -139,18 +139,18 @@ def fetch(item: Item, target: Path, tries: int = 5, timeout: float = 30.0) -> st
             if not _resumable(item):
                 part.unlink(missing_ok=True)
     raise DownloadError(
-        f"{item.name} could not be fetched ({' | '.join(problems)}); try again later, or fetch it in a browser and pass the "
-        f"file: python scripts/download.py {item.name} --from FILE"
+        f"{item.name} could not be downloaded ({' | '.join(problems)}); try again later, or save it with a browser and pass "
+        f"the file: python scripts/download.py {item.name} --from FILE"
     )
 
 
 def _resumable(item: Item) -> bool:
-    """Whether a sum would tell pieces that do not belong together."""
+    """Whether a checksum would detect parts of different files."""
     return item.sum_certain and bool(item.sha256 or item.sha1 or item.md5)
 
 
 def _from_mirror(url: str, part: Path, item: Item, tries: int, timeout: float) -> str:
-    """Bring ``part`` to its full length from one address, going on while that helps; returns its SHA-256."""
+    """Complete ``part`` from one URL, resuming as long as there is progress; returns its SHA-256."""
     failures, restarted = 0, False
     with requests.Session() as session:
         retry = _Retry(total=tries - 1, other=0, backoff_factor=BACKOFF, status_forcelist=(408, 425, 429, 500, 502, 503, 504))
@@ -165,19 +165,19 @@ def _from_mirror(url: str, part: Path, item: Item, tries: int, timeout: float) -
                 failures = 1 if _resumable(item) and part.exists() and part.stat().st_size > begun else failures + 1
                 if failures >= tries:
                     raise _MirrorError(f"{error} ({tries} attempts in a row)") from error
-                how = "going on" if _resumable(item) else "starting over, as no full check sum is known"
+                how = "resuming" if _resumable(item) else "starting over, as no full checksum is known"
                 print(f"{item.name}: {error}; {how}", file=sys.stderr)
                 time.sleep(BACKOFF * failures)
             except ChecksumError as error:
                 part.unlink()
                 if not begun or restarted:
                     raise
-                print(f"{item.name}: {error}; fetching it once more from the start", file=sys.stderr)
+                print(f"{item.name}: {error}; downloading it once more from the start", file=sys.stderr)
                 restarted = True
 
 
 def _transfer(session: requests.Session, url: str, part: Path, begun: int, item: Item, timeout: float) -> None:
-    """One GET for what is missing (RFC 9110: Range, Content-Range, 206, 416), appended to ``part``."""
+    """Append the missing bytes to ``part`` with one GET request (RFC 9110: Range, Content-Range, 206, 416)."""
     headers = {"User-Agent": "deeplab-download/1.0", "Accept-Encoding": "identity"}
     if begun:
         headers["Range"] = f"bytes={begun}-"
@@ -187,24 +187,24 @@ def _transfer(session: requests.Session, url: str, part: Path, begun: int, item:
         raise _MirrorError(_reason(error)) from error
     with reply:
         if reply.status_code == 416 and begun:
-            return  # nothing is missing, or what is here is wrong; the sum tells
+            return  # the file is complete, or wrong: the checksum decides
         start, total = _judge(reply, url, begun, item)
         blocks = _blocks(reply)
         head = next(blocks, b"")
         if not head and not start:
-            raise _CutError("the answer is empty")
+            raise _CutError("the response is empty")
         if "html" in reply.headers.get("Content-Type", "") or (is_text(head) and not start):
-            raise _MirrorError("answers with a web page or a message (login, quota, error), not with the file")
+            raise _MirrorError("sends a web page or a message (login, quota, error), not the file")
         free = shutil.disk_usage(part.parent).free
         if total is not None and total - start > free:
             needed = f"{(total - start) / 2**20:,.0f} MiB are needed"
             raise UserError(f"{part.parent} has {free / 2**20:,.0f} MiB free and {needed}; free some space and try again")
-        most = 4 * _bytes(item.about) if item.about and item.size is None else item.size  # an answer in chunks may be endless
+        most = 4 * _bytes(item.about) if item.about and item.size is None else item.size  # a chunked response may be endless
         bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, unit_divisor=1024, desc=part.name, disable=None)
         with bar, open(part, "ab" if start else "wb") as file:
             for block in itertools.chain([head], blocks):
-                if most is not None and file.tell() + len(block) > most:
-                    raise ChecksumError(f"it sends more than {most:.0f} bytes, and {item.name} has {item.size or item.about}")
+                if most is not None and file.seek(0, os.SEEK_CUR) + len(block) > most:
+                    raise ChecksumError(f"sends more than {most:.0f} bytes, expected {item.size or item.about} for {item.name}")
                 file.write(block)
                 bar.update(len(block))
     if total is not None and part.stat().st_size < total:
@@ -212,40 +212,40 @@ def _transfer(session: requests.Session, url: str, part: Path, begun: int, item:
 
 
 def _judge(reply: requests.Response, url: str, begun: int, item: Item) -> tuple[int, int | None]:
-    """The first byte that a reply brings, and the size of the whole file where it says so; refuses what cannot be the file."""
+    """Check a response; returns the offset of its first byte, and the size of the whole file if the response gives it."""
     if reply.status_code not in (200, 206):
         raise _MirrorError(f"HTTP {reply.status_code} {reply.reason}")
     if url.startswith("https:") and not all(hop.url.startswith("https:") for hop in (*reply.history, reply)):
-        raise _MirrorError("leads from https to an unprotected address")
+        raise _MirrorError("redirects from https to an unencrypted URL")
     if reply.status_code == 206 and not reply.headers.get("Content-Range", "").startswith(f"bytes {begun}-"):
-        raise _MirrorError("answers with another piece than was asked for")
+        raise _MirrorError("sends another part of the file than requested")
     start = begun if reply.status_code == 206 else 0
     length = reply.headers.get("Content-Length", "")
     total = start + int(length) if length.isdigit() else None
     if total is not None and item.size not in (None, total):
-        raise _MirrorError(f"offers {total} bytes where {item.size} are expected")
+        raise _MirrorError(f"offers {total} bytes, expected {item.size}")
     if total is None and not _resumable(item) and "chunked" not in reply.headers.get("Transfer-Encoding", ""):
-        raise _MirrorError("does not say where the file ends, so that nobody could tell whether it is whole")
+        raise _MirrorError("does not give the length of the file, so it could not be checked for completeness")
     return start, total
 
 
 class _Retry(Retry):
-    """urllib3's own, which says what happened before it asks again, and leaves a server that wants a long pause."""
+    """urllib3's ``Retry`` that reports each failure before it retries, and gives up on a server that asks for a long pause."""
 
     def sleep(self, response: BaseHTTPResponse | None = None) -> None:
         last = self.history[-1]
-        print(f"{_reason(last.error) if last.error else f'HTTP {last.status}'}; asking again", file=sys.stderr)
+        print(f"{_reason(last.error) if last.error else f'HTTP {last.status}'}; retrying", file=sys.stderr)
         super().sleep(response)
 
     def get_retry_after(self, response: BaseHTTPResponse) -> float | None:
         wait = super().get_retry_after(response)
         if wait is not None and wait > LONGEST_PAUSE:
-            raise _MirrorError(f"HTTP {response.status}, and asks to come back in {wait:.0f} seconds")
+            raise _MirrorError(f"HTTP {response.status}, and asks to retry after {wait:.0f} seconds")
         return wait
 
 
 def _blocks(reply: requests.Response) -> Iterator[bytes]:
-    """The body as it comes over the line; what the network does to it is a ``_CutError``, never an ``OSError``."""
+    """Yield the body in blocks; a network failure raises ``_CutError``, never an ``OSError``."""
     try:
         yield from reply.raw.stream(CHUNK, decode_content=False)
     except HTTPError as error:
@@ -253,27 +253,27 @@ def _blocks(reply: requests.Response) -> Iterator[bytes]:
 
 
 def _reason(error: BaseException) -> str:
-    """What requests and urllib3 have wrapped, in its own words."""
+    """The message of the innermost error that requests and urllib3 have wrapped."""
     inside = [part for part in (getattr(error, "reason", None), *error.args) if isinstance(part, BaseException)]
     return _reason(inside[0]) if inside else re.sub(r"^\w+\(.*?\): ", "", str(error))
 
 
-# ---- a file fetched by hand
+# ---- a file downloaded by hand
 
 
 def take(item: Item, source: Path, target: Path, replace: bool) -> str:
-    """Copy a file that was fetched by hand to ``target`` once it has passed the checks; returns its SHA-256.
+    """Check a file that was downloaded by hand and copy it to ``target``; returns its SHA-256.
 
     Raises:
-        UserError: there is no such file, it is not the published one, or ``target`` is another and ``replace`` is not set.
+        UserError: the file does not exist or is not the published one, or ``target`` differs and ``replace`` is not set.
     """
     if not source.is_file():
         raise UserError(f"--from {source}: {'a folder' if source.is_dir() else 'no such file'}; expected {item.filename}")
     digest = check(item, source)
     if target.exists() and filecmp.cmp(source, target, shallow=False):
-        print(f"{item.name}: {target} is there, the same bytes as {source}")
+        print(f"{item.name}: {target} already exists with the same bytes as {source}")
     elif target.exists() and not replace:
-        raise UserError(f"{target} is there and is another file than {source}; move it away, or pass --force to replace it")
+        raise UserError(f"{target} exists and differs from {source}; move it away, or pass --force to replace it")
     else:
         with open(source, "rb") as file:
             write_atomically(target, partial(shutil.copyfileobj, file))

@@ -1,4 +1,4 @@
-"""Made-up landscapes: a fractal height field, seen in perspective in sunlight and haze, with balloons in the sky."""
+"""Synthetic landscapes: a fractal height field rendered in perspective with sunlight and haze, and balloons in the sky."""
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -10,20 +10,20 @@ CLASSES = ("sky", "water", "grass", "forest", "rock", "snow", "balloon")
 COLORS = ((70, 130, 180), (30, 80, 200), (120, 200, 80), (20, 100, 40), (130, 120, 110), (245, 245, 250), (220, 40, 40))  # RGB
 SKY, WATER, GRASS, FOREST, ROCK, SNOW, BALLOON = range(7)
 SIDE = 1024  # of the height field, cells
-NEAR, FAR = 25.0, 700.0  # what the camera sees, cells
+NEAR, FAR = 25.0, 700.0  # the camera's range, cells
 STEPS = 500  # along each ray
-VIEWS = 8  # images of one terrain
+VIEWS = 8  # images per terrain
 SUNLIT = np.array(
     [(120, 90, 45), (60, 135, 110), (38, 72, 45), (105, 115, 125), (245, 240, 235)], np.float32
-)  # BGR, from WATER on
-GRAIN = np.array((0.03, 0.12, 0.22, 0.16, 0.03), np.float32)  # how much the colour of each varies
+)  # BGR, WATER to SNOW
+GRAIN = np.array((0.03, 0.12, 0.22, 0.16, 0.03), np.float32)  # how much each of these colours varies
 HORIZON_COLOR, ZENITH_COLOR, REFLECTED = (
     np.array(bgr, np.float32) for bgr in ((235, 215, 190), (205, 135, 75), (215, 180, 140))
 )
 
 
 class Terrain(NamedTuple):
-    """What lies at each cell.
+    """Height, colour and class of each cell.
 
     Attributes:
         height: (SIDE, SIDE) float32, in cells; lakes are at 0.
@@ -76,13 +76,13 @@ def make_terrain(*seed: int) -> Terrain:
 
 
 def look(rng: np.random.Generator, terrain: Terrain, height: int, width: int, horizon: float) -> tuple[np.ndarray, ...]:
-    """What a camera near the shore sees in the most mountainous of eight directions.
+    """The view of a camera near the shore, in the most mountainous of eight directions.
 
-    Along each column's ray the highest projected ground so far hides what lies behind it; a pixel shows the first ground that
+    Along each column's ray the highest projected ground so far hides everything behind it; a pixel shows the first ground that
     reaches its row.
 
     Returns:
-        The distance of the ground (inf: the sky) and its x and y in cells, (height, width) float32 each.
+        The distance of the ground (inf for sky) and its x and y in cells, (height, width) float32 each.
     """
     focal = 0.9 * width
     x0, y0 = min(rng.uniform(0, SIDE, (60, 2)), key=lambda place: terrain.height[int(place[1]), int(place[0])])
@@ -120,7 +120,7 @@ def paint_sky(rng: np.random.Generator, height: int, width: int, horizon: float)
 
 
 def draw_balloon(rng: np.random.Generator, image: np.ndarray, labels: np.ndarray) -> None:
-    """A striped balloon with its basket in front of the sky, in place; none where it does not fit."""
+    """Draw a striped balloon with its basket in front of the sky, in place; none if it does not fit."""
     height, width = labels.shape
     radius = rng.uniform(0.035, 0.1) * height
     room = np.ones((int(3.4 * radius), int(2.4 * radius)), np.uint8)
@@ -147,7 +147,7 @@ def draw_balloon(rng: np.random.Generator, image: np.ndarray, labels: np.ndarray
 
 
 def make_landscape(seed: int, split: int, number: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """One image, (height, width, 3) uint8 BGR, and its labels, (height, width) uint8. ``VIEWS`` images share a terrain."""
+    """One (height, width, 3) uint8 BGR image and its (height, width) uint8 labels. ``VIEWS`` images share a terrain."""
     terrain = make_terrain(seed, split, number // VIEWS)
     rng = np.random.default_rng((seed, split, number))
     horizon = rng.uniform(0.34, 0.5)
@@ -160,7 +160,7 @@ def make_landscape(seed: int, split: int, number: int, height: int, width: int) 
 
     labels = np.where(ground, seen(terrain.label, cv2.INTER_NEAREST), SKY).astype(np.uint8)
     image, water = seen(terrain.color), (labels == WATER)[:, :, None]
-    shine = 0.25 + 0.5 * np.clip(distance / FAR, 0, 1)[:, :, None]  # flat views of water reflect the sky
+    shine = 0.25 + 0.5 * np.clip(distance / FAR, 0, 1)[:, :, None]  # water seen at a flat angle reflects the sky
     ripples = 1 + 0.08 * seen(fractal(rng, SIDE, 200, 2, 0.5))[:, :, None]
     image = np.where(water, ripples * (image + shine * (REFLECTED - image)), image)
     haze = 1 - np.exp(-np.maximum(distance - NEAR, 0) / rng.uniform(350, 900))[:, :, None]

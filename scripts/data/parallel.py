@@ -1,4 +1,4 @@
-"""A bounded map over worker processes, for work on many small files."""
+"""A parallel map with a bounded queue, for work on many small files."""
 
 import argparse
 import sys
@@ -18,17 +18,17 @@ Result = TypeVar("Result")
 def parallel_map(function: Callable[..., Result], tasks: Iterable[tuple], workers: int) -> Iterator[Result]:
     """Yield ``function(*task)`` for every task, in no particular order.
 
-    ``tasks`` is read only a few tasks ahead of the work, so that an iterator over a large archive never fills the memory.
-    With ``workers`` 0 everything happens in this process, in order. On Ctrl-C the tasks in work are finished (each is small)
-    and no other is begun; the workers end with this process, however it ends.
+    ``tasks`` is read only a few tasks ahead, so that an iterator over a large archive never fills the memory. With ``workers``
+    0 everything runs in this process, in order. On Ctrl-C the running tasks (each is small) are finished and no other is
+    started. The workers end with this process, however it ends.
 
     Args:
-        function: importable by name, with arguments and result that can be pickled.
-        tasks: tuples of arguments; the first one names the task in messages.
+        function: importable by name; its arguments and result must be picklable.
+        tasks: tuples of arguments; messages show the first one.
         workers: number of processes; Windows cannot wait for more than 61.
 
     Raises:
-        UserError: a worker process died, from a file that crashes its decoder or for lack of memory.
+        UserError: a worker process died: a file crashes its decoder, or memory ran out.
     """
     if workers == 0:
         for task in tasks:
@@ -38,9 +38,9 @@ def parallel_map(function: Callable[..., Result], tasks: Iterable[tuple], worker
     tasks = iter(tasks)
     try:
         executor = ProcessPoolExecutor(workers, initializer=start_helper)
-    except (OSError, NotImplementedError) as error:  # /dev/shm is full or not there, or too many files are open
+    except (OSError, NotImplementedError) as error:  # /dev/shm is full or missing, or too many files are open
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"no processes can be started ({reason}); add --workers 0") from None
+        raise UserError(f"no worker processes can be started ({reason}); add --workers 0") from None
     with executor as pool:
         pending: dict[Future[Result], str] = {}
         try:
@@ -58,14 +58,14 @@ def parallel_map(function: Callable[..., Result], tasks: Iterable[tuple], worker
             kill_helpers(pool)
             names = ", ".join(sorted(pending.values()))
             raise UserError(
-                f"a worker process was killed while it worked on one of {names}: a file there crashes its decoder, or memory "
-                "ran out; --workers 1 narrows it down"
+                f"a worker process was killed while it worked on one of {names}: a file crashes its decoder, or memory ran "
+                "out; find out which with --workers 1"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
 def add_workers_option(parser: argparse.ArgumentParser) -> None:
-    """Of how many processes :func:`parallel_map` makes use."""
-    text = "processes; 0 works in this one (%(default)s)"
+    """Add ``--workers``, the number of processes for :func:`parallel_map`."""
+    text = "number of worker processes; 0: work in the main process (default: %(default)s)"
     parser.add_argument("--workers", type=helpers, default=default_processes(64), help=text)
