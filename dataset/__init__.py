@@ -17,7 +17,7 @@ from dataset.images import DatasetError, read_image
 from dataset.labels import read_label
 from dataset.lists import read_ids, read_list
 from dataset.sampler import StepSampler
-from dataset.transforms import Crop, PadCrop, RandomMirror, RandomScale, TrainTransform, to_input
+from dataset.transforms import ColorJitter, Crop, Pad, RandomCrop, RandomMirror, RandomScale, TrainTransform, to_input
 from dataset.voc import VOCSegmentation, find_list
 
 DATASETS: dict[str, type[VOCSegmentation]] = {
@@ -34,9 +34,11 @@ __all__ = [
     "VOC_CLASSES",
     "COCOStuffSegmentation",
     "CityscapesSegmentation",
+    "ColorJitter",
     "Crop",
     "DatasetError",
-    "PadCrop",
+    "Pad",
+    "RandomCrop",
     "RandomMirror",
     "RandomScale",
     "StepSampler",

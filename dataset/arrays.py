@@ -75,6 +75,10 @@ class ArraySegmentation(VOCSegmentation):
         label[label == self.ignore_label] = IGNORE_LABEL
         return image, label
 
+    def load_label(self, index: int) -> np.ndarray:
+        """The label alone, (H, W) uint8."""
+        return self.load(index)[1]
+
 
 def classes_of(items: Any) -> ClassFile:
     """What a data set of arrays says of its classes: its ``names`` and ``colors``, if it has them."""

@@ -1,4 +1,4 @@
-"""The augmentation of DeepLab training on uint8 images: random scale, random mirror, pad and crop; and the net's input.
+"""The augmentation of DeepLab training on uint8 images (scale, flip, crop, colour jitter, padding); and the net's input.
 
 Each random transform is called as ``transform(image, label, rng)`` with the image (H, W, 3) uint8 BGR, its mask (H, W) uint8
 and a ``numpy.random.Generator``; it draws once and applies the same geometry to both.
@@ -42,11 +42,32 @@ class RandomMirror:
         return image, label
 
 
-class PadCrop:
-    """A random crop of ``size`` (height, width); sides that are too short are padded first, at the bottom and the right.
+class ColorJitter:
+    """Brightness, contrast, saturation and hue changed at random and in random order, as torchvision's ``ColorJitter``.
 
-    The image is padded with the mean colour (rounded to whole levels, as in the published Caffe code), the mask with 255.
+    Args:
+        brightness, contrast, saturation: s: the factor is drawn uniformly from [max(0, 1 - s), 1 + s]; 0 leaves it as it is.
+        hue: h, at most 0.5: the hue turns by a share of the circle drawn from [-h, h].
     """
+
+    def __init__(self, brightness: float, contrast: float, saturation: float, hue: float) -> None:
+        strengths = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
+        self.ranges = {name: (max(0.0, 1 - s), 1 + s) for name, s in strengths.items()} | {"hue": (-hue, hue)}
+
+    def __call__(self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        from PIL import Image
+        from torchvision.transforms import functional
+
+        # Pillow's images, not tensors: the mean that the contrast is changed around depends on no number of threads.
+        rgb = Image.fromarray(np.ascontiguousarray(image[:, :, ::-1]))
+        for name, (low, high) in (list(self.ranges.items())[k] for k in rng.permutation(4)):
+            if low < high:
+                rgb = getattr(functional, f"adjust_{name}")(rgb, rng.uniform(low, high))
+        return np.ascontiguousarray(np.array(rgb)[:, :, ::-1]), label
+
+
+class RandomCrop:
+    """A random part of at most ``size`` (height, width); a side that is shorter stays as it is, for :class:`Pad`."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.size = size
@@ -55,9 +76,21 @@ class PadCrop:
         (height, width), (crop_height, crop_width) = label.shape, self.size
         top = int(rng.integers(max(height - crop_height, 0) + 1))
         left = int(rng.integers(max(width - crop_width, 0) + 1))
-        image = image[top : top + crop_height, left : left + crop_width]
-        label = label[top : top + crop_height, left : left + crop_width]
-        bottom, right = crop_height - label.shape[0], crop_width - label.shape[1]
+        part = slice(top, top + crop_height), slice(left, left + crop_width)
+        return image[part], label[part]
+
+
+class Pad:
+    """Sides that are shorter than ``size`` (height, width) are padded at the bottom and the right.
+
+    The image is padded with the mean colour (rounded to whole levels, as in the published Caffe code), the mask with 255.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.size = size
+
+    def __call__(self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        bottom, right = (max(0, side - own) for side, own in zip(self.size, label.shape))
         if bottom or right:
             color = [round(value) for value in MEAN_BGR]
             image = cv2.copyMakeBorder(image, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=color)
@@ -86,7 +119,10 @@ def training_transforms(options: Any) -> list[Callable]:
         transforms.append(RandomScale(*options.scale_range))
     if options.random_mirror:
         transforms.append(RandomMirror())
-    transforms.append(PadCrop(options.input_size))
+    transforms.append(RandomCrop(options.input_size))
+    if options.color_jitter:
+        transforms.append(ColorJitter(*options.color_jitter))  # not of the padding, and of no more pixels than are trained on
+    transforms.append(Pad(options.input_size))
     return transforms
 
 

@@ -260,12 +260,16 @@ class VOCSegmentation:
         image_path, label_path = self.image_path(self.ids[index]), self.label_path(self.ids[index])
         try:
             image, orientation = read_picture(image_path)
-            classes_of = self.classes_of(label_path)
-            label = read_label(label_path, self.num_classes, self.ignore_label, self.colors, classes_of)
+            label = self.load_label(index)
             check_pair(image_path, image.shape[:2], orientation, label_path, label.shape)
         except DatasetError as error:
             raise DatasetError(f"{error}; {self.advice}") if self.advice else error from None
         return image, label
+
+    def load_label(self, index: int) -> np.ndarray:
+        """The mask alone, (H, W) uint8."""
+        path = self.label_path(self.ids[index])
+        return read_label(path, self.num_classes, self.ignore_label, self.colors, self.classes_of(path))
 
     def __getitem__(self, key: int | tuple[int, int]) -> Any:
         index, draw = key if isinstance(key, tuple) else (key, 0)

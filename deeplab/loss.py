@@ -20,6 +20,7 @@ from deeplab.multiscale import TRAIN_SCALES, fuse_max, multiscale_logits, resize
 
 LOSS_SIZES = ("output", "input")
 IGNORE_LABEL = 255
+LEAST_WEIGHT = 1e-12  # the sum of the weights of no pixel, by which 0 is divided
 
 
 def resize_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
@@ -54,12 +55,13 @@ class Ohem:
     threshold: float = 0.7
     keep: int = 100_000
 
-    def mean(self, losses: Tensor, labelled: Tensor) -> Tensor:
+    def mean(self, losses: Tensor, labelled: Tensor, weights: Tensor | None = None) -> Tensor:
         """The mean over the hard pixels of the batch, for one process as published: not per image.
 
         Args:
             losses: (N, h, w) cross entropy, which falls as the true class's probability rises.
             labelled: (N, h, w) bool, False for the ignore label.
+            weights: (N, h, w) float32 of a weighted mean; they do not decide which pixels are hard.
 
         Returns:
             A scalar, found without a read-back to the host; 0 where nothing is labelled.
@@ -68,10 +70,14 @@ class Ohem:
         # Not kthvalue, which has no deterministic kernel on CUDA. Void is last, so fewer labelled pixels than `keep` all count.
         limit = hardness.topk(min(self.keep, len(hardness)), sorted=False).values.amin()
         hard = hardness >= limit.clamp(min=0, max=-math.log(self.threshold))
-        return (losses.flatten() * hard).sum() / hard.sum().clamp(min=1)
+        if weights is not None:
+            hard = hard * weights.flatten()
+        return (losses.flatten() * hard).sum() / hard.sum().clamp(min=1 if weights is None else LEAST_WEIGHT)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, size: str = "output", ohem: Ohem | None = None) -> Tensor:
+def cross_entropy(
+    logits: Tensor, labels: Tensor, size: str = "output", ohem: Ohem | None = None, class_weights: Tensor | None = None
+) -> Tensor:
     """Mean over images of the mean cross entropy over each image's labelled pixels, in float32.
 
     An image without a labelled pixel counts 0, with a gradient of 0.
@@ -81,6 +87,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, size: str = "output", ohem: Oh
         labels: (N, H, W) int64; pixels of 255 have no part in the loss.
         size: ``"output"`` shrinks the labels to (h, w), ``"input"`` enlarges the logits to (H, W).
         ohem: the mean over the batch's hard pixels instead.
+        class_weights: (C,) float32 of at least 0; each mean is then the weighted one, the sum of weight * loss over the sum of
+            weights.
 
     Returns:
         A scalar.
@@ -94,9 +102,12 @@ def cross_entropy(logits: Tensor, labels: Tensor, size: str = "output", ohem: Oh
         raise ValueError(f"the loss size {size!r} is unknown; choose one of {', '.join(LOSS_SIZES)}")
     losses = F.cross_entropy(logits, labels, ignore_index=IGNORE_LABEL, reduction="none")  # N h w, 0 where ignored
     labelled = labels != IGNORE_LABEL
+    weights = None if class_weights is None else F.pad(class_weights, (0, IGNORE_LABEL + 1 - len(class_weights)))[labels]
     if ohem:
-        return ohem.mean(losses, labelled)
-    return (losses.sum(dim=(1, 2)) / labelled.sum(dim=(1, 2)).clamp(min=1)).mean()
+        return ohem.mean(losses, labelled, weights)
+    if weights is None:
+        return (losses.sum(dim=(1, 2)) / labelled.sum(dim=(1, 2)).clamp(min=1)).mean()
+    return ((losses * weights).sum(dim=(1, 2)) / weights.sum(dim=(1, 2)).clamp(min=LEAST_WEIGHT)).mean()
 
 
 def single_scale_loss(
@@ -106,6 +117,7 @@ def single_scale_loss(
     size: str = "output",
     ohem: Ohem | None = None,
     aux_weight: float = 0.0,
+    class_weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The loss of ``train.py``.
 
@@ -113,7 +125,7 @@ def single_scale_loss(
         net: (N, 3, H, W) -> (N, C, h, w) logits, or a pair of them: the head's and an auxiliary head's.
         images: (N, 3, H, W) mean-subtracted BGR.
         labels: (N, H, W) int64, 255 ignored.
-        size, ohem: see :func:`cross_entropy`; the auxiliary head's loss is without ``ohem``.
+        size, ohem, class_weights: see :func:`cross_entropy`; the auxiliary head's loss is without ``ohem``.
         aux_weight: what the auxiliary head's loss is multiplied by; with 0 that head is not computed.
 
     Returns:
@@ -121,10 +133,10 @@ def single_scale_loss(
     """
     _check_sizes(images, labels)
     logits, auxiliary = _both(net(images) if aux_weight or not hasattr(net, "dsn") else net(images, auxiliary=False))
-    loss = cross_entropy(logits, labels, size, ohem)
+    loss = cross_entropy(logits, labels, size, ohem, class_weights)
     if auxiliary is None:
         return {"loss": loss}
-    aux = cross_entropy(auxiliary, labels, size)
+    aux = cross_entropy(auxiliary, labels, size, class_weights=class_weights)
     return {"loss": loss + aux_weight * aux, "loss_main": loss, "loss_aux": aux}
 
 
@@ -137,6 +149,7 @@ def multi_scale_loss(
     aux_weight: float = 0.0,
     scales: Sequence[float] = TRAIN_SCALES,
     one_scale_at_a_time: bool = False,
+    class_weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The loss of ``train_msc.py``: that of each scale's logits and that of their pixel-wise maximum, summed.
 
@@ -150,13 +163,13 @@ def multi_scale_loss(
     _check_sizes(images, labels)
     first, *others = multiscale_logits(net, images, scales, one_scale_at_a_time, auxiliary=aux_weight != 0)
     logits, auxiliary = _both(first)
-    parts = {"loss_max": cross_entropy(fuse_max([logits, *others]), labels, size, ohem)}
+    parts = {"loss_max": cross_entropy(fuse_max([logits, *others]), labels, size, ohem, class_weights)}
     for scale, scale_logits in zip(scales, [logits, *others]):
-        parts[f"loss_{scale:g}x"] = cross_entropy(scale_logits, labels, size, ohem)
+        parts[f"loss_{scale:g}x"] = cross_entropy(scale_logits, labels, size, ohem, class_weights)
     total = reduce(torch.add, parts.values())
     if auxiliary is None:
         return {"loss": total, **parts}
-    aux = cross_entropy(auxiliary, labels, size)
+    aux = cross_entropy(auxiliary, labels, size, class_weights=class_weights)
     return {"loss": total + aux_weight * aux, **parts, "loss_aux": aux}
 
 

@@ -3,6 +3,7 @@
     python scripts/check_dataset.py --data-dir data/mine
     python scripts/check_dataset.py --data-dir data/mine --data-list more.txt --num-classes 5
 
+The balanced class weights are those of the first list; saved as a file they are for train.py --class-weights FILE.
 Of several lists, the images that are on two of them are named, by their ids or their bytes, and the classes that one lacks.
 Exit status: 0 where all is well, 1 where something is wrong (--strict: or a warning is given), 2 where the check failed.
 """
@@ -32,6 +33,7 @@ from utils.data import images_of, list_of, with_folders
 from utils.files import save_json
 from utils.options import DATA_DIR, Options, add_dataset_option, dataset_defaults, elsewhere
 from utils.outputs import OUTPUT_MARK, Output, check_outputs
+from utils.training.class_weights import balanced_weights
 
 KINDS = (
     "missing picture",
@@ -119,6 +121,8 @@ def summarize(
     is_class = [value for value in range(data.num_classes) if value not in void]
     used = [value for value in is_class if value not in data.UNUSED]
     known = int(counts[is_class].sum())
+    drawn_from = total(next(iter(lists.values()))[image_id].counts for image_id in data.ids)
+    drawn_from[void] = 0
 
     drawn: Counter[Color] = Counter()
     drawn_in: Counter[Color] = Counter()
@@ -151,6 +155,7 @@ def summarize(
             {"class": c, "pixels": int(counts[c]), "share": int(counts[c]) / max(known, 1), "pictures": int(in_pictures[c])}
             for c in is_class
         ],
+        "class_weights": balanced_weights(drawn_from[: data.num_classes].tolist()),
         "void": {"pixels": int(counts[void].sum()), "share": int(counts[void].sum()) / max(int(counts.sum()), 1)},
         "only_void": sum(int(c[void].sum() == c.sum()) for c in labels),
         "absent": [c for c in used if not counts[c]],
@@ -190,6 +195,8 @@ def print_table(report: dict, names: Sequence[str] | None) -> None:
         for row in report["colours"][:MOST]:
             print(f"{' '.join(map(str, row['colour'])):<28}{row['pixels']:>12}{row['labels']:>8}")
         print(f"and {len(report['colours']) - MOST} more\n" if len(report["colours"]) > MOST else "")
+    weights = " ".join(f"{weight:.6g}" for weight in report["class_weights"])
+    print(f"balanced class weights of {next(iter(report['lists']['absent'])) if report['lists'] else 'the list'}: {weights}")
     for warning in report["warnings"]:
         print(f"warning: {warning}")
     lists = report["lists"] or {"absent": {}, "likely_causes": {}}

@@ -119,6 +119,7 @@ VARIANTS = {
     "loss-size": ["--loss-size", "input"],
     "iter-size": ["--iter-size", "2"],
     "grad-checkpoint": ["--grad-checkpoint"],
+    "added": ["--class-weights", "balanced", "--warmup-steps", "2", "--clip-grad-norm", "1", "--ohem"],
     "pspnet": ["--net", "pspnet", "--ohem"],
     "deeplabv3": ["--net", "deeplabv3", "--one-scale-at-a-time", "--ohem"],
     "one-scale-at-a-time": ["--one-scale-at-a-time", "--loss-size", "input", "--iter-size", "2"],

@@ -78,6 +78,9 @@ def test_a_good_set_counted_by_hand(tmp_path, capsys):
     assert line(text, "3")[-2:] == ["0.000%", "0"]
     assert line(text, "void")[-1] == "9.091%"
     assert "classes that never occur: 3" in text
+    # 10 pixels of 3 classes that occur: 10 / (3 * 2), 10 / (3 * 7), 10 / (3 * 1), and 1
+    assert found["class_weights"] == pytest.approx([10 / 6, 10 / 21, 10 / 3, 1.0])
+    assert "balanced class weights of the list: 1.66667 0.47619 3.33333 1" in text
     assert line(text, "picture width") == ["picture", "width", "3", "to", "5", "pixels"]
     assert line(text, "picture height") == ["picture", "height", "1", "to", "2", "pixels"]
     assert text.endswith("OK: 2 good pairs, 2 lines in the list\n")
@@ -407,6 +410,7 @@ def test_several_lists(tmp_path, capsys):
     assert f"classes that never occur in {folder / 'train.txt'}: 3\n" in text
     assert f"classes that never occur in {folder / 'val.txt'}: none\n" in text
     assert "classes that never occur: none" in text
+    assert f"balanced class weights of {folder / 'train.txt'}: 2 0.666667 1 1\n" in text  # 1, 3 and 2 pixels: b is drawn twice
     found = json.loads(report.read_text())
     assert [row["pixels"] for row in found["classes"]] == [2, 2, 1, 1]  # each pair counts once
     (folder / "train.txt").write_text("a\nd\n")

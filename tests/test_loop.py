@@ -2,6 +2,7 @@ import json
 import os
 import sys
 from functools import partialmethod, wraps
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import train as train_script
 from dataset import DatasetError, VOCSegmentation
 from deeplab import multi_scale_loss, single_scale_loss
 from tests.helpers import TOY_CLASSES, save_palette_png
-from tests.helpers_runs import SCRATCH, SMALL, STEPS, TORCH, command, log_lines, model, train, train_msc
+from tests.helpers_runs import SCRATCH, SMALL, STEPS, TORCH, command, equal, log_lines, model, train, train_msc
 from utils import visualize
 from utils.command import UserError, run_command
 from utils.training import setup, validation
@@ -250,6 +251,10 @@ MISTAKES = {
     "no mps": (["--device", "mps"], "has no mps device"),
     "no xpu": (["--device", "xpu"], "has no xpu device"),
     "other device": (["--device", "meta"], "--device meta is not supported"),
+    "jitter": (["--color-jitter", "0.4,0.4"], "write B,C,S,H"),
+    "hue": (["--color-jitter", "0.4,0.4,0.4,0.6"], "is no jitter"),
+    "clip": (["--clip-grad-norm", "0"], "0 is out of range; expected a finite number above 0"),
+    "class weights": (["--class-weights", "lost.txt"], "lost.txt"),
     "one position": (["--input-size", "6,6", "--batch-size", "1"], "gives one position per image"),
 }
 
@@ -319,6 +324,45 @@ def test_fp16_from_its_first_scale(toy_voc, tmp_path):
     buffers = [entry["momentum_buffer"] for entry in state["optimizer"]["state"].values()]
     assert max(float(buffer.abs().max()) for buffer in buffers) < 1e3
     assert all(line["loss"] < 100 for line in log_lines(tmp_path))
+
+
+NEUTRAL = ["--warmup-steps", "1", "--clip-grad-norm", "1e30", "--color-jitter", "0,0,0,0", "--class-weights"]
+
+
+@pytest.mark.parametrize("script", [train, train_msc])
+def test_what_is_off_by_default_changes_nothing(script, toy_voc, tmp_path):
+    """The step without the options is, to the bit, the step in which each of them multiplies by one."""
+    (tmp_path / "ones.txt").write_text("1 1 1 1")
+    script(toy_voc, tmp_path / "default", *SCRATCH, "--num-steps", "2")
+    script(toy_voc, tmp_path / "neutral", *SCRATCH, "--num-steps", "2", *NEUTRAL, str(tmp_path / "ones.txt"))
+    assert equal(*(model(tmp_path / name / "VOC12_scenes_2.pth") for name in ("default", "neutral")))
+
+
+def test_the_learning_rate_rises_in_the_first_steps(toy_voc, tmp_path, capsys):
+    train(toy_voc, tmp_path, *SCRATCH, "--num-steps", "4", "--warmup-steps", "3", "--learning-rate", "1e-3", "--power", "1")
+    factors = (1 / 3, 2 / 3 * 3 / 4, 2 / 4, 1 / 4)
+    assert [line["lr"] for line in log_lines(tmp_path)] == pytest.approx([1e-3 * factor for factor in factors])
+    assert "rises over the first 3 steps" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--warmup-steps 5 is more than --num-steps 4"):
+        train(toy_voc, tmp_path / "b", *SCRATCH, "--num-steps", "4", "--warmup-steps", "5")
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_a_step_is_as_long_as_the_clipped_gradient(amp, toy_voc, tmp_path):
+    """Without momentum and decay, what each parameter moved over its learning rate is the gradient, whose norm is X."""
+    options = ["--restore-from", "none", "--batch-norm", "frozen", "--momentum", "0", "--weight-decay", "0", "--power", "0",
+               "--input-size", "17,17", "--save-pred-every", "1", "--learning-rate", "0.01", "--amp", amp]  # fmt: skip
+    train(toy_voc, tmp_path, *options, "--num-steps", "4", "--clip-grad-norm", "0.5")
+    steps = [model(tmp_path / f"VOC12_scenes_{step}.pth") for step in (1, 2, 3, 4)]
+    for before, after in pairwise(steps):
+        squares = 0.0
+        for name, value in after.items():
+            scale = {"layer5": 20 if name.endswith("bias") else 10}.get(name.split(".")[0], 1)
+            squares += float(((value - before[name]).double() / (0.01 * scale)).square().sum())
+        if amp == "fp16" and squares == 0:  # loss scaling left the step out
+            continue
+        assert squares**0.5 == pytest.approx(0.5, rel=0.02)
+    assert squares > 0
 
 
 def test_compiled_steps(toy_voc, tmp_path, monkeypatch):

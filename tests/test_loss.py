@@ -9,22 +9,28 @@ from torch import nn
 
 from deeplab import LOSS_SIZES, deeplabv2, multi_scale_loss, resize_labels, single_scale_loss
 from deeplab.loss import Ohem, cross_entropy
+from deeplab.multiscale import fuse_max, resize, scaled_size
 from deeplab.weights import ABN, TRUNKS
 from tests.helpers_nets import EveryEighth, naive_bilinear
 from utils import options
 
 
-def naive_cross_entropy(logits: np.ndarray, labels: np.ndarray, ignore_label: int = 255) -> float:
-    """Per picture the mean of -log softmax over its labelled pixels, then the mean over the pictures; one pixel at a time."""
+def naive_cross_entropy(logits: np.ndarray, labels: np.ndarray, ignore_label: int = 255, weights=None) -> float:
+    """Per picture the mean of -log softmax over its labelled pixels, then the mean over the pictures; one pixel at a time.
+
+    With weights of the classes, the mean is sum(weight * loss) / sum(weight).
+    """
     losses = []
     for scores, label in zip(logits, labels):
-        pixels = []
+        pixels, divisor = [], 0.0
         for i in range(label.shape[0]):
             for j in range(label.shape[1]):
                 if label[i, j] != ignore_label:
                     z = scores[:, i, j]
-                    pixels.append(math.log(np.exp(z - z.max()).sum()) + z.max() - z[label[i, j]])
-        losses.append(sum(pixels) / len(pixels) if pixels else 0.0)
+                    weight = 1.0 if weights is None else weights[label[i, j]]
+                    pixels.append(weight * (math.log(np.exp(z - z.max()).sum()) + z.max() - z[label[i, j]]))
+                    divisor += weight
+        losses.append(sum(pixels) / divisor if divisor else 0.0)
     return sum(losses) / len(losses)
 
 
@@ -89,6 +95,54 @@ def test_multi_scale_loss_is_the_sum_of_four():
         assert float(losses[name]) == pytest.approx(value, rel=1e-5), name
     assert float(losses["loss"]) == pytest.approx(sum(expected.values()), rel=1e-5)
     assert len(losses) == 5
+
+
+WEIGHTS = torch.tensor([0.25, 3.0, 0.0])
+
+
+@pytest.mark.parametrize("size", LOSS_SIZES)
+def test_class_weights_against_a_naive_loop(size):
+    """Of every term: each scale, the maximum and the auxiliary head; a class of weight 0 has no part."""
+    torch.manual_seed(0)
+    images, labels = torch.randn(3, 3, 17, 25), torch.randint(0, 3, (3, 17, 25))
+    labels[torch.rand(labels.shape) < 0.3] = 255
+    labels[1] = torch.where(labels[1] == 255, 255, 2)  # nothing but weight 0
+    labels[2] = 255
+    net = TwoHeads()
+    main, aux = net(images)
+
+    def naive(logits, grid):
+        if size == "input":
+            logits, grid = (
+                torch.from_numpy(np.array([[naive_bilinear(p, (17, 25)) for p in one.numpy()] for one in logits])),
+                labels,
+            )
+        return naive_cross_entropy(logits.double().numpy(), grid.numpy(), weights=WEIGHTS.tolist())
+
+    single = single_scale_loss(net, images, labels, size, aux_weight=0.4, class_weights=WEIGHTS)
+    assert float(single["loss_main"]) == pytest.approx(naive(main, labels[:, ::8, ::8]), rel=1e-5)
+    assert float(single["loss_aux"]) == pytest.approx(naive(aux, labels[:, ::8, ::8]), rel=1e-5)
+    several = multi_scale_loss(net, images, labels, size, aux_weight=0.4, class_weights=WEIGHTS)
+    assert float(several["loss_aux"]) == float(single["loss_aux"])
+    assert float(several["loss_1x"]) == float(single["loss_main"])
+    first, *others = (net.main(resize(images, scaled_size((17, 25), scale))) for scale in (1.0, 0.75, 0.5))
+    assert float(several["loss_max"]) == pytest.approx(naive(fuse_max([first, *others]), labels[:, ::8, ::8]), rel=1e-5)
+    for scale, logits in zip(("0.75x", "0.5x"), others):
+        expected = naive(logits, resize_labels(labels, logits.shape[-2:]))
+        assert float(several[f"loss_{scale}"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_class_weights_of_one_are_none_and_those_of_nothing_are_harmless():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 3, 9, 9, requires_grad=True), torch.randint(0, 3, (2, 9, 9))
+    labels[0, 3:] = 255
+    for ohem in (None, Ohem(0.4, 5)):
+        plain, ones = (cross_entropy(logits, labels, ohem=ohem, class_weights=w) for w in (None, torch.ones(3)))
+        assert torch.equal(plain, ones)
+        nothing = cross_entropy(logits, torch.full_like(labels, 2), ohem=ohem, class_weights=WEIGHTS)
+        nothing.backward(torch.tensor(2.0**16))  # as fp16's loss scaling
+        assert float(nothing.detach()) == 0
+        assert not logits.grad.any()
 
 
 def test_nothing_but_void_gives_zero_with_a_gradient():
@@ -227,6 +281,15 @@ def test_ohem_gradient_is_that_of_the_chosen_pixels():
     broken = logits.detach().clone()
     broken[0, 0, 2, 2] = math.nan
     assert math.isnan(float(cross_entropy(broken, labels, ohem=Ohem(0.01, 6))))  # never dropped in silence
+
+
+def test_ohem_chooses_pixels_without_their_weights():
+    """Hand-worked: probabilities 1/2, 1/4, 9/10 of the true classes 1, 0, 1; the two hard ones count, by their weights."""
+    logits = torch.zeros(1, 2, 1, 3)
+    logits[0, 1, 0] = torch.tensor([1.0, 3.0, 9.0]).log()
+    labels = torch.tensor([[[1, 0, 1]]])
+    found = cross_entropy(logits, labels, ohem=Ohem(0.7, 1), class_weights=torch.tensor([5.0, 0.5]))
+    assert float(found) == pytest.approx((0.5 * math.log(2) + 5 * math.log(4)) / 5.5, rel=1e-6)
 
 
 class TwoHeads(nn.Module):

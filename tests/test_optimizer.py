@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from deeplab import deeplabv2
-from utils.training.optimizer import GuardedSGD, poly_lr, set_lr
+from utils.training.optimizer import GuardedSGD, clip_gradients, poly_lr, set_lr
 
 
 def test_poly_rate_by_hand():
@@ -11,6 +11,37 @@ def test_poly_rate_by_hand():
     assert poly_lr(1.0, 9, 10, 0.9) == pytest.approx(10**-0.9)
     assert poly_lr(1.0, 3, 4, 2.0) == 0.0625
     assert poly_lr(1.0, 1, 2) == 0.5**0.9
+
+
+def test_warm_up_by_hand():
+    """Of 4 steps in 10: a quarter, a half, three quarters, all; then the poly schedule alone, and 0 steps are none."""
+    plain = [(1 - step / 10) ** 2 for step in range(10)]
+    expected = [0.25 * plain[0], 0.5 * plain[1], 0.75 * plain[2], *plain[3:]]
+    assert [poly_lr(1.0, step, 10, 2.0, 4) for step in range(10)] == pytest.approx(expected)
+    assert [poly_lr(1.0, step, 10, 2.0, 0) for step in range(10)] == plain
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+@pytest.mark.parametrize(("largest", "factor"), [(2.6, 0.2), (13.0, 1.0), (1e9, 1.0)])
+def test_clipping_by_hand(scale, largest, factor):
+    """Gradients of 3, 4 and 12 have a norm of 13 together; loss scaling is taken out of them first."""
+    net = deeplabv2("resnet18", 2)
+    optimizer = GuardedSGD(net, lr=1.0, momentum=0.0, weight_decay=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale > 1)
+    scaler.scale(torch.zeros(()))  # as the loss, which makes the scale
+    set_lr(optimizer, 1.0)
+    conv = net.layer5.conv2d_list[0]
+    watched = {net.conv1.weight: (3.0, 1), conv.weight: (4.0, 10), conv.bias: (12.0, 20)}
+    before = [parameter.detach().clone() for parameter in watched]
+    for parameter, (gradient, _) in watched.items():
+        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad.view(-1)[0] = gradient * scale
+    clip_gradients(optimizer, scaler, largest)
+    scaler.step(optimizer)
+    for (parameter, (gradient, group)), old in zip(watched.items(), before):
+        moved = (old - parameter.detach()).view(-1)
+        assert float(moved[0]) == pytest.approx(factor * gradient * group, rel=1e-5)
+        assert not moved[1:].any()
 
 
 @pytest.mark.parametrize("mode", ["frozen", "stats", "full"])

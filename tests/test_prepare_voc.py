@@ -371,13 +371,14 @@ def test_from_the_archives_to_an_optimiser_step(voc, sbd):
     import torch
     from torch.utils.data import DataLoader
 
-    from dataset.transforms import PadCrop, RandomMirror, RandomScale, TrainTransform, to_input
+    from dataset.transforms import Pad, RandomCrop, RandomMirror, RandomScale, TrainTransform, to_input
     from deeplab import deeplabv2, single_scale_loss
 
     torch.manual_seed(0)
     assert run(voc, "--sbd", sbd) == 0
     ids = read_ids(voc / "ImageSets/SegmentationAug/train_aug.txt")
-    data = VOCSegmentation(voc, ids, transform=TrainTransform(7, [RandomScale(), RandomMirror(), PadCrop((65, 65))]))
+    transforms = [RandomScale(), RandomMirror(), RandomCrop((65, 65)), Pad((65, 65))]
+    data = VOCSegmentation(voc, ids, transform=TrainTransform(7, transforms))
     images, labels, _ = next(iter(DataLoader(data, batch_size=4)))
     assert images.shape == (4, 65, 65, 3)
     assert set(labels.unique().tolist()) == {0, 1, 18, 255}

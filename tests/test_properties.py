@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dataset import MEAN_BGR, PadCrop, RandomMirror, RandomScale, StepSampler, TrainTransform
+from dataset import MEAN_BGR, Pad, RandomCrop, RandomMirror, RandomScale, StepSampler, TrainTransform
 from deeplab.inference import canvas_size
 from deeplab.loss import resize_labels
 from deeplab.multiscale import scaled_size
@@ -49,7 +49,8 @@ def pair(height, width, seed):
 @example(1, 1, 1, 1, 0)
 def test_a_crop_is_a_window_of_the_padded_picture(height, width, crop_height, crop_width, seed):
     image, label = pair(height, width, seed)
-    cut, cut_label = PadCrop((crop_height, crop_width))(image, label, np.random.default_rng(seed))
+    size, rng = (crop_height, crop_width), np.random.default_rng(seed)
+    cut, cut_label = Pad(size)(*RandomCrop(size)(image, label, rng), rng)
     assert cut.shape == (crop_height, crop_width, 3)
     assert cut_label.shape == (crop_height, crop_width)
     top, left = cut[0, 0, :2].tolist()
@@ -87,7 +88,7 @@ def test_picture_and_mask_stay_of_one_size_and_the_mask_makes_up_no_label(height
 @given(side, side, side, side, seed, st.integers(0, 10**9))
 def test_a_sample_is_a_function_of_seed_and_draw(height, width, crop_height, crop_width, seed, draw):
     image, label = pair(height, width, seed)
-    transforms = [RandomScale(), RandomMirror(), PadCrop((crop_height, crop_width))]
+    transforms = [RandomScale(), RandomMirror(), RandomCrop((crop_height, crop_width)), Pad((crop_height, crop_width))]
     first, second = (TrainTransform(seed, transforms)(image, label, draw) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
     assert first.present.shape == (256,)

@@ -84,6 +84,10 @@ CHANGES = {
     "ohem_keep": ("9", "--ohem-keep 100000 -> 9"),
     "loss_size": ("input", "--loss-size output -> input"),
     "amp": ("fp16", "--amp off -> fp16"),
+    "class_weights": ("balanced", "--class-weights None -> balanced"),
+    "warmup_steps": ("5", "--warmup-steps 0 -> 5"),
+    "clip_grad_norm": ("5", "--clip-grad-norm None -> 5.0"),
+    "color_jitter": ("0,0,0,0", r"--color-jitter None -> \(0.0, 0.0, 0.0, 0.0\)"),
     "ignore_label": ("3", "--ignore-label 255 -> 3"),
     "restore_from": ("other.pth", "--restore-from"),
 }
@@ -401,11 +405,16 @@ PLACES: dict[str, list] = {
     "meta/given": [5, "a", [1]],
     "ids": [5],
     "numbers": [5, ["../../x"], [9], [True]],
+    "class_weights": [5, [1.0], [1, 1, 1, 1], [1.0, 1.0, 1.0, float("nan")]],
     "prefix": [5, "", "../x", "a b", None],
     "scaler": [None, {"scale": 4.0, "_growth_tracker": 0}],
 }
 OPTIONS: dict[str, list] = {
     "momentum": ["0.9", 1.5, None],
+    "class_weights": ["balanced", ""],
+    "warmup_steps": [-1, "x"],
+    "clip_grad_norm": [0.0, "x"],
+    "color_jitter": [[1, 2], 0.4, [0.4, 0.4, 0.4, 0.6]],
     "weight_decay": [float("nan")],
     "learning_rate": [[1]],
     "batch_size": [0, 2.5, True],

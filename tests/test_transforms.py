@@ -1,3 +1,4 @@
+import colorsys
 import re
 from types import SimpleNamespace
 
@@ -8,7 +9,9 @@ from PIL import Image
 
 from dataset import (
     MEAN_BGR,
-    PadCrop,
+    ColorJitter,
+    Pad,
+    RandomCrop,
     RandomMirror,
     RandomScale,
     StepSampler,
@@ -38,6 +41,10 @@ class Draws:
         value = self.values.pop(0)
         assert 0 <= value < stop
         return value
+
+
+def pad_crop(size):
+    return lambda image, label, rng: Pad(size)(*RandomCrop(size)(image, label, rng), rng)
 
 
 def coordinates(height, width):
@@ -94,23 +101,23 @@ def test_published_scales_and_ranges_that_are_none():
 
 def test_crop_inside_and_padding_at_the_bottom_right():
     image, label = coordinates(10, 12)
-    crop, crop_label = PadCrop((4, 5))(image, label, Draws(6, 7))
+    crop, crop_label = pad_crop((4, 5))(image, label, Draws(6, 7))
     assert crop_label[0, 0] == 6
     assert crop_label.shape == (4, 5)
     assert (crop[..., 0] == crop_label).all()
     assert crop[0, 0, 1] == 7
-    crop, crop_label = PadCrop((13, 12))(image, label, Draws(0, 0))
+    crop, crop_label = pad_crop((13, 12))(image, label, Draws(0, 0))
     assert (crop_label[:10] == label).all()
     assert (crop_label[10:] == 255).all()
     assert (crop[10:] == [104, 117, 123]).all()  # the mean colour in whole levels
-    crop, crop_label = PadCrop((4, 20))(image, label, Draws(3, 0))
+    crop, crop_label = pad_crop((4, 20))(image, label, Draws(3, 0))
     assert (crop_label[:, :12] == label[3:7]).all()
     assert (crop_label[:, 12:] == 255).all()
 
 
 def test_every_crop_position_occurs():
     rng = np.random.default_rng(0)
-    tops = {int(PadCrop((3, 3))(*coordinates(6, 3), rng)[1][0, 0]) for _ in range(100)}
+    tops = {int(pad_crop((3, 3))(*coordinates(6, 3), rng)[1][0, 0]) for _ in range(100)}
     assert tops == {0, 1, 2, 3}
 
 
@@ -148,16 +155,79 @@ def test_what_is_no_image_is_refused():
 
 
 def test_options_choose_the_transforms_in_order():
-    off = {"random_scale": False, "random_mirror": False, "scale_range": (0.7, 1.3), "input_size": (9, 17)}
-    (crop,) = training_transforms(SimpleNamespace(**off))
-    assert crop.size == (9, 17)
-    scale, mirror, crop = training_transforms(SimpleNamespace(**off | {"random_scale": True, "random_mirror": True}))
-    assert (scale.low, scale.high, type(mirror), crop.size) == (0.7, 1.3, RandomMirror, (9, 17))
+    off = {
+        "random_scale": False,
+        "random_mirror": False,
+        "scale_range": (0.7, 1.3),
+        "input_size": (9, 17),
+        "color_jitter": None,
+    }
+    crop, pad = training_transforms(SimpleNamespace(**off))
+    assert (type(crop), crop.size, type(pad), pad.size) == (RandomCrop, (9, 17), Pad, (9, 17))
+    on = off | {"random_scale": True, "random_mirror": True, "color_jitter": (0.1, 0.2, 0.3, 0.4)}
+    scale, *others = training_transforms(SimpleNamespace(**on))
+    assert (scale.low, scale.high) == (0.7, 1.3)
+    assert [type(each) for each in others] == [RandomMirror, RandomCrop, ColorJitter, Pad]
+
+
+def blend(one, other, factor):
+    """``one`` + factor * (``other`` - ``one``) in whole levels, as Pillow has it."""
+    return np.clip(one + np.float32(factor) * (other.astype(np.float32) - one), 0, 255).astype(np.uint8)
+
+
+def grey(rgb):
+    return (rgb.astype(int) @ [19595, 38470, 7471] + 32768) >> 16  # ITU-R 601-2
+
+
+def turned(rgb, share):
+    """The hue of every pixel turned, by Python's own colour conversion."""
+    hsv = [colorsys.rgb_to_hsv(*pixel) for pixel in (rgb.reshape(-1, 3) / 255).tolist()]
+    return np.array([colorsys.hsv_to_rgb((h + share) % 1, s, v) for h, s, v in hsv]).reshape(rgb.shape) * 255
+
+
+def naive_change(kind, rgb, factor):
+    """Brightness, contrast, saturation or hue."""
+    if kind == 3:
+        return turned(rgb, factor)
+    level = grey(rgb)
+    return blend((0, int(level.mean() + 0.5), level[..., None])[kind], rgb, factor)
+
+
+@pytest.mark.parametrize("strengths", [(0.4, 0, 0, 0), (0, 0.9, 0, 0), (0, 0, 2.0, 0), (0, 0, 0, 0.5), (0.4, 0.5, 0.6, 0)])
+def test_colour_jitter_against_a_naive_one(strengths):
+    """On a BGR picture, for several draws; an order drawn before the factors, and the label as it is."""
+    noise = np.random.default_rng(5).integers(0, 256, (13, 17, 3), dtype=np.uint8)
+    label = np.arange(13 * 17, dtype=np.uint8).reshape(13, 17)
+    orders = set()
+    for seed in range(8):
+        image, same = ColorJitter(*strengths)(noise.copy(), label, np.random.default_rng(seed))
+        rng, rgb = np.random.default_rng(seed), noise[:, :, ::-1]
+        order = rng.permutation(4).tolist()
+        for k in order:
+            if strengths[k]:
+                low = -strengths[3] if k == 3 else max(0, 1 - strengths[k])
+                rgb = naive_change(k, rgb, rng.uniform(low, strengths[3] if k == 3 else 1 + strengths[k]))
+        apart = np.abs(image[:, :, ::-1].astype(float) - rgb)
+        assert apart.mean() <= (3 if strengths[3] else 0)  # Pillow's hue has 256 values
+        assert same is label
+        orders.add(tuple(order))
+    assert len(orders) > 4
+
+
+def test_jitter_changes_no_padding_and_depends_on_the_draw_alone():
+    image, label = np.full((5, 5, 3), 200, np.uint8), np.zeros((5, 5), np.uint8)
+    options = {"random_scale": False, "random_mirror": False, "color_jitter": (0.4, 0.4, 0.4, 0.1), "input_size": (9, 7)}
+    transform = TrainTransform(1, training_transforms(SimpleNamespace(**options)))
+    first, again, other = (transform(image, label, draw) for draw in (3, 3, 4))
+    assert torch.equal(first.image, again.image)
+    assert not torch.equal(first.image, other.image)
+    assert (first.image[5:] == torch.tensor([round(value) for value in MEAN_BGR])).all()
+    assert (first.image[:5, :5] == first.image[0, 0]).all()
 
 
 @pytest.fixture
 def toy_training_set(toy_voc):
-    transform = TrainTransform(7, [RandomScale(), RandomMirror(), PadCrop((33, 41))])
+    transform = TrainTransform(7, [RandomScale(), RandomMirror(), RandomCrop((33, 41)), Pad((33, 41))])
     return VOCSegmentation(
         toy_voc, read_ids(toy_voc / "ImageSets/Segmentation/val.txt"), num_classes=TOY_CLASSES, transform=transform
     )
@@ -186,7 +256,7 @@ def test_the_labels_of_the_whole_picture_are_told(toy_voc):
     """Not only those of the crop, and as they were read."""
     ids = read_ids(toy_voc / "ImageSets/Segmentation/val.txt")
     data = VOCSegmentation(
-        toy_voc, ids, num_classes=TOY_CLASSES, ignore_label=2, transform=TrainTransform(7, [PadCrop((1, 1))])
+        toy_voc, ids, num_classes=TOY_CLASSES, ignore_label=2, transform=TrainTransform(7, [RandomCrop((1, 1)), Pad((1, 1))])
     )
     present = data[0, 0].present
     label = np.array(Image.open(toy_voc / "SegmentationClassAug" / f"{ids[0]}.png"))

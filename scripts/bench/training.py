@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from dataset import PadCrop, RandomMirror, RandomScale, StepSampler, TrainTransform, to_input
+from dataset import Pad, RandomCrop, RandomMirror, RandomScale, StepSampler, TrainTransform, to_input
 from deeplab import multi_scale_loss, single_scale_loss
 from deeplab.loss import Objective
 from scripts.bench import reference
@@ -114,7 +114,9 @@ def data(args: Namespace, device: torch.device) -> Table:
         return Runner(lambda: [reference.training_sample(*next(paths), args.input_size) for _ in range(images)])
 
     def ours(workers: int) -> Runner:
-        transform = TrainTransform(0, [RandomScale(0.5, 1.5), RandomMirror(), PadCrop(args.input_size)])
+        transform = TrainTransform(
+            0, [RandomScale(0.5, 1.5), RandomMirror(), RandomCrop(args.input_size), Pad(args.input_size)]
+        )
         files = open_images(args, transform)
         stream = iter(make_loader(files, StepSampler(len(files), args.batch_size, 0), workers, device))
         take = lambda count: [next(stream) for _ in range(count)]  # noqa: E731

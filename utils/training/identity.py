@@ -101,10 +101,12 @@ def resumed_options(asked: Options, meta: dict[str, Any], step: int, loss: str) 
     options = {name: now[name] if name in asked.given else before.get(name, now[name]) for name in now}
     options.update(loss=loss, resume=asked.resume)
     if "num_steps" in changed:
-        total, power, base = now["num_steps"], options["power"], options["learning_rate"]
+        total, *schedule = now["num_steps"], options["power"], options["warmup_steps"]
         if total <= step:
             raise UserError(f"--resume: step {step} is reached already and --num-steps is {total}; give more, or leave it out")
-        rates = [poly_lr(base, min(step, steps), steps, power) for steps in (before["num_steps"], total)]
+        rates = [
+            poly_lr(options["learning_rate"], min(step, steps), steps, *schedule) for steps in (before["num_steps"], total)
+        ]
         lines.append(f"with --num-steps {total} the base rate goes on at {rates[1]:.3g} instead of {rates[0]:.3g}")
     return Options(options), lines
 
@@ -174,6 +176,10 @@ def compare_meta(checkpoint: dict[str, Any]) -> None:
         raise Misfit("its numbers are not steps of snapshots")
     if not (isinstance(prefix := checkpoint.get("prefix", "VOC12"), str) and re.fullmatch(PREFIX, prefix)):
         raise Misfit(f"its prefix of snapshots is {brief(prefix)}")
+    weights: Any = checkpoint.get("class_weights")
+    right = _is_list(weights, float) and len(weights) == meta["num_classes"] and all(0 <= x < math.inf for x in weights)
+    if not right and (meta["args"].get("class_weights") or weights is not None):
+        raise Misfit(f"its class weights are {brief(weights)}; expected {brief(meta['num_classes'])} numbers of at least 0")
     for action in training_parser("", batch_size=1, iter_size=1, snapshot_dir="")._actions:
         if not _could_give(action, value := meta["args"].get(action.dest, action.default)):
             raise Misfit(f"its option {flag(action.dest)} is {brief(value)}")

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +13,9 @@ from deeplab.loss import LossFunction
 from utils import distributed
 from utils.device import autocast
 from utils.files import DiskError
+from utils.options import Options
 from utils.training.monitor import check_weights
-from utils.training.optimizer import poly_lr, set_lr
+from utils.training.optimizer import clip_gradients, poly_lr, set_lr
 from utils.training.setup import Run, last_words
 from utils.training.validation import save_panels
 
@@ -49,7 +51,7 @@ def train(run: Run) -> None:
             crops = ending.read(run.batches, options.iter_size)
         if ending.is_due():  # in any process: all leave before the same step
             break
-        set_lr(run.optimizer, poly_lr(options.learning_rate, step, options.num_steps, options.power))
+        set_lr(run.optimizer, learning_rate(options, step))
         for number, (images, labels, present) in enumerate(crops, start=1):
             images = to_input(images.to(device, non_blocking=True))  # N 3 H W float32, mean-subtracted BGR, channels last
             labels = labels.to(device, non_blocking=True).long()  # N H W
@@ -60,6 +62,8 @@ def train(run: Run) -> None:
             run.scaler.scale(losses["loss"] / options.iter_size).backward()
             run.losses.add(losses, step * options.iter_size + number - 1)
             run.class_watch.add(present)
+        if options.clip_grad_norm:
+            clip_gradients(run.optimizer, run.scaler, options.clip_grad_norm)
         run.optimizer.bad = run.losses.end_step()  # 1 after a loss that is not finite: the step then does nothing
         run.scaler.step(run.optimizer)
         run.scaler.update()
@@ -82,6 +86,11 @@ def train(run: Run) -> None:
             if ending.failed:
                 break
     finish(run, done)
+
+
+def learning_rate(options: Options, step: int) -> float:
+    """The base learning rate of step ``step``, from 0."""
+    return poly_lr(options.learning_rate, step, options.num_steps, options.power, options.warmup_steps)
 
 
 def seed_dropout(seed: int, step: int, batch: int) -> None:
@@ -109,7 +118,7 @@ def report(run: Run, done: int) -> None:
     """Log the mean losses since the last report, over all processes."""
     steps, means, waited = run.losses.steps, run.losses.means(), run.data_wait.share()
     if run.log:
-        lr = poly_lr(run.options.learning_rate, done - 1, run.options.num_steps, run.options.power)
+        lr = learning_rate(run.options, done - 1)
         run.log.line(done, means, lr, steps, waited, [group["lr"] for group in run.optimizer.param_groups])
         run.log.say(run.data_wait.warning())
 
@@ -127,7 +136,9 @@ def write(run: Run, done: int, numbered: bool) -> None:
     assert run.log
     run.lock.check()
     run.log.say(not_saved(run, run.snapshots.wait()))
-    state = {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "ids": run.ids}
+    state: dict[str, Any] = {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "ids": run.ids}
+    if run.class_weights:
+        state["class_weights"] = run.class_weights
     run.snapshots.save(run.net, run.meta_at(done), numbered, **state)
     run.log.say(save_panels(run, done) if numbered else "")
 

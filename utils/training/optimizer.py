@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, optim
+from torch import Tensor, nn, optim
 
 from deeplab import Net
 
@@ -48,9 +48,24 @@ class GuardedSGD(optim.SGD):
             del self.found_inf
 
 
-def poly_lr(base: float, step: int, total: int, power: float = 0.9) -> float:
-    """The rate of step ``step`` (from 0) of ``total``: base * (1 - step / total) ** power."""
-    return base * (1 - step / total) ** power
+def poly_lr(base: float, step: int, total: int, power: float = 0.9, warmup: int = 0) -> float:
+    """The learning rate of step ``step`` (from 0) of ``total``: base * (1 - step / total) ** power.
+
+    In the first ``warmup`` steps it is multiplied by (step + 1) / warmup (Goyal et al., arXiv:1706.02677).
+    """
+    lr = base * (1 - step / total) ** power
+    return lr * (step + 1) / warmup if step < warmup else lr
+
+
+def clip_gradients(optimizer: optim.Optimizer, scaler: torch.amp.GradScaler, max_norm: float) -> None:
+    """Scale all gradients down so that their norm together is at most ``max_norm``; no host sync.
+
+    To be called between the backward pass and ``scaler.step``: the gradients are then those of all processes together, and
+    fp16's loss scaling is taken out of them first.
+    """
+    scaler.unscale_(optimizer)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
 def set_lr(optimizer: optim.Optimizer, lr: float) -> None:

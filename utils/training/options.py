@@ -1,6 +1,7 @@
 """The command line of train.py and train_msc.py, and what its options mean together."""
 
-from argparse import Namespace
+import math
+from argparse import ArgumentTypeError, Namespace
 from functools import partial
 
 from dataset import DATASETS
@@ -37,6 +38,22 @@ from utils.options import (
 COUNTS_ONCE = "2.9"
 
 
+above_zero = partial(number, fits=lambda value: 0 < value < math.inf, expected="a finite number above 0")
+
+
+def jitter(text: str) -> tuple[float, ...] | None:
+    """An argparse type: ``"0.4,0.4,0.4,0.1"``, the strengths of brightness, contrast, saturation and hue."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != 4 or not all(0 <= value < math.inf for value in values) or values[3] > 0.5:
+        raise ArgumentTypeError(
+            f"{text[:60]!r} is no jitter; write B,C,S,H, numbers of at least 0, as in 0.4,0.4,0.4,0.1; H <= 0.5"
+        )
+    return values
+
+
 def trained_with(name: str, default: str = "%(default)s") -> str:
     """For a help text: an option's default, that on the other data sets than VOC, and the toolbox's, where it has one."""
     text = f"(default: {default}{elsewhere(lambda kind: kind.TRAINING.get(name))}"
@@ -55,6 +72,13 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
     group.add_argument("--random-scale", action="store_true", help="scale each picture by a random factor of --scale-range")
     text = f"drawn from uniformly {trained_with('scale_range', '0.5,1.5')}"
     group.add_argument("--scale-range", type=scale_range, default=(0.5, 1.5), metavar="LOW,HIGH", help=text)
+    group.add_argument(
+        "--color-jitter",
+        type=jitter,
+        metavar="B,C,S,H",
+        help="change brightness, contrast, saturation (each by a factor of 1-X to 1+X) and hue (by -H to H turns, H at most "
+        "0.5) at random, as torchvision's ColorJitter, as in 0.4,0.4,0.4,0.1 (default: off)",
+    )
 
     add_net_options(parser)
     group = parser.add_argument_group("weights")
@@ -98,12 +122,32 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
     )
     group.add_argument("--momentum", type=below_one, default=0.9, help="default: %(default)s")
     group.add_argument("--power", type=number, default=0.9, help="of the polynomial decay (default: %(default)s)")
+    group.add_argument(
+        "--warmup-steps",
+        type=not_negative,
+        default=0,
+        metavar="N",
+        help="multiply the learning rate of the first N steps by 1/N, 2/N, ... (default: 0, off)",
+    )
+    group.add_argument(
+        "--clip-grad-norm",
+        type=above_zero,
+        metavar="X",
+        help="scale gradients down to a total norm of at most X (default: off)",
+    )
     group.add_argument("--weight-decay", type=number, default=5e-4, help="default: %(default)s")
     group.add_argument(
         "--loss-size",
         choices=LOSS_SIZES,
         default="output",
         help="shrink the labels to the logits, or enlarge the logits (default: output; deeplabv3 and pspnet input)",
+    )
+    group.add_argument(
+        "--class-weights",
+        type=target_text,
+        metavar="FILE|balanced",
+        help="weight of each class in the loss, which is a weighted mean; FILE: one number a line; balanced: from the labels "
+        "of the training list, all pixels / (number of classes * pixels of the class) (default: off)",
     )
     group.add_argument(
         "--aux-weight",
@@ -207,6 +251,8 @@ def check_net_options(options: Options) -> None:
             f"--batch-size {options.batch_size} is one image per process, whose mean features are one value per channel, of "
             f"which --batch-norm {batch_norm} cannot take statistics; give {options.net} at least two per process"
         )
+    if options.warmup_steps > options.num_steps:
+        raise UserError(f"--warmup-steps {options.warmup_steps} is more than --num-steps {options.num_steps}; lower it")
     # 6 pixels a side are a single position of the net's output, at the smallest scale that the loss takes.
     smallest = scaled_size(options.input_size, 0.5 if several_scales else 1.0)
     if not frozen and options.batch_size == processes and max(smallest) <= 6:

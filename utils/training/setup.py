@@ -1,5 +1,6 @@
 """A training run's set-up: everything that the loop needs, made in order."""
 
+import inspect
 import os
 import shlex
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dataset import IGNORE_LABEL, DatasetError, StepSampler, TrainTransform, VOCSegmentation, one_class_warning
@@ -29,6 +30,7 @@ from utils.data import images_of, layout_words, list_of, open_dataset
 from utils.device import check_compiler, select_device
 from utils.loader import fitting_workers, make_loader, running
 from utils.options import Options, shared_options, with_own_places
+from utils.training.class_weights import find_weights
 from utils.training.identity import compare_data, loss_name, new_run
 from utils.training.lock import FolderLock
 from utils.training.log import RunLog
@@ -110,7 +112,13 @@ class Run:
             self.optimizer.load_momentum(start.checkpoint["optimizer"])
             scale = {name: start.checkpoint["scaler"].get(name) for name in ("scale", "_growth_tracker")}
             self.scaler.load_state_dict(self.scaler.state_dict() | scale)
-        objective = Objective(net, loss_function, **loss_options(options))
+        self.class_weights: list[float] = []
+        if options.class_weights:
+            begun, given = start.checkpoint.get("class_weights"), "class_weights" in asked.given
+            self.class_weights = find_weights(options, data, begun, given)
+        chosen = loss_options(options, torch.tensor(self.class_weights, device=device) if self.class_weights else None)
+        check_loss(loss_function, chosen)
+        objective = Objective(net, loss_function, **chosen)
         if options.compile:  # net and loss in one graph; one scale at a time, the scales are recomputed around the net
             (net if getattr(options, "one_scale_at_a_time", False) else objective).compile(dynamic=False)
         self.objective = distributed.wrap(objective, device)
@@ -145,7 +153,8 @@ class Run:
         new_log = partial(RunLog, self.lock, vars(start.options), start.step)
         self.log = distributed.everywhere(lambda: stack.enter_context(new_log()) if rank == 0 else None)
         if self.log:
-            self.log.say(*head_lines(options, data, data_list, seen, device), locked, *start.lines, note, space)
+            head = head_lines(options, data, data_list, seen, device)
+            self.log.say(*head, locked, *start.lines, *added_lines(options, self.class_weights), note, space)
 
     def last_save(self) -> None:
         """Wait for the snapshot that is being written, and say if it cannot be."""
@@ -213,21 +222,36 @@ def check_not_binary(data: VOCSegmentation) -> None:
     values: set[int] = set()
     for index in np.linspace(0, len(data) - 1, min(LABELS_TO_JUDGE, len(data)), dtype=int).tolist():
         with suppress(Exception):  # training stops at what cannot be read, and says so
-            values |= set(np.unique(data.load(index)[1]).tolist())
+            values |= set(np.unique(data.load_label(index)).tolist())
         if values - {0, IGNORE_LABEL}:
             return
     if values == {0, IGNORE_LABEL}:
         raise UserError(f"nothing was trained: {one_class_warning(values)}")
 
 
-def loss_options(options: Options) -> dict[str, object]:
-    """What a loss function takes beside net, images and labels."""
+def loss_options(options: Options, class_weights: Tensor | None = None) -> dict[str, object]:
+    """What a loss function takes beside net, images and labels; what is off is not passed."""
     chosen: dict[str, object] = {"size": options.loss_size, "aux_weight": options.aux_weight or 0.0}
     if options.ohem:
         chosen["ohem"] = Ohem(options.ohem_threshold, options.ohem_keep)
     if getattr(options, "one_scale_at_a_time", False):
         chosen["one_scale_at_a_time"] = True
+    if class_weights is not None:
+        chosen["class_weights"] = class_weights
     return chosen
+
+
+def check_loss(loss_function: LossFunction, chosen: dict[str, object]) -> None:
+    """Raise :class:`UserError` where a loss function does not take the options that are passed to it."""
+    with suppress(ValueError):  # no signature is known
+        takes = inspect.signature(loss_function).parameters.values()
+        names = {parameter.name for parameter in takes}
+        missing = [name for name in chosen if name not in names]
+        if missing and not any(parameter.kind == parameter.VAR_KEYWORD for parameter in takes):
+            raise UserError(
+                f"the loss {loss_name(loss_function)} does not take {' and '.join(missing)}; add **options to its parameters"
+                + ("; it then ignores --class-weights, so leave that out" if "class_weights" in missing else "")
+            )
 
 
 def head_lines(options: Options, data: VOCSegmentation, data_list: Path, seen: str, device: torch.device) -> list[str]:
@@ -244,6 +268,23 @@ def head_lines(options: Options, data: VOCSegmentation, data_list: Path, seen: s
             f"note: with --batch-norm {options.batch_norm} each process takes batch statistics of its own {share} images, "
             "which is another run than that of a single process; between GPUs, --sync-bn shares them"
         )
+    return lines
+
+
+def added_lines(options: Options, class_weights: list[float]) -> list[str]:
+    """A line for each thing that is on and not part of the published recipe."""
+    lines = []
+    if class_weights:
+        weights = f"{min(class_weights):.3g} to {max(class_weights):.3g}"
+        lines.append(f"class weights: {options.class_weights}, {weights}; the loss is a mean weighted by them")
+    if options.warmup_steps:
+        lines.append(f"warm-up: the learning rate rises over the first {options.warmup_steps} steps")
+    if options.clip_grad_norm:
+        lines.append(f"gradients are scaled down to a total norm of at most {options.clip_grad_norm:g}")
+    if options.color_jitter:
+        brightness, contrast, saturation, hue = options.color_jitter
+        text = f"brightness {brightness:g}, contrast {contrast:g}, saturation {saturation:g}, hue {hue:g}"
+        lines.append(f"colour jitter: {text}")
     return lines
 
 

@@ -116,7 +116,7 @@ def resume(asked: Options, loss: str, path: Path) -> Start:
         raise UserError(f"--resume: {path} does not fit its run: {misfit}; put a whole copy in its place, {ANEW}") from None
     if path.parent.resolve() != folder.resolve():
         refuse_other_run(folder)
-    kept = {name: checkpoint.get(name) for name in ("optimizer", "scaler", "ids", "numbers", "prefix")}
+    kept = {name: checkpoint.get(name) for name in ("optimizer", "scaler", "ids", "numbers", "prefix", "class_weights")}
     lines.insert(0, f"resumed from {path} at step {step}")
     seen = meta.get("seen_voc_val") or ""
     return Start(options, net, lines, meta.get("classes"), seen, step, meta.get("run"), meta.get("given"), kept)
