@@ -3,9 +3,12 @@
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
+from dataset.classes import TO_INDICES
 from dataset.images import DatasetError
 from dataset.lists import IMAGE_DIR, LABEL_SUFFIXES, PICTURE_SUFFIXES, read_list
 
@@ -53,14 +56,16 @@ def choose_folders(root: Path, split: str, data_list: Path | None, lists: Sequen
         return pair, root / pair.images
     pairs = [*found.values(), *([whole] if whole and not found else [])]
     there = ", ".join(f"{pair.images}/ and {pair.masks}/" for pair in pairs)
+    example = f", such as {root / found['test'].images}" if "test" in found else ""
     raise DatasetError(
-        f"{root} has {there}, but no split for {split}: `python scripts/masks_to_indices.py {root} NEW` copies it with lists "
-        "for train and val; or pass --data-list, a file of ids or a folder of images"
+        f"{root} has {there}, but no split for {split}: `python {TO_INDICES} {quote(str(root))} NEW` copies it with lists for "
+        f"train and val; or pass --data-list, a file of ids or a folder of images{example}"
     )
 
 
 def find_folders(root: Path) -> dict[str, Folders]:
-    """The folders of each split, ``images/train`` and ``masks/train`` or ``train/images`` and ``train/masks``.
+    """The folders of each split: ``images/train`` and ``masks/train``, or ``train/images`` and ``train/masks``, or
+    ``train_images`` and ``train_masks``; of the last, ``train`` may be the images.
 
     Returns:
         {split: its folders}; "" stands for ``images`` and ``masks`` themselves. {} where there are no such folders.
@@ -73,9 +78,34 @@ def find_folders(root: Path) -> dict[str, Folders]:
         both = (split for split in _SPLITS if split in splits[0] and split in splits[1])
         pairs = {split: Folders(*(_below(root, each[split]) for each in splits)) for split in both}
         return {"": whole, **pairs}
-    found = {split: _pair(path) for path in _folders(root) if (split := split_of(path.name))}
-    names = {split_of(path.name): path.name for path in _folders(root)}
-    return {split: Folders(*(f"{names[split]}/{name}" for name in pair)) for split, pair in found.items() if pair}
+    found = {}
+    for path in _folders(root):
+        if (split := split_of(path.name)) and (pair := _pair(path)):
+            found[split] = Folders(*(f"{path.name}/{name}" for name in pair))
+        elif name := re.fullmatch(rf"(.+)[_-](?:{MASK_FOLDERS})", path.name, re.IGNORECASE):
+            form = rf"{re.escape(name[1])}([_-](?:{IMAGE_FOLDERS}))?"
+            images = (each.name for each in _folders(root) if re.fullmatch(form, each.name, re.IGNORECASE))
+            if (split := split_of(name[1])) and _holds(path, LABEL_SUFFIXES) and (image := next(images, None)):
+                found[split] = Folders(image, path.name)
+    return found
+
+
+def what_to_do(root: Path) -> str:
+    """The end of the message about a folder of a user's own data that has no list of ids."""
+    for path in _folders(root):
+        with suppress(DatasetError):
+            if (path / "ImageSets").is_dir() or find_folders(path):
+                return f"{path} looks like the data set: pass --data-dir {quote(str(path))}"
+    holds = []
+    for path in _folders(root)[:6]:
+        names = next((names for _, _, names in os.walk(path) if names), [])
+        kinds = sorted({os.path.splitext(name)[1].lower() for name in names} - {""})[:3]
+        holds.append(f"{path.name}/" + (f" with {', '.join(kinds)} files" if kinds else ""))
+    return (
+        f"for data of your own, here {', '.join(holds) or 'without folders'}, `python {TO_INDICES} {quote(str(root))} NEW` "
+        f"makes a data set of images and PNG masks; or pass, for instance, `--image-dir images --label-dir masks --data-list "
+        f"{quote(str(root / 'images'))}`"
+    )
 
 
 def _pair(folder: Path) -> Folders | None:
@@ -91,7 +121,7 @@ def _pair(folder: Path) -> Folders | None:
         images, masks = (names[0] for names in found)
         raise DatasetError(
             f"{folder} holds {several}, and nothing says which is meant; pass for instance `--image-dir {images} "
-            f"--label-dir {masks} --data-list {folder / images}`"
+            f"--label-dir {masks} --data-list {quote(str(folder / images))}`"
         )
     return Folders(found[0][0], found[1][0])
 

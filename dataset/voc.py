@@ -3,11 +3,13 @@
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from shlex import quote
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from dataset.classes import IGNORE_LABEL, TO_INDICES, VOC_CLASSES, ClassFile, Color, NamedClass, read_class_file
+from dataset.folders import what_to_do
 from dataset.images import DatasetError, read_picture
 from dataset.labels import read_label
 from dataset.lists import IMAGE_DIR, LABEL_SUFFIXES, PICTURE_SUFFIXES, Entry, Listing, below, read_folder, read_list
@@ -42,13 +44,8 @@ def find_list(data_dir: str | Path, data_list: str | Path | None, candidates: Se
         raise DatasetError(f"no list of image ids: {text}; pass a file with one id a line")
     if source:
         raise DatasetError(f"{text}; {source}, or pass --data-list")
-    names = sorted(f"{path.name}/" for path in root.iterdir() if path.is_dir())
-    raise DatasetError(
-        f"no list of image ids: {text}; run `python scripts/prepare_voc.py` for PASCAL VOC; of data of your own name the "
-        f"folders, {', '.join(names[:8]) or 'of which there are none'} here, and a list of ids or the folder of images, as in "
-        f"`--image-dir images --label-dir masks --data-list {root / 'images'}`, or have `python {TO_INDICES} "
-        f"{root} NEW` make a data set of them"
-    )
+    voc = "for PASCAL VOC run `python scripts/prepare_voc.py`; " if (root / IMAGE_DIR).is_dir() else ""
+    raise DatasetError(f"{root} has no list of image ids ({' or '.join(candidates)}): {voc}{what_to_do(root)}")
 
 
 def _found_elsewhere(root: Path, names: Iterable[str]) -> str:
@@ -243,7 +240,7 @@ class VOCSegmentation:
         lost = listing.missing("picture", [entry.image for entry in entries if entry.image], PICTURE_SUFFIXES)
         lost += listing.missing("label", [entry.label for entry in entries if entry.label], LABEL_SUFFIXES)
         if lost:
-            advice = f"; `python {TO_INDICES} {self.root} NEW` copies the pairs that are there, also of masks with other names"
+            advice = f"; `python {TO_INDICES} {quote(str(self.root))} NEW` copies the pairs, also of masks with other names"
             found = f"files of the {len(entries)} ids are missing: {'; '.join(lost)}"
             raise DatasetError(found + (advice if self.image_folder != self.IMAGE_DIR and not self.NAMES else ""))
 

@@ -44,7 +44,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset import DatasetError, read_image
-from dataset.classes import IGNORE_LABEL, VOID_COLOR, Color, read_classes, voc_palette
+from dataset.classes import IGNORE_LABEL, VOID_COLOR, Color, name_the_classes, read_classes, voc_palette
 from dataset.labels import BadLabel, decode_label
 from dataset.lists import IMAGE_DIR, PICTURE_SUFFIXES, Listing
 from dataset.voc import LABEL_DIRS, TRAIN_LISTS, VAL_LISTS
@@ -269,7 +269,7 @@ def check_masks(outcomes: Sequence[Outcome], table: Table | None, options: Optio
         more = f" (and {len(bad) - SHOWN} more)" if len(bad) > SHOWN else ""
         raise UserError(
             f"{len(bad)} of {len(outcomes)} masks could not be turned, see above{more}, and nothing was written; mend them, or "
-            "name their colours with --classes or --void, and run the same command"
+            "name their colours with --void, or in a file of classes (--classes), `name r g b` a line, and run the same command"
         )
     colors: dict[int, tuple[Color, Path]] = {}
     for outcome in outcomes:
@@ -415,6 +415,8 @@ def main(argv: list[str] | None = None) -> int:
         count = max((v for o in found for v in o.values if v != IGNORE_LABEL), default=0) + 1 - args.zero_is_void
         if not table and count > len(VOC.rows):
             words += ["--num-classes", str(count)]
+        if not table and {outcome.source for outcome in found} == {"stored"} and count != len(VOC.rows):
+            print(f"no file of classes: {name_the_classes(count)}")
         ready = len(lost) < len(masks) if images else not lost
         print(f"next: {shlex.join(words)}" if ready else f"no images were copied; once they are there: {shlex.join(words)}")
     return 0

@@ -187,11 +187,11 @@ def counts(**pixels):
         ),
         (counts(v0=5, v128=2, v255=7), 21, 255, "three levels (a trimap: 0, 128, 255)"),
         (counts(v0=5, v127=2, v255=7), 2, 255, "three levels (a trimap: 0, 127, 255)"),
-        (counts(**{f"v{i}": 1 for i in range(1, 16)}), 21, 255, "class 0 never occurs: if the labels count from 1, subtract 1"),
+        (counts(**{f"v{i}": 1 for i in range(1, 16)}), 21, 255, "class 0 never occurs: if the labels count from 1, `python"),
         (counts(**{f"v{i}": 1 for i in range(1, 16)}), 21, 255, "--num-classes 15"),
         (counts(v0=5, v85=2, v170=1, v255=4), 4, 255, "multiples of 85"),
         (counts(v0=5, v17=2, v34=1), 21, 255, "multiples of 17"),
-        (counts(v1=5, v2=7, v3=1), 3, 255, "count from 1 to 3: subtract 1"),
+        (counts(v1=5, v2=7, v3=1), 3, 255, "count from 1 to 3: `python scripts/masks_to_indices.py --zero-is-void"),
         (counts(v1=5, v2=7, v3=1, v255=4), 4, 255, "class 0 never occurs"),
         (counts(v0=5, v3=7, v11=1), 11, 255, "--ignore-label 11 if it is void"),
         (counts(v0=5, v1=2, v33=7), 19, 255, "pass --num-classes 34"),
@@ -515,7 +515,7 @@ def test_what_is_wrong_with_one_list_alone(tmp_path, capsys):
     write_list(tmp_path, "val", "d")
     status, text = check(tmp_path, capsys, "--num-classes", 2)
     assert status == 1
-    assert f"likely cause ({val}): the labels count from 1 to 2: subtract 1 from each" in text
+    assert f"likely cause ({val}): the labels count from 1 to 2: `python" in text
 
 
 def test_every_colour_of_colour_masks_is_listed(tmp_path, capsys):

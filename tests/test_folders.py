@@ -45,6 +45,10 @@ LAYOUTS = {
         ["train/images:train/masks", "Val/img:Val/label", "test/images:test/masks"],
         {"train": ("train/images", "train/masks"), "val": ("Val/img", "Val/label"), "test": ("test/images", "test/masks")},
     ),
+    "split before": (
+        ["train_images:train_masks", "val:val_labels", "more_images:more_masks"],
+        {"train": ("train_images", "train_masks"), "val": ("val", "val_labels")},
+    ),
     "none": (["pictures:truth"], {}),
     "one alone": (["images:images"], {}),
 }
@@ -121,9 +125,11 @@ def test_every_command_takes_them_without_options(tmp_path, capsys, folders, tra
 def test_what_is_missing_is_named(tmp_path):
     root = make(tmp_path, "pictures:truth")
     words = ["--data-dir", str(root), "--workers", "0"]
-    expected = f"pictures/, truth/ here, .*`--image-dir images --label-dir masks --data-list {re.escape(str(root / 'images'))}`"
+    expected = r"pictures/ with .png files, truth/ with .png files, `python .* NEW` makes a data set .*`--image-dir images "
     with pytest.raises(DatasetError, match=expected):
         check_dataset.main(words)
+    with pytest.raises(DatasetError, match=rf"looks like the data set: pass --data-dir {re.escape(str(tmp_path / 'up/data'))}"):
+        check_dataset.main(["--data-dir", str(make(tmp_path / "up/data", "images:masks").parent)])
     options = ["--image-dir", "pictures", "--label-dir", "truth", "--data-list", str(root / "pictures")]
     assert check_dataset.main([*words, *options]) == 0
     assert check_dataset.main([*words[:1], str(make(tmp_path / "b", "images:masks")), *words[2:], "--data-list", "images"]) == 0

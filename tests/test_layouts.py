@@ -217,6 +217,7 @@ def masks_and_images(root, mask, image, count=5):
         ("{}.png", "{}.jpg", "{}"),  # in one folder
         ("{}_mask.png", "{}.png", "{}"),
         ("truth/{}.png", "photos/{}.jpg", "{}"),
+        ("train_masks/{}.png", "train_images/{}.jpg", "train/{}"),
         ("truth/{}_mask.png", "a/b/{}.bmp", "{}"),
     ],
 )
@@ -234,6 +235,7 @@ def test_masks_beside_images_become_a_data_set(tmp_path, mask, image, id):
         ("masks/{}_seg.png", "images/{}.jpg", r"5 masks, such as .*masks/0_seg\.png, and 5 images, .*; pass --suffix _seg"),
         ("masks/{}_seg.png", "images/{}.png", "no image has the name of a mask; pass --suffix _seg"),
         ("masks/m{}.png", "images/i{}.png", "name their endings with --suffix and --image-suffix"),
+        ("train-masks/{}.png", "photos/i{}.jpg", "name their endings with --suffix and --image-suffix"),
         ("truth/m{}.png", "photos/i{}.jpg", "name their endings with --suffix and --image-suffix"),
     ],
 )
@@ -245,9 +247,12 @@ def test_masks_whose_images_have_other_names_are_refused(tmp_path, mask, image, 
 
 
 @pytest.mark.parametrize("folder", ["images", "photos", "."])
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_photographs_are_no_masks(tmp_path, folder, mode):
+@pytest.mark.parametrize("names", ["", "a\nb\n", "a 0 0 0\nb 1 2 3\n"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_photographs_are_no_masks(tmp_path, folder, mode, names):
     (tmp_path / "in" / folder).mkdir(parents=True)
+    if names:
+        (tmp_path / "classes.txt").write_text(names)
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     Image.fromarray(noise).convert(mode).save(tmp_path / "in" / folder / "a.png")
     with pytest.raises(UserError, match=r"1 of 1 masks look like photographs.*a\.png.*holds images/ and masks/"):
@@ -257,6 +262,16 @@ def test_photographs_are_no_masks(tmp_path, folder, mode):
     with pytest.raises(UserError, match=r"holds no PNG, but \.jpg files"):
         run(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_lists_beside_the_folders_are_kept(tmp_path):
+    masks_and_images(tmp_path / "in", "masks/{}.png", "images/{}.jpg")
+    (tmp_path / "in/train.txt").write_text("0\n4.jpg\n")
+    (tmp_path / "in/val.txt").write_text("2\n")
+    assert lists(run(tmp_path / "in", tmp_path / "out")) == [["0", "4"], ["2"]]
+    (tmp_path / "in/train.txt").write_text("other\n")  # of none of the masks
+    train, val = lists(run(tmp_path / "in", tmp_path / "more"))
+    assert sorted(train + val) == list("01234")
 
 
 def test_masks_alone_say_that_there_are_no_images(tmp_path, capsys):

@@ -147,7 +147,7 @@ def test_lists_that_cannot_be_read(tmp_path, text, encoding, message):
 def test_find_list(tmp_path, monkeypatch):
     (tmp_path / "b.txt").write_text("x")
     assert find_list(tmp_path, None, ["a.txt", "b.txt"]) == tmp_path / "b.txt"
-    with pytest.raises(DatasetError, match=r"a\.txt and .*c\.txt do not exist; .*--data-list"):
+    with pytest.raises(DatasetError, match=r"has no list of image ids \(a\.txt or c\.txt\): .*--data-list"):
         find_list(tmp_path, None, ["a.txt", "c.txt"])
     with pytest.raises(DatasetError, match=r"nowhere does not exist; .*--data-dir"):
         find_list(tmp_path / "nowhere", None, ["a.txt"])

@@ -38,8 +38,8 @@ def likely_causes(
         )
     if colours["other"]:
         causes.append(
-            f"{colours['other']} labels are colour pictures: write the colours into classes.txt (`name r g b` a line), then "
-            f"`python {TO_INDICES}` turns them into class indices"
+            f"{colours['other']} labels are colour pictures: `python {TO_INDICES} MASKS NEW` turns them into class indices, by "
+            "the colours of a classes.txt in MASKS (`name r g b` a line)"
         )
     void = {IGNORE_LABEL, ignore_label}
     present = set(np.flatnonzero(counts).tolist())
@@ -53,7 +53,8 @@ def likely_causes(
         causes.append(f"0 and 1 alone occur, and the classes are VOC's {num_classes}: {name_the_classes(2)}")
     elif values and 0 not in present:
         causes.append(
-            f"class 0 never occurs: if the labels count from 1, subtract 1 from each and pass --num-classes {max(values)}"
+            f"class 0 never occurs: if the labels count from 1, `python {TO_INDICES} --zero-is-void MASKS NEW` subtracts 1; "
+            f"then pass --num-classes {max(values)}"
         )
     return causes
 
@@ -85,7 +86,7 @@ def _wrong_values(values: set[int], wrong: set[int], grey: bool, num_classes: in
             "PNGs were read as grey, as OpenCV does; go back to the palette PNGs"
         )
     if wrong == {num_classes} and 0 not in values:
-        return f"the labels count from 1 to {num_classes}: subtract 1 from each"
+        return f"the labels count from 1 to {num_classes}: `python {TO_INDICES} --zero-is-void MASKS NEW` subtracts 1"
     if wrong == {num_classes}:
         return (
             f"{num_classes} is one more than the last class: pass --num-classes {num_classes + 1} if it is a class, "

@@ -24,7 +24,7 @@ TABLES = (
 """Files of classes: ours, CVAT's, labelme's, Roboflow's, DeepGlobe's, CamVid's, ADE20K's, labelme's again,
 Supervisely's, SuperAnnotate's, Hasty's, and COCO JSON of Roboflow and Label Studio; the first that is there counts."""
 PHOTO = "looks like a photograph"  # how the problem of one begins
-MANY = 100  # grey values of a photograph; masks of that many classes have fewer of them in one image
+MOST = 100  # values or colours of a mask; one image has fewer classes
 NO_COLORS = "has colours"  # how the problem of a mask begins that has colours, where no class has one
 
 
@@ -224,14 +224,21 @@ def read_labels(data: bytes, table: Mapping[Color, int], num_classes: int, guess
             stored = _as_stored(pixels, palette, mode)
             if stored is None or not all(color in (tuple(voc_palette()[i]), (i, i, i)) for i, color in stored.palette.items()):
                 raise
-            if mode != "P" and len(values := np.unique(stored.values)) > MANY:
-                raise BadLabel(f"{PHOTO}: it is grey and holds {len(values)} values; expected class indices") from None
-            return stored
+            return _no_photo(stored)
     stored = _as_stored(pixels, palette, mode)
+    if stored is None and mode != "LA" and (count := len(np.unique(_codes(pixels[..., :3])))) > MOST:
+        raise BadLabel(f"{PHOTO}: it holds {count} colours; expected a mask")
     if stored is None:
         raise BadLabel(f"{NO_COLORS}, and nothing says which class each is; expected `name r g b` a line in a classes.txt")
-    check_values(np.unique(stored.values).tolist(), num_classes)
+    check_values(np.unique(_no_photo(stored).values).tolist(), num_classes)
     return stored
+
+
+def _no_photo(labels: Labels) -> Labels:
+    """The same; BadLabel where they are the grey values of a photograph."""
+    if not labels.palette and (count := len(np.unique(labels.values))) > MOST:
+        raise BadLabel(f"{PHOTO}: it is grey and holds {count} values; expected class indices")
+    return labels
 
 
 def _eight_bits(pixels: np.ndarray) -> np.ndarray:
@@ -323,18 +330,21 @@ def _binary(data: bytes) -> np.ndarray:
 
 def to_indices(colors: np.ndarray, table: Mapping[Color, int]) -> np.ndarray:
     """(H, W, 3) uint8 RGB -> (H, W) uint8 labels; BadLabel where a colour is not in the table, with its number of pixels."""
-    codes = colors.astype(np.uint32) @ np.array([65536, 256, 1], dtype=np.uint32)
+    codes = _codes(colors)
     keys, labels = zip(*sorted((red * 65536 + green * 256 + blue, label) for (red, green, blue), label in table.items()))
     places = np.searchsorted(keys, codes).clip(max=len(keys) - 1)
     known = np.array(keys, dtype=np.uint32)[places] == codes
     if not known.all():
         unknown, counts = np.unique(codes[~known], return_counts=True)
-        if len(unknown) > 256:
-            raise BadLabel(
-                f"{PHOTO}: it holds {len(unknown)} colours of no class; expected a mask, without JPEG or smooth edges"
-            )
+        if len(unknown) > MOST:
+            raise BadLabel(f"{PHOTO}: it holds {len(unknown)} colours of no class; expected a mask")
         order = np.argsort(-counts, kind="stable")[:8]
         shown = [f"({c >> 16}, {c >> 8 & 255}, {c & 255}) on {n} pixels" for c, n in zip(unknown[order], counts[order])]
         hint = "; colours between those of the classes come from resizing or from JPEG" if len(unknown) > 8 else ""
         raise BadLabel(f"holds {len(unknown)} colours of no class: {', '.join(shown)}{', ...' * (len(unknown) > 8)}{hint}")
     return np.array(labels, dtype=np.uint8)[places]
+
+
+def _codes(colors: np.ndarray) -> np.ndarray:
+    """(..., 3) uint8 RGB as one number a pixel."""
+    return colors.astype(np.uint32) @ np.array([65536, 256, 1], dtype=np.uint32)

@@ -23,7 +23,7 @@ LAYOUTS = (
     ("SegmentationClassAug", IMAGE_DIR),
     ("masks_machine", "img"),
     (MASK_FOLDERS, IMAGE_FOLDERS),
-    ("(.+)_(?:labels?|masks?)", None),
+    (f"(.+)[_-](?:{MASK_FOLDERS})", None),
     ("(.+)annot", None),
 )
 """Folders of masks and of their images beside them, anywhere in an export: labelme2voc (the first holds the PNGs) and CVAT,
@@ -136,7 +136,7 @@ def _check_names(root: Path, masks: Mapping[str, Path], images: Sequence[Path]) 
     if not images:
         return
     stems = {path.stem for path in images}
-    endings = {mask.stem[len(stem) :] for mask in masks.values() for stem in stems if mask.stem.startswith(stem)}
+    endings = {mask.stem[len(stem) :] for mask in masks.values() for stem in stems if mask.stem.startswith(stem)} - {""}
     advice = f"pass --suffix {endings.pop()}" if len(endings) == 1 else "name their endings with --suffix and --image-suffix"
     raise UserError(
         f"{root} holds {len(masks)} masks, such as {next(iter(masks.values()))}, and {len(images)} images, such as "
@@ -196,7 +196,7 @@ def _beside(root: Path, parts: tuple[str, ...], mask_dir: str, image_dir: str | 
     """Where ids and images are for the masks in a folder, of which one part is called ``mask_dir``; None if none is."""
     for at, part in enumerate(parts):
         if found := re.fullmatch(mask_dir, part, re.IGNORECASE):
-            name = image_dir or re.escape(found[1])
+            name = image_dir or rf"{re.escape(found[1])}([_-](?:{IMAGE_FOLDERS}))?"
             images = name if name == IMAGE_DIR else _folder(root.joinpath(*parts[:at]), name)
             if images:
                 kept = [found[1]] if found.lastindex else []
@@ -311,7 +311,9 @@ def _no_masks(root: Path, suffix: str, files: Sequence[Path]) -> Any:
     kinds = sorted({path.suffix.lower() for path in files if path.suffix})
     which = f"PNG whose name ends in {suffix}.png" if suffix else "PNG"
     holds = f", but {', '.join(kinds[:8])} files" if kinds else ""
-    raise UserError(f"{root} holds no {which}{holds}; masks in other formats have to be saved as PNG without loss first")
+    lossless = [kind for kind in kinds if kind in (".gif", ".bmp", ".tif", ".tiff")]
+    how = f", such as with ImageMagick's `mogrify -format png *{lossless[0]}`" if lossless else ""
+    raise UserError(f"{root} holds no {which}{holds}; masks in other formats have to be saved as PNG without loss first{how}")
 
 
 def choose_lists(ids: Sequence[str], lists: Path, val_share: float, seed: int) -> tuple[dict[str, list[str]], str]:
@@ -326,11 +328,14 @@ def choose_lists(ids: Sequence[str], lists: Path, val_share: float, seed: int) -
         val_share: of the sources of the ids, if they are to be split here. Copies of one source stay together.
         seed: of the split.
     """
-    files = sorted(lists.glob("*.txt")) if lists.is_dir() else []
+    lists = lists if lists.is_dir() else lists.parents[1]  # train.txt and val.txt beside the folders
+    files = sorted(lists.glob("*.txt"))
     named = {name: path for path in files if (name := split_of(path.stem))}
     have = set(ids)
     if "train" in named:
-        return {name: [i for i in read_ids(path) if i in have] for name, path in named.items()}, f"as {lists} has them"
+        read = {name: [i for i in read_ids(path) if i in have] for name, path in named.items()}
+        if read["train"]:
+            return read, f"as {lists} has them"
     if (default := lists / "default.txt") in files:
         have &= set(read_ids(default))
     found = defaultdict(list)
