@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.data.archive import record_of, unpack, unpacked
 from scripts.data.catalogue import CATALOGUE, Item
-from scripts.data.download import ChecksumError, check, fetch, take
+from scripts.data.download import ChecksumError, check, copy_checked, fetch
 from utils.argtypes import Parser, positive, target
 from utils.command import UserError, run_command
 
@@ -71,7 +71,7 @@ def obtain(item: Item, directory: Path, args: argparse.Namespace) -> None:
             print(f"{item.name}: {place} exists, unpacked by other means and not checked; nothing done (--force replaces it)")
             return
     if args.file is not None:
-        take(item, args.file, target, args.force)
+        copy_checked(item, args.file, target, args.force)
     elif target.exists() and not args.force:
         try:
             check(item, target)

@@ -2,7 +2,7 @@
 
     python scripts/plot_log.py snapshots snapshots_msc -o curves.png
 
-A RUN is the folder of its log.jsonl, or that file. Several runs are drawn over each other, named after their folders.
+A RUN is a folder with a log.jsonl, or that file. Several runs share each plot; they are named after their folders.
 """
 
 import argparse
@@ -44,10 +44,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log; one that is half written, of a run that goes on, is left out.
+    """The lines of a run's log, without a line that is still being written.
 
     Raises:
-        UserError: there is no log, or nothing in it.
+        UserError: the log is missing or empty.
     """
     from utils.training.log import log_entries
 
@@ -57,12 +57,12 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} cannot be read ({error.strerror}); expected the log.jsonl of a training run") from None
     lines = [entry for _, entry in log_entries(text)]
     if not lines:
-        raise UserError(f"{path} holds no step; expected the log.jsonl of a training run that has begun")
+        raise UserError(f"{path} holds no step; expected the log.jsonl of a training run that has logged a step")
     return lines
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """A name for each log: the folder of its log.jsonl, with as many of the folders above as make it differ from the others."""
+    """A unique name for each log: its folder, with as many parent folders as needed."""
     places = [Path(os.path.abspath(path)) for path in paths]
     parts = [(place.parent if place.name == "log.jsonl" else place).parts for place in places]
     names = []
@@ -74,7 +74,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 
 def points(lines: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """The steps at which ``name`` was logged, and its values as they are drawn."""
+    """The steps at which ``name`` was logged, and its values multiplied by the factor of its curve."""
     from utils.training.log import is_number
 
     known = [(line["step"], line[name]) for line in lines if is_number(line.get(name))]
@@ -82,7 +82,7 @@ def points(lines: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], output: Path) -> None:
-    """One plot below the other, of what occurs in any run.
+    """Draw one plot for each curve that occurs in any run, one below the other.
 
     Raises:
         UserError: there is nothing to draw, or matplotlib is not installed.
@@ -93,12 +93,12 @@ def draw(runs: dict[str, list[dict[str, Any]]], output: Path) -> None:
         raise UserError(f"the curves need matplotlib ({error}); pip install matplotlib") from None
     shown = [name for name in CURVES if any(points(lines, name)[0] for lines in runs.values())]
     if not shown:
-        raise UserError(f"{', '.join(runs)}: the logs hold no loss, learning rate or mean IoU; expected those of training runs")
+        raise UserError(f"{', '.join(runs)}: the logs hold no loss, learning rate or mean IoU; expected logs of training runs")
     figure = Figure(figsize=(8, 2.8 * len(shown)), layout="constrained")
     for axes, name in zip(figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0], shown):
         for run, lines in runs.items():
             steps, values = points(lines, name)
-            label = " " + run.replace("$", r"\$")  # matplotlib leaves out "_run", and takes $...$ for a formula
+            label = " " + run.replace("$", r"\$")  # matplotlib hides labels that start with _ and reads $...$ as a formula
             axes.plot(steps, values, label=label, marker="." if len(steps) < 40 else "")
         axes.set_ylabel(CURVES[name][0])
         axes.grid(alpha=0.3)

@@ -261,7 +261,7 @@ def _reason(error: BaseException) -> str:
 # ---- a file downloaded by hand
 
 
-def take(item: Item, source: Path, target: Path, replace: bool) -> str:
+def copy_checked(item: Item, source: Path, target: Path, replace: bool) -> str:
     """Check a file that was downloaded by hand and copy it to ``target``; returns its SHA-256.
 
     Raises:
