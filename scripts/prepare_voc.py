@@ -5,9 +5,9 @@
 
 Writes SegmentationClassAug/<id>.png (class indices with the VOC palette) and the lists
 ImageSets/SegmentationAug/{train_aug,trainval_aug,val}.txt to --data-dir. If VOC and SBD both have a mask, VOC's is used: only
-VOC's has the border that is ignored ("void"). Existing masks and lists are checked: correct ones stay unchanged in any format,
-wrong ones are moved to SegmentationClassAug_replaced/. So the same command resumes an interrupted run, and after a complete
-run it changes nothing.
+VOC's has the border that is ignored ("void"). Existing masks and lists are checked: correct ones are kept in any format, wrong
+ones are moved to SegmentationClassAug_replaced/. So the same command resumes an interrupted run, and after a complete run it
+changes nothing.
 """
 
 import argparse

@@ -113,8 +113,8 @@ CATALOGUE = (
         ("https://www.dropbox.com/s/oeu149j8qtbs1x0/SegmentationClassAug.zip?dl=1", VLLAB + "SegmentationClassAug.zip"),
         sha256="63b2c2e40badf93e7c4a91e2c5e6dd2eb68ace6a639736f9a2447b446ec2a13d", sum_certain=False,
         unpack=".", holds="SegmentationClassAug",
-        unverified="whether the first server has the same file: the checksum is from the second (a mismatch only warns); size; "
-        "number of masks (12,031 expected)",
+        unverified="whether the first server has the same file as the second, which the checksum belongs to (a mismatch only "
+        "warns); size; number of masks (12,031 expected)",
         after="python scripts/prepare_voc.py --data-dir {directory}/VOCdevkit/VOC2012 --aug {path}",
     ),
     coco("coco-train2017", COCO + "train2017.zip", "18 GB", "cocostuff/images", "cocostuff/images/train2017", CHECK),
@@ -130,7 +130,7 @@ CATALOGUE = (
     drive(
         "coco-init", "MS_DeepLab_resnet_pretrained_COCO_init.pth",
         ("0BxhUwxvLPO7TVFJQU1dwbXhHdEk", "0-7UxnHrm5eDCyvz2G35aKgA"),
-        "size (derived); whether the link still works (its head is not trained)", TRAIN,
+        "size (derived); whether the link still works (the head in it is meaningless)", TRAIN,
     ),
     Item(
         "coco-init-vllab", "resnet101COCO-41f33a49.pth", "weights", "not known", (VLLAB + "resnet101COCO-41f33a49.pth",),
