@@ -9,6 +9,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.compare and not args.report:
         parser.error("--compare needs --report, where the comparison is written")
+    if args.names and not (args.report or args.save_panels):
+        parser.error("--names writes into the images of --report and --save-panels; add one of them, or leave it out")
     if args.submission and (args.save_dir or args.save_panels or args.save_json or args.report):
         parser.error("--submission packs the masks of pictures without labels, and takes no --save-... and no --report")
     if args.window and args.input_size:

@@ -69,6 +69,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_prediction_options(parser)
     parser.add_argument("--panels", action="store_true", help="also save <name>_panel.png: picture | prediction, and a legend")
     parser.add_argument("--overlays", action="store_true", help="also save <name>_overlay.png: the classes over the picture")
+    text = "write class names into the regions of panels, overlays and videos, where they fit"
+    parser.add_argument("--names", action="store_true", help=text)
     parser.add_argument(
         "--probabilities",
         action="store_true",
@@ -206,6 +208,8 @@ def open_work(args: argparse.Namespace) -> Work:
     sources, lines = find_sources(args.pictures)
     if args.probabilities and (videos := [source.path for source in sources if source.is_video]):
         raise UserError(f"--probabilities of a video ({videos[0]}) would fill the disk; leave it out, or take single frames")
+    if args.names and not (args.panels or args.overlays or any(source.is_video for source in sources)):
+        raise UserError("--names writes into panels, overlays and videos; add --overlays or --panels, or leave it out")
     net, weights, device, loaded = open_trained_net(args)
     data = DATASETS[args.dataset or "voc"]
     if data.NAMES and net.num_classes != (count := len(data.NAMES)):
@@ -241,9 +245,10 @@ def segment(work: Work, sources: list[Source], pool: "CRFPool | DeviceCRF | None
                 if options.probabilities:
                     write_probabilities(Path(f"{target}.npz"), picture, classes.names, logits_stride(options.window))
                 if options.panels:
-                    save_panel(Path(f"{target}_panel.png"), image, None, mask, classes)
+                    save_panel(Path(f"{target}_panel.png"), image, None, mask, classes, options.names)
                 if options.overlays:
-                    save_picture(Path(f"{target}_overlay.png"), blend(np.ascontiguousarray(image), mask, classes))
+                    overlay = blend(np.ascontiguousarray(image), mask, classes, options.names)
+                    save_picture(Path(f"{target}_overlay.png"), overlay)
                 save_prediction(Path(f"{target}.png"), mask, classes.palette)
                 bar.update()
         for path in videos:
@@ -253,7 +258,8 @@ def segment(work: Work, sources: list[Source], pool: "CRFPool | DeviceCRF | None
                 with VideoFile(Path(f"{target}.mp4"), rate) as film:
                     for decoded, frame in enumerate(predictions(net, read_frames(video), device, **prediction), 1):
                         save_prediction(Path(target, f"{frame.id}.png"), frame.mask, classes.palette)
-                        film.write(blend(np.ascontiguousarray(frame.image[:, :, ::-1]), frame.mask, classes), frame.time)
+                        image = np.ascontiguousarray(frame.image[:, :, ::-1])
+                        film.write(blend(image, frame.mask, classes, options.names), frame.time)
                         bar.set_postfix_str(f"{path.name}: frame {decoded}", refresh=False)
                     check_frames(path, video, decoded)
                 if film.note():

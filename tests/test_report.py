@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate as evaluate_script
 from dataset import VOCSegmentation
 from deeplab.weights import Weights
 from tests.helpers import TOY_CLASSES, TOY_SIZES
@@ -259,6 +260,32 @@ def test_pictures_keep_to_their_bytes(tmp_path, monkeypatch):
     sizes = {Image.open(path).size for path in files if "thumbnail" not in path.name}
     assert sizes == {(round(700 * 316 / 900), 316)}
     assert len(page.records) == 8
+
+
+def test_names_are_shown_in_their_regions_if_asked_for(toy_voc, snapshot, tmp_path):
+    """In thousandths of the image's width, so that they scale with it; without --names the page has no word of it."""
+    evaluate(toy_voc, snapshot, "--report", str(tmp_path / "r"), "--names", "--save-panels", str(tmp_path / "p"))
+    page = Page(tmp_path / "r")
+    assert page.find("input", "id") == ["opacity", "captions"]
+    found = [json.loads(text) for text in page.find("a", "data-captions")]
+    assert [list(captions) for captions in found] == [["label", "prediction"]] * 6
+    assert any(layer for captions in found for layer in captions.values())
+    evaluate(toy_voc, snapshot, "--report", str(tmp_path / "r"))
+    page = Page(tmp_path / "r")
+    assert (page.find("input", "id"), page.find("a", "data-captions")) == (["opacity"], [])
+    labels = np.zeros((40, 200), np.uint8)
+    labels[:, 50:150] = 1
+    ((label, x, y, size, width),) = report.captions_of(labels, {1: "cat"})
+    assert (label, size) == (1, 55)  # 11 of 200 pixels
+    assert (x, y) == (pytest.approx(500, abs=15), pytest.approx(100, abs=15))
+    assert 80 < width < 150
+
+
+def test_names_want_something_to_write_into(capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate_script.main(["--names"])
+    assert stop.value.code == 2
+    assert "--names writes into the images of --report and --save-panels; add one of them" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("names", [["background", "cat"], ["road", "cat"]])

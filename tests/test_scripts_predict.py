@@ -14,7 +14,7 @@ from tests.helpers_runs import evaluate
 from utils import distributed
 from utils.command import UserError
 from utils.evaluation.video import BrokenVideo, VideoFile, check_frames, describe, open_video, read_frames
-from utils.visualize import GAP, blend
+from utils.visualize import GAP, Classes, blend, panel
 
 
 def run(snapshot: Path, *options: object) -> None:
@@ -228,6 +228,24 @@ def test_a_broken_picture_does_not_end_the_others(workers, toy_voc, snapshot, tm
     assert "5 masks in" in out
     assert "1 of 6 pictures were left out:\n" in err
     assert "toy_1.jpg" in err
+
+
+def test_names_are_written_into_what_is_looked_at(toy_voc, snapshot, tmp_path):
+    """Into panels, overlays and videos; alone they would have no effect, which is a sentence."""
+    content = torch.load(snapshot, weights_only=True)
+    content["meta"]["classes"] = list("abcd")
+    torch.save(content, tmp_path / "net.pth")
+    image = Image.new("RGB", (160, 120), (90, 120, 200))
+    image.save(tmp_path / "x.png")
+    run(tmp_path / "net.pth", tmp_path / "x.png", "--save-dir", tmp_path / "out", "--overlays", "--panels", "--names")
+    mask = np.array(Image.open(tmp_path / "out/x.png"))
+    classes = Classes(list("abcd"))
+    overlay = np.array(Image.open(tmp_path / "out/x_overlay.png"))
+    assert (overlay == blend(np.array(image), mask, classes, names=True)).all()
+    assert (overlay != blend(np.array(image), mask, classes)).any()
+    assert (np.array(Image.open(tmp_path / "out/x_panel.png")) == panel(np.array(image), None, mask, classes, True)).all()
+    with pytest.raises(UserError, match="--names writes into panels, overlays and videos; add --overlays or --panels"):
+        run(snapshot, tmp_path / "x.png", "--save-dir", tmp_path / "out", "--names")
 
 
 def write_video(path: Path, frames: list[np.ndarray], codec: str = "mp4v") -> None:

@@ -1,6 +1,5 @@
 """Labels as pictures: indexed PNGs, colours laid over a picture, and panels of picture, label, prediction and errors."""
 
-import functools
 import io
 import os
 import re
@@ -10,10 +9,11 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from dataset.classes import IGNORE_LABEL, VOC_NAMES, Color, default_names, voc_palette
+from utils.captions import font, write_captions
 from utils.files import write_atomically
 from utils.outputs import OUTPUT_MARK, marked_jpeg
 
@@ -41,6 +41,11 @@ class Classes(NamedTuple):
     def has_background(self) -> bool:
         """Whether class 0 is called background: an image stays as it is there."""
         return bool(self.names) and re.fullmatch(r"[\W_]*background[\W_]*(void\))?", self.names[0], re.IGNORECASE) is not None
+
+    @property
+    def captions(self) -> dict[int, str]:
+        """The names that are written into regions, by class index: those of all classes but the background."""
+        return {label: name for label, name in enumerate(self.names) if label or not self.has_background}
 
 
 VOC = Classes(VOC_NAMES)
@@ -103,13 +108,14 @@ def indexed_png(labels: np.ndarray, palette: np.ndarray = PALETTE, **options: An
     return file.getvalue()
 
 
-def blend(image_rgb: np.ndarray, labels: np.ndarray, classes: Classes = VOC) -> np.ndarray:
+def blend(image_rgb: np.ndarray, labels: np.ndarray, classes: Classes = VOC, names: bool = False) -> np.ndarray:
     """The colours of the classes laid over an image, their outlines in full colour; the background shows the image itself.
 
     Args:
         image_rgb: (H, W, 3) uint8 RGB.
         labels: (H, W) uint8.
-        classes: their colours; class 0 is the background if it is called that.
+        classes: their colours and names; class 0 is the background if it is called that.
+        names: write the names into the regions where they fit.
 
     Returns:
         (H, W, 3) uint8 RGB.
@@ -118,7 +124,8 @@ def blend(image_rgb: np.ndarray, labels: np.ndarray, classes: Classes = VOC) -> 
     mixed = cv2.addWeighted(image_rgb, 1 - OPACITY, colors, OPACITY, 0)
     edges = outlines(labels)
     mixed[edges] = colors[edges]
-    return np.where(labels[:, :, None] == 0, image_rgb, mixed) if classes.has_background else mixed
+    mixed = np.where(labels[:, :, None] == 0, image_rgb, mixed) if classes.has_background else mixed
+    return write_captions(mixed, labels, classes.captions) if names else mixed
 
 
 def outlines(labels: np.ndarray) -> np.ndarray:
@@ -146,7 +153,9 @@ def draw_errors(image_rgb: np.ndarray, label: np.ndarray, prediction: np.ndarray
     return tile
 
 
-def panel(image_rgb: np.ndarray, label: np.ndarray | None, prediction: np.ndarray, classes: Classes) -> np.ndarray:
+def panel(
+    image_rgb: np.ndarray, label: np.ndarray | None, prediction: np.ndarray, classes: Classes, names: bool = False
+) -> np.ndarray:
     """Picture | label | prediction | errors, or picture | prediction where there is no label, with a legend below.
 
     Args:
@@ -154,6 +163,7 @@ def panel(image_rgb: np.ndarray, label: np.ndarray | None, prediction: np.ndarra
         label: (H, W) uint8, 255 for void, or None.
         prediction: (H, W) uint8.
         classes: their names and colours; those that occur stand in the legend.
+        names: see :func:`blend`.
 
     Returns:
         (h, w, 3) uint8 RGB.
@@ -175,7 +185,7 @@ def panel(image_rgb: np.ndarray, label: np.ndarray | None, prediction: np.ndarra
     factor = tile_factor(image_rgb.shape[:2])
     image_rgb = scale(image_rgb, factor)
     tiles = {"picture": image_rgb}
-    tiles |= {name: blend(image_rgb, scale(labels, factor), classes) for name, labels in shown.items()}
+    tiles |= {name: blend(image_rgb, scale(labels, factor), classes, names) for name, labels in shown.items()}
     if label is not None:
         counted = max(int((label != IGNORE_LABEL).sum()), 1)
         share = int(wrong_pixels(label, prediction).sum()) / counted
@@ -200,7 +210,12 @@ def scale(pixels: np.ndarray, factor: float) -> np.ndarray:
 
 
 def save_panel(
-    path: str | os.PathLike[str], image_rgb: np.ndarray, label: np.ndarray | None, prediction: np.ndarray, classes: Classes
+    path: str | os.PathLike[str],
+    image_rgb: np.ndarray,
+    label: np.ndarray | None,
+    prediction: np.ndarray,
+    classes: Classes,
+    names: bool = False,
 ) -> None:
     """Save :func:`panel` as .png or .jpg/.jpeg, whole or not at all. Missing folders are made.
 
@@ -210,7 +225,7 @@ def save_panel(
     path = Path(path)
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise ValueError(f"{path}: a panel is saved as .png, .jpg or .jpeg")
-    save_picture(path, panel(image_rgb, label, prediction, classes))
+    save_picture(path, panel(image_rgb, label, prediction, classes, names))
 
 
 def save_picture(path: Path, image_rgb: np.ndarray) -> None:
@@ -230,7 +245,7 @@ def _side_by_side(tiles: Mapping[str, np.ndarray]) -> np.ndarray:
     draw = ImageDraw.Draw(sheet)
     for number, (name, tile) in enumerate(tiles.items()):
         left = number * (width + GAP)
-        draw.text((left + 1, 1), _fitting(name, width, draw), INK, _font())
+        draw.text((left + 1, 1), _fitting(name, width, draw), INK, font(TEXT_SIZE))
         draw.rectangle((left + width, 0, left + width + GAP, head), PAPER)
         sheet.paste(Image.fromarray(tile), (left, head))
     return np.asarray(sheet)
@@ -244,7 +259,7 @@ def _legend(present: Sequence[int], classes: Classes, width: int) -> np.ndarray:
     for label in present:
         name = "void" if label == IGNORE_LABEL else f"{label} {classes.names[label]}"
         name = _fitting(name, width - TEXT_SIZE - 2 * GAP, draw)
-        length = TEXT_SIZE + GAP + int(draw.textlength(name, _font())) + 2 * GAP
+        length = TEXT_SIZE + GAP + int(draw.textlength(name, font(TEXT_SIZE))) + 2 * GAP
         if x > GAP and x + length > width:
             x, y = GAP, y + line
         entries.append((x, y, label, name))
@@ -255,22 +270,17 @@ def _legend(present: Sequence[int], classes: Classes, width: int) -> np.ndarray:
         top = y + GAP
         color = tuple(classes.palette[label].tolist())
         draw.rectangle((x, top, x + TEXT_SIZE, top + TEXT_SIZE), color, outline=FAINT)
-        draw.text((x + TEXT_SIZE + GAP, top - 1), name, INK, _font())
+        draw.text((x + TEXT_SIZE + GAP, top - 1), name, INK, font(TEXT_SIZE))
     return np.asarray(sheet)
 
 
 def _fitting(text: str, width: int, draw: ImageDraw.ImageDraw) -> str:
     """``text``, cut off with dots where it is longer than ``width`` pixels."""
-    if draw.textlength(text, _font()) <= width:
+    if draw.textlength(text, font(TEXT_SIZE)) <= width:
         return text
-    while text and draw.textlength(text + "…", _font()) > width:
+    while text and draw.textlength(text + "…", font(TEXT_SIZE)) > width:
         text = text[:-1]
     return text + "…" if text else ""
-
-
-@functools.cache
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(TEXT_SIZE)
 
 
 def _check_labels(labels: np.ndarray, name: str) -> None:

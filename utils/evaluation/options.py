@@ -55,6 +55,8 @@ def evaluation_parser(description: str) -> GivenParser:
         metavar="DIR",
         help="write a page with scores, confusions and pictures here: DIR/index.html",
     )
+    text = "write class names into the regions of the images of --report and --save-panels, where they fit"
+    group.add_argument("--names", action="store_true", help=text)
     servers = [f"FILE{kind.SERVER.suffixes[0]} for {kind.TITLE}" for kind in DATASETS.values() if kind.SERVER]
     text = f"predict the test list, without labels, and pack the masks in the ids of the server: {', '.join(servers)}"
     group.add_argument("--submission", type=target_text, metavar="FILE", help=text)

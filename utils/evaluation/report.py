@@ -1,5 +1,6 @@
 """The report of an evaluation: a folder with a page, its pictures and the counts that another report is compared with."""
 
+import json
 import math
 import platform
 import shlex
@@ -16,6 +17,7 @@ import torch
 
 from dataset.classes import IGNORE_LABEL
 from deeplab.weights import Weights
+from utils.captions import place_captions
 from utils.command import UserError
 from utils.evaluation.comparison import DATA, OtherReport, scores_of, setting_text
 from utils.evaluation.images import Sample
@@ -46,11 +48,20 @@ class Report:
         ignore_label: a class that is void.
         crf: predictions come refined, and as they were before.
         other: the report to compare with.
+        names: class names are shown in their regions.
     """
 
     def __init__(
-        self, folder: Path, ids: Sequence[str], classes: Classes, ignore_label: int, crf: bool, other: OtherReport | None
+        self,
+        folder: Path,
+        ids: Sequence[str],
+        classes: Classes,
+        ignore_label: int,
+        crf: bool,
+        other: OtherReport | None,
+        names: bool = False,
     ) -> None:
+        self.names = names
         self.folder, self.classes, self.ignore_label, self.crf, self.other = folder, classes, ignore_label, crf, other
         every = math.ceil(len(ids) / MOST_PICTURES)
         self.shown = {id: number for number, id in list(enumerate(ids))[::every]}
@@ -67,13 +78,17 @@ class Report:
         record: dict[str, Any] = {"id": sample.id, "matrix": entries}
         if sample.id in self.shown:
             number = self.shown[sample.id]
-            record.update(number=number, size=sample.label.shape, layers=self._write_pictures(number, sample, prediction))
+            masks = {"label": sample.label, "prediction": sample.prediction} | ({"crf": prediction} if self.crf else {})
+            record.update(number=number, size=sample.label.shape)
+            record["layers"] = self._write_pictures(number, sample, masks, prediction)
+            if self.names:
+                record["captions"] = {layer: captions_of(mask, self.classes.captions) for layer, mask in masks.items()}
         self.records.append(record)
 
-    def _write_pictures(self, number: int, sample: Sample, prediction: np.ndarray) -> list[str]:
-        """Write the picture, its thumbnail and the masks to lay over it; the names of the masks."""
-        masks = {"label": sample.label, "prediction": sample.prediction}
-        masks |= {"crf": prediction} if self.crf else {}
+    def _write_pictures(
+        self, number: int, sample: Sample, masks: Mapping[str, np.ndarray], prediction: np.ndarray
+    ) -> list[str]:
+        """Write the image, its thumbnail and the masks to lay over it; the names of the masks."""
         errors = wrong_pixels(sample.label, prediction).astype(np.uint8)
         errors[sample.label == IGNORE_LABEL] = 2
         image = sample.image[:, :, ::-1]
@@ -118,7 +133,7 @@ class Report:
             percent=_percent, signed=_signed, number=lambda value: "" if value is None else f"{value:.6f}"
         )
         differing = self.other.differing(settings) if self.other else []
-        content = self._content(records, result) | {"differing": differing, "made_by": OUTPUT_MARK}
+        content = self._content(records, result) | {"names": self.names, "differing": differing, "made_by": OUTPUT_MARK}
         page = environment.get_template("report.html").render(**head, **content)
         write_atomically(self.folder / "index.html", lambda file: file.write(page.encode()))
 
@@ -172,8 +187,20 @@ class Report:
             "ious": " ".join(f"{i}:{value:.4f}" for i, value in known),
             "ratio": round(record["size"][1] / record["size"][0], 4),
             "layers": " ".join(("picture", *record["layers"])),
+            "captions": json.dumps(record["captions"], separators=(",", ":")) if "captions" in record else "",
             "files": {"picture": f"{stem}.jpg", "thumbnail": f"{stem}_thumbnail.jpg"},
         }
+
+
+def captions_of(labels: np.ndarray, names: Mapping[int, str]) -> list[list[float]]:
+    """The captions of a mask: class, x and y of the centre, font size and width, in thousandths of the image's width."""
+    factor = min(1.0, MOST_SIDE / max(labels.shape))
+    labels = scale(labels, factor)
+    unit = 1000 / labels.shape[1]
+    return [
+        [c.label, *(round(unit * value, 1) for value in (c.left + c.width / 2, c.top + c.height / 2, c.size, c.width))]
+        for c in place_captions(labels, names)
+    ]
 
 
 def prepare_folder(folder: Path) -> None:

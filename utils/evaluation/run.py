@@ -60,7 +60,7 @@ def run(args: Namespace) -> int:
                 save_prediction(Path(options.save_dir) / f"{sample.id}.png", mask, classes.palette)
             if options.save_panels:
                 path, image = Path(options.save_panels) / f"{sample.id}.png", sample.image[:, :, ::-1]
-                save_panel(path, image, sample.label, mask, classes)
+                save_panel(path, image, sample.label, mask, classes, options.names)
             if page:
                 page.add(sample, mask)
             bar.update()
@@ -171,4 +171,4 @@ def open_report(options: Options, data: VOCSegmentation, classes: Classes) -> Re
     folder = Path(options.report)
     other = distributed.everywhere(lambda: open_other(options.compare, folder, data.ids, classes) if options.compare else None)
     distributed.from_main(lambda: prepare_folder(folder))
-    return Report(folder, data.ids, classes, data.ignore_label, options.crf, other)
+    return Report(folder, data.ids, classes, data.ignore_label, options.crf, other, options.names)
