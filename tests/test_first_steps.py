@@ -12,7 +12,7 @@ from PIL import Image
 
 import train as train_script
 from dataset import DatasetError, read_image, to_input
-from deeplab import DeepLabV2, load_net, predict_classes, single_scale_loss
+from deeplab import DeepLabV2, PSPNet, deeplabv2, load_net, predict_classes, single_scale_loss
 from scripts import check_dataset, predict
 from tests.helpers import ROOT, save_palette_png
 from tests.helpers_runs import (
@@ -77,7 +77,7 @@ def test_where_the_classes_come_from(toy_voc, tmp_path, capsys):
 def test_from_scratch_batch_norm_learns(toy_voc, tmp_path, capsys):
     bare(toy_voc, tmp_path / "none", *SCRATCH)
     text = capsys.readouterr().out
-    assert "--batch-norm full, as the net starts from scratch" in text
+    assert "batch norm full (from scratch)" in text
     assert "warning: a net from scratch" not in text
     assert meta(tmp_path / "none")["args"]["batch_norm"] == "full"
     bare(toy_voc, tmp_path / "frozen", *SCRATCH, "--batch-norm", "frozen")
@@ -87,6 +87,67 @@ def test_from_scratch_batch_norm_learns(toy_voc, tmp_path, capsys):
     assert meta(tmp_path / "tuned")["args"]["batch_norm"] == "frozen"
     bare(toy_voc, tmp_path / "frozen", "--resume", "--num-steps", "2")
     assert meta(tmp_path / "frozen")["args"]["batch_norm"] == "frozen"
+
+
+def size_of(net) -> str:
+    """Parameters without batch norm's buffers, as the head of a run has them."""
+    return f"{sum(value.numel() for value in net.parameters()) / 1e6:.2f} M"
+
+
+def test_the_head_of_a_run_says_what_is_trained_and_how_fast(toy_voc, tmp_path, capsys):
+    """The net, what of it learns, batch norm with the reason for its mode; each group's learning rate and weight decay."""
+    of_four = ["--num-classes", "4", "--learning-rate", "1e-3"]
+    bare(toy_voc, tmp_path / "a", *SCRATCH, *of_four)
+    net = deeplabv2("resnet18", 4, batch_norm="full")
+    said, size = capsys.readouterr().out, size_of(net)
+    assert f"net: deeplabv2 on resnet18, {size} parameters, all of which learn; batch norm full (from scratch)\n" in said
+    head = sum(conv.weight.numel() for conv in net.layer5.conv2d_list)
+    backbone = sum(value.numel() for name, value in net.named_parameters() if not name.startswith("layer5"))
+    counts = [f"{count / 1e6:.2f} M" if count >= 10_000 else str(count) for count in (backbone, head)]
+    assert (
+        f"optimiser: SGD, momentum 0.9; {counts[0]} parameters at learning rate 0.001, weight decay 0.0005; {counts[1]} "
+        "parameters at learning rate 0.01, weight decay 0.0005; 16 parameters at learning rate 0.02, weight decay 0\n" in said
+    )
+    bare(toy_voc, tmp_path / "a", "--resume", "--num-steps", "2")
+    assert "batch norm full (from scratch)" in capsys.readouterr().out
+    weights = ["--restore-from", str(tmp_path / "a/VOC12_scenes_1.pth")]
+    bare(toy_voc, tmp_path / "b", *of_four, *weights)
+    assert "all of which learn; batch norm frozen (default of deeplabv2)" in capsys.readouterr().out
+    bare(toy_voc, tmp_path / "c", *of_four, *weights, "--is-training")
+    frozen = size_of(deeplabv2("resnet18", 4))
+    assert f"{size} parameters, of which {frozen} learn; batch norm stats (as asked for)" in capsys.readouterr().out
+    bare(toy_voc, tmp_path / "d", *SCRATCH, *of_four, "--net", "pspnet", "--aux-weight", "0")
+    whole = PSPNet("resnet18", 4)
+    whole.dsn.requires_grad_(False)
+    learning = sum(value.numel() for value in whole.parameters() if value.requires_grad) / 1e6
+    said = capsys.readouterr().out
+    assert f"net: pspnet on resnet18, {size_of(whole)} parameters, of which {learning:.2f} M learn;" in said
+    assert f"momentum 0.9; {learning:.2f} M parameters at learning rate 0.001, weight decay 0.0005\n" in said
+
+
+def test_from_scratch_the_fine_tuning_rate_is_named(toy_voc, tmp_path, capsys):
+    note = "--learning-rate 0.00025, the default, is for fine-tuning pretrained weights; from scratch 5e-3 is better"
+    words = [word for word in BARE if word not in ("--learning-rate", "1e-3")]
+    parser = training_parser("", batch_size=10, iter_size=1, snapshot_dir="")
+
+    def run(folder, *options):
+        args = parser.parse_args(["--data-dir", str(toy_voc), "--snapshot-dir", str(folder), *words, *options])
+        training.run(args, single_scale_loss)
+        return note in capsys.readouterr().out
+
+    assert run(tmp_path / "a", *SCRATCH)
+    assert not run(tmp_path / "b", "--restore-from", str(tmp_path / "a/VOC12_scenes_1.pth"))
+    assert not run(tmp_path / "c", *SCRATCH, "--learning-rate", "2.5e-4")
+    assert not run(tmp_path / "d", *SCRATCH, "--net", "deeplabv3")  # whose own default is higher
+
+
+def test_validation_without_a_list_names_its_option(toy_voc, tmp_path):
+    (toy_voc / "ImageSets/Segmentation/val.txt").unlink()
+    with pytest.raises(DatasetError, match=r"^--val-every needs .*, named by --val-list: no list of image ids") as error:
+        bare(toy_voc, tmp_path / "a", *SCRATCH, "--val-every", "1")
+    assert "--data-list" not in str(error.value)
+    with pytest.raises(DatasetError, match=r"named by --val-list: no list of image ids: lost.txt and .*lost.txt do not exist"):
+        bare(toy_voc, tmp_path / "b", *SCRATCH, "--val-every", "1", "--val-list", "lost.txt")
 
 
 def test_classes_that_no_label_has_are_named_once(toy_voc, tmp_path, capsys, snapshot):

@@ -36,6 +36,7 @@ from utils.options import (
 # The first torch whose compiled code moves running statistics once a step where activations are computed again: 2.9, 2.10 and
 # 2.14 do; 2.4 to 2.8 move them twice (2.4 with one compiler backend only).
 COUNTS_ONCE = "2.9"
+FINE_TUNING_RATE = 2.5e-4  # the published base learning rate
 
 
 above_zero = partial(number, fits=lambda value: 0 < value < math.inf, expected="a finite number above 0")
@@ -117,9 +118,8 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
     group.add_argument("--iter-size", type=positive, default=iter_size, help=text)
     text = f"optimiser steps {trained_with('num_steps')}"
     group.add_argument("--num-steps", type=positive, default=20000, help=text)
-    group.add_argument(
-        "--learning-rate", type=number, default=2.5e-4, help="base rate (default: %(default)s; deeplabv3 and pspnet 0.01)"
-    )
+    text = "base learning rate (default: %(default)s, for fine-tuning; deeplabv3 and pspnet 0.01)"
+    group.add_argument("--learning-rate", type=number, default=FINE_TUNING_RATE, help=text)
     group.add_argument("--momentum", type=below_one, default=0.9, help="default: %(default)s")
     group.add_argument("--power", type=number, default=0.9, help="of the polynomial decay (default: %(default)s)")
     group.add_argument(

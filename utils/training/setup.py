@@ -21,6 +21,7 @@ from dataset import IGNORE_LABEL, DatasetError, StepSampler, TrainTransform, VOC
 from dataset.arrays import ArraySegmentation, classes_of
 from dataset.classes import ClassFile, read_class_file
 from dataset.transforms import training_transforms
+from deeplab import Net
 from deeplab.loss import LossFunction, Objective, Ohem
 from deeplab.toolbox import ChannelDropout
 from utils import distributed
@@ -154,7 +155,9 @@ class Run:
         self.log = distributed.everywhere(lambda: stack.enter_context(new_log()) if rank == 0 else None)
         if self.log:
             head = head_lines(options, data, data_list, seen, device)
-            self.log.say(*head, locked, *start.lines, *added_lines(options, self.class_weights), note, space)
+            recipe = [net_line(net, options, start.given), optimizer_line(self.optimizer, options.learning_rate)]
+            recipe += added_lines(options, self.class_weights)
+            self.log.say(*head, locked, *start.lines, *recipe, note, space)
 
     def last_save(self) -> None:
         """Wait for the snapshot that is being written, and say if it cannot be."""
@@ -269,6 +272,43 @@ def head_lines(options: Options, data: VOCSegmentation, data_list: Path, seen: s
             "which is another run than that of a single process; between GPUs, --sync-bn shares them"
         )
     return lines
+
+
+def net_line(net: Net, options: Options, given: list[str] | None) -> str:
+    """The net: its name, its size, what of it learns, and its batch norm's mode with the reason.
+
+    Args:
+        given: the options that the run was begun with; None where that is not known.
+    """
+    name = net.config.get("net", "deeplabv2")
+    if given is None:
+        why = "as the run was begun"
+    elif "batch_norm" in given:
+        why = "as asked for"
+    elif not options.restore_from:
+        why = "from scratch"
+    else:
+        why = f"default of {name}"
+    every, learning = (sum(p.numel() for p in net.parameters() if p.requires_grad or all_) for all_ in (True, False))
+    learns = "all of which learn" if learning == every else f"of which {count_text(learning)} learn"
+    batch_norm = f"batch norm {options.batch_norm} ({why})"
+    return f"net: {name} on {net.config['backbone']}, {count_text(every)} parameters, {learns}; {batch_norm}"
+
+
+def optimizer_line(optimizer: GuardedSGD, lr: float) -> str:
+    """The optimiser: the base learning rate and the weight decay of each of its groups, and how many parameters it has."""
+    groups = [(sum(p.numel() for p in group["params"] if p.requires_grad), group) for group in optimizer.param_groups]
+    rates = [
+        f"{count_text(count)} parameters at learning rate {lr * group['lr_scale']:g}, weight decay {group['weight_decay']:g}"
+        for count, group in groups
+        if count
+    ]
+    return f"optimiser: SGD, momentum {optimizer.param_groups[0]['momentum']:g}; {'; '.join(rates)}"
+
+
+def count_text(count: int) -> str:
+    """A number of parameters, in millions where it has any."""
+    return f"{count / 1e6:.2f} M" if count >= 10_000 else str(count)
 
 
 def added_lines(options: Options, class_weights: list[float]) -> list[str]:

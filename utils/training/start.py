@@ -20,6 +20,7 @@ from utils.checkpoint import ANEW, dataset_of, load_checkpoint
 from utils.command import UserError, put
 from utils.options import INITIAL_WEIGHTS, Options
 from utils.training.identity import NET_OPTIONS, Misfit, compare_meta, kept_options, net_of_checkpoint, resumed_options
+from utils.training.options import FINE_TUNING_RATE
 
 
 @dataclass(frozen=True)
@@ -149,10 +150,11 @@ def begin(options: Options, loss: str, class_file: ClassFile) -> Start:
         restore_last=not options.not_restore_last,
     )
     lines = [line, f"{options.restore_from}: {weights.scheme}", *report.lines()] if weights else [line, *report.notes]
-    if not weights and "batch_norm" not in options.given:
-        lines.append("--batch-norm full, as the net starts from scratch")
-    elif not weights and options.batch_norm == "frozen":
+    if not weights and options.batch_norm == "frozen":
         lines.append("warning: a net from scratch learns little with --batch-norm frozen; leave it out, which is full")
+    if not weights and "learning_rate" not in options.given and options.learning_rate == FINE_TUNING_RATE:
+        rate = f"--learning-rate {FINE_TUNING_RATE:g}, the default,"
+        lines.append(f"note: {rate} is for fine-tuning pretrained weights; from scratch 5e-3 is better")
     settled = kept_options(options) | {key: net.config.get(key) for key in NET_OPTIONS} | {"loss": loss}
     seen = weights.seen_voc_val if weights and dataset_of(weights.meta) == options.dataset else ""
     return Start(Options(settled), net, lines, classes, seen, given=sorted(options.given))

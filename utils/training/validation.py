@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset import to_input
+from dataset import DatasetError, VOCSegmentation, to_input
 from dataset.classes import ClassFile
 from deeplab import Net
 from deeplab.batch_norm import fold
@@ -19,7 +19,7 @@ from deeplab.weights import check_sums
 from utils import distributed
 from utils.checkpoint import save_snapshot
 from utils.command import UserError
-from utils.data import open_dataset, what_is_compared
+from utils.data import list_of, open_dataset, what_is_compared
 from utils.evaluation.images import Sample
 from utils.evaluation.score import score
 from utils.files import DiskError
@@ -50,9 +50,7 @@ class Validation:
     """
 
     def __init__(self, options: Options, class_file: ClassFile, run_id: str | None) -> None:
-        of_list = options.replace(data_list=options.val_list)
-        opened = distributed.everywhere(lambda: open_dataset(of_list, "val", options.num_classes, classes=class_file))
-        self.data, self.data_list = opened
+        self.data, self.data_list = distributed.everywhere(lambda: open_validation_data(options, class_file))
         distributed.check_same({f"validation {name}": value for name, value in what_is_compared(self.data).items()})
         self.best_path = Path(options.snapshot_dir) / "best.pth"
         self.best, found = distributed.from_main(lambda: mean_iou_of(self.best_path))
@@ -108,6 +106,21 @@ class Validation:
         except DiskError as error:
             return str(error)
         return ""
+
+
+def open_validation_data(options: Options, class_file: ClassFile) -> tuple[VOCSegmentation, Path]:
+    """The data set of ``--val-list``, and that list.
+
+    Raises:
+        DatasetError: see :func:`utils.data.open_dataset`; where there is no list, the sentence names the option.
+    """
+    of_list = options.replace(data_list=options.val_list)
+    try:
+        list_of(of_list, "val", options.num_classes)
+    except DatasetError as error:
+        text = str(error).replace("--data-list", "--val-list")
+        raise DatasetError(f"--val-every needs images to evaluate on, named by --val-list: {text}") from None
+    return open_dataset(of_list, "val", options.num_classes, classes=class_file)
 
 
 @contextmanager
