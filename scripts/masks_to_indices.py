@@ -2,7 +2,7 @@
 
     python scripts/masks_to_indices.py data/mine/ColourMasks data/mine/SegmentationClass     a folder of masks
     python scripts/masks_to_indices.py cvat_export data/mine               CVAT's "Segmentation mask 1.1", unpacked
-    python scripts/masks_to_indices.py labelme_export data/mine            what labelme2voc writes
+    python scripts/masks_to_indices.py labelme_folder data/mine            labelme's JSON and images, or what labelme2voc writes
     python scripts/masks_to_indices.py roboflow_export data/mine           Roboflow's "Semantic segmentation masks"
     python scripts/masks_to_indices.py project data/mine                   Supervisely's, SuperAnnotate's, images/ and masks/
     python scripts/masks_to_indices.py brush_export data/mine              Label Studio's "Brush labels to PNG"
@@ -63,7 +63,7 @@ from scripts.data.colours import (
 )
 from scripts.data.layouts import LISTS, Labelled, check_ids, choose_lists, find_labelled, write_lines
 from scripts.data.parallel import add_workers_option, parallel_map
-from scripts.data.polygons import Region
+from scripts.data.polygons import IGNORED, Region
 from utils.argtypes import Parser, below_one, not_negative, target
 from utils.command import UserError, run_command
 from utils.files import remove_torn_files, write_atomically
@@ -126,12 +126,12 @@ def layer_classes(labelled: Labelled, table: Table) -> tuple[dict[str, int], int
         UserError: a label that the table does not name.
     """
     named = {re.sub(r"[/\\\\]", "-", name): index for index, (name, _) in enumerate(table.rows)}  # as Label Studio writes files
-    named |= {re.sub(r"[/\\\\]", "-", name): IGNORE_LABEL for name, _ in table.void}
+    named |= {re.sub(r"[/\\\\]", "-", name): IGNORE_LABEL for name, _ in (*table.void, (IGNORED, None))}
     labels = {re.sub(r"[/\\]", "-", label): label for label in labelled.labels}
     if wrong := next((label for label in labels if label not in named), None):
         raise UserError(f"the export has the label {wrong}, but {table.origin} names {', '.join(named)}; add it there")
     rest = next((i for name, i in named.items() if BACKGROUND.fullmatch(name) and name not in labels), IGNORE_LABEL)
-    return {label: named[name] for name, label in labels.items()}, rest
+    return {label: named[name] for name, label in labels.items()} | {IGNORED: IGNORE_LABEL}, rest
 
 
 class Options(NamedTuple):

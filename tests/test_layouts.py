@@ -602,7 +602,7 @@ def test_polygons_are_named(tmp_path):
         ('{"images": [{"file_name": "a.png"}], "annotations": []}', "is COCO JSON; it lacks `categories`"),
         ('{"a.png123": {"filename": "a.png", "regions": []}}', "is VIA's JSON"),
         ('{"_via_settings": {}, "_via_img_metadata": {"k": {"filename": "a.png", "regions": {}}}}', "is VIA's JSON"),
-        ('{"shapes": [], "imagePath": "a.png"}', "is labelme's JSON.* labelme2voc"),
+        ('{"shapes": [], "imagePath": "a.png"}', "is not labelme's JSON .* labelme2voc"),
         ('{"description": "", "objects": [], "size": {}}', "is Supervisely's JSON; export masks"),
         ('{"metadata": {"name": "a.png"}, "instances": []}', "is SuperAnnotate's JSON; export fused masks"),
         ('[{"id": 1, "annotations": [], "data": {}}]', "is Label Studio's JSON"),

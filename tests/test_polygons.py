@@ -130,6 +130,45 @@ def test_images_without_regions_and_names_in_a_file(tmp_path):
     assert (read_label(out / "SegmentationClass/p1.png", 4, colors={}) == 2).all()
 
 
+def labelme(path, shapes, name):
+    rows = [{"label": label, "points": points, "shape_type": kind} for label, points, kind in shapes]
+    content = {"version": "5.4", "shapes": rows, "imagePath": name, "imageHeight": H, "imageWidth": W, "imageData": None}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_labelme_json_becomes_a_data_set(tmp_path, suffix):
+    """A rectangle, a polygon over it, void over both; an image without shapes is background; a circle by its distance."""
+    for k in range(3):
+        image(tmp_path / f"in/p{k}{suffix}")
+    corners = [[0, 0], [2, 0], [2, 2], [0, 2]]
+    drawn = [
+        ("road", [[6, 6], [0, 0]], "rectangle"),
+        ("car", corners, "polygon"),
+        ("__ignore__", [[0, 0], [1, 0], [1, 1], [0, 1]], None),
+    ]
+    labelme(tmp_path / "in/p0.json", drawn, f"..\\\\in\\\\p0{suffix}")
+    labelme(tmp_path / "in/p1.json", [], f"p1{suffix}")
+    labelme(tmp_path / "in/p2.json", [("road", [[5, 4], [5, 7]], "circle")], f"p2{suffix}")
+    out = run(tmp_path / "in", tmp_path / "out")
+    assert (out / "classes.txt").read_text() == "background\ncar\nroad\n"
+    first = np.array([0, 2, 1])[expected(0)]
+    first[0, 0] = 255
+    assert np.array_equal(read_label(out / "SegmentationClass/p0.png", 3, colors={}), first)
+    assert not read_label(out / "SegmentationClass/p1.png", 3, colors={}).any()
+    y, x = np.mgrid[:H, :W] + 0.5
+    assert np.array_equal(read_label(out / "SegmentationClass/p2.png", 3, colors={}) == 2, np.hypot(x - 5, y - 4) < 2.99)
+    (tmp_path / "in/labels.txt").write_text("__ignore__\n_background_\nroad\ncar\n")
+    out = run(tmp_path / "in", tmp_path / "named")
+    first = expected(0)
+    first[0, 0] = 255
+    assert np.array_equal(read_label(out / "SegmentationClass/p0.png", 3, colors={}), first)
+    labelme(tmp_path / "in/p1.json", [("road", [[1, 1], [2, 2]], "line")], f"p1{suffix}")
+    with pytest.raises(UserError, match=r"p1\.json is not .* \(ValueError: a line of 2 points\); .*labelme2voc"):
+        run(tmp_path / "in", tmp_path / "more")
+
+
 def test_what_is_refused(tmp_path):
     image(tmp_path / "in/p0.jpg")
     for more, message in (

@@ -12,7 +12,7 @@ import numpy as np
 
 from dataset.folders import IMAGE_FOLDERS, MASK_FOLDERS, split_of
 from dataset.lists import FOREIGN_SUFFIXES, IMAGE_DIR, PICTURE_SUFFIXES, Listing, is_bare, read_ids
-from scripts.data.polygons import Region, polygons, read_coco, read_jsons
+from scripts.data.polygons import Region, polygons, read_coco, read_jsons, read_labelme
 from utils.command import UserError
 from utils.files import write_atomically
 
@@ -244,12 +244,13 @@ def _layers(pngs: Iterable[Path]) -> dict[str, list[tuple[str, Path]]]:
 
 
 def _annotated(root: Path, files: Sequence[Path]) -> Labelled | None:
-    """The images of COCO JSON with their polygons; None where there is none.
+    """The images of COCO or labelme JSON with their polygons; None where there is none.
 
     Where no folder says to which split an image belongs, but the JSON's name does (``instances_train.json``), an id begins with
     that.
     """
     found, labels = read_coco(files)
+    found, labels = (found, labels) if found else read_labelme(files)
     by_name = defaultdict(list)
     for path in files:
         if path.suffix.lower() in PICTURE_SUFFIXES:

@@ -1,4 +1,4 @@
-"""Polygons, which labelling tools export instead of masks: those of COCO JSON are drawn, the others are named."""
+"""Polygons, which labelling tools export instead of masks: those of COCO JSON and labelme are drawn, the others are named."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,20 +13,14 @@ from utils.command import UserError
 
 _POLYGONS = (  # whose JSON, its keys, where the name of an image stands, what to do
     ("COCO JSON", {"images", "annotations"}, ("images", "file_name"), "it lacks `categories`; export it whole"),
-    (
-        "labelme's JSON",
-        {"shapes", "imagePath"},
-        ("", "imagePath"),
-        "turn it into masks with labelme2voc.py (in labelme's repository, examples/semantic_segmentation), and pass the folder "
-        "that it writes",
-    ),
+    ("labelme's JSON", {"shapes", "imagePath"}, ("", "imagePath"), "pass it with its images"),
     ("Supervisely's JSON", {"objects", "size"}, ("", ""), "export masks with its app `Export as masks`"),
     ("SuperAnnotate's JSON", {"instances", "metadata"}, ("metadata", "name"), "export fused masks (___fuse.png)"),
 )
 
 
 class Region(NamedTuple):
-    """What an annotation of COCO JSON covers.
+    """What an annotation covers.
 
     Attributes:
         size: (H, W) of the image.
@@ -60,7 +54,7 @@ class Region(NamedTuple):
 
 
 class Annotated(NamedTuple):
-    """An image of a COCO JSON file: its name there, and [(category, region)] in the order of the file."""
+    """An image of a JSON file: its name there, and [(category, region)] in the order of the file."""
 
     origin: Path
     name: str
@@ -122,6 +116,53 @@ def _region(path: Path, row: Mapping[str, Any], size: tuple[int, int]) -> Region
         f"annotation {row.get('id')} in {path} is {kind}; expected polygons: export those, or make masks with pycocotools "
         "(COCO.annToMask) and pass their folder"
     )
+
+
+IGNORED = "__ignore__"  # labelme's name of void
+
+
+def read_labelme(files: Sequence[Path]) -> tuple[list[Annotated], list[str]]:
+    """The images of labelme's JSON files, one each, and their labels in the order of the alphabet; [] of files of another kind.
+
+    Raises:
+        UserError: a file that is not whole, or shapes that are no areas.
+    """
+    paths = [path for path in files if path.suffix.lower() == ".json"]
+    if not any(isinstance(content, dict) and {"shapes", "imagePath"} <= content.keys() for _, content in read_jsons(paths)):
+        return [], []
+    images = []
+    for path in paths:
+        try:
+            content = json.loads(path.read_bytes())
+            size = int(content["imageHeight"]), int(content["imageWidth"])
+            shapes = [(str(row["label"]), Region(size, [_outline(row)])) for row in content["shapes"]]
+            images.append((size, Annotated(path, str(content["imagePath"]).replace("\\", "/"), shapes)))
+        except (TypeError, ValueError, LookupError) as error:
+            raise UserError(
+                f"{path} is not labelme's JSON of polygons, rectangles and circles ({type(error).__name__}: {error}); draw its "
+                "areas so, or make masks with labelme2voc.py of labelme's repository, and pass the folder that it writes"
+            ) from None
+    labels = sorted({label for _, each in images for label, _ in each.regions} - {IGNORED})
+    if not labels:
+        raise UserError(f"{paths[0]} and the other {len(paths) - 1} files of labelme hold no label")
+    # Nothing of the first label, so that an image without shapes has a size.
+    return [each._replace(regions=[(labels[0], Region(size)), *each.regions]) for size, each in images], labels
+
+
+def _outline(shape: Mapping[str, Any]) -> list[float]:
+    """The polygon of a shape of labelme: x and y in turn."""
+    points = [(float(x), float(y)) for x, y in shape["points"]]
+    kind = shape.get("shape_type") or "polygon"
+    if kind == "rectangle" and len(points) == 2:
+        (x0, y0), (x1, y1) = points
+        points = [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
+    elif kind == "circle":
+        (x0, y0), (x1, y1) = points
+        turns, radius = 2 * np.pi * np.arange(64) / 64, np.hypot(x1 - x0, y1 - y0)
+        points = list(zip((x0 + radius * np.cos(turns)).tolist(), (y0 + radius * np.sin(turns)).tolist()))
+    elif kind not in ("polygon", "rectangle") or len(points) < 3:
+        raise ValueError(f"a {kind} of {len(points)} points")
+    return [value for point in points for value in point]
 
 
 def read_jsons(files: Sequence[Path]) -> Iterator[tuple[Path, Any]]:
