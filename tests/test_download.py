@@ -266,7 +266,7 @@ def test_wrong_sum_on_an_unreliable_connection_ends(server, tmp_path):
     """A wrong checksum after resuming causes one more transfer, not an endless loop."""
     server.files["/a.bin"] = PAYLOAD[::-1]
     server.plan["/a.bin"] = [{"cut": 200_000}, {}] * 20
-    with pytest.raises(DownloadError, match="sha256 is .*, expected"):
+    with pytest.raises(DownloadError, match=r"sha256 is .*, expected"):
         quick(item(server), tmp_path / "a.bin")
     assert len(server.log) == 4
     assert names(tmp_path) == []
