@@ -1,4 +1,4 @@
-"""The real loops on meta tensors and on pretended CUDA devices."""
+"""The real loops on meta tensors and on fake CUDA devices."""
 
 import sys
 from contextlib import ExitStack, nullcontext
@@ -22,10 +22,10 @@ from utils.training.stop import Ending
 
 
 class Strict(TorchDispatchMode):
-    """Refuses what would make the host wait for a device, or the device for the host, where meta and fake tensors let it pass.
+    """Refuses operators that would make the host and the device wait for each other, which meta and fake tensors allow.
 
-    From the host to the device only bytes go, the pictures and their labels; back goes nothing, and no operator takes tensors
-    of both. Scalars of the host are the exception that torch itself makes: they travel with the launch.
+    Only bytes are sent to the device: images and labels. Nothing is sent back, and no operator uses tensors of both. As in torch,
+    scalars of the host are allowed, since they are passed with the launch.
     """
 
     def __init__(self, device: str) -> None:
@@ -39,8 +39,8 @@ class Strict(TorchDispatchMode):
         there = [x for x in inputs if x.device.type == self.device]
         name = func._schema.name
         if here and there and not (name == "aten::copy_" and here[0] is args[1] and here[0].dtype == torch.uint8):
-            raise AssertionError(f"{name} takes tensors of two devices")
-        if name == "aten::_fused_sgd_" and self.device == "meta":  # which has no kernel for it, and nothing to compute
+            raise AssertionError(f"{name} uses tensors of two devices")
+        if name == "aten::_fused_sgd_" and self.device == "meta":  # it has no kernel for this, and nothing to compute
             self.launches += 1
             return None
         result = func(*args, **kwargs)
@@ -57,7 +57,7 @@ class Strict(TorchDispatchMode):
 
 
 class NoConstants(TorchFunctionMode):
-    """Refuses tensors that are made of numbers of the host: each would be copied while both wait."""
+    """Refuses tensors on the device that are made from numbers of the host: each copy is a host sync."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -66,12 +66,12 @@ class NoConstants(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if func in (torch.tensor, torch.as_tensor, Tensor.new_tensor) and result.device.type == self.device:
-            raise AssertionError("a tensor is made on the device of numbers of the host")
+            raise AssertionError("a tensor is made on the device from numbers of the host")
         return result
 
 
 class Unread(Meter):
-    """A meter that is asked for nothing, as between two lines of the log."""
+    """A meter that is never read, as between two lines of the log."""
 
     def check(self) -> None:
         pass
@@ -82,10 +82,10 @@ class Unread(Meter):
 
 @pytest.fixture
 def on_meta(monkeypatch):
-    """``on_meta(script, toy_voc, folder, *options)``: a real training run on meta tensors, watched from the first step on.
+    """``on_meta(script, toy_voc, folder, *options)``: a real training run on meta tensors, checked from the first step on.
 
     Returns:
-        The :class:`Strict` that watched.
+        The :class:`Strict` that checked it.
     """
 
     def run(script, *arguments, **options) -> Strict:
@@ -103,7 +103,7 @@ def on_meta(monkeypatch):
         return strict
 
     monkeypatch.setattr(setup, "Meter", Unread)
-    monkeypatch.setattr(loop, "check_weights", lambda *args: None)  # reads, once a snapshot
+    monkeypatch.setattr(loop, "check_weights", lambda *args: None)  # reads values, once per snapshot
     monkeypatch.setattr(checkpoint, "_copy", lambda value: value)
     monkeypatch.setattr(checkpoint, "_save", lambda *args, **kwargs: None)
     monkeypatch.setattr(setup, "select_device", lambda *args: torch.device("meta"))
@@ -126,15 +126,15 @@ VARIANTS = {
 }
 
 
-def unread(picture, *on_their_way):
-    """In place of :func:`utils.evaluation.predict.arrived`: fake tensors have no values that could come to the host."""
-    picture.prediction = np.zeros(picture.classes.shape, dtype=np.uint8)
-    return picture
+def unread(sample, *pending):
+    """Replaces :func:`utils.evaluation.predict.arrived`: fake tensors have no values to copy to the host."""
+    sample.prediction = np.zeros(sample.classes.shape, dtype=np.uint8)
+    return sample
 
 
 @pytest.fixture
 def fake_cuda(monkeypatch):
-    """The real prediction on fake CUDA tensors, up to the copy that brings the classes to the host."""
+    """The real prediction on fake CUDA tensors, up to the copy of the classes to the host."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         monkeypatch.setattr(score, "reading", lambda data, order, *args: nullcontext(data[index] for index in order))
         monkeypatch.setattr(predict, "to_host", lambda tensor: lambda: tensor)

@@ -1,4 +1,4 @@
-"""What tests of nets share: the same numbers by naive loops, and random statistics."""
+"""Helpers for tests of nets: naive loops that compute the same numbers, and random statistics."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ THIN = {"resnet18": Backbone(BasicBlock, (2, 2, 2, 2), groups=32, width=2)}
 
 
 def naive_logits(snapshot: Path, toy_voc: Path, i: int) -> np.ndarray:
-    """One picture from its file to full-size logits: mean, padding to 8k + 1, unfolded net, enlarging, cropping."""
+    """One image from its file to full-size logits: mean, padding to 8k + 1, unfolded net, enlarging, cropping."""
     net = deeplabv2("resnet18", TOY_CLASSES).double()
     net.load_state_dict(torch.load(snapshot, weights_only=True)["model"])
     image = cv2.imread(str(toy_voc / "JPEGImages" / f"toy_{i}.jpg")).astype(np.float64) - MEAN_BGR
@@ -60,14 +60,14 @@ def naive_bilinear(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 class EveryEighth(nn.Module):
-    """A stand-in for the net whose logits are the picture itself at every 8th pixel: what is predicted can be worked out."""
+    """Replaces the net: its logits are every 8th pixel of the image, so predictions can be computed by hand."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x[..., ::8, ::8]
 
 
 def enlarged_sizes(monkeypatch) -> list[int]:
-    """A list that gets the number of elements of each result of ``F.interpolate`` from now on."""
+    """A list to which each later call of ``F.interpolate`` appends the number of elements of its result."""
     sizes: list[int] = []
     enlarge = torch.nn.functional.interpolate
 
@@ -81,7 +81,7 @@ def enlarged_sizes(monkeypatch) -> list[int]:
 
 
 def randomise_batch_norm(net: nn.Module) -> nn.Module:
-    """Weights, biases and running statistics away from 1 and 0, so that a test notices when one is left out."""
+    """Weights, biases and running statistics away from 1 and 0, so that a test fails if one is left out."""
     generator = torch.Generator().manual_seed(3)
     for module in net.modules():
         if isinstance(module, (FrozenBatchNorm2d, nn.BatchNorm2d)):
@@ -92,7 +92,7 @@ def randomise_batch_norm(net: nn.Module) -> nn.Module:
 
 
 def naive_forward(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The net written out once more, with the batch norm of the textbook after each convolution."""
+    """The net written again, with textbook batch norm after each convolution."""
 
     def norm(y, bn):
         mean, var, weight, bias = (v[None, :, None, None] for v in (bn.running_mean, bn.running_var, bn.weight, bn.bias))

@@ -1,7 +1,6 @@
-"""Weights files of every published scheme, built from names and shapes alone; used by the tests of the weights.
+"""Weights files of every published scheme, built from names and shapes, for the tests of weights.
 
-Nothing here comes from the code under test but the net whose numbers are written: the names are spelt out in loops, and
-caffemodels are put together byte by byte.
+Only the net comes from the code under test: the names are written out in loops, and caffemodels are built byte by byte.
 """
 
 import functools
@@ -20,7 +19,7 @@ BN_LEAVES = ("weight", "bias", "running_mean", "running_var")
 
 @pytest.fixture(autouse=True)
 def seeded_and_tidy(tmp_path):
-    """Weights files are big, and pytest would keep those of its last three runs."""
+    """Delete the weights files: they are big, and pytest would keep those of three runs."""
     torch.manual_seed(0)
     yield
     for path in tmp_path.iterdir():
@@ -30,7 +29,7 @@ def seeded_and_tidy(tmp_path):
 
 @functools.lru_cache(maxsize=4)
 def random_net(backbone, num_classes=21, batch_norm="full", **options):
-    """A net in eval mode with random numbers everywhere, those of the batch norms included; tests share it, unchanged."""
+    """A net in eval mode with random parameters and statistics; tests share it and must not change it."""
     with torch.device("meta"):
         net = DeepLabV2(backbone, num_classes, batch_norm, **options)
     net.to_empty(device="cpu").eval()
@@ -49,13 +48,13 @@ def random_net(backbone, num_classes=21, batch_norm="full", **options):
 
 
 def logits(net, side=33):
-    picture = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(3)) * 255 - 110
+    image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(3)) * 255 - 110
     with torch.no_grad():
-        return net.eval()(picture)
+        return net.eval()(image)
 
 
 def narrow_state(backbone="resnet101", head=4):
-    """A canonical state whose tensors have the right names but next to no numbers, for tests that load into no net."""
+    """A canonical state of tiny tensors with the right names, for tests that load no net."""
     state = {}
     for module, is_bn in canonical_modules(backbone):
         for leaf in BN_LEAVES if is_bn else ("weight",):
@@ -68,7 +67,7 @@ def narrow_state(backbone="resnet101", head=4):
 
 
 def canonical_modules(backbone):
-    """(module, whether it is a batch norm) of the trunk."""
+    """(module, whether it is a batch norm) of the backbone."""
     yield "conv1", False
     yield "bn1", True
     units = 2 if backbone == "resnet18" else 3
@@ -159,7 +158,7 @@ def _tf_bn(state, bn):
     return dict(zip(("gamma", "beta", "moving_mean", "moving_variance"), (state[f"{bn}.{leaf}"] for leaf in BN_LEAVES)))
 
 
-# Caffe, byte by byte: a field is a varint of number << 3 | wire type, then its value.
+# Caffe's format: a field is a varint of number << 3 | wire type, then its value.
 
 
 def varint(value):
@@ -188,7 +187,7 @@ def layer(name, kind, *blobs, more=b""):
 
 
 def batch_norm_layer(name, mean, var, factor=1.0, eps=None):
-    """``eps`` None leaves the parameter out, as all published prototxts do."""
+    """With ``eps`` None the parameter is left out, as in all published prototxts."""
     more = b"" if eps is None else message(139, b"\x08\x01\x1d" + struct.pack("<f", eps))
     factors = np.full(1, factor, np.float32)
     return layer(name, "BatchNorm", blob(mean * np.float32(factor)), blob(var * np.float32(factor)), blob(factors), more=more)

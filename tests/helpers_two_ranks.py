@@ -1,8 +1,8 @@
-"""The training runs of test_distributed.py in two processes, one after another, so that they are started only once.
+"""The runs of test_distributed.py in two processes, one after another, so that the processes start only once.
 
     torchrun --nproc_per_node=2 tests/helpers_two_ranks.py TOY_VOC FOLDER
 
-Each run writes its snapshots below FOLDER, and each process what became of it to FOLDER/<rank>.json.
+Each run writes its snapshots below FOLDER, and each process writes its results to FOLDER/<rank>.json.
 """
 
 import json
@@ -37,14 +37,14 @@ from utils.training.lock import FolderLock
 
 STOPPED = [*SCRATCH, "--batch-norm", "frozen", "--num-steps", "5", "--save-pred-every", "2", "--learning-rate", "3e-4"]
 FROZEN = ["--batch-norm", "frozen", "--learning-rate", "1e-4", "--num-steps", "3", "--batch-size", "2"]
-# Loss scaling leaves out the first steps, and one more or less in two processes, whose shares of the loss are twice as large.
-# Convolutions of float16 are slow on a CPU, so their crops are small.
+# Loss scaling skips the first steps, and two processes may skip one more or less, since their shares of the loss are twice as
+# large. float16 convolutions are slow on a CPU, so their crops are small.
 LONGER = {name: ["--num-steps", "8", "--input-size", "17,17"] if "fp16" in name else [] for name in STEPS}
 RUNS = {f"frozen {name}": ["--batch-norm", "frozen", *options, *LONGER[name]] for name, options in STEPS.items()}
 RUNS |= {
     f"{mode} {name}": ["--batch-norm", mode, *STEPS[name]] for mode in ("stats", "full") for name in ("plain", "iter-size")
 }
-# Nets with dropout and an auxiliary head, of which one has no part in the loss; two steps from random values.
+# Nets with dropout and an auxiliary head, one of them without weight in the loss; two steps from random weights.
 TWO_HEADS = {
     "deeplabv3": ["--net", "deeplabv3", "--iter-size", "2"],
     "pspnet": ["--net", "pspnet", "--aux-weight", "0", "--one-scale-at-a-time"],
@@ -64,10 +64,10 @@ HEADS = [
 
 
 class Once:
-    """A loss that does something in its ``call``-th call on one process."""
+    """A loss that also calls ``act`` in its ``call``-th call on one process."""
 
     def __init__(self, rank: int, call: int, act, loss=single_scale_loss) -> None:
-        update_wrapper(self, loss)  # to the run it is the loss that it calls
+        update_wrapper(self, loss)  # the run must see the name of the wrapped loss
         self.loss, self.act, self.left = loss, act, call if distributed.rank() == rank else -1
 
     def __call__(self, net, images, labels, **options):
@@ -90,7 +90,7 @@ def full(losses):
 
 
 def outcome(run) -> list:
-    """The exit status of ``run()`` or the kind and the sentence of its error, by now on all processes."""
+    """The exit status of ``run()``, or the type and the sentence of its error."""
     try:
         return [run(), ""]
     except Exception as error:
@@ -98,7 +98,7 @@ def outcome(run) -> list:
 
 
 def counting(toy: Path, folder: Path, name: str, *options: str) -> list[str]:
-    """The words of evaluate.py, to evaluate the first net with the CRF."""
+    """The arguments of evaluate.py that evaluate the first net with the CRF."""
     words = ["--data-dir", toy, "--restore-from", folder / "start/VOC12_scenes_25.pth", "--device", "cpu", "--num-workers", "0"]
     words += ["--crf", "--crf-workers", "1", "--save-json", folder / f"{name}.json", "--save-dir", folder / f"masks {name}"]
     return [*map(str, words), *options]
@@ -107,7 +107,7 @@ def counting(toy: Path, folder: Path, name: str, *options: str) -> list[str]:
 def main(toy: Path, folder: Path) -> None:
     BACKBONES.update(THIN)
     distributed.start()
-    distributed.stop = lambda: None  # the processes stay together from one run to the next
+    distributed.stop = lambda: None  # the process group is kept from one run to the next
     rank, start, results = distributed.rank(), folder / "start/VOC12_scenes_25.pth", {}
 
     common = ["--restore-from", str(start), *FROZEN]
@@ -122,13 +122,13 @@ def main(toy: Path, folder: Path) -> None:
 
     results["nan"] = outcome(partial(train, toy, folder / "nan", *STOPPED, "--log-every", "9", loss=Once(1, 3, nan)))
     results["stop"] = outcome(partial(train, toy, folder / "stop", *STOPPED, loss=Once(1, 3, send(signal.SIGUSR1))))
-    # The disk of process 0 is full from its second step on, and for the first process the folder is in use.
+    # The disk of process 0 is full from its second step on; then its folder is in use.
     results["full"] = outcome(partial(train, toy, folder / "full", *STOPPED, loss=Once(0, 2, full)))
     limit(None)
     with FolderLock(folder / "held") if rank == 0 else nullcontext():
         distributed.from_main(lambda: None)
         results["held"] = outcome(partial(train, toy, folder / "held", *STOPPED))
-    # "Another machine": process 1 sees no checkpoint, process 0 hands it over.
+    # Like two machines: process 1 has no checkpoint, and process 0 sends it.
     own = folder / "stop" if rank == 0 else folder / "elsewhere"
     results["handed over"] = outcome(partial(train, toy, own, "--resume"))
     own = folder / "elsewhere" if rank == 0 else folder / "stop"
@@ -146,22 +146,22 @@ def main(toy: Path, folder: Path) -> None:
     two = [*SCRATCH, "--num-steps", "2", "--save-pred-every", "2"]
     for name, options in {"not validated": [], "validated": ["--val-every", "1"]}.items():
         results[name] = outcome(partial(train, toy, folder / name, *two, *options))
-    (folder / "half.txt").write_text("toy_4\ntoy_5\n")  # process 1 cannot read what it is to score
-    picture = toy / "JPEGImages/toy_5.jpg"
-    whole = picture.read_bytes()
-    distributed.from_main(lambda: picture.write_bytes(b"broken"))
+    (folder / "half.txt").write_text("toy_4\ntoy_5\n")  # process 1 cannot read its image
+    image = toy / "JPEGImages/toy_5.jpg"
+    whole = image.read_bytes()
+    distributed.from_main(lambda: image.write_bytes(b"broken"))
     options = ["--val-every", "1", "--val-list", str(folder / "half.txt")]
     results["half"] = outcome(partial(train, toy, folder / "half", *two, *options))
-    distributed.from_main(lambda: picture.write_bytes(whole))
+    distributed.from_main(lambda: image.write_bytes(whole))
 
-    # A picture that only process 1 reads breaks; process 0 saves what was reached.
-    def break_picture(losses):
+    # An image that only process 1 reads breaks; process 0 saves the steps so far.
+    def break_image(losses):
         (toy / "JPEGImages/toy_3.jpg").write_bytes(b"broken")
         (toy / "JPEGImages/toy_1.jpg").write_bytes(b"broken")
         return losses
 
-    results["broken"] = outcome(partial(train, toy, folder / "broken", *STOPPED, loss=Once(1, 1, break_picture)))
-    # A label that only process 1 reads is wrong: process 0, which adds the counts up, hears of it.
+    results["broken"] = outcome(partial(train, toy, folder / "broken", *STOPPED, loss=Once(1, 1, break_image)))
+    # A label that only process 1 reads is wrong: process 0, which sums the counts, fails, too.
     label = toy / "SegmentationClassAug/toy_5.png"
     distributed.from_main(lambda: save_palette_png(label, np.full_like(np.array(Image.open(label)), 77)))
     (toy / "evaluated.txt").write_text("toy_4\ntoy_5\n")
@@ -171,7 +171,7 @@ def main(toy: Path, folder: Path) -> None:
 
 
 def different(toy: Path, folder: Path, start: Path) -> dict[str, list]:
-    """What becomes of commands whose processes are given different things, or of which one alone cannot go on."""
+    """The outcomes of commands with processes that have different inputs, or one process that fails."""
     second, results = distributed.rank() == 1, {}
     if not second:
         for name, ids in {"a": "toy_0 toy_1 toy_2", "b": "toy_0 toy_2"}.items():
@@ -185,33 +185,33 @@ def different(toy: Path, folder: Path, start: Path) -> dict[str, list]:
     voc = folder / "voc.pth"
     common = ["--device", "cpu", "--num-workers", "0"]
 
-    def score(*options, weights=start, ids=folder / "a.txt", data=toy) -> list:
+    def evaluated(*options, weights=start, ids=folder / "a.txt", data=toy) -> list:
         words = ["--data-dir", data, "--data-list", ids, "--restore-from", weights, *common, *options]
         return outcome(partial(evaluate.main, [*map(str, words)]))
 
-    def segment(*options, weights=start) -> list:
+    def predicted(*options, weights=start) -> list:
         words = ["--restore-from", weights, "--save-dir", folder / "masks", *common, *options]
         return outcome(partial(predict.main, [*map(str, words)]))
 
-    pictures = [toy / f"JPEGImages/toy_{number}.jpg" for number in (0, 1, 2)]
-    results["evaluate, lists"] = score(ids=lists[0])
-    results["evaluate, weights"] = score(weights=folder / "other.pth" if second else start)
-    results["evaluate, options"] = score(*["--mirror"] * second)
-    results["evaluate, a folder"] = score(data=folder / "nowhere" if second else toy)
-    results["evaluate, a file"] = score(weights=folder / "nowhere.pth" if second else start)
+    images = [toy / f"JPEGImages/toy_{number}.jpg" for number in (0, 1, 2)]
+    results["evaluate, lists"] = evaluated(ids=lists[0])
+    results["evaluate, weights"] = evaluated(weights=folder / "other.pth" if second else start)
+    results["evaluate, options"] = evaluated(*["--mirror"] * second)
+    results["evaluate, a folder"] = evaluated(data=folder / "nowhere" if second else toy)
+    results["evaluate, a file"] = evaluated(weights=folder / "nowhere.pth" if second else start)
     for name, error in {"memory": MemoryError(), "a bug": KeyError("key")}.items():
         with patch.object(evaluation, "open_trained_net", side_effect=error) if second else nullcontext():
-            results[f"evaluate, {name}"] = score()
+            results[f"evaluate, {name}"] = evaluated()
     with nullcontext() if second else patch.object(evaluation, "save_json", side_effect=DiskError("full")):
-        results["evaluate, a disk"] = score("--save-json", folder / "scores.json")
-    results["submission, lists"] = score("--submission", folder / "a.tgz", weights=voc, ids=lists[0])
+        results["evaluate, a disk"] = evaluated("--save-json", folder / "scores.json")
+    results["submission, lists"] = evaluated("--submission", folder / "a.tgz", weights=voc, ids=lists[0])
     with nullcontext() if second else patch.object(submission, "write_atomically", side_effect=DiskError("full")):
-        results["submission, a disk"] = score("--submission", folder / "a.tgz", weights=voc)
-    results["predict, pictures"] = segment(*(pictures[:2] if second else pictures))
-    results["predict, weights"] = segment(*pictures, weights=folder / "other.pth" if second else start)
-    results["predict, a picture"] = segment(*pictures[:2], folder / "nowhere.jpg" if second else pictures[2])
+        results["submission, a disk"] = evaluated("--submission", folder / "a.tgz", weights=voc)
+    results["predict, images"] = predicted(*(images[:2] if second else images))
+    results["predict, weights"] = predicted(*images, weights=folder / "other.pth" if second else start)
+    results["predict, an image"] = predicted(*images[:2], folder / "nowhere.jpg" if second else images[2])
     (folder / f"broken{distributed.rank()}.jpg").write_bytes(b"broken")
-    results["predict"] = segment(*pictures, *(folder / f"broken{number}.jpg" for number in (0, 1)), pictures[0])
+    results["predict"] = predicted(*images, *(folder / f"broken{number}.jpg" for number in (0, 1)), images[0])
     two = [*SCRATCH, "--num-steps", "2"]
     for name, options in {
         "validation lists": ["--val-every", "1", "--val-list", str(lists[0])],

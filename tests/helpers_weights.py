@@ -1,4 +1,4 @@
-"""What tests of weights files share."""
+"""Helpers for tests of weights files."""
 
 import torch
 
@@ -14,7 +14,7 @@ def save(path, content, **options):
 
 
 def load_into_new_net(path, batch_norm="frozen", **changes):
-    """What evaluate.py does: build the net that the file describes, and load it."""
+    """Like evaluate.py: build the net that the file describes, and load the file."""
     weights = load_weights(path)
     net = make_net(weights.config | changes, batch_norm)
     return net, weights, apply_weights(net, weights)

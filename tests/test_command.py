@@ -1,4 +1,4 @@
-"""How commands end: what an ordinary user may not reach, names that are too long, odd arguments, a full disk, escapes."""
+"""How commands end: forbidden paths, names that are too long, odd arguments, a full disk, control characters."""
 
 import errno
 import os
@@ -55,7 +55,7 @@ LAZY = (
 
 @pytest.fixture(autouse=True)
 def _as_it_was(monkeypatch):
-    """What run_command changes in the process."""
+    """Restore what run_command changes in the process."""
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, getattr(sys, name))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
@@ -66,8 +66,8 @@ def _as_it_was(monkeypatch):
 
 @pytest.fixture
 def ordinary_user(toy_voc, snapshot, tmp_path, monkeypatch):
-    """In a folder of their own with a folder that they may not enter; root becomes somebody else."""
-    for name in (*dict(PATHS), *LAZY):  # which Python's own folder may hide from the other user
+    """A user in a folder of their own, which contains a folder without permissions; root changes to another user."""
+    for name in (*dict(PATHS), *LAZY):  # the other user may have no access to Python's own folder
         import_module(name)
     shutil.copy(snapshot, tmp_path / "net.pth")
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
@@ -87,7 +87,7 @@ def ordinary_user(toy_voc, snapshot, tmp_path, monkeypatch):
 
 
 def end_of(name: str, words: list, monkeypatch, capsys) -> tuple[int, str]:
-    """The exit status of a command and what it wrote to standard error."""
+    """The exit status of a command and its standard error."""
     monkeypatch.setattr(sys, "argv", [f"{name.rpartition('.')[2]}.py", *map(str, words)])
     with pytest.raises(SystemExit) as end:
         run_command(import_module(name).main)
@@ -95,7 +95,7 @@ def end_of(name: str, words: list, monkeypatch, capsys) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("path", ["locked/in/a", "x" * 300], ids=["locked", "long"])
-def test_what_a_user_may_not_reach_and_names_too_long_are_a_sentence(path, ordinary_user, monkeypatch, capsys):
+def test_forbidden_paths_and_names_that_are_too_long_are_one_sentence(path, ordinary_user, monkeypatch, capsys):
     for name, words in PATHS:
         status, text = end_of(name, [word.replace("PATH", path) for word in words], monkeypatch, capsys)
         said = [line for line in text.splitlines() if "error: " in line]
@@ -103,8 +103,12 @@ def test_what_a_user_may_not_reach_and_names_too_long_are_a_sentence(path, ordin
         assert path[:9] in said[0], (name, words)
 
 
-def test_what_the_system_refuses_is_a_sentence_and_a_bug_is_a_bug(capsys):
-    for number, message in ((errno.EACCES, "change its rights"), (errno.EIO, "Input/output error"), (errno.ELOOP, "links")):
+def test_errors_of_the_system_are_one_sentence_and_bugs_keep_their_traceback(capsys):
+    for number, message in (
+        (errno.EACCES, "change its permissions"),
+        (errno.EIO, "Input/output error"),
+        (errno.ELOOP, "links"),
+    ):
 
         def refused(number=number):
             raise OSError(number, os.strerror(number), "some/where")
@@ -126,18 +130,18 @@ def test_what_the_system_refuses_is_a_sentence_and_a_bug_is_a_bug(capsys):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a device that is always full")
 @pytest.mark.parametrize("name", ["evaluate", "scripts.check_dataset"])
-def test_results_that_cannot_be_printed_are_a_sentence(name, toy_voc, snapshot, monkeypatch, capsys):
+def test_results_that_cannot_be_printed_are_one_sentence(name, toy_voc, snapshot, monkeypatch, capsys):
     words = {"evaluate": ["--data-dir", toy_voc, "--restore-from", snapshot, "--device", "cpu", "--num-workers", "0"]}
     words = words.get(name, ["--data-dir", toy_voc, "--num-classes", "4", "--workers", "0"])
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         status, text = end_of(name, words, monkeypatch, capsys)
         assert status == 2
-        assert "what is printed cannot be written (No space left on device)" in text
+        assert "the output cannot be written (No space left on device)" in text
         assert text.count("\n") == 1
 
 
-def test_a_reader_that_has_gone_before_the_last_line(monkeypatch, capsys):
+def test_a_reader_that_is_gone_before_the_last_line(monkeypatch, capsys):
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "w") as gone:
@@ -157,14 +161,14 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def test_two_dashes_are_no_value(monkeypatch, capsys):
+def test_two_dashes_are_not_a_value(monkeypatch, capsys):
     for name, options in COMMANDS.items():
         for option in options:
             status, text = end_of(name, [f"{option}=--"], monkeypatch, capsys)
             assert (status, f"{option}=--: '--' is no value" in text) == (2, True), (name, option)
     parser = Parser()
     parser.add_argument("words", nargs="*")
-    assert parser.parse_args(["--", "-a"]).words == ["-a"]  # as ever
+    assert parser.parse_args(["--", "-a"]).words == ["-a"]  # as in argparse
 
 
 @pytest.mark.parametrize(
@@ -204,7 +208,7 @@ def test_names_of_other_programs_lead_to_options_that_exist(monkeypatch, capsys)
         assert set(names) <= known, names
 
 
-def test_an_empty_place_to_write_to_is_no_place(monkeypatch, capsys):
+def test_an_empty_output_path_is_refused(monkeypatch, capsys):
     for name, words in (
         ("train", ["--snapshot-dir", ""]), ("evaluate", ["--save-dir="]), ("evaluate", ["--save-json="]),
         ("evaluate", ["--report", ""]), ("scripts.predict", ["a.jpg", "--save-dir", ""]), ("scripts.plot_log", ["a", "-o", ""]),
@@ -215,7 +219,7 @@ def test_an_empty_place_to_write_to_is_no_place(monkeypatch, capsys):
         assert (status, "it is empty; name a file or folder" in text) == (2, True), (name, words, text)
 
 
-def test_folders_and_devices_where_a_file_is_read(toy_voc, tmp_path, monkeypatch, capsys):
+def test_folders_and_devices_in_place_of_a_file(toy_voc, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, words, message in (
         *(("train", ["--data-dir", toy_voc, "--restore-from", path], "it is a folder") for path in (".", "/", "..")),
@@ -230,7 +234,7 @@ def test_folders_and_devices_where_a_file_is_read(toy_voc, tmp_path, monkeypatch
         assert (status, message in text) == (2, True), (name, words, text)
 
 
-def test_no_name_steers_the_terminal(toy_voc, snapshot, tmp_path, monkeypatch, capsys):
+def test_no_name_controls_the_terminal(toy_voc, snapshot, tmp_path, monkeypatch, capsys):
     evil = "a\x1b]0;owned\x07\x9b2J\x7f"
     content = torch.load(snapshot, weights_only=True)
     content["meta"]["classes"] = ["ground", evil, "green\x1b[8m", "blue"]
@@ -257,7 +261,7 @@ def test_no_name_steers_the_terminal(toy_voc, snapshot, tmp_path, monkeypatch, c
             run_command(import_module(name).main)
         assert end.value.code == status, (name, words)
         said = "".join(capsys.readouterr())
-        if colours:  # our own, before each class
+        if colours:  # those before each class are ours
             said = re.sub(r"\x1b\[48;2;\d+;\d+;\d+m  \x1b\[0m", "", said)
         assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", said), (name, said)
         assert r"\x1b" in said

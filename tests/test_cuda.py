@@ -1,4 +1,4 @@
-"""What only a GPU can show. The rest of the suite says the same of the CPU."""
+"""Tests that need a GPU. The other tests check the same on the CPU."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ def _exact(monkeypatch):
 @pytest.mark.parametrize("batch_norm", ["frozen", "full"])
 @pytest.mark.parametrize("size", ["output", "input"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_losses_are_those_of_the_cpu(name, size, batch_norm):
+def test_losses_equal_those_of_the_cpu(name, size, batch_norm):
     torch.manual_seed(0)
     net = randomise_batch_norm(deeplabv2("resnet50", 5, batch_norm)).train()
     images, labels = 50 * torch.randn(2, 3, 97, 113), torch.randint(0, 5, (2, 97, 113))
@@ -46,12 +46,12 @@ def test_losses_are_those_of_the_cpu(name, size, batch_norm):
 
 @pytest.mark.parametrize("ohem", [None, Ohem(0.7, 500)])
 @pytest.mark.parametrize("name", ["deeplabv3", "pspnet"])
-def test_losses_of_two_heads_are_those_of_the_cpu(name, ohem):
+def test_losses_of_two_heads_equal_those_of_the_cpu(name, ohem):
     torch.manual_seed(0)
     net = randomise_batch_norm(make_net({"net": name, "backbone": "resnet18", "num_classes": 5})).train()
     for module in net.modules():
         if isinstance(module, torch.nn.Dropout2d):
-            module.p = 0.0  # the devices draw other numbers
+            module.p = 0.0  # the devices draw different numbers
     images, labels = 50 * torch.randn(2, 3, 97, 113), torch.randint(0, 5, (2, 97, 113))
     found = {}
     for device in ("cpu", CUDA):
@@ -65,7 +65,7 @@ def test_losses_of_two_heads_are_those_of_the_cpu(name, ohem):
     "options", ["--amp fp16", "--amp bf16", "--compile", "--compile --amp bf16", "--grad-checkpoint --amp bf16"]
 )
 def test_steps_under_each_option(options, toy_voc, tmp_path):
-    """The first steps of fp16 look for their scale."""
+    """fp16 skips its first steps until the loss scale fits."""
     steps = "2" if "fp16" not in options else "8"
     common = ["--device", CUDA, "--no-tf32", "--restore-from", "none", "--learning-rate", "1e-5", "--num-steps", steps]
     for script in (train, train_msc):
@@ -74,8 +74,8 @@ def test_steps_under_each_option(options, toy_voc, tmp_path):
         assert all(bool(value.isfinite().all()) for value in model(folder / f"VOC12_scenes_{steps}.pth").values())
 
 
-def test_a_resumed_run_goes_on(toy_voc, tmp_path):
-    """Four steps at once, and two and two; sums on a GPU come in any order, hence nearly."""
+def test_a_resumed_run_continues(toy_voc, tmp_path):
+    """Four steps at once against two and two; only nearly equal, since the order of sums on a GPU varies."""
     options = [*SCRATCH, "--device", CUDA, "--no-tf32", "--save-pred-every", "2", "--learning-rate", "1e-4"]
     train(toy_voc, tmp_path / "once", *options, "--num-steps", "4")
     train(toy_voc, tmp_path / "twice", *options, "--num-steps", "4", loss=ending_after(2))
@@ -89,8 +89,8 @@ def test_a_resumed_run_goes_on(toy_voc, tmp_path):
         torch.testing.assert_close(twice[key], once[key], rtol=0, atol=0.02 * moved, msg=lambda m, key=key: f"{key}: {m}")
 
 
-def test_classes_are_those_of_the_cpu(toy_voc):
-    """But where the two best logits are as good as equal."""
+def test_classes_equal_those_of_the_cpu(toy_voc):
+    """Except where the two largest logits are almost equal."""
     torch.manual_seed(0)
     net = fold_batch_norm(randomise_batch_norm(deeplabv2("resnet18", TOY_CLASSES)).eval())
     data = VOCSegmentation(toy_voc, read_ids(toy_voc / "ImageSets/Segmentation/val.txt"), num_classes=TOY_CLASSES)
@@ -109,8 +109,8 @@ def test_classes_are_those_of_the_cpu(toy_voc):
 
 
 @pytest.mark.parametrize("options", [{}, {"grad_checkpoint": True}, {"amp": True}, {"scales": 3}])
-def test_a_step_takes_the_memory_that_was_computed(options, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # which tries kernels of any work space
+def test_a_step_needs_the_predicted_memory(options, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # it would try kernels with any workspace
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     net = deeplabv2("resnet101", 21).to(CUDA).to(memory_format=torch.channels_last).train()
@@ -130,7 +130,7 @@ def test_a_step_takes_the_memory_that_was_computed(options, monkeypatch):
 
 
 def ending_after(steps: int):
-    """A single-scale loss that asks for a stop in step ``steps``."""
+    """A single-scale loss that sends a stop signal in step ``steps``."""
     calls = 0
 
     @wraps(single_scale_loss)

@@ -1,4 +1,4 @@
-"""The head of DeepLab-v2 as one product, which training in half precision takes, against its convolutions."""
+"""The head of DeepLab-v2 as one product, used for training in half precision, against its convolutions."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from deeplab.deeplabv2 import ASPP
 
 
 def with_gradients(head, x, forward):
-    """The logits in float64, and the gradients of their weighted sum by the input and by the parameters."""
+    """The logits in float64, and the gradients of their weighted sum for the input and the parameters."""
     x = x.detach().requires_grad_()
     logits = forward(x).double()
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -19,7 +19,7 @@ def with_gradients(head, x, forward):
 @pytest.mark.parametrize(
     ("classes", "rates", "size"), [(5, (6, 12, 18, 24), (17, 30)), (1, (1, 2), (3, 1)), (21, (6, 12), (5, 9))]
 )
-def test_product_is_the_sum_of_the_convolutions(classes, rates, size):
+def test_product_equals_the_sum_of_the_convolutions(classes, rates, size):
     torch.manual_seed(0)
     head = ASPP(7, classes, rates).double()
     for conv in head.conv2d_list:
@@ -35,7 +35,7 @@ def test_error_is_at_most_that_of_the_convolutions(dtype):
     torch.manual_seed(2)
     head = ASPP(96, 21).eval()
     for parameter in head.parameters():
-        parameter.data = parameter.to(dtype).float()  # so that all three start from the same numbers
+        parameter.data = parameter.to(dtype).float()  # so that all three use the same numbers
     x = torch.randn(2, 96, 19, 23).relu().to(dtype).float()
     exact = with_gradients(head.double(), x.double(), head)
     head.float()
@@ -46,8 +46,8 @@ def test_error_is_at_most_that_of_the_convolutions(dtype):
         errors.append([float((found - true).square().mean().sqrt()) for found, true in zip(results, exact, strict=True)])
     convolutions, product = errors
     assert product[0] < 0.8 * convolutions[0]  # logits
-    assert product[1] < 1.02 * convolutions[1]  # the input's gradient
-    assert sum(product[2:]) < 1.02 * sum(convolutions[2:])  # the parameters' gradients
+    assert product[1] < 1.02 * convolutions[1]  # gradient of the input
+    assert sum(product[2:]) < 1.02 * sum(convolutions[2:])  # gradients of the parameters
 
 
 @pytest.mark.parametrize(

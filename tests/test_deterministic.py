@@ -1,4 +1,4 @@
-"""--deterministic: the same command leaves the same bytes, and nothing is launched that torch knows no exact way of on CUDA."""
+"""--deterministic: the same command writes the same bytes and runs only operators that are deterministic on CUDA."""
 
 import json
 import os
@@ -20,9 +20,9 @@ from utils.evaluation import score
 
 pytestmark = pytest.mark.usefixtures("thin_nets")
 TIMES = {"images_per_s", "data_wait", "seconds", "memory_mb"}
-# What raises on CUDA under torch.use_deterministic_algorithms(True), by its documentation (kthvalue by the kernel alone, and
-# scatter_reduce for products alone); of nll_loss2d the sums and means.
-NO_EXACT_WAY = {
+# Operators that raise on CUDA under torch.use_deterministic_algorithms(True), by its documentation; kthvalue only by its kernel,
+# scatter_reduce only for products. nll_loss2d raises for sums and means.
+NOT_DETERMINISTIC = {
     *("upsample_linear1d_backward", "upsample_bilinear2d_backward", "upsample_bicubic2d_backward"),
     *("upsample_trilinear3d_backward", "_upsample_bilinear2d_aa_backward", "_upsample_bicubic2d_aa_backward"),
     *("grid_sampler_2d_backward", "grid_sampler_3d_backward", "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward"),
@@ -46,8 +46,8 @@ def _as_before(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-class Exact(TorchDispatchMode):
-    """Refuses operators that have no deterministic implementation on CUDA, and notes the others."""
+class Deterministic(TorchDispatchMode):
+    """Refuses operators without a deterministic implementation on CUDA, and records the others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Exact(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
         self.names.add(name)
-        assert name not in NO_EXACT_WAY, name
+        assert name not in NOT_DETERMINISTIC, name
         assert not name.startswith("nll_loss2d_forward") or args[3] == 0, "a loss that sums"
         return func(*args, **(kwargs or {}))
 
@@ -65,13 +65,13 @@ def bytes_of(folder) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_same_command_leaves_the_same_bytes(toy_voc, tmp_path):
-    """Snapshots, checkpoint, options, panels, predictions and scores; the log but for times and speeds. TensorBoard's no."""
+def test_the_same_command_writes_the_same_bytes(toy_voc, tmp_path):
+    """Snapshots, checkpoint, options, panels, predictions, scores, and the log except for times; not TensorBoard's files."""
     options = [*SCRATCH, "--num-steps", "3", "--save-pred-every", "2", "--val-every", "2", "--save-num-images", "1",
                "--num-workers", "1", "--loss-size", "input", "--deterministic"]  # fmt: skip
     found, logs = [], []
     for _ in range(2):
-        torch.manual_seed(len(found))  # what the process did before
+        torch.manual_seed(len(found))  # random state from earlier work
         assert train(toy_voc, tmp_path / "run", *options, loss=multi_scale_loss) == 0
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.backends.cudnn.benchmark
@@ -95,43 +95,43 @@ def test_the_same_command_leaves_the_same_bytes(toy_voc, tmp_path):
     ("name", "mode"),
     [("loss-size", "frozen"), ("grad-checkpoint", "frozen"), ("one-scale-at-a-time", "full")],
 )
-def test_a_training_step_has_an_exact_way_on_cuda(name, mode, toy_voc, tmp_path, on_meta):
-    """On meta tensors torch takes the operators that it takes on CUDA."""
+def test_a_training_step_is_deterministic_on_cuda(name, mode, toy_voc, tmp_path, on_meta):
+    """On meta tensors torch runs the same operators as on CUDA."""
     torch.use_deterministic_algorithms(True)
-    with Exact():
+    with Deterministic():
         on_meta(train_msc, toy_voc, tmp_path, *STEP, "--batch-norm", mode, *VARIANTS[name])
 
 
-def test_an_evaluation_has_an_exact_way_on_cuda(toy_voc, fake_cuda):
+def test_an_evaluation_is_deterministic_on_cuda(toy_voc, fake_cuda):
     torch.use_deterministic_algorithms(True)
-    with Exact():
+    with Deterministic():
         score.score(fake_cuda[0], data_of(toy_voc), torch.device("cuda"), scales=(1.0, 0.5), mirror=True)
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_every_net_and_loss_has_an_exact_way_on_cuda(name):
-    """Forwards and backwards: one scale and three, both sizes of the loss, hard pixels, the auxiliary head, prediction."""
+def test_every_net_and_loss_is_deterministic_on_cuda(name):
+    """Forward and backward: one scale and three, both sizes of the loss, hard pixels, the auxiliary head, prediction."""
     torch.use_deterministic_algorithms(True)
     with torch.device("meta"):
         images, labels = torch.zeros(2, 3, 65, 57), torch.zeros(2, 65, 57, dtype=torch.int64)
         frozen, learning = (NETS[name]("resnet18", 3, batch_norm).train() for batch_norm in ("frozen", "full"))
-    with Exact() as exact:
+    with Deterministic() as deterministic:
         single_scale_loss(frozen, images, labels, "output")["loss"].backward()
         multi_scale_loss(learning, images, labels, "input", Ohem(keep=9), 0.4, one_scale_at_a_time=True)["loss"].backward()
         with torch.no_grad():
             predict_classes(frozen.eval(), images, (1.0, 0.75), mirror=True)
             predict_windows(frozen, images, (33, 33), scales=(1.0, 0.75), fuse="mean")
-    assert {"convolution_backward", "max_pool2d_with_indices_backward", "topk"} <= exact.names
+    assert {"convolution_backward", "max_pool2d_with_indices_backward", "topk"} <= deterministic.names
 
 
-def test_the_list_is_torchs():
-    """Each module and function that torch's documentation says raises has an operator in the list."""
+def test_the_list_matches_torchs_documentation():
+    """The list has an operator for each module and function that raises by torch's documentation."""
     _, raising = torch.use_deterministic_algorithms.__doc__.split("RuntimeError` when ``mode=True``:")
     entries = re.findall(r"\* :(?:class|func):`~?torch[.\w]*\.(\w+)`", raising.split("In addition")[0])
     assert len(entries) > 20
     others = {"interpolate": "upsample", "nllloss": "nll_loss", "ctcloss": "ctc_loss", "maxunpool1d": "max_unpool2d"}
-    listed = [name.replace("_", "") for name in NO_EXACT_WAY]
-    for entry in (entry.lower().replace("_", "") for entry in entries if entry != "resize_"):  # of quantised tensors
+    listed = [name.replace("_", "") for name in NOT_DETERMINISTIC]
+    for entry in (entry.lower().replace("_", "") for entry in entries if entry != "resize_"):  # raises for quantised tensors
         wanted = others.get(entry, entry).replace("_", "")
         assert any(wanted in name for name in listed), entry
 
@@ -145,17 +145,17 @@ def test_the_list_is_torchs():
         lambda x: F.cross_entropy(x, torch.zeros(2, 9, 9, dtype=torch.int64, device="meta")),
     ],
 )
-def test_what_has_none_is_noticed(operation):
-    with pytest.raises(AssertionError), Exact():
+def test_operators_that_are_not_deterministic_are_found(operation):
+    with pytest.raises(AssertionError), Deterministic():
         operation(torch.zeros(2, 3, 9, 9, device="meta", requires_grad=True)).sum().backward()
 
 
-def test_without_the_option_there_is_none(toy_voc, tmp_path, on_meta):
-    with pytest.raises(AssertionError, match="upsample_bilinear2d_backward"), Exact():
+def test_training_without_the_option_is_not_deterministic(toy_voc, tmp_path, on_meta):
+    with pytest.raises(AssertionError, match="upsample_bilinear2d_backward"), Deterministic():
         on_meta(train, toy_voc, tmp_path, *STEP, "--loss-size", "input")
 
 
-def test_it_is_switched_on_and_off(monkeypatch):
+def test_the_option_switches_it_on_and_off(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     select_device("cpu", 0, deterministic=True)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
@@ -164,7 +164,7 @@ def test_it_is_switched_on_and_off(monkeypatch):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_what_has_no_exact_way_is_a_sentence(capsys):
+def test_an_operator_that_is_not_deterministic_is_one_sentence(capsys):
     torch.use_deterministic_algorithms(True)
     with pytest.raises(SystemExit) as end:
         run_command(lambda: torch.zeros(2).put_(torch.tensor([0]), torch.ones(1)) and 0)

@@ -1,4 +1,4 @@
-"""What a GPU is spared, held without one: how much is launched, nothing read back, nothing sent but bytes."""
+"""The work of a GPU, tested without one: the number of kernel launches, no host sync, only bytes sent to it."""
 
 import copy
 from collections import Counter
@@ -22,8 +22,8 @@ LOSSES = {"one scale": single_scale_loss, "three scales": multi_scale_loss}
 
 
 class Launches(TorchDispatchMode):
-    """Counts the operators that a GPU would be given: all but views; ``_foreach`` as one per tensor, a convolution with a bias
-    as two, since cuDNN adds it in a kernel of its own."""
+    """Counts the operators that would run on a GPU: all except views. ``_foreach`` counts once per tensor, a convolution with a
+    bias twice, since cuDNN adds it in a separate kernel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Launches(TorchDispatchMode):
         return sum(self.names.values())
 
 
-# ---- launches
+# ---- kernel launches
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_launches_of_a_forward_pass(loss, size, amp, most):
 
 
 def test_launches_of_a_backward_pass():
-    """One product a folded weight, whatever the number of scales; the counter sees what a loop over tensors hides."""
+    """One product per folded weight for any number of scales; the counter also sees loops over tensors."""
     counts = {}
     for name, loss in LOSSES.items():
         with torch.device("meta"):
@@ -89,8 +89,8 @@ def test_launches_of_a_backward_pass():
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradients_become_ready_layer_by_layer(loss, grad_checkpoint):
-    """Before the first convolution's backward pass, at the last of the scales, all weights but its own have their gradients, so
-    that DistributedDataParallel has sent them."""
+    """Before the backward pass of the first convolution at the last scale, all other weights have their gradients, so that
+    DistributedDataParallel has sent them."""
     torch.manual_seed(0)
     net = randomise_batch_norm(deeplabv2("resnet18", 3)).train()
     net.grad_checkpoint = grad_checkpoint
@@ -110,7 +110,7 @@ def test_gradients_become_ready_layer_by_layer(loss, grad_checkpoint):
 
 
 def naive_loss(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """The loss at three scales and of their maximum, on the net written out without folding."""
+    """The loss at three scales and of their maximum, of the naive net without folding."""
     return multi_scale_loss(partial(naive_forward, net), images, labels)["loss"]
 
 
@@ -122,7 +122,7 @@ def same(found: list[Tensor], expected: list[Tensor]) -> None:
 @pytest.mark.parametrize("one_scale_at_a_time", [False, True])
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
 def test_folded_once_for_all_scales(grad_checkpoint, one_scale_at_a_time):
-    """Gradients of two batches, accumulated, against the unfolded net; what recomputes takes the weights that are there."""
+    """Accumulated gradients of two batches against the unfolded net; recomputed passes use the same folded weights."""
     torch.manual_seed(0)
     net = randomise_batch_norm(deeplabv2("resnet18", 3).double()).train()
     net.grad_checkpoint = grad_checkpoint
@@ -159,13 +159,13 @@ CHANGES = {
     "assign": lambda net, state: net.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True),
     "apply_weights": changed_by_weights,
     "in place": changed_in_place,
-    "behind autograd's back": changed_behind_autograd,
+    "behind autograd": changed_behind_autograd,
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_folded_weights_are_never_stale(change):
-    """After a pass with other values, whichever way the new ones come; in double precision after ``.to()``."""
+    """After a pass with other values, however the new ones are set; in double precision after ``.double()``."""
     torch.manual_seed(0)
     net, other = deeplabv2("resnet18", 3).train(), randomise_batch_norm(deeplabv2("resnet18", 3))
     images, labels = torch.randn(1, 3, 33, 41), torch.randint(0, 3, (1, 33, 41))
@@ -200,7 +200,7 @@ def test_a_net_that_began_on_meta():
 
 
 def test_some_layers_frozen_and_some_not():
-    """A net that a user has frozen in part: each batch norm does what it says."""
+    """A net that a user has frozen in part: each batch norm works in its own mode."""
     torch.manual_seed(0)
     net = randomise_batch_norm(deeplabv2("resnet18", 3, batch_norm="full").double())
     twin = randomise_batch_norm(deeplabv2("resnet18", 3).double())
@@ -213,7 +213,7 @@ def test_some_layers_frozen_and_some_not():
 
 @pytest.mark.parametrize("mode", ["frozen", "full"])
 def test_a_compiled_net_is_compiled_once(mode):
-    """Four steps at three sizes: after the second nothing is compiled again, and the gradients are the eager ones."""
+    """Four steps at three sizes: nothing is compiled after the second, and the gradients equal the eager ones."""
     torch.manual_seed(0)
     net = randomise_batch_norm(deeplabv2("resnet18", 3, batch_norm=mode)).train()
     eager = copy.deepcopy(net)
@@ -238,19 +238,21 @@ def test_a_compiled_net_is_compiled_once(mode):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4 * float(b.grad.abs().max()))
 
 
-# ---- nothing waits for the device
+# ---- no host sync
 
 
 @pytest.mark.parametrize("mode", ["frozen", "stats", "full"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_training_step_waits_for_nothing(name, mode, toy_voc, tmp_path, on_meta):
-    """Of both scripts; what travels is the bytes of the crops, once."""
+def test_a_training_step_has_no_host_sync(name, mode, toy_voc, tmp_path, on_meta):
+    """In both scripts; only the bytes of the crops are sent, once."""
     options = [*STEP, "--batch-norm", mode, *VARIANTS[name]]
     for script in [train_msc] if "--one-scale-at-a-time" in options else [train, train_msc]:
         strict = on_meta(script, toy_voc, tmp_path / script.__name__, *options)
         assert strict.launches > 100
         batches = 4 if "--iter-size" in options else 2
-        assert strict.sent == batches * 2 * 33 * 41 * (3 + 1)  # two crops a batch, three bytes a pixel and one of label
+        assert strict.sent == batches * 2 * 33 * 41 * (
+            3 + 1
+        )  # two crops per batch, three bytes per pixel and one for the label
 
 
 def planted_item(losses):
@@ -293,8 +295,8 @@ def test_planted_faults_in_training_are_noticed(fault, toy_voc, tmp_path, on_met
         {"window": (33, 33), "scales": (1.0, 0.5), "fuse": "mean"},
     ],
 )
-def test_prediction_and_counting_wait_for_nothing(options, toy_voc, fake_cuda):
-    """Each picture travels as bytes at its own size, with its label."""
+def test_prediction_and_counting_have_no_host_sync(options, toy_voc, fake_cuda):
+    """Each image is sent as bytes at its own size, with its label."""
     net, strict = fake_cuda
     data, seen = data_of(toy_voc), []
     score.score(net, data, torch.device("cuda"), **options, finish=lambda sample, classes: seen.append(sample.id))
@@ -304,7 +306,7 @@ def test_prediction_and_counting_wait_for_nothing(options, toy_voc, fake_cuda):
 
 
 def test_the_device_is_a_batch_ahead(toy_voc, monkeypatch):
-    """Each batch is handed over when the next one is launched; nothing is lost at the end."""
+    """The results of each batch are read after the next one is launched, and none is lost at the end."""
     order: list[str] = []
     net, data, predict = fold_batch_norm(deeplabv2("resnet18", 4).eval()), data_of(toy_voc), prediction.predict_batch
 

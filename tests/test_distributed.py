@@ -1,4 +1,4 @@
-"""Two gloo processes against one."""
+"""Two processes with gloo against one process."""
 
 import json
 import os
@@ -45,33 +45,33 @@ def torchrun(script: str, *options, processes: int = 2) -> subprocess.CompletedP
 
 @pytest.fixture(scope="module")
 def two_ranks(thin_nets, tmp_path_factory) -> tuple[Path, Path, list[dict]]:
-    """All that tests/helpers_two_ranks.py runs, in one pair of processes: the data, the folder, what each process says."""
+    """Run tests/helpers_two_ranks.py once in two processes: the data, the folder, and the results of each process."""
     folder = tmp_path_factory.mktemp("two_ranks")
     toy = make_toy_voc(folder / "toy")
-    # Running statistics that fit, so that the net behaves with frozen batch norm, too.
+    # Running statistics that match the data, so that the net works with frozen batch norm, too.
     train(toy, folder / "start", *SCRATCH, "--batch-norm", "stats", "--learning-rate", "0", "--num-steps", "25")
-    pictures = {path: path.read_bytes() for name in ("JPEGImages", "SegmentationClassAug") for path in (toy / name).iterdir()}
+    before = {path: path.read_bytes() for name in ("JPEGImages", "SegmentationClassAug") for path in (toy / name).iterdir()}
     result = torchrun("tests/helpers_two_ranks.py", toy, folder)
     assert result.returncode == 0, result.stderr[-3000:]
-    for path, content in pictures.items():
+    for path, content in before.items():
         path.write_bytes(content)
     return toy, folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
 def moves_alike(start: dict, one: dict, two: dict, tolerance: float) -> None:
-    """What each convolution has moved agrees to ``tolerance`` of the move's length.
+    """The updates of each convolution agree to ``tolerance`` of their norm.
 
-    1 % is far above rounding and far below what a lost scale, half batch or process would change.
+    1 % is far above rounding and far below the effect of a missing scale, half batch or process.
     """
     for key in (key for key in one if "conv" in key):
         moved, apart = (one[key] - start[key]).norm(), (two[key] - one[key]).norm()
-        assert moved > 20 * 1.2e-7 * start[key].norm(), key  # more than float32 rounds away
+        assert moved > 20 * 1.2e-7 * start[key].norm(), key  # above float32 rounding
         assert apart <= tolerance * moved, f"{key}: {apart / moved:.2%} apart"
 
 
 @pytest.mark.parametrize("name", [*STEPS, "single"])
-def test_two_processes_train_as_one_does(name, two_ranks, tmp_path):
-    """Three steps of two pictures with every option: batch norm is frozen, so the steps are the same."""
+def test_two_processes_train_like_one(name, two_ranks, tmp_path):
+    """Three steps of two images with every option: batch norm is frozen, so the steps are the same."""
     toy, folder, results = two_ranks
     key = "single" if name == "single" else f"frozen {name}"
     assert [result[key] for result in results] == [[0, ""], [0, ""]]
@@ -89,14 +89,14 @@ def test_two_processes_train_as_one_does(name, two_ranks, tmp_path):
     one, two = model(tmp_path / "VOC12_scenes_3.pth"), model(folder / f"two {key}/VOC12_scenes_3.pth")
     moves_alike(start, one, two, 0.3 if "16" in name else 0.01)
     lines = [log_lines(tmp_path), log_lines(folder / f"two {key}")]
-    for mine, theirs in zip(*lines):  # the losses that are told are those of both processes
+    for mine, theirs in zip(*lines):  # the logged losses are those of both processes
         for part in (part for part in mine if part.startswith("loss")):
             assert theirs[part] == pytest.approx(mine[part], rel=0.02 if "16" in name else 1e-4), part
     assert [line["step"] for line in lines[1]] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("name", TWO_HEADS)
-def test_two_processes_drop_the_channels_that_one_does(name, two_ranks, tmp_path):
+def test_two_processes_drop_the_same_channels_as_one(name, two_ranks, tmp_path):
     toy, folder, results = two_ranks
     assert [result[name] for result in results] == [[0, ""], [0, ""]]
     train_msc(toy, tmp_path, *HEADS, *TWO_HEADS[name])
@@ -114,7 +114,7 @@ def test_two_processes_drop_the_channels_that_one_does(name, two_ranks, tmp_path
 
 @pytest.mark.parametrize("mode", ["stats", "full"])
 def test_batch_statistics_of_each_process(mode, two_ranks):
-    """Another run than that of one process, as is said; statistics and counters move once a scale and batch."""
+    """The run differs from that of one process; statistics and counters move once per scale and batch."""
     _, folder, results = two_ranks
     for name, batches in (("plain", 3), ("iter-size", 6)):
         assert [result[f"{mode} {name}"] for result in results] == [[0, ""], [0, ""]]
@@ -124,7 +124,7 @@ def test_batch_statistics_of_each_process(mode, two_ranks):
 
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_both(two_ranks):
-    """Before anything is saved: process 1 alone saw it, in step 3, and the sentence is true."""
+    """Before anything is saved, though only process 1 has it, in step 3; the sentence names step and images."""
     _, folder, results = two_ranks
     for kind, sentence in (result["nan"] for result in results):
         assert kind == "Diverged"
@@ -135,8 +135,8 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_both(two_ranks):
     assert all(bool(value.isfinite().all()) for value in state["model"].values())
 
 
-def test_a_full_disk_and_a_folder_in_use_are_both_processes_errors(two_ranks):
-    """Of process 0, which writes and locks; both trained on to the last step."""
+def test_a_full_disk_and_a_folder_in_use_are_errors_of_both_processes(two_ranks):
+    """Process 0 writes and locks; both processes train to the last step."""
     _, folder, results = two_ranks
     for (kind, full), (_, held) in ((result["full"], result["held"]) for result in results):
         assert kind == "DiskError"
@@ -146,8 +146,8 @@ def test_a_full_disk_and_a_folder_in_use_are_both_processes_errors(two_ranks):
     assert not list((folder / "full").glob("*.pth"))
 
 
-def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(two_ranks, tmp_path):
-    """At the same step, and from one checkpoint, although process 1 then sees none: as if nothing had been."""
+def test_a_signal_to_one_process_stops_both_and_the_run_resumes(two_ranks, tmp_path):
+    """Both stop at the same step. They resume from one checkpoint, though process 1 has none, as if never stopped."""
     toy, folder, results = two_ranks
     assert [result["stop"] for result in results] == [[128 + signal.SIGUSR1, ""]] * 2
     assert [result["handed over"] for result in results] == [[0, ""]] * 2
@@ -163,7 +163,7 @@ def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(two_ranks, tmp_p
     moves_alike(start, one, two, 0.02)
 
 
-def test_processes_that_see_different_things_are_refused(two_ranks):
+def test_processes_with_different_checkpoints_or_lists_are_refused(two_ranks):
     _, folder, results = two_ranks
     for result in results:
         assert result["moved"][0] == "UserError"
@@ -174,15 +174,15 @@ def test_processes_that_see_different_things_are_refused(two_ranks):
     assert not (folder / "lists").exists()
 
 
-def test_a_picture_that_one_process_cannot_read_loses_nothing(two_ranks):
+def test_an_image_that_one_process_cannot_read_loses_nothing(two_ranks):
     _, folder, results = two_ranks
     kinds = sorted(result["broken"][0] for result in results)
     assert kinds in (["DatasetError", "DatasetError"], ["DatasetError", "OtherProcessFailed"])
     assert torch.load(folder / "broken/last.ckpt", weights_only=True)["step"] >= 1
 
 
-def test_two_processes_validate_as_evaluate_does(two_ranks, tmp_path):
-    """With process 0's statistics on both; the trained weights do not notice. What one cannot read both leave for."""
+def test_two_processes_validate_like_evaluate(two_ranks, tmp_path):
+    """With the statistics of process 0; the trained weights do not change. If one process cannot read a file, both end."""
     toy, folder, results = two_ranks
     assert [result[name] for result in results for name in ("validated", "not validated")] == [[0, ""]] * 4
     states = [torch.load(folder / name / "last.ckpt", weights_only=True)["model"] for name in ("validated", "not validated")]
@@ -207,7 +207,7 @@ def test_two_processes_count_the_same_matrix(two_ranks):
     one, two = (json.loads((folder / f"{name}.json").read_text()) for name in ("one", "two"))
     assert one["before_crf"]["confusion_matrix"] == two["before_crf"]["confusion_matrix"]
     assert one["after_crf"]["confusion_matrix"] == two["after_crf"]["confusion_matrix"]
-    # Before and after the CRF, from one process alone.
+    # Before and after the CRF, printed by one process only.
     assert [result["counted said"].count("mean IoU") for result in results] == [2, 0]
     for i in range(6):
         assert (folder / f"masks one/toy_{i}.png").read_bytes() == (folder / f"masks two/toy_{i}.png").read_bytes()
@@ -220,8 +220,8 @@ def test_an_indivisible_batch_is_refused(two_ranks):
         assert "--batch-size 3 does not divide into 2 processes" in sentence
 
 
-def test_a_label_that_one_process_cannot_read_ends_the_evaluation_of_both(two_ranks):
-    """With its sentence, and nobody waits for counts that never come."""
+def test_a_label_that_one_process_cannot_read_ends_both_evaluations(two_ranks):
+    """With the sentence, and no process waits for counts that never come."""
     _, _, results = two_ranks
     assert [result["evaluated"][0] for result in results] == ["OtherProcessFailed", "DatasetError"]
     assert all("toy_5.png holds the value 77" in result["evaluated"][1] for result in results)
@@ -234,14 +234,14 @@ def test_a_label_that_one_process_cannot_read_ends_the_evaluation_of_both(two_ra
         ("evaluate, weights", r"different weights, by their check sum: it is \w{16} in process 0 and \w{16} in process 1"),
         ("evaluate, options", "different --mirror: it is False in process 0 and True in process 1"),
         ("submission, lists", r"different pictures: number 2 is toy_1 toy_1\.jpg in process 0 and toy_2 toy_2\.jpg in"),
-        ("predict, pictures", r"different pictures: number 3 is toy_2\.jpg in process 0 and missing in process 1"),
+        ("predict, images", r"different pictures: number 3 is toy_2\.jpg in process 0 and missing in process 1"),
         ("predict, weights", "different weights, by their check sum"),
         ("train, validation lists", "different validation pictures: number 2 is"),
         ("train, options", "different --num-steps: it is 2 in process 0 and 3 in process 1"),
     ],
 )
-def test_what_the_processes_share_out_is_the_same_for_all(name, sentence, two_ranks):
-    """Scores of other pictures or of two nets would be those of nothing; both say so, and nothing is written."""
+def test_processes_with_different_inputs_are_refused(name, sentence, two_ranks):
+    """Scores over different images or nets would mean nothing: both processes fail, and nothing is written."""
     _, folder, results = two_ranks
     for result in results:
         assert result[name][0] == "UserError"
@@ -255,23 +255,23 @@ def test_what_the_processes_share_out_is_the_same_for_all(name, sentence, two_ra
     [
         ("evaluate, a folder", ("OtherProcessFailed", "DatasetError"), "nowhere does not exist; get PASCAL VOC"),
         ("evaluate, a file", ("OtherProcessFailed", "WeightsError"), r"nowhere\.pth: there is no such file"),
-        ("evaluate, memory", ("OtherProcessFailed", "MemoryError"), "memory ran out: take smaller"),
+        ("evaluate, memory", ("OtherProcessFailed", "MemoryError"), "memory ran out: use smaller"),
         ("evaluate, a bug", ("OtherProcessFailed", "KeyError"), "process 1: KeyError: 'key'"),
         ("evaluate, a disk", ("DiskError", "OtherProcessFailed"), "full"),
         ("submission, a disk", ("DiskError", "OtherProcessFailed"), "full"),
-        ("predict, a picture", ("OtherProcessFailed", "UserError"), r"nowhere\.jpg does not exist"),
+        ("predict, an image", ("OtherProcessFailed", "UserError"), r"nowhere\.jpg does not exist"),
     ],
 )
-def test_what_one_process_cannot_do_the_other_says_too(name, kinds, sentence, two_ranks):
+def test_an_error_of_one_process_is_reported_by_the_other(name, kinds, sentence, two_ranks):
     _, _, results = two_ranks
     outcomes = [result[name] for result in results]
     assert tuple(kind for kind, _ in outcomes) == kinds
     for kind, said in outcomes:
-        assert re.search(sentence, said) or kind in ("MemoryError", "KeyError")  # whose sentence run_command makes
+        assert re.search(sentence, said) or kind in ("MemoryError", "KeyError")  # run_command makes their sentence
 
 
-def test_two_processes_predict_every_picture_once(two_ranks):
-    """And both end with the status of a picture that one of them had to leave out."""
+def test_two_processes_predict_every_image_once(two_ranks):
+    """Both exit with status 1 if one of them skips an image."""
     _, folder, results = two_ranks
     assert [result["predict"] for result in results] == [[1, ""], [1, ""]]
     assert {path.name for path in (folder / "masks").iterdir()} == {f"toy_{number}.png" for number in range(3)}
@@ -291,19 +291,19 @@ def test_two_processes_predict_every_picture_once(two_ranks):
     ],
 )
 def test_the_first_difference_is_named(other, sentence, monkeypatch):
-    """Processes 0 and 1 agree; what process 2 has is given."""
+    """Processes 0 and 1 agree; ``other`` is that of process 2."""
     mine, sent = {"a": 1, "b": ["x", "y"]}, []
     monkeypatch.setattr(distributed, "gather", lambda value: [sent.append(value), value][1:])
     distributed.check_same(other)
-    theirs = iter([*sent, other])  # check sums, and where these differ what they are of
+    theirs = iter([*sent, other])  # checksums, and the values if they differ
     monkeypatch.setattr(distributed, "gather", lambda value: [value, value, next(theirs)])
     with pytest.raises(UserError, match=sentence) if sentence else nullcontext():
         distributed.check_same(mine)
 
 
 @pytest.fixture
-def four_cards(monkeypatch):
-    """A machine that says it has four CUDA devices; the environment of launchers is empty."""
+def four_gpus(monkeypatch):
+    """A fake machine with four CUDA devices, without environment variables of launchers."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
@@ -323,32 +323,32 @@ def four_cards(monkeypatch):
         ({}, 2),
         ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, 1),
         ({"RANK": "5", "WORLD_SIZE": "8", "SLURM_LOCALID": "3"}, 3),
-        ({"RANK": "5", "WORLD_SIZE": "8"}, 1),  # nobody says which of its machine it is: dealt out
+        ({"RANK": "5", "WORLD_SIZE": "8"}, 1),  # the local rank is unknown: rank modulo devices
     ],
 )
-def test_each_process_takes_a_card_of_its_own(environment, index, four_cards):
-    """torchrun's and Slurm's word goes before --gpu, which is for a single process."""
-    four_cards(**environment)
+def test_each_process_uses_its_own_gpu(environment, index, four_gpus):
+    """The local rank of torchrun or Slurm overrides --gpu, which is for a single process."""
+    four_gpus(**environment)
     assert select_device("auto", 2) == torch.device("cuda", index)
     assert select_device("cuda", 2) == torch.device("cuda", index)
 
 
-def test_one_card_for_several_processes_is_refused(four_cards):
+def test_one_gpu_for_several_processes_is_refused(four_gpus):
     assert select_device("cuda:3", 0) == torch.device("cuda", 3)
-    with pytest.raises(UserError, match="CUDA device 4 was asked for, but this machine has 4"):
+    with pytest.raises(UserError, match="CUDA device 4 was requested, but this machine has 4"):
         select_device("cuda", 4)
-    four_cards(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
-    with pytest.raises(UserError, match="--device cuda:0 would put 2 processes on one card"):
+    four_gpus(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
+    with pytest.raises(UserError, match="--device cuda:0 would put 2 processes on one GPU"):
         select_device("cuda:0", 0)
-    four_cards(LOCAL_RANK="7")
+    four_gpus(LOCAL_RANK="7")
     with pytest.raises(UserError, match="CUDA device 7"):
         select_device("cuda", 0)
 
 
-def test_buffers_are_not_sent_around(monkeypatch):
-    """Frozen ones never change, and of running statistics only those of process 0 are saved."""
+def test_buffers_are_not_synchronised(monkeypatch):
+    """Frozen ones never change, and only the running statistics of process 0 are saved."""
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")  # a group of one that is told to be two: wrapping asks nobody
+    monkeypatch.setenv("WORLD_SIZE", "2")  # a group of one that claims to be two: wrapping uses no collective
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with warnings.catch_warnings():
@@ -388,7 +388,7 @@ def main():
 
 class Witness:
     def __del__(self, write=os.write):  # os may be gone by then
-        write(1, b"Python was taken down")
+        write(1, b"Python was shut down")
 
 folder, *ends = sys.argv[1:]
 del sys.argv[1:]
@@ -415,8 +415,8 @@ print(json.dumps(ended))
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory) -> dict[str, list[tuple[int, str, str]]]:
-    """Each end of two processes that run ENDS -> the exit status, the output and the errors of both. All are forked from one
-    process, which has read torch."""
+    """Each end of two processes that run ENDS -> (exit status, output, errors) of both. All are forked from one process with
+    torch loaded."""
     folder, ends = tmp_path_factory.mktemp("ends"), ("well", "error", "bug", "signal", "killed")
     words = [sys.executable, "-c", ENDS, folder, *ends]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -437,21 +437,21 @@ def ended(tmp_path_factory) -> dict[str, list[tuple[int, str, str]]]:
     ],
 )
 def test_one_of_several_processes_ends_with_its_status(end, status, said, ended):
-    """And does not take Python down, which gloo's threads may need: about one in six of such a program died of SIGABRT."""
+    """Python is not shut down, since gloo's threads may need it: about one in six such programs died of SIGABRT."""
     for returncode, output, errors in ended[end]:
         assert returncode == status, errors
         assert output == "exit functions were called"
         assert re.search(said, errors)
 
 
-def test_a_process_whose_partner_is_killed_ends_with_a_sentence(ended):
+def test_a_process_whose_partner_is_killed_ends_with_one_sentence(ended):
     (status, _, errors), (killed, _, _) = ended["killed"]
     assert (status, killed) == (1, -signal.SIGKILL)
     assert re.fullmatch("-c: error: another process has ended before its work was done; .*\n", errors)
 
 
 def launch(in_a_group, toy_voc, folder, *options: str) -> subprocess.Popen:
-    """torchrun with two processes in a process group of its own, once the run has saved its second step."""
+    """Start torchrun with two processes in its own process group, and return once the run has saved step 2."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     arguments = [
         "--data-dir",
@@ -475,7 +475,7 @@ def launch(in_a_group, toy_voc, folder, *options: str) -> subprocess.Popen:
     raise AssertionError("the run did not begin within a minute")
 
 
-def test_a_killed_process_is_started_again_and_goes_on(in_a_group, toy_voc, tmp_path):
+def test_a_killed_process_is_restarted_and_resumes(in_a_group, toy_voc, tmp_path):
     process = launch(in_a_group, toy_voc, tmp_path, "--num-steps", "8")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
@@ -484,7 +484,7 @@ def test_a_killed_process_is_started_again_and_goes_on(in_a_group, toy_voc, tmp_
     assert [line["step"] for line in log_lines(tmp_path)] == list(range(1, 9))
 
 
-def test_a_signal_to_the_launcher_and_its_processes_saves(in_a_group, toy_voc, tmp_path):
+def test_a_signal_to_the_launcher_and_its_processes_saves_the_run(in_a_group, toy_voc, tmp_path):
     process = launch(in_a_group, toy_voc, tmp_path, "--num-steps", "100000", "--save-pred-every", "2", "--log-every", "1")
     os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)

@@ -1,4 +1,4 @@
-"""Outputs against what the user brought: by other names, links, folders; and files that are written whole."""
+"""Outputs never overwrite the user's files, under other names, links or folders; files are written completely or not at all."""
 
 import gzip
 import io
@@ -33,8 +33,8 @@ def out(folder: Path, *names: str, option: str = "--save-dir") -> list[Output]:
     return [Output(option, folder, name, f"the mask of {name} by {option}") for name in names]
 
 
-def test_good_outputs_make_their_folders_and_may_exist(tmp_path):
-    """What an earlier run of ours wrote is written over; the test of what that is writes it with the real functions."""
+def test_good_outputs_create_their_folders_and_may_exist(tmp_path):
+    """Outputs of an earlier run are overwritten; the real functions write them here."""
     (tmp_path / "data").mkdir()
     mask = np.zeros((3, 4), dtype=np.uint8)
     save_prediction(tmp_path / "old/a.png", mask)
@@ -68,7 +68,7 @@ def test_good_outputs_make_their_folders_and_may_exist(tmp_path):
         ("classes", b"sky\n"),
     ],
 )
-def test_a_file_of_other_origin_is_not_written_over(tmp_path, name, content):
+def test_a_file_of_another_program_is_not_overwritten(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"{name}, over a file that is no earlier output"):
         check_outputs(out(tmp_path, name), [])
@@ -76,14 +76,14 @@ def test_a_file_of_other_origin_is_not_written_over(tmp_path, name, content):
 
 
 def write_each_kind(folder: Path) -> list[Path]:
-    """A file of each kind that the functions of the commands write; the others are written in the tests of their commands."""
+    """One file of each kind that the commands write with these functions; tests of the commands write the others."""
     pixels = np.full((34, 48, 3), 90, np.uint8)
-    picture = Picture("a", pixels)
-    picture.logits = torch.zeros(2, 5, 6)
+    sample = Picture("a", pixels)
+    sample.logits = torch.zeros(2, 5, 6)
     save_prediction(folder / "a.png", pixels[..., 0])
     save_picture(folder / "b.png", pixels)
     save_picture(folder / "a.jpg", pixels)
-    write_probabilities(folder / "a.npz", picture, ["x", "y"], 8)
+    write_probabilities(folder / "a.npz", sample, ["x", "y"], 8)
     with VideoFile(folder / "a.mp4", 5.0) as film:
         film.write(pixels)
     grey = io.BytesIO()
@@ -94,7 +94,7 @@ def write_each_kind(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def test_each_kind_carries_the_mark_where_other_programs_read_it(tmp_path):
+def test_each_kind_has_the_mark_where_other_programs_read_it(tmp_path):
     written = write_each_kind(tmp_path)
     assert len(written) == 8
     assert all(map(outputs.is_output, written))
@@ -110,7 +110,7 @@ def test_each_kind_carries_the_mark_where_other_programs_read_it(tmp_path):
     with tarfile.open(tmp_path / "a.tgz") as archive:
         assert archive.getnames() == ["results/VOC2012/Segmentation/comp6_test_cls/a.png"]
     data = (tmp_path / "a.tgz").read_bytes()
-    assert data[3] == 16  # FCOMMENT alone (RFC 1952)
+    assert data[3] == 16  # only FCOMMENT (RFC 1952)
     assert data[10 : data.index(b"\0", 10)] == OUTPUT_MARK.encode()
     film = cv2.VideoCapture(str(tmp_path / "a.mp4"))
     assert [film.read()[0], film.read()[0]] == [True, False]
@@ -123,8 +123,8 @@ def test_each_kind_carries_the_mark_where_other_programs_read_it(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text())["made_by"] == OUTPUT_MARK
 
 
-def test_what_holds_an_output_is_none(tmp_path):
-    """The user's own files with ours inside, and ours without the mark, saved anew by other programs."""
+def test_a_file_that_contains_an_output_is_not_an_output(tmp_path):
+    """The user's files with outputs inside, and outputs that other programs saved again without the mark."""
     ours, mine = tmp_path / "ours", tmp_path / "mine"
     mine.mkdir()
     written = write_each_kind(ours)
@@ -145,11 +145,11 @@ def test_what_holds_an_output_is_none(tmp_path):
     found = sorted(mine.iterdir())
     assert len(found) == 9
     assert not any(map(outputs.is_output, found))
-    os.mkfifo(mine / "pipe.json")  # whose reader would wait
+    os.mkfifo(mine / "pipe.json")  # reading it would block
     assert not outputs.is_output(mine / "pipe.json")
 
 
-def test_a_link_that_leads_nowhere_is_the_users(tmp_path):
+def test_a_dangling_link_belongs_to_the_user(tmp_path):
     (tmp_path / "a.png").symlink_to(tmp_path / "an unmounted disk/a.png")
     with pytest.raises(UserError, match="no earlier output"):
         check_outputs(out(tmp_path, "a.png"), [])
@@ -157,7 +157,7 @@ def test_a_link_that_leads_nowhere_is_the_users(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.png", "x" * 251 + ".png", "ü" * 125 + ".jpg", "a.mp4", ".hidden", "no suffix"])
 def test_temporary_names(tmp_path, name):
-    """Hidden, at most 255 bytes, never twice the same, and what removes torn ones knows them, and those of before."""
+    """Hidden, at most 255 bytes, always different, and recognised for removal, like those of earlier versions."""
     seen = []
 
     def write(file):
@@ -196,7 +196,7 @@ def test_a_temporary_file_is_opened_through_no_link(tmp_path, monkeypatch):
     assert (tmp_path / "mine").read_text() == "mine"
 
 
-def test_names_that_no_disk_takes_are_a_sentence_before_any_work(tmp_path):
+def test_names_that_are_too_long_are_refused_before_any_work(tmp_path):
     for name in ("x" * 252 + ".png", "x" * 300 + "/a.png", "deep/" * 900 + "a.png"):
         with pytest.raises(UserError, match="File name too long"):
             check_outputs(out(tmp_path / "new", name), [tmp_path / ("y" * 300)], [tmp_path / ("z" * 300)])
@@ -204,14 +204,14 @@ def test_names_that_no_disk_takes_are_a_sentence_before_any_work(tmp_path):
         write_atomically(tmp_path / ("x" * 256), lambda file: None)
 
 
-def test_nothing_is_written_below_the_data_either(tmp_path):
+def test_nothing_is_written_to_folders_in_the_data(tmp_path):
     (tmp_path / "SegmentationClassAug/val").mkdir(parents=True)
     for folder in ("SegmentationClassAug/new", "SegmentationClassAug/val"):
         with pytest.raises(UserError, match=r"among the data of .*SegmentationClassAug"):
             check_outputs(out(tmp_path / folder, "a.png"), [], [tmp_path / "SegmentationClassAug"])
 
 
-def test_an_output_that_is_an_input_is_refused_by_any_name(tmp_path):
+def test_an_output_that_is_an_input_is_refused_under_any_name(tmp_path):
     source = tmp_path / "pics" / "a.png"
     source.parent.mkdir()
     source.write_text("a photo")
@@ -232,7 +232,7 @@ def test_an_output_that_is_an_input_is_refused_by_any_name(tmp_path):
 def test_nothing_is_written_among_the_data(tmp_path):
     (tmp_path / "labels/city").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "labels")
-    missing = tmp_path / "SegmentationClassAug"  # where it appeared, the next run would read it
+    missing = tmp_path / "SegmentationClassAug"  # if it existed, the next run would read it
     for folder in (tmp_path / "labels", tmp_path / "link", missing, tmp_path / "labels/../labels"):
         with pytest.raises(UserError, match=r"among the data of .*; choose a folder of its own"):
             check_outputs(out(folder, "new.png", "city/new.png"), [], [tmp_path / "labels", missing])
@@ -261,13 +261,13 @@ def test_two_outputs_of_one_name_are_refused(tmp_path, monkeypatch):
         check_outputs(out(tmp_path, "a.png", "A.png"), [])
 
 
-def test_whether_case_counts_is_asked_of_the_file_system(tmp_path):
+def test_the_file_system_decides_whether_case_matters(tmp_path):
     (tmp_path / "a").touch()
     assert outputs._ignores_case(tmp_path / "not/yet/there") == (tmp_path / "A").exists()
     assert not outputs._ignores_case(Path("/"))
 
 
-def test_places_that_cannot_be_written_are_told_first(tmp_path):
+def test_paths_that_cannot_be_written_are_refused_first(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"nothing can be written to .*file"):
         check_outputs(out(tmp_path / "file", "a.png"), [])
@@ -284,7 +284,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["deep"]
 
 
-def test_pictures_of_training_have_names_that_fit_and_replace_none_of_the_users(tmp_path):
+def test_images_of_training_have_short_names_and_replace_no_file_of_the_user(tmp_path):
     options = {"num_steps": 9, "batch_size": 1, "iter_size": 1, "tensorboard": False}
     pixels = np.zeros((4, 5, 3), np.uint8)
     (tmp_path / "images").mkdir()

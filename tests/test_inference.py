@@ -1,4 +1,4 @@
-"""From images of any size to logits and classes: whole, at several scales, in tiles; against naive and published procedures."""
+"""Images of any size to logits and classes: whole, at several scales, in tiles; against naive and published procedures."""
 
 from fractions import Fraction
 from math import ceil
@@ -26,7 +26,7 @@ from utils import options
 
 
 class SmallNet(nn.Module):
-    """Logits of what lies around every 8th pixel, so that the border of a tile shows; notes the sizes that it is given."""
+    """Logits that depend on the surroundings of every 8th pixel, so that tile borders matter; records the input sizes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class SmallNet(nn.Module):
 
 
 class NoFloat64(TorchDispatchMode):
-    """Refuses every operator that makes a float64 tensor, as a device without them does."""
+    """Refuses every operator that makes a float64 tensor, like a device without float64."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -49,14 +49,14 @@ class NoFloat64(TorchDispatchMode):
         return result
 
 
-def linear_picture(height: int, width: int) -> Tensor:
-    """A picture that is linear in the position, which every bilinear resizing keeps exactly: (1, 3, H, W) float64."""
+def linear_image(height: int, width: int) -> Tensor:
+    """An image that is linear in the position, so that bilinear resizing is exact: (1, 3, H, W) float64."""
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack([y, x, y + 2 * x]).double()[None]
 
 
 def published(net: nn.Module, image: np.ndarray, window: tuple[int, int], overlap: Fraction, mirror: bool) -> np.ndarray:
-    """predict_sliding of pytorch-segmentation-toolbox, (3, H, W) -> (C, H, W), but with a stride that is not rounded twice."""
+    """predict_sliding of pytorch-segmentation-toolbox, (3, H, W) -> (C, H, W), except that the stride is rounded only once."""
     height, width = image.shape[1:]
     total, count = np.zeros((4, height, width)), np.zeros((height, width))
     strides = [ceil(side * (1 - overlap)) for side in window]
@@ -79,7 +79,7 @@ def resized(planes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.stack([naive_bilinear(plane, size) for plane in planes])
 
 
-def test_the_canvas_of_a_picture():
+def test_canvas_size():
     assert canvas_size((1, 2)) == (1, 9)
     assert canvas_size((321, 375)) == (321, 377)
     assert canvas_size((505, 500)) == (505, 505)
@@ -87,18 +87,18 @@ def test_the_canvas_of_a_picture():
 
 @pytest.mark.parametrize("size", [(33, 49), (40, 55), (1, 1), (2, 17), (50, 64)])
 def test_scales_stay_aligned_for_any_size(size):
-    """A linear picture, padded with 0 from its own size on, comes back as it is: inside, away from the padding."""
-    image = linear_picture(*size)
+    """A linear image, padded with 0, is returned unchanged away from the padding."""
+    image = linear_image(*size)
     inner = ((size[0] - 1) // 8 * 8 + 1, (size[1] - 1) // 8 * 8 + 1)
     for scales in ((1.0,), (0.5,), (1.5, 1.0)):
         if scales != (1.0,) and inner != size:
-            continue  # the resized picture blends with the padding, so only 8k + 1 sides can be worked out
+            continue  # resizing blends the image with the padding, so only sides of 8k + 1 can be computed by hand
         result = predict(EveryEighth(), image, scales)[0]
         assert result.shape == (3, *size)
         torch.testing.assert_close(result[:, : inner[0], : inner[1]], image[0, :, : inner[0], : inner[1]].float())
 
 
-def test_mirrored_prediction_is_the_mean_of_both_views():
+def test_flipped_prediction_is_the_mean_of_both_views():
     torch.manual_seed(0)
     net = nn.Conv2d(3, 2, 9, stride=8, padding=4).double()
     image = torch.randn(1, 3, 33, 41, dtype=torch.float64)
@@ -109,12 +109,12 @@ def test_mirrored_prediction_is_the_mean_of_both_views():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (8, 9), (9, 9), (10, 30), (33, 47), (64, 64)])
-def test_blocks_of_rows_are_the_enlarged_logits(size):
+def test_blocks_of_rows_equal_the_enlarged_logits(size):
     torch.manual_seed(0)
     rows, columns = ((side - 1) // 8 + 1 for side in canvas_size(size))
     logits = torch.randn(1, 4, rows, columns)
     whole = enlarge(logits, size)
-    assert len(list(enlarge_rows(logits, size, 1))) == max(rows - 1, 1)  # never less than a row of the grid, here no more
+    assert len(list(enlarge_rows(logits, size, 1))) == max(rows - 1, 1)  # at least one row of the grid, here exactly one
     for max_elements in (1, 4 * 8 * size[1] * 2, 2**25):
         blocks = list(enlarge_rows(logits, size, max_elements))
         covered = [row for block, _ in blocks for row in range(*block.indices(size[0]))]
@@ -125,7 +125,7 @@ def test_blocks_of_rows_are_the_enlarged_logits(size):
     np.testing.assert_allclose(whole[0, 0].numpy(), expected[: size[0], : size[1]], atol=1e-5)
 
 
-def test_predict_takes_one_picture_or_a_batch():
+def test_predict_accepts_one_image_or_a_batch():
     net = deeplabv2("resnet18", 3).eval()
     image = torch.randn(3, 35, 20)
     with torch.no_grad():
@@ -137,8 +137,8 @@ def test_predict_takes_one_picture_or_a_batch():
 @pytest.mark.parametrize(
     ("size", "canvas"), [((20, 30), (65, 65)), ((1, 1), (33, 9)), ((33, 41), (505, 49)), ((8, 64), (65, 65))]
 )
-def test_a_grid_that_goes_on_past_the_picture(size, canvas):
-    """A fixed canvas: the blocks end with the picture, whatever their height."""
+def test_a_grid_larger_than_the_image(size, canvas):
+    """A fixed canvas: the blocks end with the image, for any block height."""
     torch.manual_seed(0)
     logits = torch.randn(1, 3, *((side - 1) // 8 + 1 for side in canvas))
     whole = np.stack([naive_bilinear(plane, canvas) for plane in logits[0].double().numpy()])[:, : size[0], : size[1]]
@@ -153,7 +153,7 @@ def test_a_grid_that_goes_on_past_the_picture(size, canvas):
 @pytest.mark.parametrize("scale", [0.3, 0.5, 0.75, 1.25, 1.9])
 @pytest.mark.parametrize("size", [(1, 9), (33, 49), (505, 17), (97, 2049)])
 def test_logits_of_a_scale_are_sampled_in_exact_arithmetic(scale, size):
-    """Against fractions of whole numbers, one position after another; no float64 is made, which mps does not have."""
+    """Against exact fractions, one position at a time; no float64 is used, since mps has none."""
     scaled = scaled_size(size, scale)
     torch.manual_seed(0)
     small = torch.randn(1, 1, *((side - 1) // 8 + 1 for side in canvas_size(scaled)))
@@ -165,7 +165,7 @@ def test_logits_of_a_scale_are_sampled_in_exact_arithmetic(scale, size):
         steps = (side - 1) // 8
         return [divmod(Fraction(i * (scaled_side - 1), max(8 * steps, 1)), 1) for i in range(steps + 1)]
 
-    plane = np.pad(small[0, 0].double().numpy(), ((0, 1), (0, 1)))  # what lies behind the last one has weight 0
+    plane = np.pad(small[0, 0].double().numpy(), ((0, 1), (0, 1)))  # the padding has weight 0
     for i, (y, part_y) in enumerate(taps(size[0], scaled[0])):
         for j, (x, part_x) in enumerate(taps(size[1], scaled[1])):
             b, a = float(part_y), float(part_x)
@@ -173,8 +173,8 @@ def test_logits_of_a_scale_are_sampled_in_exact_arithmetic(scale, size):
             assert result[i, j] == pytest.approx(top * (1 - b) + bottom * b, abs=2e-6)
 
 
-def test_classes_of_a_picture_or_a_batch():
-    """The class is that of the largest enlarged logit, and 255 all over a picture with a logit that is not finite."""
+def test_classes_of_one_image_or_a_batch():
+    """The class of the largest enlarged logit, or 255 everywhere in an image with a logit that is not finite."""
     torch.manual_seed(2)
     logits = torch.randn(3, 4, 3, 5)
     logits[1, 2, 0, 1] = float("nan")
@@ -191,22 +191,22 @@ def test_classes_of_a_picture_or_a_batch():
 
 
 def test_classes_are_taken_in_blocks_of_rows(monkeypatch):
-    """A picture of 24 megapixels: no tensor of all classes at full size is made."""
+    """An image of 24 megapixels: no tensor of all classes at full size is made."""
     sizes = enlarged_sizes(monkeypatch)
     logits = torch.randn(9, 501, 751)
     classes = enlarge_to_classes(logits, (4001, 6001))
     assert classes.shape == (4001, 6001)
     assert (classes[::8, ::8] == logits.argmax(0)).all()
-    assert max(sizes) <= 1.3 * 2**25  # a block and the grid row that opens the next
+    assert max(sizes) <= 1.3 * 2**25  # a block and the first grid row of the next
 
 
-def test_where_tiles_begin():
+def test_tile_starts():
     assert tile_starts(2048, 769) == [0, 513, 1026, 1279]  # published: stride ceil(769 * 2/3) = 513
     assert tile_starts(1024, 769) == [0, 255]
     assert tile_starts(769, 769) == tile_starts(20, 769) == [0]
     assert tile_starts(770, 769) == [0, 1]
     assert tile_starts(100, 50, Fraction(0)) == [0, 50]
-    assert tile_starts(2048, 768)[1] == 512  # two thirds of 768 exactly, where floating point gives 513
+    assert tile_starts(2048, 768)[1] == 512  # exactly two thirds of 768; floating point gives 513
 
 
 @pytest.mark.parametrize(
@@ -245,18 +245,18 @@ def test_each_scale_is_cut_into_tiles_of_one_size(fuse, combine):
     assert net.sizes == {(33, 33)}
 
 
-def test_a_window_of_the_pictures_size_is_the_whole_picture():
+def test_one_tile_of_the_image_size_is_the_whole_image():
     net, image = SmallNet(), torch.randn(1, 3, 33, 41, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(predict_windows(net, image, (33, 41)), predict(net, image))
-        # one that is no 8k + 1 is padded to it, as whole pictures are
+        # a size other than 8k + 1 is padded, like whole images
         torch.testing.assert_close(predict_windows(net, image[..., :30, :40], (30, 40)), predict(net, image[..., :30, :40]))
     assert net.sizes == {(33, 41)}
 
 
 @pytest.mark.parametrize("window", [(32, 33), (26, 40), (33, 34)])
-def test_a_window_off_the_grid_is_rounded_up_and_sees_the_pixels_that_are_there(window):
-    """No tile is padded inside the picture, at any scale."""
+def test_a_tile_off_the_grid_is_rounded_up_and_not_padded_inside_the_image(window):
+    """At every scale tiles inside the image contain only its pixels."""
     net, image = SmallNet(), torch.randn(1, 3, 100, 90, dtype=torch.float64) + 9
     rounded = (33, 41) if window[1] > 33 else (33, 33)
     seen = []
@@ -281,7 +281,7 @@ def test_the_mean_of_scales_on_the_grid():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 9), (40, 55)])
-def test_logits_at_full_size_become_classes_as_they_are(size):
+def test_logits_at_full_size_are_not_resized(size):
     logits = torch.randn(1, 4, *size)
     assert canvas_size(size, 1) == size
     for max_elements in (1, 4 * size[1] * 3, 2**25):
@@ -293,8 +293,8 @@ def test_logits_at_full_size_become_classes_as_they_are(size):
     assert (enlarge_to_classes(logits[0], size, stride=1) == 255).all()
 
 
-def test_no_more_is_enlarged_than_a_tile(monkeypatch):
-    """Beside the sums, which are the only tensor of all classes at the picture's size."""
+def test_only_tiles_are_enlarged(monkeypatch):
+    """The sums are the only tensor of all classes at the size of the image."""
     sizes = enlarged_sizes(monkeypatch)
     with torch.no_grad():
         predict_windows(SmallNet().float(), torch.zeros(1, 3, 150, 300), (65, 65))

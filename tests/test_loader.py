@@ -1,4 +1,4 @@
-"""The life of a loader's workers: however their context ends, none is left, and nobody waits for one that is stuck."""
+"""The workers of a loader: however the context ends, no worker is left, and the main process never waits for a stuck one."""
 
 import multiprocessing
 import os
@@ -21,7 +21,7 @@ STUCK, BROKEN = -1, -2  # indices
 
 
 class Numbers(Dataset):
-    """The worker's process number for any index, but for two."""
+    """The process id of the worker, for all indices except two."""
 
     def __getitem__(self, index):
         if index == STUCK:
@@ -36,7 +36,7 @@ def loader_of(*indices):
 
 
 def first_two(batches):
-    """The processes of the two workers, which have both started by then."""
+    """The process ids of the two workers; both have started by then."""
     return [int(next(batches)) for _ in range(2)]
 
 
@@ -50,7 +50,7 @@ def is_gone(pid):
 
 @pytest.fixture
 def soon(monkeypatch):
-    """torch asks whether a worker has ended by itself for a shorter time."""
+    """torch waits for a shorter time for a worker to end by itself."""
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
 
 
@@ -70,12 +70,12 @@ def test_no_worker_outlives_its_context(state, error):
         caught = found
     assert all(map(is_gone, workers))
     assert set(multiprocessing.active_children()) <= set(before)
-    if state != "killed":  # whose death torch may report first
+    if state != "killed":  # torch may report the killed worker first
         assert (type(caught) is error and str(caught) == "mine") if error else caught is None
 
 
 @pytest.mark.usefixtures("soon")
-def test_a_killed_worker_is_a_sentence_where_its_batch_is_awaited():
+def test_a_killed_worker_is_one_sentence_when_its_batch_is_needed():
     with pytest.raises(UserError, match="was killed: memory ran out, or a file crashes its decoder"):  # noqa: SIM117, PT012
         with running(loader_of(0, 0, STUCK, STUCK, STUCK, STUCK)) as batches:
             workers = first_two(batches)
@@ -84,7 +84,7 @@ def test_a_killed_worker_is_a_sentence_where_its_batch_is_awaited():
     assert all(map(is_gone, workers))
 
 
-def test_an_error_in_a_worker_ends_the_others_while_its_traceback_holds_the_iterator():
+def test_an_error_in_a_worker_ends_the_others_though_its_traceback_holds_the_iterator():
     with pytest.raises(DatasetError, match=r"^the file is broken$"):  # noqa: SIM117, PT012
         with running(loader_of(0, 0, BROKEN, 0)) as batches:
             workers = first_two(batches)
@@ -92,8 +92,8 @@ def test_an_error_in_a_worker_ends_the_others_while_its_traceback_holds_the_iter
     assert all(map(is_gone, workers))
 
 
-def test_a_second_interrupt_leaves_none_either(monkeypatch):
-    """It comes while torch waits for a worker that is stuck."""
+def test_a_second_interrupt_leaves_no_worker(monkeypatch):
+    """It comes while torch waits for a stuck worker."""
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 1.0)
     with pytest.raises(KeyboardInterrupt):  # noqa: SIM117, PT012
         with running(loader_of(0, 0, 0)) as batches:
@@ -104,9 +104,9 @@ def test_a_second_interrupt_leaves_none_either(monkeypatch):
     assert all(map(is_gone, workers))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch's __del__, of an iterator half made
-def test_workers_that_cannot_all_be_started_end(monkeypatch):
-    """The second one's queue finds no room in /dev/shm."""
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch's __del__ of an incomplete iterator
+def test_workers_end_if_not_all_can_be_started(monkeypatch):
+    """The queue of the second worker does not fit in /dev/shm."""
     start, begun = multiprocessing.Process.start, []
 
     def fails(process):
@@ -143,8 +143,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_a_command_ends_with_its_error_whatever_its_workers_do(tmp_path, method):
-    """Each worker holds the other end of the pipe, which is read to its end."""
+def test_a_command_ends_with_its_error_even_if_workers_are_stuck(tmp_path, method):
+    """Each worker holds the other end of the pipe, so reading it to the end waits for all of them."""
     (tmp_path / "program.py").write_text(PROGRAM.format(root=str(ROOT)))
     command = [sys.executable, str(tmp_path / "program.py"), method]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)

@@ -233,7 +233,7 @@ MISTAKES = {
     "other weights": (["--restore-from", "lost.pth"], "lost.pth"),
     "too few classes": (["--num-classes", "2"], "class indices 0..1 and 255"),
     "no GPU 99": (["--device", "cuda:99"], "CUDA device 99"),
-    "no device": (["--device", "gpu"], "is no torch device"),
+    "no device": (["--device", "gpu"], "is not a torch device"),
     "sync-bn on the CPU": (["--sync-bn"], "between CUDA devices only"),
     "crop": (["--input-size", "321"], "write HEIGHT,WIDTH"),
     "scale range": (["--scale-range", "2,1"], "write LOW,HIGH"),

@@ -1,4 +1,4 @@
-"""Sizes on the grid, and the logits of several scales, against a naive loop."""
+"""Sizes on the aligned grid, and the logits of several scales against a naive loop."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""Helper processes: deaf to stop requests, gone with the main process, under every start method."""
+"""Helper processes ignore stop signals and end with the main process, under every start method."""
 
 import multiprocessing
 import os
@@ -40,7 +40,7 @@ def alive(pid):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-def test_helpers_ignore_stop_requests_and_end_with_a_killed_main_process(tmp_path):
+def test_helpers_ignore_stop_signals_and_end_with_a_killed_main_process(tmp_path):
     script = tmp_path / "main.py"
     script.write_text(MAIN.format(root=str(ROOT)))
     main = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
@@ -55,12 +55,12 @@ def test_helpers_ignore_stop_requests_and_end_with_a_killed_main_process(tmp_pat
         assert all(map(alive, set().union(*helpers.values())))
     finally:
         main.kill()
-    # Every helper holds the other end of this pipe: it ends when the last one has.
+    # Every helper holds the other end of this pipe, so it closes when the last helper ends.
     assert main.communicate(timeout=20)[0] == ""
     assert main.returncode == -signal.SIGKILL
 
 
-def test_a_broken_pool_of_deaf_helpers_ends():
+def test_a_broken_pool_of_helpers_that_ignore_signals_ends():
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
     with ProcessPoolExecutor(2, context, start_helper) as pool:
         waiting = pool.submit(signal.pause) if hasattr(signal, "pause") else pool.submit(int)

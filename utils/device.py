@@ -1,4 +1,4 @@
-"""The device that a command computes on, and how exactly: choice, mixed precision, compilation."""
+"""The device of a command and its precision: selection, mixed precision, compilation."""
 
 import os
 import sys
@@ -12,23 +12,23 @@ from utils.distributed import is_main, rank, world_size
 
 
 def select_device(name: str, gpu: int, tf32: bool = True, deterministic: bool = False) -> torch.device:
-    """The device to run on, and how exactly it computes; to be called before anything is computed.
+    """Select the device to run on, and set its precision. Call it before anything is computed.
 
     Args:
-        name: ``"auto"`` (CUDA where there is any, else the CPU) or a torch device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``,
-            ``"mps"``, ``"xpu"``.
-        gpu: index of the CUDA device where ``name`` does not give one. Several processes take one each, by their number on
-            the machine, whatever ``gpu`` is.
-        tf32: whether CUDA may round the factors of float32 convolutions to 10 bits; decided here, whatever torch's default.
-        deterministic: whether only algorithms are taken that give the same bits each time, as torch's documentation tells
+        name: ``"auto"`` (CUDA if available, else the CPU) or a torch device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``,
+            ``"xpu"``.
+        gpu: index of the CUDA device if ``name`` has none. Of several processes each uses the device of its local rank, and
+            ``gpu`` is ignored.
+        tf32: whether CUDA may round the factors of float32 convolutions to 10 bits; torch's default is overridden.
+        deterministic: whether to use only deterministic algorithms
             (https://docs.pytorch.org/docs/stable/notes/randomness.html).
 
     Raises:
-        UserError: the device does not exist here, or several processes are to share one.
+        UserError: the device does not exist here, or several processes would share one.
     """
     torch.backends.cudnn.allow_tf32 = tf32
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # looked at when CUDA starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     if deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(deterministic)
     if name == "auto":
@@ -40,18 +40,18 @@ def select_device(name: str, gpu: int, tf32: bool = True, deterministic: bool = 
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name!r} is no torch device; write auto, cpu, cuda, cuda:N, mps or xpu") from None
+        raise UserError(f"--device {name!r} is not a torch device; expected auto, cpu, cuda, cuda:N, mps or xpu") from None
     if device.type == "cuda":
         return _select_cuda(device, gpu)
     available = {"cpu": True, "mps": torch.backends.mps.is_available(), "xpu": torch.xpu.is_available()}
     if device.type not in available:
-        raise UserError(f"--device {name} is not supported; write auto, cpu, cuda, cuda:N, mps or xpu")
+        raise UserError(f"--device {name} is not supported; expected auto, cpu, cuda, cuda:N, mps or xpu")
     if not available[device.type]:
         raise UserError(
             f"--device {name}: this machine, or this build of torch, has no {device.type} device; try --device auto"
         )
     if device.type in ("mps", "xpu") and world_size() > 1:
-        raise UserError(f"--device {device.type} works in a single process only; leave torchrun out")
+        raise UserError(f"--device {device.type} works in a single process only; start it without torchrun")
     return device
 
 
@@ -60,22 +60,22 @@ def _select_cuda(device: torch.device, gpu: int) -> torch.device:
     if world_size() > 1:
         if device.index is not None:
             raise UserError(
-                f"--device {device} would put {world_size()} processes on one card; write --device cuda, and choose the cards "
-                "with CUDA_VISIBLE_DEVICES"
+                f"--device {device} would put {world_size()} processes on one GPU; use --device cuda, and choose the GPUs with "
+                "CUDA_VISIBLE_DEVICES"
             )
         index = _local_rank(count)
     else:
         index = gpu if device.index is None else device.index
     if not 0 <= index < count:
         raise UserError(
-            f"CUDA device {index} was asked for, but this machine has {count}; choose another with --gpu or --device"
+            f"CUDA device {index} was requested, but this machine has {count}; choose another with --gpu or --device"
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
 def _local_rank(count: int) -> int:
-    """This process's number on its machine: from torchrun, from Slurm, else by dealing the ranks out over ``count`` cards."""
+    """The rank of this process on its machine: from torchrun, from Slurm, else its rank modulo ``count`` GPUs."""
     for name in ("LOCAL_RANK", "SLURM_LOCALID"):
         if os.environ.get(name, "").isdecimal():
             return int(os.environ[name])
@@ -83,14 +83,14 @@ def _local_rank(count: int) -> int:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compile something tiny, so that a machine without a compiler is told before any work is done.
+    """Compile a tiny function, so that a missing compiler is reported before any work is done.
 
     Raises:
         UserError: torch.compile does not work here.
     """
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
-    except Exception as error:  # of a dozen kinds, by what is missing
+    except Exception as error:  # the kind depends on what is missing
         text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         advice = "install a C++ compiler (g++, or MSVC on Windows), or leave --compile out"
         raise UserError(f"--compile: torch.compile does not work on this machine ({text.strip()[:200]}); {advice}") from None
@@ -103,14 +103,14 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
 
 
 def to_host(tensor: Tensor) -> Callable[[], Tensor]:
-    """Begin to copy a tensor to the host; what is returned waits until it is there, and for nothing that came later."""
+    """Start copying a tensor to the host. The returned function waits for this copy, but not for later work, and returns it."""
     if tensor.device.type != "cuda":
         return tensor.cpu
-    copy, there = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
-    there.record()
+    copy, done = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
+    done.record()
 
     def wait() -> Tensor:
-        there.synchronize()
+        done.synchronize()
         return copy
 
     return wait

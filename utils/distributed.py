@@ -1,6 +1,6 @@
-"""One process or many: the set-up that torchrun's environment asks for, and the few things processes tell one another.
+"""One process or many: the setup from torchrun's environment, and the few collectives that the commands use.
 
-Everything works unchanged in a single process. ``torchrun`` sets RANK, WORLD_SIZE and LOCAL_RANK; see
+All functions work in a single process, too. ``torchrun`` sets RANK, WORLD_SIZE and LOCAL_RANK; see
 https://docs.pytorch.org/docs/stable/elastic/run.html.
 """
 
@@ -21,12 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 from utils.command import UserError, sentence_of
 
 Value = TypeVar("Value")
-_hosts: Any = None  # the group of the processes' CPUs: what goes through it waits for no GPU
-PATIENCE = timedelta(days=7)  # one process's share of the pictures may take hours longer than another's
+_hosts: Any = None  # the process group of the CPUs: its collectives never wait for a GPU
+PATIENCE = timedelta(days=7)  # one process may need hours longer for its share of the images than another
 
 
 def rank() -> int:
-    """This process's number, 0 in a single process."""
+    """The rank of this process, 0 in a single process."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -41,16 +41,17 @@ def is_main() -> bool:
 
 
 def start(first: Callable[[], Value | None] = lambda: None) -> Value | None:
-    """Join the other processes, if there are any: NCCL for tensors on GPUs, gloo for those on CPUs.
+    """Join the other processes, if there are any: NCCL for tensors on GPUs, gloo for tensors on CPUs.
 
     Args:
-        first: called before, such as to fork processes from this still small one; where it raises in one process, all raise.
+        first: called before joining, for example to fork processes while this one is small; if it raises in one process, all
+            raise.
 
     Returns:
-        What ``first()`` does.
+        The result of ``first()``.
 
     Raises:
-        UserError: RANK and WORLD_SIZE are set, but the others cannot be found.
+        UserError: RANK and WORLD_SIZE are set, but the processes cannot find each other.
     """
     global _hosts
     made, failed = _attempt(first)
@@ -58,7 +59,7 @@ def start(first: Callable[[], Value | None] = lambda: None) -> Value | None:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
             store, rank_, size = next(dist.rendezvous("env://"))
-            # After a restart the store may still hold the addresses of the processes before it.
+            # After a restart the store may still hold the addresses of the previous processes.
             store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
             dist.init_process_group(backend, store=store, rank=rank_, world_size=size)
         except (ValueError, RuntimeError) as error:
@@ -72,30 +73,30 @@ def start(first: Callable[[], Value | None] = lambda: None) -> Value | None:
 
 
 def stop() -> None:
-    """Leave the group of processes after a run that all of them ended well: NCCL may wait for ever for one that failed.
+    """Leave the process group after a run that succeeded in all processes: NCCL may wait forever for one that failed.
 
-    The hosts' group stays referred to: torch 2.4 would join its threads with Python's lock held, which they may be waiting for.
+    ``_hosts`` stays referenced: torch 2.4 would join its threads while holding Python's lock, which they may be waiting for.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def wrap(module: nn.Module, device: torch.device) -> nn.Module:
-    """``module`` whose gradients are averaged over the processes; itself in a single process.
+    """Wrap ``module`` so that its gradients are averaged over the processes; in a single process it is returned as it is.
 
-    Its buffers are not sent around: running statistics are those of process 0, which is the one that saves.
+    Buffers are not synchronised: the saved running statistics are those of process 0.
     """
     if world_size() == 1:
         return module
     device_ids = [device.index] if device.type == "cuda" else None
-    names = inspect.signature(DistributedDataParallel).parameters  # the option's name has changed in torch 2.14
+    names = inspect.signature(DistributedDataParallel).parameters  # torch 2.14 has renamed the option
     sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     options: dict[str, Any] = {"device_ids": device_ids, "gradient_as_bucket_view": True, sync_buffers: False}
     return DistributedDataParallel(module, **options)
 
 
 def agree(*numbers: int) -> list[int]:
-    """For each number the largest that any process gave; the processes wait for one another, but not for a GPU."""
+    """The maximum of each number over all processes. The processes wait for each other, but not for a GPU."""
     if _hosts is None:
         return list(numbers)
     tensor = torch.tensor(numbers, dtype=torch.int64)
@@ -104,7 +105,7 @@ def agree(*numbers: int) -> list[int]:
 
 
 def gather(value: Value) -> list[Value]:
-    """The values of all processes, by their numbers, for small things that can be pickled."""
+    """The values of all processes, by rank, for small values that can be pickled."""
     if _hosts is None:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -113,7 +114,7 @@ def gather(value: Value) -> list[Value]:
 
 
 def from_main(make: Callable[[], Value]) -> Value:
-    """What ``make()`` returns on process 0, on every process; what it raises there is raised everywhere."""
+    """Call ``make()`` on process 0 and return its result on every process; if it raises, all processes raise."""
     if _hosts is None:
         return make()
     made, failed = _attempt(make) if is_main() else (None, None)
@@ -127,9 +128,9 @@ def from_main(make: Callable[[], Value]) -> Value:
 
 
 def everywhere(make: Callable[[], Value]) -> Value:
-    """What ``make()`` returns in this process; where it raises in one of them, all raise, so that none waits for ever.
+    """The result of ``make()`` in this process; if it raises in one process, all raise, so that none waits forever.
 
-    ``make()`` talks to no other process: they may not all come so far.
+    ``make()`` must not use collectives: another process may already have failed.
     """
     made, failed = _attempt(make)
     raise_any(failed)
@@ -137,7 +138,7 @@ def everywhere(make: Callable[[], Value]) -> Value:
 
 
 def raise_any(error: Exception | None) -> None:
-    """Raise ``error``, else the sentence and the exit status of one that another process gives; all call this together."""
+    """Raise ``error``, or else an error of another process, with its sentence and exit status. All processes call this."""
     problems = gather(_problem(error) if error else None)
     if error:
         raise error
@@ -146,29 +147,29 @@ def raise_any(error: Exception | None) -> None:
 
 
 def _attempt(make: Callable[[], Value]) -> tuple[Value | None, Exception | None]:
-    """What ``make()`` returns, or raises."""
+    """The result of ``make()``, and the exception that it raised; one of them is None."""
     try:
         return make(), None
-    except Exception as error:  # the others must hear of it
+    except Exception as error:  # to be sent to the other processes
         return None, error
 
 
 def _problem(error: Exception) -> tuple[str, int]:
-    """What the other processes are told of an error, which may be of a kind that cannot be pickled: its sentence and status."""
+    """The sentence and the exit status of an error, for the other processes; the error itself may not be picklable."""
     status, text = sentence_of(error)
-    if status is None:  # a bug, whose traceback comes from this process
+    if status is None:  # a bug: this process prints the traceback
         status, text = 1, f"process {rank()}: {traceback.format_exception_only(error)[-1].strip()}"
     return text, status
 
 
 def check_same(found: Mapping[str, Any]) -> None:
-    """Make sure that all processes have found the same, before anything is shared out by number.
+    """Check that all processes have found the same, before work is divided by rank.
 
     Args:
-        found: what it is called in messages -> lists, strings and numbers, told apart by their ``repr()``.
+        found: name in messages -> lists, strings and numbers, compared by their ``repr()``.
 
     Raises:
-        UserError: on all processes, with the first thing that differs and where it does.
+        UserError: on all processes, with the first difference.
     """
     mine = {name: hashlib.sha256(repr(value).encode()).digest() for name, value in found.items()}
     if all(theirs == mine for theirs in gather(mine)):
@@ -187,7 +188,7 @@ def check_same(found: Mapping[str, Any]) -> None:
 
 
 class OtherProcessFailed(UserError):
-    """Something went wrong in another process, which tells what."""
+    """An error of another process, with its sentence and exit status."""
 
     def __init__(self, message: str, exit_status: int) -> None:
         super().__init__(message)
@@ -195,26 +196,26 @@ class OtherProcessFailed(UserError):
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Give all processes the tensors of process 0, in place."""
+    """Copy the tensors of process 0 to all processes, in place."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.broadcast(tensor, 0, group=_group_of(tensor))
 
 
 def sum_(tensor: Tensor) -> Tensor:
-    """Add ``tensor`` up over the processes, in place."""
+    """Sum ``tensor`` over the processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor, group=_group_of(tensor))
     return tensor
 
 
 def min_(tensor: Tensor) -> Tensor:
-    """Take the smallest of each element over the processes, in place and on the device."""
+    """The minimum of each element over the processes, in place and on the device."""
     if dist.is_initialized():
         dist.all_reduce(tensor, dist.ReduceOp.MIN, group=_group_of(tensor))
     return tensor
 
 
 def _group_of(tensor: Tensor) -> Any:
-    """The hosts' group for what is on the CPU, so that the threads of the other one never hold a tensor of Python's."""
+    """The host group for tensors on the CPU, so that the threads of the default group never hold a Python tensor."""
     return _hosts if tensor.device.type == "cpu" else None

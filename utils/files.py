@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written completely or not at all."""
 
 import errno
 import hashlib
@@ -15,22 +15,22 @@ from typing import IO, Any
 from utils.command import UserError
 
 LONGEST_PATH = 4095  # bytes, on Linux
-_KEPT = 100  # bytes of a name that its temporary file keeps
-# .<end of a name>.<hash>.<random>.tmp, and .<name>.<process>.tmp as earlier versions wrote
+_KEPT = 100  # bytes of a file name that its temporary file keeps
+# .<end of a name>.<hash>.<random>.tmp, and .<name>.<process>.tmp of earlier versions
 _TORN = re.compile(r"\.(.+?)\.(?:([0-9a-f]{8})\.[0-9a-f]{8}|\d+)\.tmp(?:\.mp4)?", re.DOTALL)
 
 
 class DiskError(UserError):
-    """A file cannot be written: no space, no permission, no folder. What was there before is there still."""
+    """A file cannot be written: no space, no permission, no folder. The old file is unchanged."""
 
 
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], Any], sync: bool = True) -> None:
-    """Call ``write(file)`` on a temporary file beside ``path`` and rename it: ``path`` is the old file or the whole new one.
+    """Call ``write(file)`` on a temporary file beside ``path`` and rename it: ``path`` is the old file or the complete new one.
 
-    Missing folders are made.
+    Missing folders are created.
 
     Args:
-        sync: wait until the disk has it, so that this holds where the power fails as well.
+        sync: wait until the data is on the disk, so that this also holds after a power failure.
 
     Raises:
         DiskError: the file cannot be written.
@@ -39,7 +39,7 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], Any], sync: 
     temporary = temporary_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:  # a new file, through no link
+        with open(temporary, "xb") as file:  # always a new file, never through a link
             write(file)
             file.flush()
             if sync:
@@ -57,42 +57,42 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], Any], sync: 
 
 
 def temporary_beside(path: Path, suffix: str = "") -> Path:
-    """A name for a file that becomes ``path``: ``.<end of its name>.<hash>.<random>.tmp``, which fits wherever ``path`` does.
+    """A name for a file that becomes ``path``: ``.<end of its name>.<hash>.<random>.tmp``, which is valid wherever ``path`` is.
 
     Args:
-        suffix: to end it in, for writers that go by it; ``".mp4"``.
+        suffix: appended for writers that need it, such as ``".mp4"``.
     """
     return path.with_name(f".{'.'.join(_short(path.name))}.{secrets.token_hex(4)}.tmp{suffix}")
 
 
 def _short(name: str) -> tuple[str, str]:
-    """The end of a file's name, as much of it as its temporary file keeps, and a hash of the whole."""
+    """The end of a file name that its temporary file keeps, and a hash of the whole name."""
     return end_of(name, _KEPT), hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
 
 
 def end_of(name: str, most: int) -> str:
-    """The last characters of a file's name that fit into ``most`` bytes."""
+    """The last characters of a file name that fit into ``most`` bytes."""
     return os.fsencode(name)[-most:].decode(errors="ignore")
 
 
 def _torn(folder: Path) -> Iterator[tuple[Path, str, str]]:
-    """What killed writers have left in ``folder``, each with what it keeps of the name and its hash, "" in earlier versions."""
+    """The files that killed writers left in ``folder``: path, end of the name, and hash ("" in earlier versions)."""
     for path in folder.glob(".*.tmp*"):
         if torn := _TORN.fullmatch(path.name):
             yield path, torn[1], torn[2] or ""
 
 
 def remove_torn(folder: Path, ours: Callable[[str], bool]) -> None:
-    """Delete what killed writers have left of files in ``folder`` of whose names, or their last 100 bytes, ``ours`` is true."""
+    """Delete the temporary files that killed writers left in ``folder``, if ``ours`` accepts the last 100 bytes of the name."""
     for path, name, _ in _torn(folder):
         if ours(name):
             path.unlink(missing_ok=True)
 
 
 def remove_torn_files(paths: Iterable[Path]) -> None:
-    """:func:`remove_torn` for files that are going to be written."""
+    """:func:`remove_torn` for files that will be written."""
     names: dict[Path, set[tuple[str, str]]] = {}
-    for path in paths:  # earlier versions kept the whole name, but of videos what stands before the suffix
+    for path in paths:  # earlier versions kept the whole name, without the suffix for videos
         names.setdefault(path.parent, set()).update([_short(path.name), (path.name, ""), (path.name.removesuffix(".mp4"), "")])
     for folder, ours in names.items():
         for path, *name in _torn(folder):
@@ -107,7 +107,7 @@ def save_json(path: str | Path, value: Any) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Make ``folder`` if it is missing; raise :class:`DiskError` if nothing can be written there."""
+    """Create ``folder`` if it is missing; raise :class:`DiskError` if nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

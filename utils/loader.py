@@ -1,4 +1,4 @@
-"""A data set's loader, and the life of its workers."""
+"""The data loader, and the start and end of its workers."""
 
 import multiprocessing
 import os
@@ -22,8 +22,7 @@ MORE_SHARED_MEMORY = "give it more with `docker run --shm-size=1g` or `--ipc=hos
 def make_loader(
     data: Any, batch_sampler: Iterable, num_workers: int, device: torch.device, collate_fn: Callable | None = None
 ) -> DataLoader:
-    """A loader of a map-style data set; its workers use one thread each and leave signals to the main process, see
-    :func:`running`."""
+    """A loader of a map-style data set, to be used in :func:`running`. Each worker uses one thread and ignores stop signals."""
     return DataLoader(
         data,
         batch_sampler=batch_sampler,
@@ -36,10 +35,10 @@ def make_loader(
 
 @contextmanager
 def running(loader: DataLoader) -> Iterator[Iterator]:
-    """The batches of ``loader``, as a context whose end, by whatever way, is also the end of its workers.
+    """A context that gives the batches of ``loader``, and ends its workers however it is left.
 
-    The workers ignore SIGTERM, so that a signal to the whole process group does not take them from a main process that still
-    wants to finish its step and save. torch and multiprocessing end workers by SIGTERM; those that are stuck are killed here.
+    The workers ignore SIGTERM, so that a signal to the whole process group does not end them while the main process still
+    finishes its step and saves. torch and multiprocessing end workers by SIGTERM; stuck workers are killed here.
 
     Raises:
         UserError: the data set cannot be pickled, the workers ran out of shared memory, or one was killed.
@@ -54,7 +53,7 @@ def running(loader: DataLoader) -> Iterator[Iterator]:
             raise UserError(f"the data set cannot be sent to workers ({error}): {advice}") from None
         if not isinstance(error, OSError):
             raise
-        # The semaphores of the workers' queues lie in shared memory, too.
+        # The semaphores of the workers' queues are in shared memory, too.
         text = f"no workers can be started ({error.strerror or error}): {MORE_SHARED_MEMORY}, or add --num-workers 0"
         raise UserError(text) from None
     workers = [process for process in multiprocessing.active_children() if process not in before]
@@ -64,9 +63,9 @@ def running(loader: DataLoader) -> Iterator[Iterator]:
         raise _users_error(error) or error from None
     finally:
         try:
-            # Private: what torch does once the iterator is garbage, which it is not while a traceback refers to it. It ends the
-            # thread that pins memory before the workers that this reads from, and then waits 5 to 10 seconds for each worker.
-            with suppress(RuntimeError):  # a worker was killed meanwhile
+            # Private. torch calls it when the iterator is collected, but a traceback may still refer to it. It ends the thread
+            # that pins memory, then the workers that feed it, and waits 5 to 10 seconds for each worker.
+            with suppress(RuntimeError):  # a worker was killed in the meantime
                 if workers:
                     batches._shutdown_workers()  # type: ignore[attr-defined]
         finally:
@@ -74,16 +73,16 @@ def running(loader: DataLoader) -> Iterator[Iterator]:
 
 
 def fitting_workers(num_workers: int, batch_bytes: int) -> tuple[int, str]:
-    """How many workers have room for their batches in /dev/shm, where they hand them over, at most ``num_workers``.
+    """The number of workers whose batches fit in /dev/shm, through which they are passed; at most ``num_workers``.
 
-    A worker has two batches under way, and two more are in use. Docker gives a container 64 MB.
+    Each worker prepares two batches, and two more are in use. Docker gives a container 64 MB.
 
     Args:
-        num_workers: as asked for.
-        batch_bytes: of one batch of this process.
+        num_workers: the requested number.
+        batch_bytes: the size of one batch of this process.
 
     Returns:
-        The number, and a sentence where it is lower than asked for, else "".
+        The number, and a sentence if it is lower than requested, else "".
     """
     if num_workers == 0 or not SHARED_MEMORY.is_dir():
         return num_workers, ""
@@ -92,23 +91,23 @@ def fitting_workers(num_workers: int, batch_bytes: int) -> tuple[int, str]:
     if fitting == num_workers:
         return num_workers, ""
     return fitting, (
-        f"--num-workers {num_workers} -> {fitting}: {SHARED_MEMORY} has {free / 1e6:.0f} MB free and a batch takes "
+        f"--num-workers {num_workers} -> {fitting}: {SHARED_MEMORY} has {free / 1e6:.0f} MB free and a batch needs "
         f"{batch_bytes / 1e6:.1f} MB; in a container, {MORE_SHARED_MEMORY}"
     )
 
 
 def _users_error(error: RuntimeError) -> UserError | None:
-    """What a RuntimeError out of a loader means to the user; None where it is something else."""
+    """The user's error behind a RuntimeError of a loader; None if there is none."""
     text = str(error)
     if not any(sign in text for sign in ("DataLoader worker", "shared memory object", "shared memory file", "/torch_", "shm")):
-        return None  # a GPU has "shared memory", too
+        return None  # "shared memory" alone may be that of a GPU
     if "Bus error" in text or "DataLoader worker" not in text:
         return UserError(
             f"the workers ran out of shared memory ({SHARED_MEMORY}): {MORE_SHARED_MEMORY}, or add --num-workers 0"
         )
     if "killed by signal" in text or "exited unexpectedly" in text:
         return UserError(
-            "a worker process that reads pictures was killed: memory ran out, or a file crashes its decoder; lower "
+            "a worker process that reads images was killed: memory ran out, or a file crashes its decoder; lower "
             "--num-workers, or find the file with scripts/check_dataset.py"
         )
     return None
