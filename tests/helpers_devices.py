@@ -24,8 +24,8 @@ from utils.training.stop import Ending
 class Strict(TorchDispatchMode):
     """Refuses operators that would make the host and the device wait for each other, which meta and fake tensors allow.
 
-    Only bytes are sent to the device: images and labels. Nothing is sent back, and no operator uses tensors of both. As in torch,
-    scalars of the host are allowed, since they are passed with the launch.
+    Only bytes are sent to the device: images and labels. Nothing is sent back, and no operator uses tensors of both. Scalars of
+    the host are allowed, as in torch, since they are passed with the launch.
     """
 
     def __init__(self, device: str) -> None:

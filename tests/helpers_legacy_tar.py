@@ -1,4 +1,4 @@
-"""Torch files as PyTorch 0.1.9 wrote them, built from their layout without torch."""
+"""Torch files in the format of PyTorch 0.1.9, written byte by byte without torch."""
 
 import io
 import pickle

@@ -16,7 +16,7 @@ from tests.helpers import TOY_CLASSES
 
 WHOLE = {"resnet18": BACKBONES["resnet18"]}
 THIN = {"resnet18": Backbone(BasicBlock, (2, 2, 2, 2), groups=32, width=2)}
-"""For ``BACKBONES``: a ResNet-18 with all its names and 1/32 of its numbers, whose runs are ten times as fast."""
+"""For ``BACKBONES``: a ResNet-18 with the same names and 1/32 of the weights; runs are ten times as fast."""
 
 
 def naive_logits(snapshot: Path, toy_voc: Path, i: int) -> np.ndarray:

@@ -142,7 +142,7 @@ def semseg_state(narrow):
 
 
 def tensorflow_arrays(state, backbone):
-    """A canonical state as caffe-tensorflow's {layer: {parameter: array}}, kernels as height x width x in x out."""
+    """A canonical state as caffe-tensorflow's {layer: {parameter: array}}; kernels (height, width, in, out)."""
     layers = {"conv1": {"weights": state["conv1.weight"].permute(2, 3, 1, 0)}, "bn_conv1": _tf_bn(state, "bn1")}
     for conv, bn, name in caffe_layers(backbone):
         layers[f"res{name}"] = {"weights": state[f"{conv}.weight"].permute(2, 3, 1, 0)}

@@ -20,7 +20,7 @@ from utils.evaluation import score
 
 pytestmark = pytest.mark.usefixtures("thin_nets")
 TIMES = {"images_per_s", "data_wait", "seconds", "memory_mb"}
-# Operators that raise on CUDA under torch.use_deterministic_algorithms(True), by its documentation; kthvalue only by its kernel,
+# Operators that raise on CUDA under torch.use_deterministic_algorithms(True), by its documentation; kthvalue by its kernel,
 # scatter_reduce only for products. nll_loss2d raises for sums and means.
 NOT_DETERMINISTIC = {
     *("upsample_linear1d_backward", "upsample_bilinear2d_backward", "upsample_bicubic2d_backward"),

@@ -57,7 +57,7 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], Any], sync: 
 
 
 def temporary_beside(path: Path, suffix: str = "") -> Path:
-    """A name for a file that becomes ``path``: ``.<end of its name>.<hash>.<random>.tmp``, which is valid wherever ``path`` is.
+    """The name of a file that becomes ``path``: ``.<end of its name>.<hash>.<random>.tmp``, valid if ``path`` is.
 
     Args:
         suffix: appended for writers that need it, such as ``".mp4"``.

@@ -35,7 +35,7 @@ def make_loader(
 
 @contextmanager
 def running(loader: DataLoader) -> Iterator[Iterator]:
-    """A context that gives the batches of ``loader``, and ends its workers however it is left.
+    """A context over the batches of ``loader``. Its workers end with the context, also after an exception.
 
     The workers ignore SIGTERM, so that a signal to the whole process group does not end them while the main process still
     finishes its step and saves. torch and multiprocessing end workers by SIGTERM; stuck workers are killed here.
