@@ -138,7 +138,7 @@ def everywhere(make: Callable[[], Value]) -> Value:
 
 
 def raise_any(error: Exception | None) -> None:
-    """Raise ``error``, or else an error of another process, with its sentence and exit status. All processes call this."""
+    """Raise ``error`` or else, with its sentence and exit status, that of another process. All processes call this together."""
     problems = gather(_problem(error) if error else None)
     if error:
         raise error
@@ -147,7 +147,7 @@ def raise_any(error: Exception | None) -> None:
 
 
 def _attempt(make: Callable[[], Value]) -> tuple[Value | None, Exception | None]:
-    """The result of ``make()``, and the exception that it raised; one of them is None."""
+    """(result of ``make()``, None), or (None, the exception that it raised)."""
     try:
         return make(), None
     except Exception as error:  # to be sent to the other processes

@@ -14,7 +14,7 @@ from deeplab.weights.stem import turn_stem
 from deeplab.weights.weights import NO_PLACE, OTHER_HEAD, Weights, WeightsError, some
 
 _FIRST_BLOCKS = "the first blocks of its stages 3 and 4 have dilations 1 and 2, those of the nets here 2 and 4"
-_AT_8 = "{}, if it was trained at output stride 8; at 16 both stages differ, and the file does not say which"
+_AT_8 = "{}, if it was trained at output stride 8, which the file does not say; at 16 both stages differ"
 _OVER_TORCHVISION = {
     # keys that only its head has -> the name of the net, and the difference between its backbone and ours
     ("classifier.0.project.0.weight",): ("torchvision DeepLabv3", _FIRST_BLOCKS),
