@@ -198,7 +198,8 @@ def find_densecrf() -> ModuleType:
     try:
         from pydensecrf import densecrf
     except ImportError as error:
-        raise CRFUnavailable(f"the dense CRF needs pydensecrf ({error}); pip install pydensecrf2") from None
+        advice = "pip install pydensecrf2, or choose the backend torch (--crf-backend torch)"
+        raise CRFUnavailable(f"pydensecrf is not installed ({error}); {advice}") from None
     return densecrf
 
 

@@ -246,7 +246,7 @@ def test_pydensecrf_is_imported_only_when_needed(monkeypatch):
     code = "import sys, deeplab.crf; sys.exit('pydensecrf' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
     monkeypatch.setitem(sys.modules, "pydensecrf", None)
-    with pytest.raises(CRFUnavailable, match=r"needs pydensecrf .*pip install pydensecrf2"):
+    with pytest.raises(CRFUnavailable, match=r"pydensecrf is not installed .*pip install pydensecrf2.*--crf-backend torch"):
         dense_crf(IMAGE, UNIFORM)
     assert CRFUnavailable.exit_status == 2
 

@@ -1,5 +1,6 @@
 """The CRF on the net's device predicts the same classes as the pool of processes, or the pool takes over."""
 
+import importlib.util
 import json
 from argparse import Namespace
 from contextlib import ExitStack
@@ -85,6 +86,16 @@ def test_auto_is_torch_on_a_gpu(backend, device, cuda, expected, monkeypatch):
         assert type(crf) is expected
         assert getattr(crf, "check", None) == {CRFPool: None, DeviceCRF: backend == "auto"}[expected]
         assert open_crf(Namespace(**{**vars(args), "crf": False}), stack) is None
+
+
+def test_torch_computes_the_crf_where_pydensecrf_is_not_installed(monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "pydensecrf" else find(name, *rest))
+    args = Namespace(crf=True, crf_backend="auto", device="cpu", crf_workers=1, crf_prune=0.0, window=None, batch_size=2)
+    with ExitStack() as stack:
+        crf = open_crf(args, stack)
+    assert (type(crf), crf.check) == (DeviceCRF, False), "there is nothing to compare the first image with"
+    assert capsys.readouterr().err == "pydensecrf is not installed, so torch computes the CRF\n"
 
 
 @pytest.mark.parametrize("options", [[], ["--batch-size", "3"], ["--window", "33,41"], ["--crf-prune", "0.05"]])

@@ -1,5 +1,6 @@
 """The dense CRF where the net is: no processes, and no logits that travel to the host."""
 
+import importlib.util
 import sys
 from argparse import Namespace
 from collections import deque
@@ -112,8 +113,11 @@ def open_crf(args: Namespace, stack: ExitStack) -> CRF | None:
     def make() -> CRF | None:
         if not args.crf:
             return None
-        if args.crf_backend == "torch" or (args.crf_backend == "auto" and on_gpu):
-            return DeviceCRF(args.batch_size, args.crf_prune, stride, args.crf_backend == "auto", args.crf_workers)
+        auto, installed = args.crf_backend == "auto", importlib.util.find_spec("pydensecrf") is not None
+        if auto and not installed and distributed.rank() == 0:
+            put(sys.stderr, "pydensecrf is not installed, so torch computes the CRF")
+        if args.crf_backend == "torch" or (auto and (on_gpu or not installed)):
+            return DeviceCRF(args.batch_size, args.crf_prune, stride, auto and installed, args.crf_workers)
         return stack.enter_context(CRFPool(args.crf_workers, args.crf_prune, stride))
 
     crf: Any = distributed.start(make)  # of one type or the other
