@@ -16,8 +16,8 @@ from PIL import Image
 from deeplab import make_net, multi_scale_loss, single_scale_loss
 from deeplab.weights import WeightsError, load_weights
 from tests.helpers import ROOT, save_palette_png
-from tests.helpers_runs import SCRATCH, equal, log_lines, model, scores, stopping, train, train_msc
-from utils import distributed
+from tests.helpers_runs import SCRATCH, SMALL, equal, log_lines, model, scores, stopping, train, train_msc
+from utils import distributed, training
 from utils.checkpoint import load_checkpoint, make_meta, prefix_of
 from utils.command import UserError
 from utils.evaluation.options import evaluation_parser
@@ -59,9 +59,6 @@ def test_a_resumed_run_is_the_run_that_was_begun(loss, toy_voc, tmp_path):
 
 
 def bare_resume(folder, loss=single_scale_loss, *options: str) -> int:
-    from utils.training import loop as training
-    from utils.training.options import training_parser
-
     parser = training_parser("", batch_size=10, iter_size=1, snapshot_dir="snapshots")
     return training.run(parser.parse_args(["--snapshot-dir", str(folder), "--resume", *options]), loss)
 
@@ -535,6 +532,35 @@ def test_losses_are_compared_by_their_qualified_names(toy_voc, tmp_path):
         with pytest.raises(UserError, match=r"the loss function .* has no name, by which --resume could tell it"):
             train(toy_voc, tmp_path / "s", *RUN, loss=loss)
     assert not (tmp_path / "s").exists()
+
+
+def smooth_loss(net, images, labels, size, aux_weight, smooth):
+    """A loss with an option of its own."""
+    smooth_loss.seen.append(smooth)
+    return {"loss": smooth * single_scale_loss(net, images, labels, size, aux_weight=aux_weight)["loss"]}
+
+
+def any_loss(net, images, labels, **options):
+    return smooth_loss(net, images, labels, options["size"], options["aux_weight"], options["smooth"])
+
+
+@pytest.mark.parametrize("loss", [smooth_loss, any_loss])
+def test_an_option_of_a_loss_of_ones_own(loss, toy_voc, tmp_path):
+    """Added to the parser, it reaches the parameter of its name, and a resumed run goes on with it."""
+
+    def run(*options):
+        parser = training_parser("", batch_size=10, iter_size=1, snapshot_dir="snapshots")
+        parser.add_argument("--smooth", type=float, default=1.0)
+        parser.add_argument("--note", default="")  # which nobody passes to a loss that has no such parameter
+        smooth_loss.seen = []
+        words = ["--data-dir", str(toy_voc), "--snapshot-dir", str(tmp_path / "s"), *SMALL, *SCRATCH, *options]
+        training.run(parser.parse_args(words), loss)
+        return smooth_loss.seen
+
+    assert run("--num-steps", "1", "--smooth", "0.5") == [0.5]
+    assert run("--num-steps", "2", "--resume") == [0.5]
+    with pytest.raises(UserError, match=r"these cannot change: --smooth 0\.5 -> 3\.0"):
+        run("--num-steps", "3", "--resume", "--smooth", "3")
 
 
 def test_a_script_of_ones_own_is_the_module_of_its_loss(monkeypatch):

@@ -37,7 +37,7 @@ from utils.training.lock import FolderLock
 from utils.training.log import RunLog
 from utils.training.monitor import ClassWatch, DataWait, Meter
 from utils.training.optimizer import GuardedSGD
-from utils.training.options import check_net_options, settle
+from utils.training.options import check_net_options, settle, training_parser
 from utils.training.start import begin, find_checkpoint, resume, run_folder
 from utils.training.stop import Ending
 from utils.training.validation import Validation
@@ -117,9 +117,8 @@ class Run:
         if options.class_weights:
             begun, given = start.checkpoint.get("class_weights"), "class_weights" in asked.given
             self.class_weights = find_weights(options, data, begun, given)
-        chosen = loss_options(options, torch.tensor(self.class_weights, device=device) if self.class_weights else None)
-        check_loss(loss_function, chosen)
-        objective = Objective(net, loss_function, **chosen)
+        class_weights = torch.tensor(self.class_weights, device=device) if self.class_weights else None
+        objective = Objective(net, loss_function, **loss_options(loss_function, options, class_weights))
         if options.compile:  # net and loss in one graph; one scale at a time, the scales are recomputed around the net
             (net if getattr(options, "one_scale_at_a_time", False) else objective).compile(dynamic=False)
         self.objective = distributed.wrap(objective, device)
@@ -232,29 +231,29 @@ def check_not_binary(data: VOCSegmentation) -> None:
         raise UserError(f"nothing was trained: {one_class_warning(values)}")
 
 
-def loss_options(options: Options, class_weights: Tensor | None = None) -> dict[str, object]:
-    """What a loss function takes beside net, images and labels; what is off is not passed."""
+def loss_options(loss_function: LossFunction, options: Options, class_weights: Tensor | None = None) -> dict[str, object]:
+    """What a loss function takes beside net, images and labels; what is off is not passed.
+
+    An option that a script adds to the command line is passed as well, if the function has a parameter of its name or takes
+    ``**options``. A resumed run passes what the run was begun with.
+
+    Raises:
+        UserError: the function does not take what it has to.
+    """
     chosen: dict[str, object] = {"size": options.loss_size, "aux_weight": options.aux_weight or 0.0}
     if options.ohem:
         chosen["ohem"] = Ohem(options.ohem_threshold, options.ohem_keep)
-    if getattr(options, "one_scale_at_a_time", False):
-        chosen["one_scale_at_a_time"] = True
     if class_weights is not None:
         chosen["class_weights"] = class_weights
-    return chosen
-
-
-def check_loss(loss_function: LossFunction, chosen: dict[str, object]) -> None:
-    """Raise :class:`UserError` where a loss function does not take the options that are passed to it."""
-    with suppress(ValueError):  # no signature is known
-        takes = inspect.signature(loss_function).parameters.values()
-        names = {parameter.name for parameter in takes}
-        missing = [name for name in chosen if name not in names]
-        if missing and not any(parameter.kind == parameter.VAR_KEYWORD for parameter in takes):
-            raise UserError(
-                f"the loss {loss_name(loss_function)} does not take {' and '.join(missing)}; add **options to its parameters"
-                + ("; it then ignores --class-weights, so leave that out" if "class_weights" in missing else "")
-            )
+    parameters = inspect.signature(loss_function).parameters
+    takes_all = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
+    if not takes_all and (missing := [name for name in chosen if name not in parameters]):
+        text = f"the loss {loss_name(loss_function)} does not take {' and '.join(missing)}; add **options to its parameters"
+        raise UserError(text + (" to ignore it, or leave --class-weights out" if missing == ["class_weights"] else ""))
+    ours = vars(training_parser("", batch_size=1, iter_size=1, snapshot_dir="").parse_args([])).keys() | {"loss"}
+    return chosen | {
+        name: value for name, value in vars(options).items() if name not in ours and (takes_all or name in parameters)
+    }
 
 
 def head_lines(options: Options, data: VOCSegmentation, data_list: Path, seen: str, device: torch.device) -> list[str]:
