@@ -1,6 +1,7 @@
 """Images beside masks: which folders are taken, and that training, evaluation and the check take the same ones."""
 
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from dataset import DatasetError
 from dataset.folders import Folders, choose_folders, find_folders, split_of
 from dataset.voc import TRAIN_LISTS
 from scripts import check_dataset, masks_to_indices
+from tests.helpers import ROOT
 from tests.helpers_data import save
 from tests.helpers_runs import evaluate
 from tests.helpers_runs import train as train_run
@@ -154,3 +156,39 @@ def test_other_formats_are_no_masks(tmp_path):
     (tmp_path / "masks").mkdir()
     Image.new("L", (4, 4)).save(tmp_path / "masks/a.jpg")
     assert find_folders(tmp_path) == {}
+
+
+README = (ROOT / "dataset/README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("line", [line for line in README.splitlines() if re.match(r"\| `?(images|train)", line)])
+def test_the_layouts_of_the_readme_are_found(tmp_path, line):
+    folders = re.findall(r"`([\w/]+)/`", line.split("|")[1])
+    images = [name for name in folders if "images" in name]
+    make(tmp_path, *(f"{name}:{name.replace('images', 'masks')}" for name in images))
+    assert sorted(folders) == sorted([*images, *(name.replace("images", "masks") for name in images)])
+    for split in ("train", "val"):
+        if "train.txt" in line:
+            (tmp_path / f"{split}.txt").write_text("0\n")
+        if split == "train" or "none;" not in line:
+            found = choose_folders(tmp_path, split, None, TRAIN_LISTS)
+            assert found
+            assert found[0].images in images
+
+
+def test_the_names_of_folders_in_the_readme(tmp_path):
+    text = " ".join(README.split())
+    also = re.search(
+        r"`images` may also be called (.*?); `masks` may be called (.*?); `train` also (.*?), `val` also (.*?);", text
+    )
+    images, masks, train, val = (re.findall(r"`(\w+)`", part) for part in also.groups())
+    assert images == ["image", "img", "imgs"]
+    for k, (image, mask) in enumerate(zip([*images, *images], masks, strict=False)):
+        assert find_folders(make(tmp_path / str(k), f"{image}:{mask}"))[""] == (image, mask)
+    assert {split_of(name) for name in train} == {"train"}
+    assert {split_of(name) for name in val} == {"val"}
+
+
+def test_the_commands_of_the_readme_are_understood():
+    for command in re.findall(r"python (scripts/masks_to_indices\.py [^`\n]+)", README):
+        masks_to_indices.parse_args(shlex.split(command)[1:])
