@@ -28,48 +28,29 @@ polygon covers the earlier. The first folder is only read, and files that are th
 """
 
 import argparse
-import filecmp
 import os
 import re
 import shlex
-import shutil
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset import DatasetError, read_image
 from dataset.classes import IGNORE_LABEL, VOID_COLOR, Color, name_the_classes, read_classes, voc_palette
-from dataset.labels import BadLabel, decode_label
 from dataset.lists import IMAGE_DIR, PICTURE_SUFFIXES, Listing
 from dataset.voc import LABEL_DIRS, TRAIN_LISTS, VAL_LISTS
-from scripts.data.colours import (
-    NO_COLORS,
-    PHOTO,
-    TABLES,
-    VOC,
-    Labels,
-    Table,
-    class_lines,
-    find_table,
-    is_reordered,
-    join_layers,
-    read_labels,
-)
-from scripts.data.layouts import LISTS, Labelled, check_ids, choose_lists, find_labelled, write_lines
+from scripts.data.conversion import Options, Outcome, check_masks, convert
+from scripts.data.layouts import Labelled, find_labelled
 from scripts.data.parallel import add_workers_option, parallel_map
-from scripts.data.polygons import IGNORED, Region
+from scripts.data.polygons import IGNORED
+from scripts.data.splits import LISTS, check_ids, choose_lists, write_lines
+from scripts.data.tables import TABLES, VOC, Table, class_lines, find_table
 from utils.argtypes import Parser, below_one, not_negative, target
 from utils.command import UserError, run_command
-from utils.files import remove_torn_files, write_atomically
-from utils.visualize import save_indexed_png
+from utils.files import remove_torn_files
 
-SHOWN = 50  # files in a message
 BACKGROUND = re.compile("_?background_?", re.IGNORECASE)
 
 
@@ -134,93 +115,6 @@ def layer_classes(labelled: Labelled, table: Table) -> tuple[dict[str, int], int
     return {label: named[name] for name, label in labels.items()} | {IGNORED: IGNORE_LABEL}, rest
 
 
-class Options(NamedTuple):
-    """How masks become labels, the same for all.
-
-    Attributes:
-        colors: label of each colour; {} takes values as they are stored.
-        num_classes: of the values.
-        guessed: see :func:`scripts.data.colours.read_labels`.
-        zero_is_void: 0 becomes void, 1.. become 0...
-        palette: (256, 3) uint8 RGB of what is written.
-        classes: of labels that have masks of their own.
-        rest: class of the pixels that have none of them.
-    """
-
-    colors: Mapping[Color, int]
-    num_classes: int
-    guessed: bool
-    zero_is_void: bool
-    palette: np.ndarray
-    classes: Mapping[str, int] = {}
-    rest: int = 0
-
-
-class Outcome(NamedTuple):
-    """What became of a mask: ``problem`` is "" where all is well, ``there`` says that it was written before."""
-
-    path: Path
-    problem: str = ""
-    there: bool = False
-    source: str = ""
-    values: tuple[int, ...] = ()
-    palette: Mapping[int, Color] = {}
-
-
-def convert(
-    mask: Path,
-    layers: Sequence[tuple[str, Path | Region]],
-    target: Path,
-    image: tuple[Path, Path] | None,
-    options: Options,
-    write: bool,
-) -> Outcome:
-    """Read one mask, or its layers, and say what is wrong; if ``write``, write its indices and copy its image to its place.
-
-    Runs in the worker processes.
-    """
-    try:
-        if layers:
-            read = [
-                (options.classes[label], layer.read_bytes() if isinstance(layer, Path) else layer) for label, layer in layers
-            ]
-            found = Labels(join_layers(read, options.rest), "layers")
-        else:
-            found = read_labels(mask.read_bytes(), options.colors, options.num_classes, options.guessed)
-    except (BadLabel, OSError) as error:
-        return Outcome(mask, str(error) if isinstance(error, BadLabel) else f"cannot be read ({error.strerror or error})")
-    labels = found.values
-    if options.zero_is_void:
-        labels = np.where((labels == 0) | (labels == IGNORE_LABEL), IGNORE_LABEL, labels - 1).astype(np.uint8)
-    if image and not write and (other := other_size(image[0], labels)):
-        return Outcome(mask, other)
-    if image and os.path.lexists(image[1]) and not filecmp.cmp(*image, shallow=False):
-        return Outcome(mask, f"has an image that would replace {image[1]}, which holds something else: choose another folder")
-    if there := os.path.lexists(target):
-        try:
-            same = np.array_equal(decode_label(target.read_bytes())[0], labels)
-        except (BadLabel, OSError):
-            same = False
-        if not same:
-            return Outcome(mask, f"would replace {target}, which holds something else: choose another folder")
-    elif write:
-        save_indexed_png(target, labels, options.palette)
-    if write and image and not image[1].exists():
-        with open(image[0], "rb") as file:
-            write_atomically(image[1], lambda copy: shutil.copyfileobj(file, copy))
-    return Outcome(mask, "", there, found.source, tuple(np.unique(found.values).tolist()), found.palette)
-
-
-def other_size(image: Path, labels: np.ndarray) -> str:
-    """What is said of labels that have not the size of their image; "" of others, and where the image cannot be read."""
-    try:
-        size = read_image(image).shape[:2]
-    except DatasetError:  # which the checker names
-        return ""
-    (height, width), (rows, columns) = size, labels.shape
-    return "" if size == labels.shape else f"is {columns}x{rows} pixels and its image {image} {width}x{height} (width x height)"
-
-
 def settle(args: argparse.Namespace, given: Table, table: Table | None, labelled: Labelled) -> Options:
     """How the masks become labels.
 
@@ -243,55 +137,6 @@ def settle(args: argparse.Namespace, given: Table, table: Table | None, labelled
         colors |= {own: IGNORE_LABEL for own in void if own not in colors}
     classes, rest = layer_classes(labelled, given) if labelled.layers else ({}, 0)
     return Options(colors, num_classes, not table and not args.zero_is_void, args.zero_is_void, palette, classes, rest)
-
-
-def check_masks(outcomes: Sequence[Outcome], table: Table | None, options: Options) -> None:
-    """Raise :class:`UserError` where a mask is wrong, or all together show that values as they are stored are no classes."""
-    if table and table.void and (stored := [o.path for o in outcomes if o.source == "stored"]):
-        name = table.void[0][0]
-        raise UserError(
-            f"{stored[0]} holds class indices, and {table.origin} has a line for {name}: it is unclear which value each "
-            f"class has; delete that line if the values do not count it, or rename {name} to keep it as a class"
-        )
-    if table and not options.colors and (drawn := [o.path for o in outcomes if o.problem.startswith(NO_COLORS)]):
-        raise UserError(
-            f"{table.origin} gives no colours, but {drawn[0]} has some, and nothing says which class each of them is; expected "
-            "`name r g b` a line, as in `road 128 64 128`"
-        )
-    if photos := [outcome.path for outcome in outcomes if outcome.problem.startswith(PHOTO)]:
-        raise UserError(
-            f"{len(photos)} of {len(outcomes)} masks look like photographs, or have smooth edges, such as {photos[0]}, "
-            "and nothing was written; expected PNGs of class indices or of a colour per class: pass their folder, or one that "
-            "holds images/ and masks/"
-        )
-    if bad := [f"{outcome.path} {outcome.problem}" for outcome in outcomes if outcome.problem]:
-        print("\n".join(bad[:SHOWN]), file=sys.stderr)
-        more = f" (and {len(bad) - SHOWN} more)" if len(bad) > SHOWN else ""
-        raise UserError(
-            f"{len(bad)} of {len(outcomes)} masks could not be turned, see above{more}, and nothing was written; mend them, or "
-            "name their colours with --void, or in a file of classes (--classes), `name r g b` a line, and run the same command"
-        )
-    colors: dict[int, tuple[Color, Path]] = {}
-    for outcome in outcomes:
-        for index, color in outcome.palette.items():
-            first, path = colors.setdefault(index, (color, outcome.path))
-            if first != color:
-                raise UserError(
-                    f"the palettes of {path} and {outcome.path} differ: index {index} is {first} and {color}, so that a tool "
-                    "re-ordered them; write the colours into the file of classes, `name r g b` a line, as in `road 128 64 128`"
-                )
-    # A tool orders the colours of each mask for itself, so that palettes of various colours that agree were left alone.
-    various = {tuple(outcome.palette) for outcome in outcomes if outcome.palette}
-    if len(various) == 1 and is_reordered({index: color for index, (color, _) in colors.items()}):
-        raise UserError(
-            f"the palette of {next(iter(colors.values()))[1]} has VOC's colours in another order, so that a tool may have "
-            "re-ordered it; write the colours into the file of classes, `name r g b` a line, as in `road 128 64 128`"
-        )
-    values = {value for outcome in outcomes for value in outcome.values}
-    if values == {0, IGNORE_LABEL} and not options.zero_is_void and {outcome.source for outcome in outcomes} == {"stored"}:
-        raise UserError(
-            "the masks hold 0 and 255 alone, and 255 is the ignore label: they are binary; add --binary, which writes 0 and 1"
-        )
 
 
 def check_classes(home: Path, rows: list[tuple[str, Color | None]]) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dataset import VOCSegmentation, read_class_names, read_ids, read_label, read_list, voc_palette
 from scripts import check_dataset, masks_to_indices
-from scripts.data.layouts import check_ids, write_lines
+from scripts.data.splits import check_ids, write_lines
 from tests.helpers_pngs import GREY, PALETTE, RGB, png
 from utils.command import UserError
 

@@ -10,7 +10,7 @@ from PIL import Image
 from dataset import DatasetError, VOCSegmentation, find_list, read_class_names, read_ids, read_list
 from dataset.classes import read_class_file
 from dataset.lists import is_bare
-from scripts.data.colours import read_table
+from scripts.data.tables import read_table
 from tests.helpers import TOY_CLASSES
 
 

@@ -1,4 +1,4 @@
-"""What the tools that people label with leave: which masks there are, whose images they are, which lists."""
+"""What the tools that people label with leave: which masks there are, and whose images they are."""
 
 import os
 import re
@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-import numpy as np
-
 from dataset.folders import IMAGE_FOLDERS, MASK_FOLDERS, split_of
-from dataset.lists import FOREIGN_SUFFIXES, IMAGE_DIR, PICTURE_SUFFIXES, Listing, is_bare, read_ids
+from dataset.lists import FOREIGN_SUFFIXES, IMAGE_DIR, PICTURE_SUFFIXES, Listing
 from scripts.data.polygons import Region, polygons, read_coco, read_jsons, read_labelme
+from scripts.data.splits import LISTS
 from utils.command import UserError
-from utils.files import write_atomically
 
-LISTS = "ImageSets/Segmentation"
 LAYOUTS = (
     ("SegmentationClassPNG", IMAGE_DIR),
     ("SegmentationClass", IMAGE_DIR),
@@ -31,7 +28,6 @@ Supervisely, common use, CamVid (``train_labels`` and ``train``), SegNet (``trai
 SUFFIXES = (("", ""), ("___fuse", ""), ("_mask", ""), ("_mask", "_sat"), ("_L", ""))
 """By which the names of masks and those of their images differ from the ids: SuperAnnotate, Roboflow, DeepGlobe,
 CamVid."""
-_COPY = re.compile(r"(.+)\.rf\.[^./]+")  # Roboflow: <source>.rf.<hash>, for each augmented copy of a source
 # Label Studio: the control's name is before the label's, which may hold dashes
 _LAYER = re.compile(r"(task-\d+)-annotation-(\d+)-by-[^-]*-[^-]+-(.+)-\d+")
 
@@ -315,64 +311,3 @@ def _no_masks(root: Path, suffix: str, files: Sequence[Path]) -> Any:
     lossless = [kind for kind in kinds if kind in (".gif", ".bmp", ".tif", ".tiff")]
     how = f", such as with ImageMagick's `mogrify -format png *{lossless[0]}`" if lossless else ""
     raise UserError(f"{root} holds no {which}{holds}; masks in other formats have to be saved as PNG without loss first{how}")
-
-
-def choose_lists(ids: Sequence[str], lists: Path, val_share: float, seed: int) -> tuple[dict[str, list[str]], str]:
-    """{"train": ids, "val": ids, "test": ids}, those that hold ids, and where they come from.
-
-    They are the lists of the export, else its folders called train, valid, test and so on, which come before a draw.
-
-    Args:
-        ids: that have all their files.
-        lists: a folder that may hold lists for training and validation, which are kept; others (CVAT's ``default.txt``) say
-            which ids there are.
-        val_share: of the sources of the ids, if they are to be split here. Copies of one source stay together.
-        seed: of the split.
-    """
-    lists = lists if lists.is_dir() else lists.parents[1]  # train.txt and val.txt beside the folders
-    files = sorted(lists.glob("*.txt"))
-    named = {name: path for path in files if (name := split_of(path.stem))}
-    have = set(ids)
-    if "train" in named:
-        read = {name: [i for i in read_ids(path) if i in have] for name, path in named.items()}
-        if read["train"]:
-            return read, f"as {lists} has them"
-    if (default := lists / "default.txt") in files:
-        have &= set(read_ids(default))
-    found = defaultdict(list)
-    for image_id in sorted(have):
-        found[next(filter(None, map(split_of, image_id.split("/")[:-1])), "")].append(image_id)
-    rest = found.pop("", [])
-    if (rest and [*found] == ["train"]) or (not rest and "train" not in found):  # the former may be a class
-        found, rest = defaultdict(list), sorted(have)
-    origin = "as the folders are called" if found else ""
-    train = found.get("train", rest)
-    if "val" not in found:
-        train, found["val"] = _draw(train, val_share, seed)
-        origin = f"{origin}, val drawn from train with seed {seed}" if origin else f"drawn with seed {seed}"
-    found["train"] = train
-    return {name: found[name] for name in ("train", "val", "test") if found.get(name)}, origin
-
-
-def _draw(ids: Sequence[str], share: float, seed: int) -> tuple[list[str], list[str]]:
-    """Sorted ids in two parts, the second with a share of them; copies of one source are in one part."""
-    source = {image_id: copy[1] if (copy := _COPY.fullmatch(image_id)) else image_id for image_id in ids}
-    names = sorted(set(source.values()))
-    count = min(len(names) - 1, max(1, round(share * len(names)))) if share else 0
-    held_out = {names[i] for i in np.random.default_rng(seed).permutation(len(names))[:count]}
-    return [i for i in ids if source[i] not in held_out], [i for i in ids if source[i] in held_out]
-
-
-def check_ids(ids: Iterable[str]) -> None:
-    """Raise :class:`UserError` for an id that a list cannot hold, as its line would be read as something else."""
-    for image_id in ids:
-        if not is_bare(image_id):
-            raise UserError(
-                f"{image_id!r} cannot be a line of a list of ids; rename that file without line ends, blanks at either end, "
-                "and suffixes of images in the middle"
-            )
-
-
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write a text file, a line per entry."""
-    write_atomically(path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
