@@ -81,7 +81,7 @@ def dense_crf(
             A NumPy array if the image is one, else a tensor on the same device.
         params: the parameters, by default the published ones.
         prune: classes whose probability in an image never exceeds this are left out of that image and get probability 0. The
-            time falls in proportion to the classes. 0 leaves nothing out.
+            time is proportional to the number of classes. 0 leaves nothing out.
         backend: ``"pydensecrf"`` computes on the host, one image at a time. ``"torch"`` computes all images at once on the
             device of the tensors. It equals pydensecrf to rounding (1e-4: pydensecrf's own results move as much when its inputs
             move by 1e-7) and is deterministic. An image of VOC's size, 500x375, with 21 classes needs 0.4 GB.

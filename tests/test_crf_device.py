@@ -30,7 +30,7 @@ def assert_same(found, expected) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("prune", [0.0, 0.3])
-def test_classes_are_those_of_the_pool(batch_size, prune):
+def test_classes_equal_those_of_the_pool(batch_size, prune):
     inputs = samples_with_logits(7)
     inputs += inputs[-1:] * 4  # five of one size in a row
     expected = [(sample, refine(sample.image, logits, prune)) for sample, logits in inputs]
@@ -120,7 +120,7 @@ def test_evaluation_gives_the_same_scores(options, toy_voc, snapshot, tmp_path):
 
 
 @pytest.mark.cuda
-def test_classes_on_a_gpu_are_those_of_the_pool():
+def test_classes_on_a_gpu_equal_those_of_the_pool():
     inputs = samples_with_logits(6)
     expected = [(sample, refine(sample.image, logits)) for sample, logits in inputs]
     on_gpu = [(sample, logits.cuda()) for sample, logits in inputs]

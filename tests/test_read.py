@@ -304,7 +304,7 @@ ODD = {
 
 @pytest.mark.parametrize("kind", ODD)
 @pytest.mark.filterwarnings("ignore")
-def test_odd_tensors_are_refused_in_a_sentence(tmp_path, kind):
+def test_odd_tensors_are_refused_in_one_sentence(tmp_path, kind):
     """Each at a place where the loader computes with it; one of another shape is refused when it is loaded into a net."""
     small = narrow_state("resnet18")
     backbone = {key: value for key, value in small.items() if not key.startswith("layer5.")} | {"fc.weight": torch.rand(5, 2)}
@@ -323,14 +323,14 @@ def test_odd_tensors_are_refused_in_a_sentence(tmp_path, kind):
             inner[key] = ODD[kind](old)
             path = save(tmp_path / "x.pth", state)
             inner[key] = old
-            if shapes or (huge and key == "fc.weight"):  # which has no place in the net
+            if shapes or (huge and key == "fc.weight"):  # fc.weight has no place in the net
                 with contextlib.suppress(WeightsError):
                     load_weights(path)
             else:
                 refused(path, "its |differ" if huge else re.escape(f"its {key} is "))
 
 
-def test_odd_keys_and_counters_are_no_parameters(tmp_path):
+def test_odd_keys_and_counters_are_not_parameters(tmp_path):
     state = narrow_state("resnet18")
     odd = {5: torch.rand(2), b"a.b": torch.rand(2), "n_averaged": torch.tensor(3), ("a", "b"): torch.rand(1)}
     weights = load_weights(save(tmp_path / "x.pth", state | odd))
@@ -341,7 +341,7 @@ def test_odd_keys_and_counters_are_no_parameters(tmp_path):
     refused(save(tmp_path / "x.pth", {b"conv1.weight": torch.rand(2)}), "holds no tensors under the names of parameters")
 
 
-def test_names_that_steer_a_terminal_are_shown_without(tmp_path):
+def test_control_characters_in_names_are_not_shown(tmp_path):
     weights = load_weights(save(tmp_path / "x.pth", narrow_state("resnet18") | {"a.\x1b[2Jb": torch.rand(2)}))
     assert "a.?[2Jb" in "".join(weights.lines())
     assert "\x1b" not in "".join(weights.lines())
@@ -370,7 +370,7 @@ def test_a_meta_that_no_net_has_is_refused(tmp_path, name, value):
 
 
 @pytest.mark.parametrize("classes", [0, 256])
-def test_heads_of_more_classes_than_labels_tell_are_refused(tmp_path, classes):
+def test_heads_with_more_classes_than_label_values_are_refused(tmp_path, classes):
     state = narrow_state("resnet18", head=0)
     for k in range(4):
         state |= {
