@@ -1,7 +1,8 @@
-"""The commands that the README holds."""
+"""The commands of the README, and the Python and the changes that it and the READMEs beside the code hold."""
 
 import re
 import shlex
+from pathlib import Path
 
 from tests.helpers import ROOT
 
@@ -22,3 +23,52 @@ def script_and_options(command: str) -> tuple[str, list[str]]:
     place = next(i for i, word in enumerate(words) if word.endswith((".py", ".sh")))
     options = [re.split(r"\|", word)[0].strip("[]") for word in words[place + 1 :]]  # one of the choices
     return words[place], [word for word in options if word]
+
+
+def section(readme: str, title: str) -> str:
+    """What stands under ``## title`` in a README."""
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    (found,) = [part for part in re.split(r"^## ", text, flags=re.MULTILINE) if part.startswith(title + "\n")]
+    return found
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def new_files(text: str) -> dict[str, str]:
+    """The Python blocks that begin with the name of a file: name -> content."""
+    return {match[1]: block for block in blocks(text, "python") if (match := re.match(r"# ([\w/]+\.py)\n", block))}
+
+
+def scripts(text: str) -> list[str]:
+    """The other Python blocks."""
+    return [block for block in blocks(text, "python") if block not in new_files(text).values()]
+
+
+def make_changes(text: str, root: Path) -> tuple[set[str], int]:
+    """Write the new files of a text below ``root``, and apply its diffs, whose context must be there once.
+
+    Returns:
+        The files that were touched, and how many lines were added, blank ones included.
+    """
+    touched, added = set(), 0
+    for name, content in new_files(text).items():
+        assert not (root / name).exists()
+        (root / name).write_text(content)
+        touched.add(name)
+        added += content.count("\n")
+    for diff in blocks(text, "diff"):
+        header, _, rest = diff.partition("\n")
+        path = root / header.removeprefix("+++ ")
+        content = path.read_text()
+        for hunk in rest.split("@@\n"):
+            lines = hunk.splitlines(keepends=True)
+            assert all(line[0] in " +" or line == "\n" for line in lines)
+            before = "".join(line[1:] for line in lines if line[0] == " ")
+            assert content.count(before) == 1, f"{path.name}: {before}"
+            content = content.replace(before, "".join(line[1:] for line in lines))
+            added += sum(line[0] == "+" for line in lines)
+        path.write_text(content)
+        touched.add(header.removeprefix("+++ "))
+    return touched, added

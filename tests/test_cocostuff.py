@@ -18,6 +18,7 @@ from scripts import check_dataset, predict
 from tests.helpers import ROOT
 from tests.helpers_cocostuff import IDS, NEVER, SIZE, make_10k, make_164k
 from tests.helpers_published import kazuto_state, random_net
+from tests.helpers_readme import new_files, section
 from utils.command import UserError
 from utils.metrics import ConfusionMatrix
 from utils.training.log import is_ours
@@ -242,9 +243,8 @@ def test_check_dataset(coco, capsys):
 
 def test_the_worked_example_is_a_data_set(tmp_path, monkeypatch, capsys):
     """The file that dataset/README.md shows, as it stands there, trains and is evaluated."""
-    code = re.search(r"```python\n(.*?)```", (ROOT / "dataset/README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
     scope: dict = {}
-    exec(code, scope)
+    exec(new_files(section("dataset/README.md", "Adding a data set"))["dataset/context.py"], scope)
     kind = scope["PascalContextSegmentation"]
     monkeypatch.setitem(DATASETS, "context", kind)
     root, rng = tmp_path / "context", np.random.default_rng(3)
@@ -270,7 +270,7 @@ def test_the_worked_example_is_a_data_set(tmp_path, monkeypatch, capsys):
 
 def test_the_readmes_table_names_what_there_is():
     """Each thing that a data set may say is an attribute of the base, and each is in the table."""
-    table = "".join(re.findall(r"^\|(.*?)\|", (ROOT / "dataset/README.md").read_text(encoding="utf-8"), re.MULTILINE))
+    table = "".join(re.findall(r"^\|(.*?)\|", section("dataset/README.md", "Adding a data set"), re.MULTILINE))
     named = set(re.findall(r"`(\w+)", table))
     assert {name for name in vars(VOCSegmentation) if name.isupper()} - named == {"LABEL", "TOOLBOX_TRAINING"}  # Cityscapes'
     assert named <= vars(VOCSegmentation).keys()

@@ -1,14 +1,19 @@
-"""The README's commands: each goes through its program's own parser, so that none rots."""
+"""The README's commands go through their program's own parser, the Python of all READMEs is run, so that none rots."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.helpers import ROOT
-from tests.helpers_readme import TEXT, commands, script_and_options
+from deeplab import deeplabv2
+from tests.helpers import ROOT, make_toy_voc
+from tests.helpers_nets import randomise_batch_norm
+from tests.helpers_readme import TEXT, commands, script_and_options, scripts
+from utils.checkpoint import make_meta, save_snapshot
 
 # What is looked up, not run, with the reason.
 NOT_RUN = {
@@ -68,3 +73,23 @@ def test_scripts_and_options_that_are_named_exist():
 def test_pictures_are_small_and_there():
     for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", TEXT):
         assert Path(ROOT / name).stat().st_size < 300_000
+
+
+@pytest.mark.usefixtures("thin_nets")
+@pytest.mark.parametrize(
+    "readme", [str(path.relative_to(ROOT)) for path in (ROOT / "README.md", *ROOT.glob("[!.]*/**/README.md"))]
+)
+def test_python_runs_as_it_stands(readme, tmp_path, monkeypatch):
+    """One block after another, in a folder with the snapshot, the photograph and the data set that the text uses."""
+    monkeypatch.chdir(tmp_path)
+    toy = make_toy_voc(tmp_path / "data/VOCdevkit/VOC2012")
+    shutil.copy(toy / "JPEGImages/toy_0.jpg", "photo.jpg")
+    shutil.copy(toy / "SegmentationClassAug/toy_0.png", "label.png")
+    torch.manual_seed(0)
+    net = randomise_batch_norm(deeplabv2("resnet18", 21))
+    Path("snapshots").mkdir()
+    save_snapshot("snapshots/VOC12_scenes_20000.pth", net, make_meta(net, None, 0, {}))
+    text, scope = (ROOT / readme).read_text(encoding="utf-8"), {}
+    for block in scripts(text):
+        exec(block, scope)
+    assert "net" in scope or not scripts(text)
