@@ -86,7 +86,7 @@ def test_a_loss(copy, run):
     path = trained(run, *VOC, *THIN, script="train_dice.py")
     assert torch.load(path, weights_only=True)["meta"]["args"]["loss"] == "train_dice.dice_loss"
     user_error = importlib.import_module("utils.command").UserError
-    with pytest.raises(user_error, match="the run was begun with the loss train_dice.dice_loss"):
+    with pytest.raises(user_error, match=r"the run was begun with the loss train_dice\.dice_loss"):
         run("train.py", "--snapshot-dir", "run", "--resume", "--num-steps", "4", *HERE)
     loss = runpy.run_path(str(copy / "train_dice.py"))["dice_loss"]
     logits, labels = torch.randn(2, 3, 2, 2), torch.tensor([[[0, 1], [2, 255]], [[1, 1], [0, 0]]])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from deeplab import deeplabv2
 from tests.helpers import ROOT, make_toy_voc
@@ -75,11 +76,16 @@ def test_pictures_are_small_and_there():
         assert Path(ROOT / name).stat().st_size < 300_000
 
 
+WITH_PYTHON = [
+    str(path.relative_to(ROOT))
+    for folder in ("", "dataset", "deeplab", "deeplab/weights", "scripts", "utils")
+    if (path := ROOT / folder / "README.md").exists() and scripts(path.read_text(encoding="utf-8"))
+]
+
+
 @pytest.mark.usefixtures("thin_nets")
-@pytest.mark.parametrize(
-    "readme", [str(path.relative_to(ROOT)) for path in (ROOT / "README.md", *ROOT.glob("[!.]*/**/README.md"))]
-)
-def test_python_runs_as_it_stands(readme, tmp_path, monkeypatch):
+@pytest.mark.parametrize("readme", WITH_PYTHON)
+def test_python_runs_as_it_stands(readme, tmp_path, monkeypatch, capsys):
     """One block after another, in a folder with the snapshot, the photograph and the data set that the text uses."""
     monkeypatch.chdir(tmp_path)
     toy = make_toy_voc(tmp_path / "data/VOCdevkit/VOC2012")
@@ -89,7 +95,18 @@ def test_python_runs_as_it_stands(readme, tmp_path, monkeypatch):
     net = randomise_batch_norm(deeplabv2("resnet18", 21))
     Path("snapshots").mkdir()
     save_snapshot("snapshots/VOC12_scenes_20000.pth", net, make_meta(net, None, 0, {}))
-    text, scope = (ROOT / readme).read_text(encoding="utf-8"), {}
-    for block in scripts(text):
+    scope: dict = {}
+    for block in scripts((ROOT / readme).read_text(encoding="utf-8")):
+        assert sum(bool(line.strip()) for line in block.splitlines()) <= 15
         exec(block, scope)
-    assert "net" in scope or not scripts(text)
+    assert {"README.md", "deeplab/README.md"} <= {*WITH_PYTHON}
+    if readme != "deeplab/README.md":
+        return
+    size = scope["image"].shape[:2]
+    assert (scope["classes"].shape, scope["classes"].dtype) == (size, torch.uint8)
+    assert scope["probabilities"].shape == (21, *size)
+    assert scope["refined"].shape == size
+    assert Image.open("overlay.png").size == size[::-1]
+    assert 0 <= float(capsys.readouterr().out) <= 1
+    before = net.state_dict()  # the net of the loop began as that one
+    assert any(not torch.equal(value, before[name]) for name, value in scope["net"].state_dict().items())
