@@ -15,7 +15,6 @@ import train as train_script
 from dataset import DATASETS, COCOStuffSegmentation, DatasetError, VOCSegmentation, voc_palette
 from dataset.classes import COCO_COLORS, COCO_NAMES, COCO_UNUSED
 from scripts import check_dataset, predict
-from tests.helpers import ROOT
 from tests.helpers_cocostuff import IDS, NEVER, SIZE, make_10k, make_164k
 from tests.helpers_published import kazuto_state, random_net
 from tests.helpers_readme import new_files, section
