@@ -14,6 +14,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 from tests.helpers import ROOT, TOY_CLASSES, make_toy_voc
 from tests.helpers_readme import blocks, make_changes, section
+from tests.helpers_runs import equal
 
 FOLDERS, SCRIPTS = ("dataset", "deeplab", "scripts", "utils"), ("train.py", "train_msc.py", "evaluate.py")
 HERE = ["--device", "cpu", "--num-workers", "0"]
@@ -112,8 +113,7 @@ def test_a_backbone(copy, run):
     run("scripts/convert_weights.py", "net.safetensors", "back.pth")
     saved, back = (torch.load(name, weights_only=True) for name in (path, "back.pth"))
     assert back["meta"]["backbone"] == "resnext50"
-    assert saved["model"].keys() == back["model"].keys()
-    assert all(torch.equal(saved["model"][key], value) for key, value in back["model"].items())
+    assert equal(saved["model"], back["model"])
     run(
         "scripts/predict.py", "voc/JPEGImages/toy_0.jpg", "--restore-from", "back.pth", "--save-dir", "masks", "--device", "cpu"
     )
@@ -145,6 +145,8 @@ def test_a_head(copy, run):
     deeplab = importlib.import_module("deeplab")
     net = deeplab.load_net(path)
     assert (type(net).__name__, net.config["net"]) == ("FCN", "fcn")
+    run("scripts/convert_weights.py", str(path), "fcn.safetensors", "--to", "safetensors")
+    assert equal(deeplab.load_net("fcn.safetensors").state_dict(), net.state_dict())
     words = [*STEPS, *THIN, "--data-dir", "voc", "--num-classes", "5", "--num-steps", "1", "--snapshot-dir", "other"]
     said = run("train.py", *words, "--restore-from", str(path))  # the same net, with another number of classes
     assert "the file's head has 4 classes and the net 5: the head is left out" in said

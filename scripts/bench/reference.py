@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.models import get_model
+from torchvision.models import resnet
 
 from dataset.classes import IGNORE_LABEL, MEAN_BGR
+from deeplab.resnet import BACKBONES, Bottleneck
 
 MEAN = np.asarray(MEAN_BGR, dtype=np.float32)
 CANVAS = (505, 505)  # height, width: evaluation pads every image to this size
@@ -44,7 +45,11 @@ class ReferenceNet(nn.Module):
 
     def __init__(self, config: Mapping[str, Any], norm: Callable[..., nn.Module] = batch_norm) -> None:
         super().__init__()
-        backbone: Any = get_model(config["backbone"], weights=None, norm_layer=partial(norm, eps=config["batch_norm_eps"]))
+        entry, norm = BACKBONES[config["backbone"]], partial(norm, eps=config["batch_norm_eps"])
+        block = resnet.Bottleneck if issubclass(entry.block, Bottleneck) else resnet.BasicBlock
+        backbone: Any = resnet.ResNet(
+            block, list(entry.depths), groups=entry.groups, width_per_group=entry.width, norm_layer=norm
+        )
         self.conv1, self.bn1, self.relu = backbone.conv1, backbone.bn1, backbone.relu
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
         self.layer1, self.layer2, self.layer3, self.layer4 = backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4

@@ -237,16 +237,19 @@ def check_net_options(options: Options) -> None:
     import torch
     from torch.torch_version import TorchVersion
 
+    from deeplab import NETS
     from deeplab.multiscale import scaled_size
+    from deeplab.toolbox import NetWithAuxiliary
     from utils import distributed
 
     processes, batch_norm, frozen = distributed.world_size(), options.batch_norm, options.batch_norm == "frozen"
     several_scales = "one_scale_at_a_time" in vars(options)  # train_msc.py's
     if options.sync_bn and frozen:
         raise UserError("--sync-bn has nothing to do with frozen batch norm; add --batch-norm full")
-    if options.net == "deeplabv2" and options.aux_weight is not None:
-        raise UserError("--aux-weight is of an auxiliary head, which deeplabv2 has none of; leave it out")
-    if options.net != "deeplabv2" and not frozen and options.batch_size == (1 if options.sync_bn else processes):
+    auxiliary = issubclass(NETS[options.net], NetWithAuxiliary)
+    if not auxiliary and options.aux_weight is not None:
+        raise UserError(f"--aux-weight is of an auxiliary head, which {options.net} has none of; leave it out")
+    if auxiliary and not frozen and options.batch_size == (1 if options.sync_bn else processes):
         raise UserError(
             f"--batch-size {options.batch_size} is one image per process, whose mean features are one value per channel, of "
             f"which --batch-norm {batch_norm} cannot take statistics; give {options.net} at least two per process"
