@@ -161,7 +161,8 @@ class VOCSegmentation:
         self.ids = [entry.id for entry in entries]
         if not self.image_dir.is_dir() and any(entry.image is None for entry in entries):
             raise DatasetError(
-                f"the data set folder {self.root} holds no {image_dir}/; expected <id>.jpg pictures there{self._holds()}"
+                f"the data set folder {self.root} holds no {image_dir}/; expected images <id>.jpg there or in --image-dir"
+                f"{self._holds()}"
             )
         wanted = [label_dir] if label_dir else self.LABEL_DIRS
         label_dirs = [name for name in wanted if (self.root / name).is_dir()] or list(wanted[:1])
@@ -169,7 +170,8 @@ class VOCSegmentation:
         if not self.label_dirs[0].is_dir() and any(entry.label is None for entry in entries):
             names, example = " or ".join(f"{name}/" for name in wanted), self.LABEL.format(PurePosixPath(label_dirs[0]).name)
             raise DatasetError(
-                f"the data set folder {self.root} holds no {names}; expected {example} label masks there{self._holds()}"
+                f"the data set folder {self.root} holds no {names}; expected {example} label masks there (--label-dir)"
+                + self._holds()
                 + (f"{_found_elsewhere(self.root, wanted)}; {self.SOURCE}" if self.SOURCE else "")
             )
         listing = Listing(self.root)

@@ -251,7 +251,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     text = "classes with the background (as many as classes.txt has lines, else those of --dataset, VOC 21)"
     parser.add_argument("--num-classes", type=class_count, help=text)
     parser.add_argument("--ignore-label", type=label_value, default=IGNORE_LABEL, help="a label that means void, beside 255")
-    text = f"folder of the pictures in --data-dir (%(default)s{elsewhere(lambda kind: kind.IMAGE_DIR)})"
+    text = f"folder of the images in --data-dir (%(default)s{elsewhere(lambda kind: kind.IMAGE_DIR)}; else images/ and masks/)"
     parser.add_argument("--image-dir", default=VOCSegmentation.IMAGE_DIR, help=text)
     text = "folder of the masks (SegmentationClassAug, else SegmentationClass"
     parser.add_argument("--label-dir", help=f"{text}{elsewhere(lambda kind: ' or '.join(kind.LABEL_DIRS))})")

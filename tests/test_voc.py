@@ -135,7 +135,9 @@ def test_folders(toy_voc):
     data = VOCSegmentation(toy_voc, ["toy_0"], "pictures", "masks", TOY_CLASSES)
     assert data[0][1].shape == TOY_SIZES[0]
     folders = "ImageSets/, SegmentationClass/, masks/, pictures/"
-    with pytest.raises(DatasetError, match=f"holds no JPEGImages/; expected <id>.jpg pictures there, but it holds {folders}$"):
+    with pytest.raises(
+        DatasetError, match=f"holds no JPEGImages/; expected images <id>.jpg there or in --image-dir, but it holds {folders}$"
+    ):
         VOCSegmentation(toy_voc, ["toy_0"])
     with pytest.raises(DatasetError, match="holds no labels/"):
         VOCSegmentation(toy_voc, ["toy_0"], "pictures", "labels")

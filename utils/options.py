@@ -188,7 +188,7 @@ def add_data_options(parser: argparse.ArgumentParser, split: str, ignore_label: 
         "--image-dir",
         default=VOCSegmentation.IMAGE_DIR,
         help="folder of the pictures in --data-dir: .jpg, .jpeg, .png, .bmp, .tif or .webp (default: %(default)s"
-        f"{elsewhere(lambda kind: kind.IMAGE_DIR)})",
+        f"{elsewhere(lambda kind: kind.IMAGE_DIR)}; where that is not there, images/ beside masks/, see dataset/README.md)",
     )
     group.add_argument(
         "--label-dir",
