@@ -143,7 +143,7 @@ def test_from_scratch_the_fine_tuning_rate_is_named(toy_voc, tmp_path, capsys):
 
 def test_validation_without_a_list_names_its_option(toy_voc, tmp_path):
     (toy_voc / "ImageSets/Segmentation/val.txt").unlink()
-    with pytest.raises(DatasetError, match=r"^--val-every needs .*, named by --val-list: no list of image ids") as error:
+    with pytest.raises(DatasetError, match=r"^--val-every needs .*, named by --val-list: .*no list of image ids") as error:
         bare(toy_voc, tmp_path / "a", *SCRATCH, "--val-every", "1")
     assert "--data-list" not in str(error.value)
     with pytest.raises(DatasetError, match=r"named by --val-list: no list of image ids: lost.txt and .*lost.txt do not exist"):
@@ -248,7 +248,7 @@ def test_naive_tries_get_an_answer_that_helps():
     picture = np.zeros((20, 30, 3), dtype=np.uint8)
     for given in (picture, torch.from_numpy(picture), torch.zeros(1, 3, 9, 9, dtype=torch.uint8)):
         for call in (net, lambda x: predict_classes(net, x)):
-            with pytest.raises(TypeError, match=r"of (torch\.)?uint8; expected a float tensor .* dataset\.to_input\(image\)"):
+            with pytest.raises(TypeError, match=r"of (torch\.)?uint8; expected a float tensor .* dataset\.to_input\("):
                 call(given)
     with pytest.raises(ValueError, match=r"backbone 'weights/x\.pth' is unknown; .*deeplab\.load_net\(path\)"):
         DeepLabV2("weights/x.pth")

@@ -18,7 +18,7 @@ from tests.helpers import TOY_CLASSES, save_palette_png
 from tests.helpers_runs import SCRATCH, SMALL, STEPS, TORCH, command, equal, log_lines, model, train, train_msc
 from utils import visualize
 from utils.command import UserError, run_command
-from utils.training import setup, validation
+from utils.training import messages, setup, validation
 from utils.training.monitor import Diverged
 from utils.training.options import COUNTS_ONCE, training_parser
 
@@ -85,7 +85,7 @@ def test_statistics_of_each_process_are_told(toy_voc, monkeypatch):
         data, data_list = setup.open_training_data(args)
         monkeypatch.setattr(setup.distributed, "world_size", lambda processes=processes: processes)
         (note,) = [
-            line for line in setup.head_lines(args, data, data_list, "", torch.device("cpu")) if "batch statistics" in line
+            line for line in messages.head_lines(args, data, data_list, "", torch.device("cpu")) if "batch statistics" in line
         ] or [""]
         assert ("each process takes batch statistics of its own 3 images" in note) == bool(note) == told
 
@@ -102,7 +102,7 @@ def test_bf16_is_named_where_the_card_has_it(toy_voc, monkeypatch):
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
         args.amp = amp
-        said = "\n".join(setup.head_lines(args, data, data_list, "", torch.device(device)))
+        said = "\n".join(messages.head_lines(args, data, data_list, "", torch.device(device)))
         assert ("bf16 is about twice as fast on this card: --amp bf16" in said) == named
 
 
@@ -515,15 +515,20 @@ def test_images_are_seen_by_their_files(toy_voc):
     for lines, seen in (("toy_2", 0), ("/JPEGImages/toy_0.jpg /SegmentationClassAug/toy_0.png", 1),
                         ("val_images/toy_0.jpg val_masks/toy_0.png", 0)):  # fmt: skip
         (folder / "val.txt").write_text(lines)
-        assert setup.seen_val(train)[:2] == ("1 " if seen else "")
+        assert messages.seen_val(train)[:2] == ("1 " if seen else "")
 
 
 def test_crops_larger_than_the_pictures_are_told(toy_voc):
     data = VOCSegmentation(toy_voc, ["toy_0", "toy_1"], num_classes=TOY_CLASSES)  # 40 x 55 and 33 x 47
     (toy_voc / "JPEGImages/toy_1.jpg").write_bytes(b"broken")  # no sizes, no error
-    assert setup.crop_warning(data, (40, 55)) == setup.crop_warning(data, (33, 41)) == setup.crop_warning(data, (50, 80)) == ""
-    assert "75% of the crops of 80x110 will be padding" in setup.crop_warning(data, (80, 110))
-    assert "95% of the crops of 40x1100 will be padding" in setup.crop_warning(data, (40, 1100))
+    assert (
+        messages.crop_warning(data, (40, 55))
+        == messages.crop_warning(data, (33, 41))
+        == messages.crop_warning(data, (50, 80))
+        == ""
+    )
+    assert "75% of the crops of 80x110 will be padding" in messages.crop_warning(data, (80, 110))
+    assert "95% of the crops of 40x1100 will be padding" in messages.crop_warning(data, (40, 1100))
 
 
 def test_panels_of_large_pictures_are_shrunk_and_never_end_a_run(toy_voc, tmp_path, monkeypatch, capsys):

@@ -14,9 +14,10 @@ from utils import distributed
 from utils.device import autocast
 from utils.files import DiskError
 from utils.options import Options
+from utils.training.messages import last_words
 from utils.training.monitor import check_weights
 from utils.training.optimizer import clip_gradients, poly_lr, set_lr
-from utils.training.setup import Run, last_words
+from utils.training.setup import Run
 from utils.training.validation import save_panels
 
 
