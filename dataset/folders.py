@@ -43,7 +43,8 @@ def choose_folders(root: Path, split: str, data_list: Path | None, lists: Sequen
     found = find_folders(root)
     whole = found.pop("", None)
     if data_list and data_list.is_dir():
-        pairs = [pair for pair in (*found.values(), whole) if pair and (root / pair.images).resolve() == data_list.resolve()]
+        place = data_list.resolve()
+        pairs = [pair for pair in (*found.values(), whole) if pair and place.is_relative_to((root / pair.images).resolve())]
         return (pairs[0], data_list) if pairs else None
     if not found and not whole:
         return None
@@ -73,20 +74,27 @@ def find_folders(root: Path) -> dict[str, Folders]:
     Raises:
         DatasetError: several folders may be meant.
     """
+    found: dict[str, Folders] = {}
+
+    def add(split: str | None, images: str, masks: str) -> None:
+        if split and (first := found.setdefault(split, Folders(images, masks))) != (images, masks):
+            raise DatasetError(
+                f"{root} holds {first.images}/ with {first.masks}/, and {images}/ with {masks}/, for {split}; choose with, for "
+                f"instance, `--image-dir {images} --label-dir {masks} --data-list {quote(str(root / images))}`"
+            )
+
     if whole := _pair(root):
-        splits = [{split_of(path.name): path for path in _folders(root / name)} for name in whole]
-        both = (split for split in _SPLITS if split in splits[0] and split in splits[1])
-        pairs = {split: Folders(*(_below(root, each[split]) for each in splits)) for split in both}
-        return {"": whole, **pairs}
-    found = {}
+        images, masks = ([path.name for path in _folders(root / name)] for name in whole)
+        for image, mask in ((image, mask) for image in images for mask in masks if split_of(image) == split_of(mask)):
+            add(split_of(image), f"{whole.images}/{image}", f"{whole.masks}/{mask}")
+        return {"": whole, **found}
     for path in _folders(root):
-        if (split := split_of(path.name)) and (pair := _pair(path)):
-            found[split] = Folders(*(f"{path.name}/{name}" for name in pair))
-        elif name := re.fullmatch(rf"(.+)[_-](?:{MASK_FOLDERS})", path.name, re.IGNORECASE):
+        if split_of(path.name) and (pair := _pair(path)):
+            add(split_of(path.name), *(f"{path.name}/{name}" for name in pair))
+        elif (name := re.fullmatch(rf"(.+)[_-](?:{MASK_FOLDERS})", path.name, re.IGNORECASE)) and _holds(path, LABEL_SUFFIXES):
             form = rf"{re.escape(name[1])}([_-](?:{IMAGE_FOLDERS}))?"
-            images = (each.name for each in _folders(root) if re.fullmatch(form, each.name, re.IGNORECASE))
-            if (split := split_of(name[1])) and _holds(path, LABEL_SUFFIXES) and (image := next(images, None)):
-                found[split] = Folders(image, path.name)
+            for image in (each.name for each in _folders(root) if re.fullmatch(form, each.name, re.IGNORECASE)):
+                add(split_of(name[1]), image, path.name)
     return found
 
 
@@ -132,7 +140,3 @@ def _folders(folder: Path) -> list[Path]:
 
 def _holds(folder: Path, suffixes: tuple[str, ...]) -> bool:
     return any(name.lower().endswith(suffixes) for _, _, names in os.walk(folder) for name in names)
-
-
-def _below(root: Path, path: Path) -> str:
-    return path.relative_to(root).as_posix()

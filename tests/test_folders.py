@@ -74,6 +74,29 @@ def test_folders_without_such_files_are_none(tmp_path):
         find_folders(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ["images/val:masks/val", "images/valid:masks/validation"],
+        ["val/images:val/masks", "valid/images:valid/masks"],
+        ["val_images:val_masks", "val:val_labels"],
+        ["val2014/images:val2014/masks", "val2017/images:val2017/masks"],
+    ],
+)
+def test_two_folders_for_one_split_are_ambiguous(tmp_path, folders):
+    with pytest.raises(
+        DatasetError, match=r"for val; choose with, for instance, `--image-dir \S+ --label-dir \S+ --data-list \S+`"
+    ):
+        find_folders(make(tmp_path, *folders))
+
+
+def test_splits_with_a_year(tmp_path):
+    """As in COCO, with the year; a list that is named chooses among the splits."""
+    root = make(tmp_path, "images/train2017:masks/train2017", "images/val2017:masks/val2017")
+    assert find_folders(root)["val"] == ("images/val2017", "masks/val2017")
+    assert choose_folders(root, "val", root / "images/train2017", TRAIN_LISTS)[0] == ("images/train2017", "masks/train2017")
+
+
 def test_the_list_of_a_split(tmp_path):
     root = make(tmp_path, "images:masks")
     whole = Folders("images", "masks")

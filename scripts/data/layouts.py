@@ -85,7 +85,7 @@ def find_labelled(root: Path, suffix: str, image_suffix: str = "") -> Labelled:
         masks = _by_id(pngs, root, ending)
         images = _pictures(root, masks, {image_id: image_id for image_id in masks}, image_ending)
         if suffix and masks and not images:
-            _check_names(root, masks, [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES and path not in pngs])
+            _check_names(root, masks, _images(root, files))
         if (images and not _are_images(files)) or (suffix and masks):
             return Labelled(masks, images, root / LISTS)
     if without_images:
@@ -132,7 +132,8 @@ def _check_names(root: Path, masks: Mapping[str, Path], images: Sequence[Path]) 
     if not images:
         return
     stems = {path.stem for path in images}
-    endings = {mask.stem[len(stem) :] for mask in masks.values() for stem in stems if mask.stem.startswith(stem)} - {""}
+    some = list(masks.values())[:20]
+    endings = {mask.stem[len(stem) :] for mask in some for stem in stems if mask.stem.startswith(stem)} - {""}
     advice = f"pass --suffix {endings.pop()}" if len(endings) == 1 else "name their endings with --suffix and --image-suffix"
     raise UserError(
         f"{root} holds {len(masks)} masks, such as {next(iter(masks.values()))}, and {len(images)} images, such as "
