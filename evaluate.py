@@ -1,4 +1,4 @@
-"""Score a net on labelled pictures. The options, with their defaults: ``python evaluate.py --help``."""
+"""Evaluate a net on labelled images. The options, with their defaults: ``python evaluate.py --help``."""
 
 from utils.command import run_command
 from utils.evaluation.options import evaluation_parser
@@ -12,9 +12,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.names and not (args.report or args.save_panels):
         parser.error("--names writes into the images of --report and --save-panels; add one of them, or leave it out")
     if args.submission and (args.save_dir or args.save_panels or args.save_json or args.report):
-        parser.error("--submission packs the masks of pictures without labels, and takes no --save-... and no --report")
+        parser.error("--submission packs masks of images without labels; leave --save-... and --report out")
     if args.window and args.input_size:
-        parser.error("--window cuts pictures into tiles of one size; leave --input-size out")
+        parser.error("--window has tiles of one size; leave --input-size out")
     from utils.evaluation import run as evaluation
     from utils.evaluation import submission
 

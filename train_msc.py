@@ -1,4 +1,4 @@
-"""Train on three scales and their maximum. The options, with their defaults: ``python train_msc.py --help``."""
+"""Train at three scales and on their maximum. The options, with their defaults: ``python train_msc.py --help``."""
 
 from utils.command import run_command
 from utils.training.options import training_parser
@@ -9,7 +9,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--one-scale-at-a-time",
         action="store_true",
-        help="hold one scale's activations at a time: less memory, 15 %% more work",
+        help="keep the activations of one scale at a time: less memory, 15 %% slower",
     )
     args = parser.parse_args(argv)
     from deeplab import multi_scale_loss

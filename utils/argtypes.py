@@ -39,11 +39,24 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
 }
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """argparse's, with the last word of an option as its metavar; text of several lines, such as examples, stays as it is."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return action.dest.rpartition("_")[2].upper()
+
+
 class Parser(argparse.ArgumentParser):
     """argparse's, with a short usage line and one sentence per mistake, which names the option that was probably meant.
 
     It also refuses ``--option=--``, which argparse would read as no value at all.
     """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"formatter_class": HelpFormatter, **options})
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         for word in sys.argv[1:] if args is None else args:

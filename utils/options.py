@@ -100,8 +100,9 @@ def add_dataset_option(parser: Any, default: str | None = "voc") -> None:
         "--dataset",
         choices=DATASETS,
         default=default,
+        metavar="NAME",
         help="; ".join(f"{name}: {kind.ABOUT}" for name, kind in DATASETS.items())
-        + f" (default: {default or 'the one that the net was trained on'})",
+        + f" (default: {default or 'what the net was trained on'})",
     )
 
 
@@ -133,42 +134,50 @@ def trained_weights() -> str:
 
 def add_prediction_options(parser: Any) -> None:
     """How a picture is predicted: at which scales, whole or in tiles, how many at once, and whether the CRF refines it."""
-    parser.add_argument("--scales", type=partial(numbers, float), default=(1.0,), help="fused as --fuse says (default: 1)")
-    text = "logits of several --scales: DeepLab-v2 takes the maximum (%(default)s)"
+    parser.add_argument(
+        "--scales",
+        type=partial(numbers, float),
+        default=(1.0,),
+        metavar="LIST",
+        help="scales of the input: 1,0.75,0.5 (default: 1)",
+    )
+    text = "of the logits of several scales (default: %(default)s, as DeepLab-v2)"
     parser.add_argument("--fuse", choices=FUSIONS, default="max", help=text)
     parser.add_argument(
         "--window",
         type=size,
         metavar="H,W",
-        help="predict in overlapping tiles, whose logits are averaged at full size, as published for Cityscapes: 769,769; at "
-        "each of --scales tiles of this size, rounded up to 8k + 1 (default: pictures as a whole)",
+        help="predict by a sliding window of this size, rounded up to 8k + 1, as published for Cityscapes: 769,769 (default: "
+        "whole images)",
     )
     text = "share of a tile that the next one covers (default: %(default)s)"
     parser.add_argument("--overlap", type=share, default=Fraction(1, 3), help=text)
-    parser.add_argument("--mirror", action="store_true", help="average with the prediction of the mirrored picture")
-    parser.add_argument("--batch-size", type=positive, default=1, help="pictures of one padded size at once (default: 1)")
-    text = "refine with the dense CRF; evaluate.py reports the scores before and after"
+    parser.add_argument("--mirror", action="store_true", help="average with the horizontally flipped image")
+    parser.add_argument(
+        "--batch-size", type=positive, default=1, metavar="N", help="images of one padded size at once (default: 1)"
+    )
+    text = "refine with the dense CRF"
     parser.add_argument("--crf", action="store_true", help=text)
     parser.add_argument(
         "--crf-backend",
         choices=("auto", "pydensecrf", "torch"),
         default="auto",
-        help="pydensecrf computes the CRF in processes, torch on the device of the net; both give the same to rounding "
-        "(default: auto, torch on a GPU, whose first image is compared with pydensecrf's)",
+        metavar="NAME",
+        help="pydensecrf, in processes; torch, on the device of the net; equal to rounding (default: auto, torch on a GPU)",
     )
     parser.add_argument(
         "--crf-workers",
         type=positive,
         default=default_processes(32),
-        help="processes for the CRF, of about 0.5 GB each, for 19 classes on 2048x1024 pixels 3 GB (default: this process's "
-        "share of the cores, at most 32; here %(default)s)",
+        metavar="N",
+        help="processes for the CRF, 0.5 GB each, 3 GB for Cityscapes (default: one per core, at most 32; here %(default)s)",
     )
     parser.add_argument(
         "--crf-prune",
         type=below_one,
         default=0.0,
         metavar="P",
-        help="leave classes out of a picture's CRF whose probability is nowhere above P (default: 0, keep all)",
+        help="leave out classes whose probability is nowhere above P (default: 0, none)",
     )
 
 
@@ -180,43 +189,40 @@ def add_data_options(parser: argparse.ArgumentParser, split: str, ignore_label: 
     group.add_argument("--data-dir", default=DATA_DIR, help=text)
     group.add_argument(
         "--data-list",
-        help="file of image ids, one a line, or of pictures and labels, or a folder of pictures; also looked for in "
-        f"--data-dir (default: ImageSets/SegmentationAug/{'train_aug' if split == 'train' else split}.txt there, else "
-        f"ImageSets/Segmentation/{split}.txt{elsewhere(lambda kind: ' or '.join(kind.lists(split, kind.IMAGE_DIR)))})",
+        help="file with an image id, or an image and its label, per line; or a folder of images (default: the data set's)",
     )
     group.add_argument(
         "--image-dir",
         default=VOCSegmentation.IMAGE_DIR,
-        help="folder of the pictures in --data-dir: .jpg, .jpeg, .png, .bmp, .tif or .webp (default: %(default)s"
-        f"{elsewhere(lambda kind: kind.IMAGE_DIR)}; where that is not there, images/ beside masks/, see dataset/README.md)",
+        help="folder of the images in --data-dir: .jpg, .png, .bmp, .tif or .webp (default: the data set's; for your own "
+        "data JPEGImages or images, with masks in masks/)",
     )
     group.add_argument(
         "--label-dir",
-        help="folder of the masks in --data-dir (default: SegmentationClassAug, else SegmentationClass"
-        f"{elsewhere(lambda kind: ' or '.join(kind.LABEL_DIRS))})",
+        help="folder of the masks in --data-dir (default: the data set's)",
     )
     group.add_argument(
         "--ignore-label",
         type=label_value,
         default=ignore_label,
-        help=f"a label that means void, beside 255{'' if ignore_label else ' (default: as the net was trained with)'}",
+        help=f"another label to ignore, beside 255{'' if ignore_label else ' (default: as in training)'}",
     )
     group.add_argument(
         "--num-workers",
         type=helpers,
         default=default_processes(16),
-        help="processes that read pictures; 0 reads in the main process (default: this process's share of the cores, at most "
-        "16; here %(default)s)",
+        metavar="N",
+        help="processes that read images; 0: none (default: one per core, at most 16; here %(default)s)",
     )
 
 
 def add_net_options(parser: argparse.ArgumentParser) -> None:
     """The shape of the net; what a weights file says of itself is the default."""
     group = parser.add_argument_group("net")
-    text = "deeplabv2, deeplabv3, pspnet or another in deeplab/nets.py (default: that of the weights file, else deeplabv2)"
+    text = "deeplabv2, deeplabv3 or pspnet (default: that of the weights, else deeplabv2)"
     group.add_argument("--net", type=net_name, metavar="NAME", help=text)
-    text = "resnet18, resnet34, resnet50, resnet101, resnet152 or another in deeplab/resnet.py (default: that of the weights "
-    group.add_argument("--backbone", type=backbone_name, metavar="NAME", help=f"{text}file, else resnet101)")
+    text = "resnet18, 34, 50, 101 or 152 (default: that of the "
+    group.add_argument("--backbone", type=backbone_name, metavar="NAME", help=f"{text}weights, else resnet101)")
     add_file_options(group)
 
 
@@ -225,37 +231,39 @@ def add_file_options(parser: Any) -> None:
     parser.add_argument(
         "--atrous-rates",
         type=partial(numbers, int),
-        help="dilations of DeepLab-v2's ASPP head (default: those of the weights file, else 6,12,18,24); "
-        "6,12 for weights trained with the historic two-branch head",
+        metavar="RATES",
+        help="dilations of DeepLab-v2's ASPP (default: those of the weights, else 6,12,18,24)",
     )
     parser.add_argument(
         "--abn",
         choices=ABN,
-        help="what a weights file of pytorch-segmentation-toolbox's kind makes of a batch norm's weight: abs, its absolute "
-        "value, as InPlace-ABN; signed, the weight as it is (default: what the file says; refused where that matters and it "
-        "does not)",
+        metavar="KIND",
+        help="for weights of pytorch-segmentation-toolbox: abs (InPlace-ABN) or signed (plain batch norm)",
     )
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
     """Where and how the arithmetic is done."""
     group = parser.add_argument_group("device")
-    group.add_argument("--gpu", type=not_negative, default=0, help="index of the CUDA device (default: %(default)s)")
     group.add_argument(
-        "--device", default="auto", help="auto (CUDA, else CPU), cpu, cuda, cuda:N, mps or xpu (default: %(default)s)"
+        "--gpu", type=not_negative, default=0, metavar="N", help="index of the CUDA device (default: %(default)s)"
     )
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, mps or xpu (default: CUDA, else CPU)")
     group.add_argument(
-        "--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision; the loss stays in float32"
+        "--amp",
+        choices=("off", "bf16", "fp16"),
+        default="off",
+        metavar="TYPE",
+        help="mixed precision: bf16 or fp16; the loss stays in float32 (default: off)",
     )
     group.add_argument(
         "--no-tf32",
         action="store_true",
-        help="on CUDA, float32 convolutions take factors of 10 bits (TF32), and sums in any order, so that two runs differ by "
-        "rounding; this gives all 24 bits, several times slower",
+        help="full float32 convolutions on CUDA; much slower",
     )
     group.add_argument(
         "--deterministic",
         action="store_true",
-        help="the same bits from the same command on the same machine, on CUDA as well, where it is slower",
+        help="the same command gives the same bits; slower on CUDA",
     )
-    group.add_argument("--compile", action="store_true", help="compile the net with torch.compile")
+    group.add_argument("--compile", action="store_true", help="compile net and loss with torch.compile")

@@ -19,16 +19,23 @@ if TYPE_CHECKING:  # --help need not wait for torch
     from deeplab.weights import Weights
 
 
+EXAMPLES = """examples:
+  python %(prog)s --restore-from snapshots/VOC12_scenes_20000.pth
+  python %(prog)s --restore-from snapshots/VOC12_scenes_20000.pth --scales 1,0.75,0.5 --mirror --crf --report report
+  python %(prog)s --data-dir data/mine --restore-from snapshots/mine_scenes_20000.pth --save-panels panels
+"""
+
+
 def evaluation_parser(description: str) -> GivenParser:
     """The command line of evaluate.py, with the published flags and defaults."""
-    parser = GivenParser(description=description)
+    parser = GivenParser(description=description, epilog=EXAMPLES)
     add_data_options(parser, "val", None)
     add_net_options(parser)
     group = parser.add_argument_group("weights")
     group.add_argument(
-        "--restore-from", default=trained_weights(), help="a snapshot or published weights (default: %(default)s)"
+        "--restore-from", default=trained_weights(), metavar="FILE", help="snapshot or published weights (default: %(default)s)"
     )
-    group.add_argument("--num-classes", type=class_count, help="default: that of the weights file")
+    group.add_argument("--num-classes", type=class_count, metavar="N", help="default: the weights file's")
 
     group = parser.add_argument_group("prediction")
     add_prediction_options(group)
@@ -36,33 +43,31 @@ def evaluation_parser(description: str) -> GivenParser:
         "--input-size",
         type=size,
         metavar="H,W",
-        help="a fixed canvas, as published: 505,505 (default: each picture's own size)",
+        help="a fixed canvas, as published: 505,505 (default: the size of each image)",
     )
 
     group = parser.add_argument_group("output")
-    text = "write the predictions here as <id>.png: class indices, as in training, with a palette"
+    text = "write the predictions as <id>.png, class indices with a palette"
     group.add_argument("--save-dir", type=target_text, help=text)
     group.add_argument(
         "--save-panels",
         type=target_text,
         metavar="DIR",
-        help="write picture | label | prediction | errors here as <id>.png",
+        help="write image, label, prediction and errors as <id>.png",
     )
-    group.add_argument("--save-json", type=target_text, metavar="FILE", help="write the scores here")
+    group.add_argument("--save-json", type=target_text, metavar="FILE", help="write the scores")
     group.add_argument(
         "--report",
         type=target_text,
         metavar="DIR",
-        help="write a page with scores, confusions and pictures here: DIR/index.html",
+        help="write a page with scores, confusions and images: DIR/index.html",
     )
-    text = "write class names into the regions of the images of --report and --save-panels, where they fit"
+    text = "write class names into the images of --report and --save-panels"
     group.add_argument("--names", action="store_true", help=text)
     servers = [f"FILE{kind.SERVER.suffixes[0]} for {kind.TITLE}" for kind in DATASETS.values() if kind.SERVER]
-    text = f"predict the test list, without labels, and pack the masks in the ids of the server: {', '.join(servers)}"
+    text = f"pack predictions of the test list for the evaluation server: {', '.join(servers)}"
     group.add_argument("--submission", type=target_text, metavar="FILE", help=text)
-    group.add_argument(
-        "--compare", type=target_text, metavar="DIR", help="an earlier report, beside which the new one puts its scores"
-    )
+    group.add_argument("--compare", type=target_text, metavar="DIR", help="an earlier report to compare --report with")
     add_device_options(parser)
     return parser
 

@@ -55,30 +55,36 @@ def jitter(text: str) -> tuple[float, ...] | None:
     return values
 
 
+EXAMPLES = """examples:
+  python %(prog)s --random-mirror --random-scale --gpu 0
+  python %(prog)s --data-dir data/mine --restore-from weights/resnet18-f37072fd.pth --random-scale --amp bf16
+  python %(prog)s --resume
+"""
+
+
 def trained_with(name: str, default: str = "%(default)s") -> str:
     """For a help text: an option's default, that on the other data sets than VOC, and the toolbox's, where it has one."""
     text = f"(default: {default}{elsewhere(lambda kind: kind.TRAINING.get(name))}"
     toolbox = elsewhere(lambda kind: kind.TOOLBOX_TRAINING.get(name)).removeprefix(", ")
-    return f"{text}; with --net deeplabv3 or pspnet on {toolbox})" if toolbox else f"{text})"
+    return f"{text}; deeplabv3, pspnet on {toolbox})" if toolbox else f"{text})"
 
 
 def training_parser(description: str, *, batch_size: int, iter_size: int, snapshot_dir: str) -> GivenParser:
     """The command line of train.py and train_msc.py, with the published flags and defaults."""
-    parser = GivenParser(description=description)
+    parser = GivenParser(description=description, epilog=EXAMPLES)
     add_data_options(parser, "train", 255)
     group = parser.add_argument_group("augmentation")
-    text = f"crop in pixels {trained_with('input_size', '321,321')}"
+    text = f"height and width of the crops {trained_with('input_size', '321,321')}"
     group.add_argument("--input-size", type=size, default=(321, 321), metavar="H,W", help=text)
-    group.add_argument("--random-mirror", action="store_true", help="mirror every other picture")
-    group.add_argument("--random-scale", action="store_true", help="scale each picture by a random factor of --scale-range")
-    text = f"drawn from uniformly {trained_with('scale_range', '0.5,1.5')}"
-    group.add_argument("--scale-range", type=scale_range, default=(0.5, 1.5), metavar="LOW,HIGH", help=text)
+    group.add_argument("--random-mirror", action="store_true", help="flip half of the images horizontally")
+    group.add_argument("--random-scale", action="store_true", help="scale each image by a random factor")
+    text = f"of the factor {trained_with('scale_range', '0.5,1.5')}"
+    group.add_argument("--scale-range", type=scale_range, default=(0.5, 1.5), metavar="L,H", help=text)
     group.add_argument(
         "--color-jitter",
         type=jitter,
-        metavar="B,C,S,H",
-        help="change brightness, contrast, saturation (each by a factor of 1-X to 1+X) and hue (by -H to H turns, H at most "
-        "0.5) at random, as torchvision's ColorJitter, as in 0.4,0.4,0.4,0.1 (default: off)",
+        metavar="LIST",
+        help="random brightness, contrast, saturation and hue, as torchvision's ColorJitter: 0.4,0.4,0.4,0.1 (default: off)",
     )
 
     add_net_options(parser)
@@ -87,119 +93,131 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
         "--num-classes",
         type=class_count,
         default=21,
-        help="classes with the background (default: as many as classes.txt in --data-dir has lines, else those of the "
-        "snapshot in --restore-from, else PASCAL VOC's 21)",
+        metavar="N",
+        help="classes with background (default: lines of classes.txt in --data-dir, else those of the snapshot, else 21)",
     )
     group.add_argument(
-        "--restore-from", default=INITIAL_WEIGHTS, help='initial weights; "" or none: from scratch (default: %(default)s)'
+        "--restore-from",
+        default=INITIAL_WEIGHTS,
+        metavar="FILE",
+        help="pretrained weights; none: train from scratch (default: %(default)s)",
     )
     group.add_argument(
         "--trunk",
         choices=TRUNKS,
         default="auto",
-        help="how a ResNet in --restore-from was trained: torchvision (RGB, stride in the 3x3 convolutions), caffe (BGR, in "
-        "the first 1x1) or one of the other pairs; auto tells by its numbers",
+        metavar="KIND",
+        help="kind of a bare ResNet: torchvision (RGB, stride in the 3x3), caffe (BGR, 1x1), rgb-1x1 or bgr-3x3 "
+        "(default: by its first layer)",
     )
-    group.add_argument("--not-restore-last", action="store_true", help="leave the head of --restore-from out")
+    group.add_argument("--not-restore-last", action="store_true", help="load the backbone only, not the head")
     group.add_argument(
         "--batch-norm",
         choices=BATCH_NORM_MODES,
         default="frozen",
-        help="frozen; stats: running statistics move; full: everything learns (default: frozen; full from scratch and for "
-        "deeplabv3 and pspnet)",
+        metavar="MODE",
+        help="frozen; stats: update running statistics; full: train it (default: frozen; full from scratch and for "
+        "deeplabv3, pspnet)",
     )
     group.add_argument("--is-training", action="store_true", help="the published name of --batch-norm stats")
-    group.add_argument("--sync-bn", action="store_true", help="with --batch-norm full: share batch statistics over the GPUs")
+    group.add_argument("--sync-bn", action="store_true", help="share batch statistics between GPUs")
 
     group = parser.add_argument_group("optimisation")
-    text = f"pictures a batch {trained_with('batch_size')}"
-    group.add_argument("--batch-size", type=positive, default=batch_size, help=text)
-    text = f"batches a step {trained_with('iter_size')}"
-    group.add_argument("--iter-size", type=positive, default=iter_size, help=text)
+    text = f"images per batch {trained_with('batch_size')}"
+    group.add_argument("--batch-size", type=positive, default=batch_size, metavar="N", help=text)
+    text = f"batches per step, for gradient accumulation {trained_with('iter_size')}"
+    group.add_argument("--iter-size", type=positive, default=iter_size, metavar="N", help=text)
     text = f"optimiser steps {trained_with('num_steps')}"
-    group.add_argument("--num-steps", type=positive, default=20000, help=text)
-    text = "base learning rate (default: %(default)s, for fine-tuning; deeplabv3 and pspnet 0.01)"
-    group.add_argument("--learning-rate", type=number, default=FINE_TUNING_RATE, help=text)
-    group.add_argument("--momentum", type=below_one, default=0.9, help="default: %(default)s")
-    group.add_argument("--power", type=number, default=0.9, help="of the polynomial decay (default: %(default)s)")
+    group.add_argument("--num-steps", type=positive, default=20000, metavar="N", help=text)
+    text = "default: %(default)s, for fine-tuning; deeplabv3, pspnet: 0.01"
+    group.add_argument("--learning-rate", type=number, default=FINE_TUNING_RATE, metavar="X", help=text)
+    group.add_argument("--momentum", type=below_one, default=0.9, metavar="X", help="default: %(default)s")
+    group.add_argument("--power", type=number, default=0.9, metavar="X", help="of the poly schedule (default: %(default)s)")
     group.add_argument(
         "--warmup-steps",
         type=not_negative,
         default=0,
         metavar="N",
-        help="multiply the learning rate of the first N steps by 1/N, 2/N, ... (default: 0, off)",
+        help="raise the learning rate over N steps (default: 0)",
     )
     group.add_argument(
         "--clip-grad-norm",
         type=above_zero,
         metavar="X",
-        help="scale gradients down to a total norm of at most X (default: off)",
+        help="limit the total gradient norm (default: off)",
     )
-    group.add_argument("--weight-decay", type=number, default=5e-4, help="default: %(default)s")
+    group.add_argument("--weight-decay", type=number, default=5e-4, metavar="X", help="default: %(default)s")
     group.add_argument(
         "--loss-size",
         choices=LOSS_SIZES,
         default="output",
-        help="shrink the labels to the logits, or enlarge the logits (default: output; deeplabv3 and pspnet input)",
+        metavar="SIZE",
+        help="output: shrink the labels to the logits; input: enlarge the logits (default: output; deeplabv3, pspnet: input)",
     )
     group.add_argument(
         "--class-weights",
         type=target_text,
-        metavar="FILE|balanced",
-        help="weight of each class in the loss, which is a weighted mean; FILE: one number a line; balanced: from the labels "
-        "of the training list, all pixels / (number of classes * pixels of the class) (default: off)",
+        metavar="FILE",
+        help="one number per class and line, or balanced: computed from pixel counts (default: all 1)",
     )
     group.add_argument(
         "--aux-weight",
         type=number,
-        help="what the loss of the auxiliary head of deeplabv3 and pspnet is multiplied by; 0: that head is left alone "
-        "(default: 0.4)",
+        metavar="X",
+        help="weight of the auxiliary loss of deeplabv3 and pspnet; 0: no such loss (default: 0.4)",
     )
     group.add_argument(
         "--ohem",
         action="store_true",
-        help="only hard pixels count, averaged over the batch of this process, as published: several processes, or batches a "
-        "step, are then not the same step as one; not in the auxiliary loss",
+        help="only the hard pixels of a process count in the loss",
     )
     group.add_argument(
         "--ohem-threshold",
         type=probability,
         default=0.7,
         metavar="P",
-        help="hard: the true class's probability is at most P (default: %(default)s)",
+        help="hard: the true class has a probability of at most P (default: %(default)s)",
     )
     group.add_argument(
         "--ohem-keep",
         type=positive,
         default=100_000,
         metavar="N",
-        help="but at least the N hardest pixels of the batch (default: %(default)s)",
+        help="at least the N hardest of a batch (default: %(default)s)",
     )
-    group.add_argument("--random-seed", type=partial(whole, 0, 2**63 - 1), default=1234, help="default: %(default)s")
+    group.add_argument(
+        "--random-seed", type=partial(whole, 0, 2**63 - 1), default=1234, metavar="N", help="default: %(default)s"
+    )
     group.add_argument("--grad-checkpoint", action="store_true", help="recompute activations: less memory, slower")
 
     group = parser.add_argument_group("output")
     group.add_argument("--snapshot-dir", type=target_text, default=snapshot_dir, help="default: %(default)s")
-    group.add_argument("--save-pred-every", type=positive, default=1000, help="steps between snapshots (default: %(default)s)")
-    text = "numbered snapshots that stay, the newest; older ones of this run are deleted (default: 0, all)"
+    group.add_argument(
+        "--save-pred-every", type=positive, default=1000, metavar="N", help="steps between snapshots (default: %(default)s)"
+    )
+    text = "newest snapshots to keep (default: 0, all)"
     group.add_argument("--keep", type=not_negative, default=0, metavar="N", help=text)
-    group.add_argument("--save-num-images", type=not_negative, default=2, help="panels a snapshot (default: %(default)s)")
+    group.add_argument(
+        "--save-num-images", type=not_negative, default=2, metavar="N", help="panels per snapshot (default: %(default)s)"
+    )
     group.add_argument(
         "--val-every",
         type=not_negative,
         default=0,
         metavar="N",
-        help="score the net every N steps and keep best.pth (default: 0, never)",
+        help="steps between evaluations; keeps best.pth (default: 0)",
     )
-    group.add_argument("--val-list", help="ids to score on (default: as in evaluate.py)")
-    group.add_argument("--log-every", type=positive, default=10, help="steps between log lines (default: %(default)s)")
+    group.add_argument("--val-list", help="list for --val-every (default: as in evaluate.py)")
+    group.add_argument(
+        "--log-every", type=positive, default=10, metavar="N", help="steps between log lines (default: %(default)s)"
+    )
     group.add_argument("--tensorboard", action="store_true", help="write TensorBoard scalars to --snapshot-dir")
     group.add_argument(
         "--resume",
         nargs="?",
         const="last",
         metavar="CKPT",
-        help="go on from CKPT, or from last.ckpt in --snapshot-dir, with that run's options",
+        help="continue the run in --snapshot-dir, or from CKPT",
     )
     add_device_options(parser)
     return parser
