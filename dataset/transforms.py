@@ -170,7 +170,7 @@ def to_input(images: "Tensor | np.ndarray") -> "Tensor":
     if not known or images.dtype not in (np.uint8, torch.uint8) or images.shape[-1] != 3:
         found = f"{type(images).__name__} of {getattr(images, 'dtype', 'no numbers')}{list(getattr(images, 'shape', ()))}"
         raise TypeError(f"the image is a {found}; expected uint8 (..., H, W, 3) in BGR, which read_image(path) reads")
-    images = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
+    images = torch.from_numpy(np.ascontiguousarray(images)) if isinstance(images, np.ndarray) else images
     pixels = images.to(torch.float32)
     for channel, mean in enumerate(MEAN_BGR):  # plain numbers: a mean colour as a tensor would have to be copied to the device
         pixels[..., channel] -= mean

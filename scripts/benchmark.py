@@ -60,8 +60,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory (needs one process per row)")
 
     group = parser.add_argument_group("what is measured")
-    group.add_argument("--net", type=net_name, default="deeplabv2", help="others only for memory (default: %(default)s)")
-    group.add_argument("--backbone", type=backbone_name, default="resnet101", help="default: %(default)s")
+    group.add_argument("--net", type=net_name, help="others only for memory (default: deeplabv2)")
+    group.add_argument("--backbone", type=backbone_name, help="default: resnet101")
     group.add_argument("--num-classes", type=positive, default=21, help="number of classes (default: %(default)s)")
     group.add_argument("--batch-size", type=positive, default=2, help="crops per training step (default: %(default)s)")
     group.add_argument("--input-size", type=size, default=(321, 321), metavar="H,W", help="training crop (default: 321,321)")
@@ -77,6 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.set_defaults(compile=None)
     args = parser.parse_args(argv)
+    args.net, args.backbone = args.net or "deeplabv2", args.backbone or "resnet101"  # not looked up, which loads torch
     args.parts = list(dict.fromkeys(args.parts)) or list(PART_NAMES)
     if args.net != "deeplabv2" and args.parts != ["memory"]:
         parser.error(f"--net {args.net}: the published implementation is a deeplabv2; give only the part memory")

@@ -9,11 +9,11 @@ from tests.helpers import ROOT
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def commands() -> list[str]:
-    """The commands of the README's bash blocks and of its inline code, with continued lines joined."""
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)).replace("\\\n", " ")
-    lines = [re.sub(r"\s+#.*", "", line).strip() for line in blocks.splitlines()]
-    inline = [" ".join(text.split()) for text in re.findall(r"(?<!`)`(?!`)([^`]+)`(?!`)", TEXT)]
+def commands(text: str = TEXT) -> list[str]:
+    """The commands of a text's bash blocks and of its inline code, with continued lines joined."""
+    shell = "\n".join(blocks(text, "bash")).replace("\\\n", " ")
+    lines = [re.sub(r"\s+#.*", "", line).strip() for line in shell.splitlines()]
+    inline = [" ".join(code.split()) for code in re.findall(r"(?<!`)`(?!`)([^`]+)`(?!`)", text)]
     starts = ("python ", "bash ", "torchrun ", "source ", "pip ", "srun ")
     return list(dict.fromkeys(line for line in (*lines, *inline) if line.startswith(starts)))
 

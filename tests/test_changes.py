@@ -154,6 +154,47 @@ def test_a_head(copy, run):
     assert net.head[0].bn in batch_norm.fold(net).constants
 
 
+PLAIN = """
+from types import MappingProxyType
+
+from torch import nn
+
+from deeplab.batch_norm import fold
+from deeplab.resnet import DilatedResNet
+
+
+class Plain(DilatedResNet):
+    defaults = MappingProxyType({})
+
+    def __init__(self, backbone="resnet101", num_classes=21, batch_norm="frozen", **build):
+        super().__init__(backbone, batch_norm, **build)
+        self.num_classes, self.head = num_classes, nn.Conv2d(self.out_channels, num_classes, 1)
+        build = {"stride_in_3x3": False, "batch_norm_eps": 1e-5, "stem": "7x7"} | build
+        self.config = {"net": "plain", "backbone": backbone, "num_classes": num_classes, **build}
+
+    def forward(self, images, folded=None):
+        return self.head(self.features(images, fold(self) if folded is None else folded)[1])
+
+    def reset_head(self):
+        self.head.reset_parameters()
+
+    def parameter_groups(self):
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "lr_scale": 1.0, "decay_scale": 1.0}]
+"""
+
+
+def test_a_net_without_an_auxiliary_head(copy, run):
+    """What deeplab/README.md names is all that is asked of it."""
+    (copy / "deeplab/plain.py").write_text(PLAIN)
+    nets = importlib.import_module("deeplab").NETS
+    nets["plain"] = importlib.import_module("deeplab.plain").Plain
+    path = trained(run, *VOC, *THIN, "--net", "plain")
+    assert importlib.import_module("deeplab").load_net(path).config["net"] == "plain"
+    user_error = importlib.import_module("utils.command").UserError
+    with pytest.raises(user_error, match="--aux-weight is of an auxiliary head, which plain has none of"):
+        run("train.py", *STEPS, *VOC, *THIN, "--net", "plain", "--aux-weight", "0", "--snapshot-dir", "other")
+
+
 def test_an_augmentation(copy, run):
     make(copy, "dataset/README.md", "Adding an augmentation")
     path = trained(run, *VOC, *THIN, "--random-grey", "0.5")

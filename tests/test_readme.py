@@ -13,7 +13,7 @@ from PIL import Image
 from deeplab import deeplabv2
 from tests.helpers import ROOT, make_toy_voc
 from tests.helpers_nets import randomise_batch_norm
-from tests.helpers_readme import TEXT, commands, script_and_options, scripts
+from tests.helpers_readme import TEXT, commands, script_and_options, scripts, section
 from utils.checkpoint import make_meta, save_snapshot
 
 # What is looked up, not run, with the reason.
@@ -44,7 +44,10 @@ def test_there_are_commands():
     assert any(command.startswith("torchrun") for command in commands())
 
 
-@pytest.mark.parametrize("command", [command for command in commands() if command.split()[0] in ("python", "torchrun")])
+OWN = commands(section("dataset/README.md", "Your own images"))
+
+
+@pytest.mark.parametrize("command", [c for c in dict.fromkeys([*commands(), *OWN]) if c.split()[0] in ("python", "torchrun")])
 def test_a_command_is_understood(command):
     script, options = script_and_options(command)
     result = subprocess.run([sys.executable, "-c", PARSE, ROOT / script, *options], capture_output=True, text=True, timeout=60)

@@ -140,6 +140,11 @@ def test_the_input_of_a_batch_is_that_of_its_pictures():
     assert all(torch.equal(one, to_input(picture)) for one, picture in zip(batch, pictures))
 
 
+def test_a_view_in_the_other_order_of_channels_is_an_image():
+    image = np.random.default_rng(0).integers(0, 256, (2, 3, 3), dtype=np.uint8)
+    assert torch.equal(to_input(image[..., ::-1]), to_input(image[..., ::-1].copy()))
+
+
 def test_what_is_no_image_is_refused():
     good = np.zeros((3, 4, 3), np.uint8)
     for wrong, found in (
