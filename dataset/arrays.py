@@ -57,7 +57,7 @@ class ArraySegmentation(VOCSegmentation):
         return ()
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Item ``index``, checked: copies, in which void is 255."""
+        """Item ``index``, checked: copies, in which the ignore label is 255."""
         item, where = self.items[index], f"item {index} of {self.title}"
         if not (isinstance(item, tuple | list) and len(item) == 2):
             raise DatasetError(f"{where} is {_found(item)}; {EXPECTED}")

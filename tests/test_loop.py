@@ -252,7 +252,7 @@ MISTAKES = {
     "no xpu": (["--device", "xpu"], "has no xpu device"),
     "other device": (["--device", "meta"], "--device meta is not supported"),
     "jitter": (["--color-jitter", "0.4,0.4"], "write B,C,S,H"),
-    "hue": (["--color-jitter", "0.4,0.4,0.4,0.6"], "is no jitter"),
+    "hue": (["--color-jitter", "0.4,0.4,0.4,0.6"], "is no colour jitter"),
     "clip": (["--clip-grad-norm", "0"], "0 is out of range; expected a finite number above 0"),
     "class weights": (["--class-weights", "lost.txt"], "lost.txt"),
     "one position": (["--input-size", "6,6", "--batch-size", "1"], "gives one position per image"),

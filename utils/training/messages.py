@@ -104,12 +104,15 @@ def seen_val(data: VOCSegmentation) -> str:
 
 
 def crop_warning(data: VOCSegmentation, crop: tuple[int, int]) -> str:
-    """The sentence where crops (height, width) are more padding than image, told by the sizes of some images; else ""."""
+    """The sentence where crops (height, width) are more padding than image, by the sizes of some images; else ""."""
     filled = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of large ones
         for image_id in data.ids[:: max(1, len(data) // 20)]:
-            with suppress(Exception), Image.open(data.image_path(image_id)) as image:  # a broken one is told when it is read
+            with (
+                suppress(Exception),
+                Image.open(data.image_path(image_id)) as image,
+            ):  # broken ones fail when they are read
                 filled.append(min(image.height, crop[0]) * min(image.width, crop[1]) / (crop[0] * crop[1]))
     if not filled or (share := sum(filled) / len(filled)) > 0.5:
         return ""

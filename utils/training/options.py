@@ -42,7 +42,7 @@ FINE_TUNING_RATE = 2.5e-4  # the published base learning rate
 above_zero = partial(number, fits=lambda value: 0 < value < math.inf, expected="a finite number above 0")
 
 
-def jitter(text: str) -> tuple[float, ...] | None:
+def jitter(text: str) -> tuple[float, ...]:
     """An argparse type: ``"0.4,0.4,0.4,0.1"``, the strengths of brightness, contrast, saturation and hue."""
     try:
         values = tuple(float(part) for part in text.split(","))
@@ -50,7 +50,7 @@ def jitter(text: str) -> tuple[float, ...] | None:
         values = ()
     if len(values) != 4 or not all(0 <= value < math.inf for value in values) or values[3] > 0.5:
         raise ArgumentTypeError(
-            f"{text[:60]!r} is no jitter; write B,C,S,H, numbers of at least 0, as in 0.4,0.4,0.4,0.1; H <= 0.5"
+            f"{text[:60]!r} is no colour jitter; write B,C,S,H, numbers of at least 0, H at most 0.5, as in 0.4,0.4,0.4,0.1"
         )
     return values
 
