@@ -244,7 +244,8 @@ def head_of(options: Options, weights: Weights, data_list: Path, count: int, not
     versions = [f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in packages), platform.platform()]
     hidden = ("args", "classes", "colors", "given", "mean")
     meta = {name: value for name, value in weights.meta.items() if name not in hidden}
-    args, given = weights.meta.get("args") or {}, weights.meta.get("given") or []
+    args = {name: value for name, value in (weights.meta.get("args") or {}).items() if name != "resume"}
+    given = weights.meta.get("given") or []
     options_given = [[flag(name), *[setting_text(args[name])] * (args[name] is not True)] for name in args if name in given]
     defaults = [f"{name} {setting_text(value)}" for name, value in args.items() if name not in given and value is not None]
     facts = [
