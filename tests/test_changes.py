@@ -190,6 +190,10 @@ def test_a_net_without_an_auxiliary_head(copy, run):
     nets["plain"] = importlib.import_module("deeplab.plain").Plain
     path = trained(run, *VOC, *THIN, "--net", "plain")
     assert importlib.import_module("deeplab").load_net(path).config["net"] == "plain"
+    plain = nets.pop("plain")
+    with pytest.raises(ValueError, match=r"its meta says net 'plain', which is none of deeplabv2, .*; add it to"):
+        importlib.import_module("deeplab").load_net(path)
+    nets["plain"] = plain
     user_error = importlib.import_module("utils.command").UserError
     with pytest.raises(user_error, match="--aux-weight is of an auxiliary head, which plain has none of"):
         run("train.py", *STEPS, *VOC, *THIN, "--net", "plain", "--aux-weight", "0", "--snapshot-dir", "other")

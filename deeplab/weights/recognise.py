@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deeplab.nets import make_net
+from deeplab.nets import NETS, make_net
 from deeplab.weights.caffemodel import CAFFE_EPS, COCO_HEAD
 from deeplab.weights.names import (
     FROM_KAZUTO,
@@ -106,6 +106,10 @@ def _read_config(meta: Mapping[str, Any]) -> dict[str, Any]:
         wrong = ["negative_slope"]
     if not wrong and not 0 < config.get("auxiliary_channels", 1) <= 1 << 16:
         wrong = ["auxiliary_channels"]
+    if not wrong and config.get("net", "deeplabv2") not in NETS:
+        raise WeightsError(
+            f"its meta says net {config['net']!r:.40}, which is none of {', '.join(NETS)}; add it to deeplab/nets.py"
+        )
     if wrong:
         raise WeightsError(f"its meta says {wrong[0]} {config[wrong[0]]!r:.40}, which no net has; save the file again")
     return config
