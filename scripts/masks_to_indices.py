@@ -4,8 +4,7 @@
     python scripts/masks_to_indices.py cvat_export data/mine               CVAT's "Segmentation mask 1.1", unpacked
     python scripts/masks_to_indices.py labelme_folder data/mine            labelme's JSON and images, or what labelme2voc writes
     python scripts/masks_to_indices.py roboflow_export data/mine           Roboflow's "Semantic segmentation masks"
-    python scripts/masks_to_indices.py project data/mine                   Supervisely's, SuperAnnotate's, images/ and masks/, or
-                                                                           masks anywhere that have the names of JPEG images
+    python scripts/masks_to_indices.py project data/mine                   Supervisely's, SuperAnnotate's, images/ and masks/
     python scripts/masks_to_indices.py brush_export data/mine              Label Studio's "Brush labels to PNG"
     python scripts/masks_to_indices.py coco_export data/mine               COCO JSON with polygons, and its images
     python scripts/masks_to_indices.py pairs data/mine --suffix _seg       x.jpg and x_seg.png in one folder
@@ -25,8 +24,8 @@ masks or beside it, or --classes: classes.txt (`name r g b` or `name` a line, in
 class_names.txt, _classes.csv, class_dict.csv, label_colors.txt, labels.txt, or JSON with COCO's categories; without one,
 colours are PASCAL VOC's. A colour of no class is refused, and then nothing is written. Of Label Studio's masks, one per label,
 and of polygons class 0 is the background: the pixels without a label. A pixel with two labels becomes void in masks; the later
-polygon covers the earlier. A class with a colour that is called void, ignore or unlabelled is the ignore label (255). Masks
-without images are converted and a line says where the images belong. The first folder is only read, and files that are there already never change.
+polygon covers the earlier. A class with a colour that is called void, ignore or unlabelled is the ignore label (255). Where no
+images are found, a line says where they belong. The first folder is only read, and files that are there already never change.
 """
 
 import argparse
