@@ -203,6 +203,8 @@ def test_an_augmentation(copy, run):
     make(copy, "dataset/README.md", "Adding an augmentation")
     path = trained(run, *VOC, *THIN, "--random-grey", "0.5")
     assert torch.load(path, weights_only=True)["meta"]["args"]["random_grey"] == 0.5
+    with pytest.raises(importlib.import_module("utils.command").UserError, match=r"cannot change: --random-grey 0\.5 -> 1\.0"):
+        run("train.py", "--snapshot-dir", "run", "--resume", "--num-steps", "4", "--random-grey", "1", *HERE)
     grey = importlib.import_module("dataset.transforms").RandomGrey(0.5)
     image, label = np.random.default_rng(0).integers(0, 256, (5, 4, 3), dtype=np.uint8), np.zeros((5, 4), np.uint8)
     results = [grey(image, label, np.random.default_rng(seed)) for seed in range(20)]
