@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from dataset.classes import TO_INDICES
 from dataset.images import DatasetError
-from dataset.lists import IMAGE_DIR, LABEL_SUFFIXES, PICTURE_SUFFIXES, read_list
+from dataset.lists import IMAGE_DIR, IMAGE_SUFFIXES, LABEL_SUFFIXES, read_list
 
 IMAGE_FOLDERS = f"images?|imgs?|{IMAGE_DIR}"
 MASK_FOLDERS = "masks?|labels?|annotations?|segmentationclass(?:aug)?"
@@ -120,7 +120,7 @@ def _pair(folder: Path) -> Folders | None:
     """The folders of images and masks in ``folder``; None where one of them is missing."""
     found = [
         [path.name for path in _folders(folder) if re.fullmatch(names, path.name, re.IGNORECASE) and _holds(path, suffixes)]
-        for names, suffixes in ((IMAGE_FOLDERS, PICTURE_SUFFIXES), (MASK_FOLDERS, LABEL_SUFFIXES))
+        for names, suffixes in ((IMAGE_FOLDERS, IMAGE_SUFFIXES), (MASK_FOLDERS, LABEL_SUFFIXES))
     ]
     if not all(found):
         return None

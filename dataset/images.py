@@ -60,10 +60,10 @@ def read_image(path: str | Path) -> np.ndarray:
     Raises:
         DatasetError: the file is missing, cut off, too large or no image.
     """
-    return read_picture(path)[0]
+    return read_with_orientation(path)[0]
 
 
-def read_picture(path: str | Path) -> tuple[np.ndarray, int]:
+def read_with_orientation(path: str | Path) -> tuple[np.ndarray, int]:
     """:func:`read_image`, and the EXIF orientation of the file: 1 as stored, 2..4 mirrored or turned over, 5..8 on its side."""
     data = read_bytes(path, "the image")
     if data.startswith(b"\xff\xd8") and (damage := _jpeg_damage(data)):

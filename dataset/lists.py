@@ -11,7 +11,7 @@ from unicodedata import normalize
 
 from dataset.images import DatasetError, read_bytes
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 LABEL_SUFFIXES = (".png",)
 SHOWN = 20  # names in a message
 FOLDERS = 3  # in a message
@@ -19,7 +19,7 @@ IMAGE_DIR = "JPEGImages"
 FOREIGN_SUFFIXES = (".heic", ".heif", ".avif", ".gif", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".svg", ".pdf", ".mat",
                     ".npy", ".json", ".xml", ".txt")  # fmt: skip
 """Of files that are neither images nor labels here, but stand in lists."""
-_SUFFIX = "|".join(map(re.escape, (*PICTURE_SUFFIXES, *FOREIGN_SUFFIXES)))
+_SUFFIX = "|".join(map(re.escape, (*IMAGE_SUFFIXES, *FOREIGN_SUFFIXES)))
 _COLUMN_END = re.compile(rf"(?<=.)({_SUFFIX})(?:$|[ \t]*[,;][ \t]*|[ \t]+)", re.IGNORECASE)
 
 
@@ -94,7 +94,7 @@ def _columns(line: str, image_dir: str) -> tuple[str | None, str | None, str]:
     if (foreign := next((i for i, ending in enumerate(endings) if ending in FOREIGN_SUFFIXES), None)) is not None:
         kind, advice = "label", "a PNG of class indices"
         if foreign == 0:
-            kind, advice = "image", f"{', '.join(PICTURE_SUFFIXES)}; convert it to JPEG or PNG"
+            kind, advice = "image", f"{', '.join(IMAGE_SUFFIXES)}; convert it to JPEG or PNG"
         return None, None, f"{columns[foreign]} is no {kind} that is read here, which is {advice}"
     if len(columns) > 2 or rest:
         return None, None, f"it has more columns than image and label, {rest or columns[2]!r}; {expected}"
@@ -121,7 +121,7 @@ def read_folder(path: Path, image_dir: str, pattern: str = "*", expected: str = 
     Raises:
         DatasetError: there are none.
     """
-    files = [file for file in sorted(path.glob(pattern)) if file.suffix.lower() in PICTURE_SUFFIXES and file.name[0] != "."]
+    files = [file for file in sorted(path.glob(pattern)) if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != "."]
     if not files:
         raise DatasetError(f"the folder {path} holds no image; expected {expected}")
     folder = image_dir if path.name == PurePosixPath(image_dir).name else f"{image_dir}/{path.name}"

@@ -10,9 +10,9 @@ import numpy as np
 
 from dataset.classes import IGNORE_LABEL, TO_INDICES, VOC_CLASSES, ClassFile, Color, NamedClass, read_class_file
 from dataset.folders import what_to_do
-from dataset.images import DatasetError, read_picture
+from dataset.images import DatasetError, read_with_orientation
 from dataset.labels import read_label
-from dataset.lists import IMAGE_DIR, LABEL_SUFFIXES, PICTURE_SUFFIXES, Entry, Listing, below, read_folder, read_list
+from dataset.lists import IMAGE_DIR, IMAGE_SUFFIXES, LABEL_SUFFIXES, Entry, Listing, below, read_folder, read_list
 
 LABEL_DIRS = ("SegmentationClassAug", "SegmentationClass")
 TRAIN_LISTS = ("ImageSets/SegmentationAug/train_aug.txt", "ImageSets/Segmentation/train.txt")
@@ -81,7 +81,7 @@ class Server(NamedTuple):
 
 
 class VOCSegmentation:
-    """Pairs of image and label mask: ``<root>/<image_dir>/<id>.jpg`` (or another of PICTURE_SUFFIXES, in any case) and
+    """Pairs of image and label mask: ``<root>/<image_dir>/<id>.jpg`` (or another of IMAGE_SUFFIXES, in any case) and
     ``<root>/<label_dir>/<id>.png``.
 
     A map-style data set. An entry is asked for by its index, or by ``(index, draw)`` where the transform draws random numbers:
@@ -178,7 +178,7 @@ class VOCSegmentation:
         self.entries: dict[str, Entry] = {}
         for entry in entries:
             label = entry.label or self.find_label(listing, entry, label_dirs)
-            entry = Entry(entry.id, _picture(listing, entry, image_dir, label), label)
+            entry = Entry(entry.id, _image(listing, entry, image_dir, label), label)
             if (first := self.entries.setdefault(entry.id, entry)) != entry:
                 files = f"{first.image} {first.label}, then {entry.image} {entry.label}"
                 raise DatasetError(f"the list holds the id {entry.id} twice, for other files ({files}); leave one out")
@@ -239,7 +239,7 @@ class VOCSegmentation:
     def check_files(self) -> None:
         """Raise :class:`DatasetError` that names every image and label that is missing; no file is read."""
         listing, entries = Listing(self.root), self.entries.values()
-        lost = listing.missing("picture", [entry.image for entry in entries if entry.image], PICTURE_SUFFIXES)
+        lost = listing.missing("picture", [entry.image for entry in entries if entry.image], IMAGE_SUFFIXES)
         lost += listing.missing("label", [entry.label for entry in entries if entry.label], LABEL_SUFFIXES)
         if lost:
             advice = f"; `python {TO_INDICES} {quote(str(self.root))} NEW` copies the pairs, also of masks with other names"
@@ -258,7 +258,7 @@ class VOCSegmentation:
         """The image (H, W, 3) uint8 BGR and its mask (H, W) uint8, checked to be of one size."""
         image_path, label_path = self.image_path(self.ids[index]), self.label_path(self.ids[index])
         try:
-            image, orientation = read_picture(image_path)
+            image, orientation = read_with_orientation(image_path)
             label = self.load_label(index)
             check_pair(image_path, image.shape[:2], orientation, label_path, label.shape)
         except DatasetError as error:
@@ -276,12 +276,12 @@ class VOCSegmentation:
         return (image, label) if self.transform is None else self.transform(image, label, draw)
 
 
-def _picture(listing: Listing, entry: Entry, image_dir: str, label: str) -> str:
+def _image(listing: Listing, entry: Entry, image_dir: str, label: str) -> str:
     """Where an entry's image is: as the list names it, else by its name in another suffix; or should be. Never its label."""
     if entry.image and listing.has(entry.image):
         return entry.image
     place = str(PurePosixPath(entry.image).with_suffix("")) if entry.image else f"{image_dir}/{entry.id}"
-    found = listing.find(place, PICTURE_SUFFIXES)
+    found = listing.find(place, IMAGE_SUFFIXES)
     return found if found and found != label else entry.image or f"{place}.jpg"
 
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset import DATASETS, VOC_CLASSES, DatasetError, VOCSegmentation, default_names
 from dataset.classes import IGNORE_LABEL, Color, read_class_file
-from dataset.lists import LABEL_SUFFIXES, PICTURE_SUFFIXES
+from dataset.lists import IMAGE_SUFFIXES, LABEL_SUFFIXES
 from scripts.data.causes import few, likely_causes
 from scripts.data.inspection import MOST, Inspection, inspect
 from scripts.data.leaks import find_leaks, same_sizes
@@ -86,7 +86,7 @@ def causes_of(entries: Sequence[Inspection], data: VOCSegmentation) -> list[str]
             f"{len(dark)} pictures have hardly a value above {DARK - 1} of 255 ({few(dark)}): they are dark, or of 14 bits "
             "and fewer in files of 16, which come out nearly black; stretch those to the whole range"
         )
-    for what, suffixes in (("picture", PICTURE_SUFFIXES), ("label", LABEL_SUFFIXES)):
+    for what, suffixes in (("picture", IMAGE_SUFFIXES), ("label", LABEL_SUFFIXES)):
         lost = [Path(found) for entry in entries if (found := dict(entry.problems).get(f"missing {what}"))]
         near = next((file for path in lost[:SHOWN] for file in path.parent.glob(f"{escape(path.stem)}.*")), None)
         if len(lost) == len(entries) and (other := near or next(lost[0].parent.glob("*"), None)):

@@ -40,7 +40,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset.classes import IGNORE_LABEL, VOID_COLOR, Color, name_the_classes, read_classes, voc_palette
-from dataset.lists import IMAGE_DIR, PICTURE_SUFFIXES, Listing
+from dataset.lists import IMAGE_DIR, IMAGE_SUFFIXES, Listing
 from dataset.voc import LABEL_DIRS, TRAIN_LISTS, VAL_LISTS
 from scripts.data.conversion import Options, Outcome, check_masks, convert
 from scripts.data.layouts import Labelled, find_labelled
@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         check_out(args.masks, args.out)
     labelled = find_labelled(args.masks, args.suffix.removesuffix(".png"), args.image_suffix)
     check_out(args.masks, args.out)
-    home = args.out if labelled.pictures is not None else None
+    home = args.out if labelled.images is not None else None
     if home is None and args.out.name in LABEL_DIRS and args.masks.is_dir():
         home = args.out.parent
     table = choose_table(args, home, labelled)
@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
         check_classes(home, table.rows if table else [])
         check_ids(labelled.masks)
 
-    masks, images = labelled.masks, labelled.pictures
+    masks, images = labelled.masks, labelled.images
     folder = args.out if images is None else args.out / LABEL_DIRS[-1]
     copies = {i: (path, args.out / IMAGE_DIR / f"{i}{path.suffix}") for i, path in (images or {}).items()}
     unknown = "no file of classes: " + ("colours are read as PASCAL VOC's" if options.guessed else "values stay")
@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     lost = [image_id for image_id in masks if image_id not in (images or {})]
     if images is None and home:
         listing = Listing(home)
-        lost = [image_id for image_id in masks if not listing.find(f"{IMAGE_DIR}/{image_id}", PICTURE_SUFFIXES)]
+        lost = [image_id for image_id in masks if not listing.find(f"{IMAGE_DIR}/{image_id}", IMAGE_SUFFIXES)]
     if place and lost:
         print(f"{len(lost)} masks have no image: put {lost[0]}.jpg or .png and so on into {place}/")
     if not home:

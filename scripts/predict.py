@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from deeplab.weights import Weights
     from utils.evaluation.crf_device import DeviceCRF
     from utils.evaluation.crf_pool import CRFPool
-    from utils.evaluation.images import Picture
+    from utils.evaluation.images import NamedImage
     from utils.visualize import Classes
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
@@ -92,7 +92,7 @@ def find_sources(arguments: Iterable[str]) -> tuple[list[Source], list[str]]:
     Raises:
         UserError: a path does not exist, or a folder or pattern stands for no picture.
     """
-    from dataset.lists import PICTURE_SUFFIXES
+    from dataset.lists import IMAGE_SUFFIXES
 
     found: dict[Path, Source] = {}
     lines = []
@@ -108,13 +108,13 @@ def find_sources(arguments: Iterable[str]) -> tuple[list[Source], list[str]]:
             entries = sorted(map(Path, glob.glob(argument, recursive=True)))
         else:
             raise UserError(f"the picture {path} does not exist")
-        kinds = {entry: _kind(entry, PICTURE_SUFFIXES) for entry in entries if not entry.name.startswith(".")}  # ._a.jpg: macOS
+        kinds = {entry: _kind(entry, IMAGE_SUFFIXES) for entry in entries if not entry.name.startswith(".")}  # ._a.jpg: macOS
         inside = [entry for entry, kind in kinds.items() if kind == "picture"]
         left_out = ", ".join(f"{count} {kind}" for kind, count in Counter(kinds.values()).items() if kind != "picture")
         if not inside:
             more = f" (only {left_out})" if left_out else ""
             what = f"the folder {path} holds" if path.is_dir() else f"the pattern {path} fits"
-            raise UserError(f"{what} no picture{more}; expected files ending in {', '.join(PICTURE_SUFFIXES)}")
+            raise UserError(f"{what} no picture{more}; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
         if left_out:
             lines.append(f"{path}: {len(inside)} pictures; left out: {left_out}")
         for entry in inside:
@@ -226,16 +226,16 @@ def segment(work: Work, sources: list[Source], pool: "CRFPool | DeviceCRF | None
     from tqdm import tqdm
 
     from utils import distributed
-    from utils.evaluation.images import ReadablePictures, readable, reading
+    from utils.evaluation.images import ReadableImageFiles, readable, reading
     from utils.evaluation.predict import logits_stride, prediction_options, predictions
     from utils.evaluation.video import BrokenVideo, VideoFile, check_frames, open_video, read_frames
-    from utils.visualize import blend, save_panel, save_picture, save_prediction
+    from utils.visualize import blend, save_image, save_panel, save_prediction
 
     options, net, device, classes, broken = work.options, work.net, work.device, work.classes, list[str]()
     prediction = {**prediction_options(options), "pool": pool}
     targets = {str(source.path): str(options.save_dir / source.name) for source in sources}
     videos = [source.path for source in sources if source.is_video]
-    images = ReadablePictures([(str(source.path), source.path) for source in sources if not source.is_video])
+    images = ReadableImageFiles([(str(source.path), source.path) for source in sources if not source.is_video])
     workers = min(options.num_workers, len(images))
     bar = tqdm(total=len(sources), unit="file", disable=None if distributed.is_main() else True, dynamic_ncols=True)
     with bar:
@@ -248,7 +248,7 @@ def segment(work: Work, sources: list[Source], pool: "CRFPool | DeviceCRF | None
                     save_panel(Path(f"{target}_panel.png"), image, None, mask, classes, options.names)
                 if options.overlays:
                     overlay = blend(np.ascontiguousarray(image), mask, classes, options.names)
-                    save_picture(Path(f"{target}_overlay.png"), overlay)
+                    save_image(Path(f"{target}_overlay.png"), overlay)
                 save_prediction(Path(f"{target}.png"), mask, classes.palette)
                 bar.update()
         for path in videos:
@@ -272,7 +272,7 @@ def segment(work: Work, sources: list[Source], pool: "CRFPool | DeviceCRF | None
     return broken
 
 
-def write_probabilities(path: Path, picture: "Picture", names: Sequence[str], stride: int) -> None:
+def write_probabilities(path: Path, picture: "NamedImage", names: Sequence[str], stride: int) -> None:
     """Save the softmax of an image's (C, h, w) logits, ``stride`` pixels apart, at its own size, in blocks of rows."""
     from deeplab.inference import enlarge_rows
 

@@ -14,7 +14,7 @@ from utils.evaluation.images import Sample
 SIZE = (48, 80)
 CITIES = {"train": ("aachen_000000_000019", "aachen_000001_000019", "bochum_000000_000313"),
           "val": ("lindau_000000_000019", "munster_000000_000019"), "test": ("berlin_000000_000019",)}  # fmt: skip
-PICTURE, LABEL = "leftImg8bit/{0}/{1}/{2}_leftImg8bit.png", "gtFine/{0}/{1}/{2}_gtFine_labelIds.png"
+IMAGE, LABEL = "leftImg8bit/{0}/{1}/{2}_leftImg8bit.png", "gtFine/{0}/{1}/{2}_gtFine_labelIds.png"
 
 
 def place(pattern: str, split: str, id: str) -> str:
@@ -31,7 +31,7 @@ def make_toy_cityscapes(root: Path) -> Path:
     rng = np.random.default_rng(0)
     for split, ids in CITIES.items():
         for id in ids:
-            save(root / place(PICTURE, split, id), rng.integers(0, 256, (*SIZE, 3), dtype=np.uint8))
+            save(root / place(IMAGE, split, id), rng.integers(0, 256, (*SIZE, 3), dtype=np.uint8))
             labels = rng.permutation(np.resize(np.arange(34, dtype=np.uint8), 60)).reshape(6, 10)
             if split != "test":
                 save(root / place(LABEL, split, id), np.kron(labels, np.ones((8, 8), np.uint8)))

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from scipy.io import savemat
 
 from dataset.classes import read_classes, voc_palette
-from dataset.images import read_picture
+from dataset.images import read_with_orientation
 from dataset.labels import read_label
 from dataset.lists import read_list
 from deeplab.weights import load_weights
@@ -92,10 +92,10 @@ def images() -> dict[str, Specimen]:
         "WebP": encoded("WEBP"),
         "WebP, lossless": encoded("WEBP", lossless=True, exif=exif),
     }
-    found = {f"image, {name}": Specimen("a.jpg", data, read_picture) for name, data in files.items()}
-    found["image, PNG"] = Specimen("a.png", turned, read_picture, sums=True)
-    found["image, PNG of 16 bits"] = Specimen("a.png", png(image * np.int64(257), 16, RGB), read_picture, sums=True)
-    found["image, PNG, new sums"] = Specimen("a.png", turned, read_picture, wrap=with_new_crcs)
+    found = {f"image, {name}": Specimen("a.jpg", data, read_with_orientation) for name, data in files.items()}
+    found["image, PNG"] = Specimen("a.png", turned, read_with_orientation, sums=True)
+    found["image, PNG of 16 bits"] = Specimen("a.png", png(image * np.int64(257), 16, RGB), read_with_orientation, sums=True)
+    found["image, PNG, new sums"] = Specimen("a.png", turned, read_with_orientation, wrap=with_new_crcs)
     return found
 
 

@@ -21,7 +21,7 @@ from dataset.classes import CITYSCAPES_CLASSES, CITYSCAPES_COLORS
 from deeplab import CRFParams, dense_crf, load_net, predict_windows
 from deeplab.nets import make_net
 from scripts import check_dataset, predict
-from tests.helpers_data import CITIES, LABEL, PICTURE, SIZE, make_toy_cityscapes, place, save
+from tests.helpers_data import CITIES, IMAGE, LABEL, SIZE, make_toy_cityscapes, place, save
 from tests.helpers_runs import log_lines
 from utils import options
 from utils.command import UserError
@@ -127,8 +127,8 @@ def test_lists(city):
     # the toolbox's two columns, and its one column of the test set, for pictures that have labels
     pairs = [(split, id) for split in ("val", "train") for id in CITIES[split]]
     both, one = city / "trainval.lst", city / "one.lst"
-    both.write_text("".join(f"{place(PICTURE, *pair)}\t{place(LABEL, *pair)}\n" for pair in pairs))
-    one.write_text("".join(f"{place(PICTURE, *pair)}\n" for pair in pairs))
+    both.write_text("".join(f"{place(IMAGE, *pair)}\t{place(LABEL, *pair)}\n" for pair in pairs))
+    one.write_text("".join(f"{place(IMAGE, *pair)}\n" for pair in pairs))
     for path in (both, one):
         listed = data_of(city, path)
         assert listed.ids == [id for _, id in pairs]
@@ -279,7 +279,7 @@ def test_scores_masks_and_report_in_tiles(city, run, tmp_path):
     for id in CITIES["val"]:
         mask = Image.open(tmp_path / f"masks/{id}.png")
         assert mask.getpalette()[3 * 13 : 3 * 14] == [0, 0, 142]
-        logits = windowed(run, city / place(PICTURE, "val", id), scales=(1.0, 0.5), fuse="mean", mirror=True)
+        logits = windowed(run, city / place(IMAGE, "val", id), scales=(1.0, 0.5), fuse="mean", mirror=True)
         best, second = logits.topk(2, dim=0).values
         assert (np.array(mask) == logits.argmax(0).numpy())[(best - second).numpy() > 1e-4].all()
         pairs.append((to_train_ids(np.array(Image.open(city / place(LABEL, "val", id)))), np.array(mask)))
@@ -301,13 +301,13 @@ def test_scores_masks_and_report_in_tiles(city, run, tmp_path):
         assert (mask == np.array(Image.open(tmp_path / f"masks/{id}.png"))).all()
         saved = np.load(tmp_path / f"predicted/{id}_leftImg8bit.npz")
         assert list(saved["classes"]) == [row.name for row in CITYSCAPES_CLASSES]
-        logits = windowed(run, city / place(PICTURE, "val", id), scales=(1.0, 0.5), fuse="mean", mirror=True)
+        logits = windowed(run, city / place(IMAGE, "val", id), scales=(1.0, 0.5), fuse="mean", mirror=True)
         np.testing.assert_allclose(saved["probabilities"], logits.softmax(0).numpy(), atol=1e-3)
 
 
 def test_the_crf_takes_the_sums_of_the_tiles(city, run, tmp_path):
     evaluate(city, run, "--window", "33,41", "--overlap", "1/2", "--crf", "--crf-workers", "1", "--save-dir", tmp_path)
-    path = city / place(PICTURE, "val", CITIES["val"][0])
+    path = city / place(IMAGE, "val", CITIES["val"][0])
     probabilities = windowed(run, path, overlap=Fraction(1, 2)).softmax(dim=0).numpy()
     expected = dense_crf(cv2.imread(str(path))[:, :, ::-1], probabilities, CRFParams()).argmax(0)
     assert (np.array(Image.open(tmp_path / f"{CITIES['val'][0]}.png")) == expected).mean() > 0.99
@@ -367,7 +367,7 @@ def test_the_zip_holds_regular_ids(city, run, tmp_path, capsys):
 
 
 def test_what_the_server_would_refuse_is_never_packed(city, run, tmp_path):
-    files = {"berlin": city / place(PICTURE, "test", "berlin_000000_000019")}
+    files = {"berlin": city / place(IMAGE, "test", "berlin_000000_000019")}
     classes = np.resize(np.arange(19, dtype=np.uint8), SIZE)
     server = CityscapesSegmentation.SERVER
     pack(tmp_path / "good.zip", {"berlin": encode(classes, server)}, files, server)

@@ -11,7 +11,7 @@ from PIL import Image, features
 import evaluate as evaluate_script
 import train as train_script
 from dataset import DatasetError, VOCSegmentation, read_image
-from dataset.images import read_picture
+from dataset.images import read_with_orientation
 from scripts import predict as predict_script
 from tests.helpers_pngs import GREY_ALPHA, PALETTE, RGB, RGBA, chunk, interlaced_rows, png, rows_of
 from utils.command import run_command
@@ -193,7 +193,7 @@ if features.check("avif") and cv2.imdecode(np.frombuffer(encoded("AVIF"), np.uin
 @pytest.mark.parametrize(("kind", "options"), TURNING)
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_picture_is_turned_once_and_so_is_said(tmp_path, kind, options, orientation):
-    image, told = read_picture(write(tmp_path, encoded(kind, orientation, **options)))
+    image, told = read_with_orientation(write(tmp_path, encoded(kind, orientation, **options)))
     expected = SHOWN[orientation](PICTURE[..., ::-1])
     assert told == orientation
     assert image.shape == expected.shape
@@ -216,14 +216,14 @@ def test_the_word_exif_in_a_comment_is_no_orientation(tmp_path):
     end = len(plain) - len(chunk(b"IEND", b""))
     for extra, expected in ((comment, 1), (exif, 6), (comment + exif, 6), (exif + comment, 6)):
         for data in (png(GRID, extra=extra), plain[:end] + extra + plain[end:]):  # in front of the pixels, behind them
-            image, told = read_picture(write(tmp_path, data, "a.png"))
+            image, told = read_with_orientation(write(tmp_path, data, "a.png"))
             assert told == expected
             assert np.array_equal(image[..., 0], SHOWN[expected](GRID))
 
 
 def test_a_picture_larger_than_pillow_likes_is_turned(tmp_path, monkeypatch, recwarn):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    assert read_picture(write(tmp_path, encoded(orientation=6)))[0].shape == (56, 40, 3)
+    assert read_with_orientation(write(tmp_path, encoded(orientation=6)))[0].shape == (56, 40, 3)
     assert Image.MAX_IMAGE_PIXELS == 10
     assert not recwarn
 
@@ -234,7 +234,7 @@ def test_prediction_honours_the_tag(tmp_path):
 
 
 def test_damaged_exif_is_no_orientation(tmp_path):
-    assert [read_picture(write(tmp_path, encoded(orientation=o)))[1] for o in (1, 2, 8, 9)] == [1, 2, 8, 1]
+    assert [read_with_orientation(write(tmp_path, encoded(orientation=o)))[1] for o in (1, 2, 8, 9)] == [1, 2, 8, 1]
     data = encoded(orientation=3)
     start = data.index(b"Exif\0\0") + 6
     data = data[:start] + b"XX" + data[start + 2 :]

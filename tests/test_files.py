@@ -19,14 +19,14 @@ from dataset import CityscapesSegmentation, VOCSegmentation
 from scripts.predict import write_probabilities
 from utils import files, outputs
 from utils.command import UserError
-from utils.evaluation.images import Picture
+from utils.evaluation.images import NamedImage
 from utils.evaluation.submission import pack
 from utils.evaluation.video import VideoFile
 from utils.files import remove_torn, remove_torn_files, save_json, write_atomically
 from utils.outputs import OUTPUT_MARK, Output, check_outputs
 from utils.training.lock import FolderLock
 from utils.training.log import RunLog
-from utils.visualize import PALETTE, Classes, indexed_png, save_panel, save_picture, save_prediction
+from utils.visualize import PALETTE, Classes, indexed_png, save_image, save_panel, save_prediction
 
 
 def out(folder: Path, *names: str, option: str = "--save-dir") -> list[Output]:
@@ -78,11 +78,11 @@ def test_a_file_of_another_program_is_not_overwritten(tmp_path, name, content):
 def write_each_kind(folder: Path) -> list[Path]:
     """One file of each kind that the commands write with these functions; tests of the commands write the others."""
     pixels = np.full((34, 48, 3), 90, np.uint8)
-    sample = Picture("a", pixels)
+    sample = NamedImage("a", pixels)
     sample.logits = torch.zeros(2, 5, 6)
     save_prediction(folder / "a.png", pixels[..., 0])
-    save_picture(folder / "b.png", pixels)
-    save_picture(folder / "a.jpg", pixels)
+    save_image(folder / "b.png", pixels)
+    save_image(folder / "a.jpg", pixels)
     write_probabilities(folder / "a.npz", sample, ["x", "y"], 8)
     with VideoFile(folder / "a.mp4", 5.0) as film:
         film.write(pixels)
@@ -290,11 +290,11 @@ def test_images_of_training_have_short_names_and_replace_no_file_of_the_user(tmp
     (tmp_path / "images").mkdir()
     (tmp_path / "images/000003_mine.png").write_bytes(b"a photo")
     with RunLog(FolderLock(tmp_path), options) as log:
-        log.picture("city/" + "ü" * 125, 3, pixels)
+        log.image("city/" + "ü" * 125, 3, pixels)
         for _ in range(2):
-            log.picture("a", 3, pixels)
+            log.image("a", 3, pixels)
         with pytest.raises(UserError, match=r"000003_mine\.png was not written by a run"):
-            log.picture("mine", 3, pixels)
+            log.image("mine", 3, pixels)
     names = sorted(path.name for path in (tmp_path / "images").iterdir())
     assert names == ["000003_a.png", "000003_mine.png", f"000003_{'ü' * 100}.png"]
     assert (tmp_path / "images/000003_mine.png").read_bytes() == b"a photo"

@@ -246,7 +246,7 @@ def test_what_cannot_be_reported_or_compared_is_a_sentence(toy_voc, snapshot, na
 def test_pictures_keep_to_their_bytes(tmp_path, monkeypatch):
     """All have one size, by their number: sqrt(160,000 bytes / 0.4 / 4) = 316; of very many every second one is shown."""
     monkeypatch.setattr(report, "BYTES", 160_000)
-    monkeypatch.setattr(report, "MOST_PICTURES", 4)
+    monkeypatch.setattr(report, "MOST_IMAGES", 4)
     report.prepare_folder(tmp_path)
     page = report.Report(tmp_path, [str(i) for i in range(8)], Classes(list("abc")), 255, False, None)
     rng = np.random.default_rng(0)

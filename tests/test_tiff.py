@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dataset import DatasetError, read_image
-from dataset.images import read_picture
+from dataset.images import read_with_orientation
 
 RNG = np.random.default_rng(0)
 GREY, RGB = 1, 2  # photometric interpretation
@@ -109,7 +109,7 @@ def test_an_image_is_turned_once(dtype, bands, orientation, tmp_path):
         7: lambda x: np.rot90(x.swapaxes(0, 1), 2),
         8: np.rot90,
     }.get(orientation, lambda x: x)
-    image, found = read_picture(tmp_path / "a.tif")
+    image, found = read_with_orientation(tmp_path / "a.tif")
     np.testing.assert_array_equal(image, upright(as_bgr(pixels)))
     assert found == (orientation if 1 <= orientation <= 8 else 1)
 

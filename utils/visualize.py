@@ -225,10 +225,10 @@ def save_panel(
     path = Path(path)
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise ValueError(f"{path}: a panel is saved as .png, .jpg or .jpeg")
-    save_picture(path, panel(image_rgb, label, prediction, classes, names))
+    save_image(path, panel(image_rgb, label, prediction, classes, names))
 
 
-def save_picture(path: Path, image_rgb: np.ndarray) -> None:
+def save_image(path: Path, image_rgb: np.ndarray) -> None:
     """Save (H, W, 3) uint8 RGB as PNG or JPEG, by the suffix, whole or not at all. Missing folders are made."""
     png = path.suffix.lower() == ".png"
     options: dict[str, Any] = {"format": "PNG", "pnginfo": marked_png()} if png else {"format": "JPEG", "quality": 95}

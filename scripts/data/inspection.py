@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dataset.classes import IGNORE_LABEL, Color, voc_palette
-from dataset.images import DatasetError, read_picture
+from dataset.images import DatasetError, read_with_orientation
 from dataset.labels import BadLabel, check_palette, check_values, read_png, single_channel, whole_table
 from dataset.voc import check_pair
 from scripts.data.causes import few
@@ -69,7 +69,7 @@ def inspect(
 ) -> Inspection:
     """Read the two files of one id as training does; runs in the worker processes."""
     found = Inspection(image_id, image_path, label_path)
-    picture = inspect_picture(found, image_path)
+    picture = inspect_image(found, image_path)
     if picture and with_digest:
         found.digest = hashlib.blake2b(image_path.read_bytes(), digest_size=16).digest()
     label = inspect_label(found, label_path, num_classes, ignore_label, colors, classes_of)
@@ -82,14 +82,14 @@ def inspect(
     return found
 
 
-def inspect_picture(found: Inspection, path: Path) -> tuple[tuple[int, int], int] | None:
+def inspect_image(found: Inspection, path: Path) -> tuple[tuple[int, int], int] | None:
     """Note what is wrong with a picture; returns its (H, W) and EXIF orientation, None where it cannot be read."""
     if not path.exists():
         found.problems.append(("missing picture", str(path)))
         return None
     try:
         with complaints() as lines:
-            image, orientation = read_picture(path)
+            image, orientation = read_with_orientation(path)
     except DatasetError as error:
         found.problems.append(("unreadable picture", str(error)))
         return None

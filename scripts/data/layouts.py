@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from dataset.folders import IMAGE_FOLDERS, MASK_FOLDERS, split_of
-from dataset.lists import FOREIGN_SUFFIXES, IMAGE_DIR, PICTURE_SUFFIXES, Listing
+from dataset.lists import FOREIGN_SUFFIXES, IMAGE_DIR, IMAGE_SUFFIXES, Listing
 from scripts.data.polygons import Region, polygons, read_coco, read_jsons, read_labelme
 from scripts.data.splits import LISTS
 from utils.command import UserError
@@ -37,7 +37,7 @@ class Labelled(NamedTuple):
 
     Attributes:
         masks: id -> mask; an id is a path below the folder of the masks, without suffix, also without that of an image.
-        pictures: id -> its image, for those that have one; None where the folder is one of masks alone.
+        images: id -> its image, for those that have one; None where the folder is one of masks alone.
         lists: the folder with the lists of ids, which need not exist.
         others: how many files there are that are no PNG, where it is one of masks alone.
         layers: id -> [(label, mask of 0 and 255, or region)], where each label of an image is apart from the others.
@@ -45,7 +45,7 @@ class Labelled(NamedTuple):
     """
 
     masks: dict[str, Path]
-    pictures: dict[str, Path] | None
+    images: dict[str, Path] | None
     lists: Path
     others: int = 0
     layers: Mapping[str, Sequence[tuple[str, Path | Region]]] = {}
@@ -77,13 +77,13 @@ def find_labelled(root: Path, suffix: str, image_suffix: str = "") -> Labelled:
     for ending, image_ending in endings:
         for mask_dir, image_dir in LAYOUTS:
             masks, places = _in_folders(root, pngs, ending, mask_dir, image_dir)
-            images = _pictures(root, masks, places, image_ending)
+            images = _find_images(root, masks, places, image_ending)
             if images:
                 return Labelled(masks, images, root / LISTS)
             if masks and not without_images:
                 without_images = Labelled(masks, images, root / LISTS)
         masks = _by_id(pngs, root, ending)
-        images = _pictures(root, masks, {image_id: image_id for image_id in masks}, image_ending)
+        images = _find_images(root, masks, {image_id: image_id for image_id in masks}, image_ending)
         if suffix and masks and not images:
             _check_names(root, masks, _images(root, files))
         if (images and not _are_images(files)) or (suffix and masks):
@@ -94,7 +94,7 @@ def find_labelled(root: Path, suffix: str, image_suffix: str = "") -> Labelled:
     masks = {} if suffix else _by_id(pngs, root, "")
     if not masks or _are_images(files):
         return _annotated(root, files) or _no_masks(root, suffix, files)
-    others = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES and path.suffix.lower() != ".png"]
+    others = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and path.suffix.lower() != ".png"]
     if found := _elsewhere(root, pngs, others, endings):
         return found
     if 2 * len(others) >= len(masks):
@@ -108,7 +108,7 @@ def _images(root: Path, files: Iterable[Path]) -> list[Path]:
     return [
         path
         for path in files
-        if path.suffix.lower() in PICTURE_SUFFIXES
+        if path.suffix.lower() in IMAGE_SUFFIXES
         and (path.suffix.lower() != ".png" or any(map(names.fullmatch, path.relative_to(root).parts[:-1])))
     ]
 
@@ -150,7 +150,7 @@ def _files(folder: Path) -> list[Path]:
 def _bare_stem(name: str) -> str:
     """``name`` without the suffix of an image: ``"p0.jpg"`` -> ``"p0"``, ``"p0.5"`` as it is."""
     path = Path(name)
-    return path.stem if path.suffix.lower() in (*PICTURE_SUFFIXES, *FOREIGN_SUFFIXES) else name
+    return path.stem if path.suffix.lower() in (*IMAGE_SUFFIXES, *FOREIGN_SUFFIXES) else name
 
 
 def _by_id(paths: Iterable[Path], folder: Path, suffix: str) -> dict[str, Path]:
@@ -208,13 +208,13 @@ def _folder(parent: Path, name: str) -> str | None:
     return next((found for found in names if re.fullmatch(name, found, re.IGNORECASE)), None)
 
 
-def _pictures(root: Path, masks: dict[str, Path], places: dict[str, str], image_suffix: str) -> dict[str, Path]:
+def _find_images(root: Path, masks: dict[str, Path], places: dict[str, str], image_suffix: str) -> dict[str, Path]:
     """{id: image}: the one that a mask's own name holds, as in ``p0.jpg.png``, before others of that name."""
     listing = Listing(root)
     found = {}
     for image_id, place in places.items():
         own = Path(re.split("___", masks[image_id].stem)[0]).suffix.lower()
-        suffixes = [own, *PICTURE_SUFFIXES] if own in PICTURE_SUFFIXES else PICTURE_SUFFIXES
+        suffixes = [own, *IMAGE_SUFFIXES] if own in IMAGE_SUFFIXES else IMAGE_SUFFIXES
         name = listing.find(place + image_suffix, suffixes)
         if name and root / name != masks[image_id]:
             found[image_id] = root / name
@@ -250,7 +250,7 @@ def _annotated(root: Path, files: Sequence[Path]) -> Labelled | None:
     found, labels = (found, labels) if found else read_labelme(files)
     by_name = defaultdict(list)
     for path in files:
-        if path.suffix.lower() in PICTURE_SUFFIXES:
+        if path.suffix.lower() in IMAGE_SUFFIXES:
             by_name[path.name].append(path)
     masks: dict[str, Path] = {}
     for each in found:
@@ -284,7 +284,7 @@ def _named(root: Path, folder: Path, name: str, by_name: Mapping[str, Sequence[P
 
 def _task_images(files: Sequence[Path]) -> dict[str, Path]:
     """{task: image} of Label Studio's tasks, by its JSON export and by files called as the tasks are, as in ``task-1.jpg``."""
-    images = {path.name: path for path in files if path.suffix.lower() in PICTURE_SUFFIXES}
+    images = {path.name: path for path in files if path.suffix.lower() in IMAGE_SUFFIXES}
     found = {path.stem: path for path in images.values() if re.fullmatch(r"task-\d+", path.stem)}
     rows = (row for _, content in read_jsons(files) if isinstance(content, list) for row in content if isinstance(row, dict))
     for row in rows:

@@ -11,7 +11,7 @@ from utils.command import UserError
 from utils.metrics import ConfusionMatrix, Scores
 from utils.visualize import Classes
 
-MOST_PICTURES, MOST_PIXELS = 10**9, 2**40  # of a report, of a picture
+MOST_IMAGES, MOST_PIXELS = 10**9, 2**40  # of a report, of a picture
 DATA = "report.json"  # in a report's folder: the scores and a small matrix a picture
 
 
@@ -115,7 +115,7 @@ def _is_record(id: object, record: dict[str, Any], num_classes: int) -> bool:
     return (
         isinstance(id, str)
         and type(number) is int
-        and 0 <= number < MOST_PICTURES
+        and 0 <= number < MOST_IMAGES
         and isinstance(layers, list)
         and all(
             [type(value) for value in entry] == [int] * 3

@@ -19,7 +19,7 @@ from utils import distributed
 from utils.command import UserError, put
 from utils.device import to_host
 from utils.evaluation.crf_pool import CRFPool, logits_stride
-from utils.evaluation.images import AnyPicture
+from utils.evaluation.images import AnyImage
 
 MOST = 1e-3  # by how much a probability may differ from pydensecrf's; rounding makes 1e-4 of it
 
@@ -41,7 +41,7 @@ class DeviceCRF:
     ) -> None:
         self.batch_size, self.prune, self.stride, self.check, self.workers = batch_size, prune, stride, check, workers
 
-    def refine(self, pictures: Iterable[tuple[AnyPicture, Tensor]]) -> Iterator[tuple[AnyPicture, np.ndarray]]:
+    def refine(self, pictures: Iterable[tuple[AnyImage, Tensor]]) -> Iterator[tuple[AnyImage, np.ndarray]]:
         """Images with their (C, k_h + 1, k_w + 1) logits on the device -> with their (H, W) uint8 classes; in order.
 
         Raises:
@@ -58,7 +58,7 @@ class DeviceCRF:
                 with CRFPool(self.workers, self.prune, self.stride) as pool:
                     yield from pool.refine((picture, logits.cpu()) for picture, logits in pictures)
                 return
-        ahead: deque[tuple[list[tuple[AnyPicture, Tensor]], Callable[[], Tensor]]] = deque()  # on their way to the host
+        ahead: deque[tuple[list[tuple[AnyImage, Tensor]], Callable[[], Tensor]]] = deque()  # on their way to the host
         for _, same in groupby(pictures, key=lambda pair: pair[0].image.shape):
             while batch := list(islice(same, self.batch_size)):
                 ahead.append((batch, to_host(self.classes(batch))))
@@ -67,7 +67,7 @@ class DeviceCRF:
         for entry in ahead:
             yield from _arrived(*entry)
 
-    def classes(self, batch: list[tuple[AnyPicture, Tensor]]) -> Tensor:
+    def classes(self, batch: list[tuple[AnyImage, Tensor]]) -> Tensor:
         """The class of each pixel of images of one size, (N, H, W) uint8 on the device."""
         images, probabilities = self._inputs(batch)
         try:
@@ -80,13 +80,13 @@ class DeviceCRF:
             ) from None
         return refined.argmax(dim=1).byte()
 
-    def difference(self, picture: AnyPicture, logits: Tensor) -> float:
+    def difference(self, picture: AnyImage, logits: Tensor) -> float:
         """The largest difference of a probability between both ways for an image."""
         images, probabilities = self._inputs([(picture, logits)])
         refined = dense_crf(images, probabilities, prune=self.prune, backend="torch")
         return float((refined - dense_crf(images, probabilities, prune=self.prune)).abs().max())
 
-    def _inputs(self, batch: list[tuple[AnyPicture, Tensor]]) -> tuple[Tensor, Tensor]:
+    def _inputs(self, batch: list[tuple[AnyImage, Tensor]]) -> tuple[Tensor, Tensor]:
         """(N, H, W, 3) uint8 RGB and (N, C, H, W) probabilities, on the device."""
         images = np.stack([picture.image[:, :, ::-1] for picture, _ in batch])
         logits = torch.stack([logits for _, logits in batch])
@@ -94,7 +94,7 @@ class DeviceCRF:
         return torch.from_numpy(images).to(logits.device, non_blocking=True), probabilities
 
 
-def _arrived(batch: list[tuple[AnyPicture, Tensor]], classes: Callable[[], Tensor]) -> Iterator[tuple[AnyPicture, np.ndarray]]:
+def _arrived(batch: list[tuple[AnyImage, Tensor]], classes: Callable[[], Tensor]) -> Iterator[tuple[AnyImage, np.ndarray]]:
     return zip((picture for picture, _ in batch), classes().numpy())
 
 

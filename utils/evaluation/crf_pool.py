@@ -16,7 +16,7 @@ from torch import Tensor
 from deeplab.crf import dense_crf, find_densecrf
 from deeplab.inference import OUTPUT_STRIDE, enlarge_rows
 from utils.command import UserError
-from utils.evaluation.images import AnyPicture, Picture
+from utils.evaluation.images import AnyImage, NamedImage
 from utils.processes import start_helper
 
 
@@ -92,13 +92,13 @@ class CRFPool:
         for process in self.processes:
             process.join()
 
-    def refine(self, pictures: Iterable[tuple[AnyPicture, Tensor]]) -> Iterator[tuple[AnyPicture, np.ndarray]]:
+    def refine(self, pictures: Iterable[tuple[AnyImage, Tensor]]) -> Iterator[tuple[AnyImage, np.ndarray]]:
         """Pictures with their (C, k_h + 1, k_w + 1) logits, see :func:`refine` -> with their (H, W) uint8 classes; in order.
 
         Raises:
             UserError: a process was killed.
         """
-        running: deque[tuple[AnyPicture, Future[np.ndarray]]] = deque()
+        running: deque[tuple[AnyImage, Future[np.ndarray]]] = deque()
         for picture, logits in pictures:
             running.append((picture, self.threads.submit(self._refine, picture, logits.numpy())))
             while running and (len(running) > self.capacity or running[0][1].done()):
@@ -107,7 +107,7 @@ class CRFPool:
         for done, future in running:
             yield done, future.result()
 
-    def _refine(self, picture: Picture, logits: np.ndarray) -> np.ndarray:
+    def _refine(self, picture: NamedImage, logits: np.ndarray) -> np.ndarray:
         connection = self.idle.get()
         try:
             connection.send((picture.image, logits))

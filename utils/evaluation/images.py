@@ -18,12 +18,12 @@ from utils.command import UserError
 from utils.loader import make_loader, running
 
 MAX_WAITING = 64  # pictures that may wait for others of their padded size
-AnyPicture = TypeVar("AnyPicture", bound="Picture")
+AnyImage = TypeVar("AnyImage", bound="NamedImage")
 Item = TypeVar("Item")
 
 
 @dataclass
-class Picture:
+class NamedImage:
     """An image on its way to a prediction. As an array it comes through a worker's pipe, not through shared memory.
 
     Attributes:
@@ -40,14 +40,14 @@ class Picture:
     mask: np.ndarray = field(init=False)
     logits: Tensor = field(init=False)
 
-    def pin_memory(self: AnyPicture) -> AnyPicture:
+    def pin_memory(self: AnyImage) -> AnyImage:
         """The same in memory from which a GPU copies while the host goes on; called by the loader."""
         arrays = [value for name, value in vars(self).items() if name != "id"]
         return type(self)(self.id, *(torch.from_numpy(array).pin_memory().numpy() for array in arrays))
 
 
 @dataclass
-class Sample(Picture):
+class Sample(NamedImage):
     """An image with its label."""
 
     label: np.ndarray  # H W uint8, 255 void
@@ -66,8 +66,8 @@ class Samples(Dataset[Sample]):
         return Sample(self.data.ids[index], *self.data.load(index))
 
 
-class Pictures(Dataset[Picture]):
-    """Picture files as :class:`Picture` entries, for a loader.
+class ImageFiles(Dataset[NamedImage]):
+    """Image files as :class:`NamedImage` entries, for a loader.
 
     Args:
         files: (id, path) of each.
@@ -79,13 +79,13 @@ class Pictures(Dataset[Picture]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> Picture:
+    def __getitem__(self, index: int) -> NamedImage:
         name, path = self.files[index]
-        return Picture(name, read_image(path))
+        return NamedImage(name, read_image(path))
 
 
-class ReadablePictures(Pictures):
-    """:class:`Pictures` in which a broken one is the sentence that says why, and does not end the work on the others."""
+class ReadableImageFiles(ImageFiles):
+    """:class:`ImageFiles` in which a broken one is the sentence that says why, and does not end the work on the others."""
 
     def __getitem__(self, index: int) -> Any:
         try:
@@ -94,7 +94,7 @@ class ReadablePictures(Pictures):
             return str(error)
 
 
-def readable(pictures: Iterable[Picture | str], broken: list[str]) -> Iterator[Picture]:
+def readable(pictures: Iterable[NamedImage | str], broken: list[str]) -> Iterator[NamedImage]:
     """The pictures that could be read; why the others could not is added to ``broken``."""
     for picture in pictures:
         if isinstance(picture, str):
@@ -111,8 +111,8 @@ def reading(
 
 
 def group_by_canvas(
-    pictures: Iterable[AnyPicture], fixed: tuple[int, int] | None, batch_size: int, stride: int = OUTPUT_STRIDE
-) -> Iterator[tuple[list[AnyPicture], tuple[int, int]]]:
+    pictures: Iterable[AnyImage], fixed: tuple[int, int] | None, batch_size: int, stride: int = OUTPUT_STRIDE
+) -> Iterator[tuple[list[AnyImage], tuple[int, int]]]:
     """Gather pictures of one padded size, with ``stride`` 1 of one size, so that pictures of mixed sizes run in batches.
 
     Yields:
@@ -121,7 +121,7 @@ def group_by_canvas(
     Raises:
         UserError: a picture does not fit the fixed canvas.
     """
-    waiting: dict[tuple[int, int], list[AnyPicture]] = {}
+    waiting: dict[tuple[int, int], list[AnyImage]] = {}
     count_waiting = 0
     for picture in pictures:
         size = picture.image.shape[:2]

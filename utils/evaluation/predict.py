@@ -22,7 +22,7 @@ from utils.command import UserError
 from utils.device import autocast, check_compiler, select_device, to_host
 from utils.evaluation.crf_device import DeviceCRF
 from utils.evaluation.crf_pool import CRFPool, logits_stride
-from utils.evaluation.images import AnyPicture, group_by_canvas
+from utils.evaluation.images import AnyImage, group_by_canvas
 from utils.options import TRAINED_WEIGHTS, Options, shared_options
 
 
@@ -100,12 +100,12 @@ def prediction_options(options: Options) -> dict[str, Any]:
 @torch.inference_mode()
 def predictions(
     net: Callable[[Tensor], Tensor],
-    pictures: Iterable[AnyPicture],
+    pictures: Iterable[AnyImage],
     device: torch.device,
     *,
     pool: CRFPool | DeviceCRF | None = None,
     **options: Any,
-) -> Iterator[AnyPicture]:
+) -> Iterator[AnyImage]:
     """The one prediction loop: evaluation, validation, submission and scripts/predict.py go over what it yields.
 
     The device is a batch ahead: it computes the next one while this one is copied, refined, counted or saved. The host waits
@@ -142,7 +142,7 @@ def predictions(
 
 def _predicted(
     net: Callable[[Tensor], Tensor],
-    pictures: Iterable[AnyPicture],
+    pictures: Iterable[AnyImage],
     device: torch.device,
     *,
     logits_to: Callable[[Tensor], Callable[[], Tensor]] | None,
@@ -151,10 +151,10 @@ def _predicted(
     window: tuple[int, int] | None = None,
     keep_logits: bool = False,
     **options: Any,
-) -> Iterator[AnyPicture]:
+) -> Iterator[AnyImage]:
     """:func:`predictions` up to the CRF, for which ``logits_to`` brings the logits to where it computes."""
     stride = logits_stride(window)
-    ahead: deque[tuple[AnyPicture, Callable[[], Tensor], Callable[[], Tensor] | None]] = deque()  # on the way to the host
+    ahead: deque[tuple[AnyImage, Callable[[], Tensor], Callable[[], Tensor] | None]] = deque()  # on the way to the host
     for group, size in group_by_canvas(pictures, canvas, batch_size, stride):
         images = [picture.image for picture in group]
         for picture, logits in zip(group, predict_batch(net, images, size, device, window=window, **options)):
@@ -167,7 +167,7 @@ def _predicted(
     yield from (arrived(*entry) for entry in ahead)
 
 
-def arrived(picture: AnyPicture, classes: Callable[[], Tensor], logits: Callable[[], Tensor] | None) -> AnyPicture:
+def arrived(picture: AnyImage, classes: Callable[[], Tensor], logits: Callable[[], Tensor] | None) -> AnyImage:
     """A picture whose results are on their way (:func:`to_host`), with them.
 
     Raises:

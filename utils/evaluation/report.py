@@ -30,7 +30,7 @@ from utils.visualize import PALETTE, WRONG, Classes, blend, indexed_png, marked_
 PREDICTED = ("scales", "fuse", "mirror", "window", "overlap", "crf", "amp", "input_size")  # the options on the page
 BYTES = 150e6  # of all images together, about
 PIXEL_BYTES = 0.4  # that a photo with its masks takes per pixel of its square, about
-MOST_PICTURES = 5000  # of larger sets every second, third, ... is shown
+MOST_IMAGES = 5000  # of larger sets every second, third, ... is shown
 MOST_SIDE = 1000  # pixels
 THUMBNAIL_SIDE = 240
 ERROR_COLORS = np.array([(255, 255, 255), WRONG, PALETTE[IGNORE_LABEL]], dtype=np.uint8)  # right, wrong, void
@@ -63,7 +63,7 @@ class Report:
     ) -> None:
         self.names = names
         self.folder, self.classes, self.ignore_label, self.crf, self.other = folder, classes, ignore_label, crf, other
-        every = math.ceil(len(ids) / MOST_PICTURES)
+        every = math.ceil(len(ids) / MOST_IMAGES)
         self.shown = {id: number for number, id in list(enumerate(ids))[::every]}
         self.side = min(MOST_SIDE, int((BYTES / PIXEL_BYTES / max(len(self.shown), 1)) ** 0.5))  # of all images
         self.records: list[dict[str, Any]] = []
@@ -80,14 +80,12 @@ class Report:
             number = self.shown[sample.id]
             masks = {"label": sample.label, "prediction": sample.prediction} | ({"crf": prediction} if self.crf else {})
             record.update(number=number, size=sample.label.shape)
-            record["layers"] = self._write_pictures(number, sample, masks, prediction)
+            record["layers"] = self._write_images(number, sample, masks, prediction)
             if self.names:
                 record["captions"] = {layer: captions_of(mask, self.classes.captions) for layer, mask in masks.items()}
         self.records.append(record)
 
-    def _write_pictures(
-        self, number: int, sample: Sample, masks: Mapping[str, np.ndarray], prediction: np.ndarray
-    ) -> list[str]:
+    def _write_images(self, number: int, sample: Sample, masks: Mapping[str, np.ndarray], prediction: np.ndarray) -> list[str]:
         """Write the image, its thumbnail and the masks to lay over it; the names of the masks."""
         errors = wrong_pixels(sample.label, prediction).astype(np.uint8)
         errors[sample.label == IGNORE_LABEL] = 2
@@ -147,7 +145,7 @@ class Report:
         names["frequency_weighted_iou"] = "frequency-weighted IoU %"
         if "labelled_mean_iou" in parts[0]:
             names["labelled_mean_iou"] = "mean IoU of labelled classes %"
-        pictures = [self._picture(record) for record in records if "number" in record]
+        pictures = [self._image(record) for record in records if "number" in record]
         pictures.sort(key=lambda picture: (picture["iou"] is None, picture["iou"], picture["number"]))
         text = "Worst mean IoU first, of a picture's own classes. Click one to enlarge it; then the arrow keys go on, and the "
         text += "digits switch what lies over it."
@@ -169,10 +167,10 @@ class Report:
             "matrix": _heat_map(matrix, self.classes.names),
             "comparison": self.other and self.other.compare(records, self.classes, self.ignore_label, colors),
             "pictures": pictures,
-            "pictures_text": text,
+            "images_text": text,
         }
 
-    def _picture(self, record: dict[str, Any]) -> dict[str, Any]:
+    def _image(self, record: dict[str, Any]) -> dict[str, Any]:
         """A picture as the page shows it."""
         scores = scores_of([record["matrix"]], len(self.classes.names), self.ignore_label)
         known = [(i, iou) for i, iou in enumerate(scores.class_iou.tolist()) if not math.isnan(iou)]

@@ -21,7 +21,7 @@ from utils import distributed
 from utils.command import UserError
 from utils.data import list_of
 from utils.evaluation.crf_device import open_crf
-from utils.evaluation.images import Pictures, reading
+from utils.evaluation.images import ImageFiles, reading
 from utils.evaluation.options import settled
 from utils.evaluation.predict import check_same_work, open_trained_net, prediction_options, predictions, to_device
 from utils.evaluation.score import share
@@ -54,7 +54,7 @@ def run(args: Namespace) -> int:
 
         def predict() -> dict[str, bytes]:
             masks = {}
-            with reading(Pictures(list(files.items())), order, options.num_workers, device) as pictures:
+            with reading(ImageFiles(list(files.items())), order, options.num_workers, device) as pictures:
                 for picture in predictions(net, pictures, device, pool=pool, **prediction_options(options)):
                     masks[picture.id] = encode(picture.mask, server)
                     bar.update()

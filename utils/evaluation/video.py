@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from utils.command import UserError
-from utils.evaluation.images import Picture
+from utils.evaluation.images import NamedImage
 from utils.files import DiskError, temporary_beside
 from utils.outputs import mark_mp4
 
@@ -26,7 +26,7 @@ class BrokenVideo(UserError):
 
 
 @dataclass
-class Frame(Picture):
+class Frame(NamedImage):
     """A frame, shown from ``time`` seconds on; None where the container does not say."""
 
     time: float | None

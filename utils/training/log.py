@@ -21,7 +21,7 @@ from utils.files import end_of, remove_torn, save_json, write_atomically
 from utils.metrics import Scores
 from utils.outputs import is_output
 from utils.training.lock import HOLDER, FolderLock
-from utils.visualize import save_picture
+from utils.visualize import save_image
 
 
 class RunLog:
@@ -149,7 +149,7 @@ class RunLog:
         known = {f"val_iou/{name}": iou for name, iou in zip(names, ious) if iou is not None}
         self._add_scalars(step, {"val_mean_iou": scores.mean_iou} | known)
 
-    def picture(self, name: str, step: int, image_rgb: np.ndarray) -> None:
+    def image(self, name: str, step: int, image_rgb: np.ndarray) -> None:
         """Keep an image of step ``step``, (H, W, 3) uint8 RGB, in ``images/`` and on TensorBoard.
 
         Raises:
@@ -158,7 +158,7 @@ class RunLog:
         path = self.folder / "images" / f"{step:06d}_{end_of(name.replace('/', '_'), 200)}.png"
         if os.path.lexists(path) and not is_output(path):
             raise UserError(f"{path} was not written by a run; move it")
-        save_picture(path, image_rgb)
+        save_image(path, image_rgb)
         self._board(lambda writer: writer.add_image(name, image_rgb, step, dataformats="HWC"))
 
     def _add_scalars(self, step: int, scalars: dict[str, float]) -> None:

@@ -178,7 +178,7 @@ def save_panels(run: "Run", done: int) -> str:
                 factor = min(1.0, tile_factor(label.shape))
                 image, label = scale(image, factor), scale(label, factor)
                 prediction = predict_classes(forward, to_input(image).to(run.device)).cpu().numpy()
-                run.log.picture(run.data.ids[index], done, panel(image[:, :, ::-1], label, prediction, run.classes))
+                run.log.image(run.data.ids[index], done, panel(image[:, :, ::-1], label, prediction, run.classes))
     except Exception as error:
         return f"warning: no panels at step {done} ({type(error).__name__}: {error})"
     return ""
