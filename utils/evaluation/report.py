@@ -251,7 +251,7 @@ def head_of(options: Options, weights: Weights, data_list: Path, count: int, not
         ("weights", f"{options.restore_from}: {weights.scheme}"),
         ("net", ", ".join(f"{name} {value}" for name, value in {**weights.config, **meta}.items() if value not in (None, ""))),
         ("trained with", " ".join(map(shlex.join, options_given))),
-        ("and by default" if options_given else "trained with", ", ".join(defaults)),
+        ("other options" if options_given else "trained with", ", ".join(defaults)),
         ("pictures", f"{count:,} of {data_list}"),
         ("predicted", ", ".join(f"{name} {getattr(options, name)}" for name in PREDICTED)),
         ("versions", ", ".join(versions)),

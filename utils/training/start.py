@@ -20,7 +20,7 @@ from utils.checkpoint import ANEW, dataset_of, load_checkpoint
 from utils.command import UserError, put
 from utils.options import INITIAL_WEIGHTS, Options
 from utils.training.identity import NET_OPTIONS, Misfit, compare_meta, kept_options, net_of_checkpoint, resumed_options
-from utils.training.options import FINE_TUNING_RATE, training_parser
+from utils.training.options import FINE_TUNING_RATE
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class Start:
         classes: the names of the classes, None where nobody gave them.
         seen_voc_val: why the net's mean IoU on the data set's val means nothing, "" if it means something.
         step: steps done.
-        given: the names of the options that were given when the run was begun, or differ from their defaults; None where the
-            checkpoint does not say.
+        given: the names of the options that the run was begun with; None where the checkpoint does not say.
         run: what tells a resumed run's files from another's; None of a new run, and where it was not written yet.
         checkpoint: optimizer, scaler, ids (their check sum), numbers (the steps of the snapshots that the run has written)
             and prefix (of their names) of the checkpoint; {} for a new run.
@@ -158,10 +157,7 @@ def begin(options: Options, loss: str, class_file: ClassFile) -> Start:
         lines.append(f"note: {rate} is for fine-tuning pretrained weights; from scratch 5e-3 is better")
     settled = kept_options(options) | {key: net.config.get(key) for key in NET_OPTIONS} | {"loss": loss}
     seen = weights.seen_voc_val if weights and dataset_of(weights.meta) == options.dataset else ""
-    own = {name: settled[name] for name in ("batch_size", "iter_size", "snapshot_dir")}  # their defaults are the script's
-    parser = training_parser("", **own)
-    changed = {name for name, value in settled.items() if parser.get_default(name) not in (None, value)}
-    return Start(Options(settled), net, lines, classes, seen, given=sorted(options.given | changed))
+    return Start(Options(settled), net, lines, classes, seen, given=sorted(options.given))
 
 
 def _classes(options: Options, class_file: ClassFile, meta: dict[str, Any]) -> tuple[int, list[str] | None, str]:
