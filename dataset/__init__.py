@@ -25,7 +25,7 @@ DATASETS: dict[str, type[VOCSegmentation]] = {
     "cityscapes": CityscapesSegmentation,
     "cocostuff": COCOStuffSegmentation,
 }
-"""What --dataset chooses from; README.md says how to add one."""
+"""The choices of --dataset; README.md says how to add one."""
 
 __all__ = [
     "DATASETS",

@@ -17,11 +17,11 @@ EXPECTED = "expected an image (H, W, 3) in BGR and its label (H, W) of class ind
 
 
 class ArraySegmentation(VOCSegmentation):
-    """Images and labels of a ``Dataset`` instead of files. It must be possible to pickle it where workers are spawned.
+    """Images and labels of a ``Dataset`` instead of files. With the start method spawn it must be picklable.
 
     Args:
-        items: ``items[i]`` is a pair of numpy arrays: the image (H, W, 3) uint8 in BGR, and its label (H, W) uint8. If it has
-            ``names`` and ``colors`` (class index -> (r, g, b)), these are those of the classes.
+        items: ``items[i]`` is a pair of numpy arrays: the image (H, W, 3) uint8 in BGR, and its label (H, W) uint8. Its
+            attributes ``names`` and ``colors`` (class index -> (r, g, b)), if any, describe the classes.
         classes: names and colours, see :func:`classes_of`.
         num_classes, ignore_label, transform: as in :class:`VOCSegmentation`.
 
@@ -29,7 +29,7 @@ class ArraySegmentation(VOCSegmentation):
         ids: the indices as text.
 
     Raises:
-        DatasetError: no map-style data set, or an empty one (at once); a wrong item (when it is read).
+        DatasetError: the data set is not map-style or empty (at once); an item is wrong (when it is read).
     """
 
     SHORT: ClassVar[str] = "own"
@@ -53,11 +53,11 @@ class ArraySegmentation(VOCSegmentation):
 
     @classmethod
     def lists(cls, split: str, image_dir: str) -> tuple[str, ...]:
-        """None: the items are all there is."""
+        """No lists: all items are used."""
         return ()
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Item ``index``, checked: copies, in which the ignore label is 255."""
+        """Copies of the image and label of item ``index``, checked; the ignore label is 255 in them."""
         item, where = self.items[index], f"item {index} of {self.title}"
         if not (isinstance(item, tuple | list) and len(item) == 2):
             raise DatasetError(f"{where} is {_found(item)}; {EXPECTED}")
@@ -81,14 +81,14 @@ class ArraySegmentation(VOCSegmentation):
 
 
 def classes_of(items: Any) -> ClassFile:
-    """What a data set of arrays says of its classes: its ``names`` and ``colors``, if it has them."""
+    """The classes by the ``names`` and ``colors`` of a data set of arrays, if it has them."""
     names, colors = getattr(items, "names", None), getattr(items, "colors", None) or {}
     rows = [(str(name), tuple(colors[index]) if index in colors else None) for index, name in enumerate(names or ())]
     return ClassFile(Path(type(items).__name__), rows or None)
 
 
 def _found(value: Any) -> str:
-    """An item, or a part of one, for messages."""
+    """The type and shape of an item or of a part of it, for messages."""
     if isinstance(value, np.ndarray):
         return f"an array {value.shape} of {value.dtype}"
     return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, tuple | list) else "")

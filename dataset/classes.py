@@ -15,14 +15,14 @@ Color: TypeAlias = tuple[int, int, int]
 """Red, green, blue, 0..255."""
 
 IGNORE_LABEL = 255
-"""The ignore label, VOC's void: never trained on, never counted."""
+"""The ignore label (VOC calls it void): never trained on, never counted."""
 
 MEAN_BGR = (104.00698793, 116.66876762, 122.67891434)
-"""Mean colour of the ImageNet training images, blue-green-red, 0..255, as the published nets subtract it."""
+"""Mean colour of the ImageNet training images, blue-green-red, 0..255, which the published nets subtract."""
 
 TO_INDICES = "scripts/masks_to_indices.py"
 
-VOID_NAMES = re.compile("void|ignored?|unlabell?ed", re.IGNORECASE)  # what a line for the ignore label is called
+VOID_NAMES = re.compile("void|ignored?|unlabell?ed", re.IGNORECASE)  # names of a line for the ignore label
 _COLORED = re.compile(r"(.+?)[ \t,;]+(\d+)[ \t,;]+(\d+)[ \t,;]+(\d+)[ \t,;]*", re.ASCII)
 _HEADER = re.compile(r".+?[ \t,;]+(r|red)[ \t,;]+(g|green)[ \t,;]+(b|blue)", re.IGNORECASE)  # "name r g b"
 _TITLE = re.compile("(class|label)?[ _]?names?|class(es)?|labels?|ids?", re.IGNORECASE)  # of a column of names
@@ -127,20 +127,20 @@ COCO_COLORS: dict[int, Color] = {  # none are published; the VOC colour map is l
 
 
 def voc_colors(num_classes: int) -> dict[int, Color]:
-    """The colours of VOC's 21 classes and of void; empty for another number of classes."""
+    """The colours of VOC's 21 classes and of the ignore label; empty for another number of classes."""
     if num_classes != len(VOC_CLASSES):
         return {}
     return {**{row.id: row.color for row in VOC_CLASSES}, IGNORE_LABEL: VOID_COLOR}
 
 
 def read_classes(path: str | Path) -> list[tuple[str, Color | None]]:
-    """Names and, where given, colours of a file of classes: a line per class in the order of the labels, ``name`` or
-    ``name r g b``, separated by blanks, tabs, commas or semicolons. Names may hold spaces.
+    """The names and, if given, colours in a file of classes: a line per class in the order of the labels, ``name`` or
+    ``name r g b``, separated by blanks, tabs, commas or semicolons. Names may contain spaces.
 
-    Lines that begin with ``#``, a first line ``name r g b`` and blank lines at the end are skipped.
+    Lines that begin with ``#``, a header line ``name r g b`` and blank lines at the end are skipped.
 
     Raises:
-        DatasetError: the file cannot be read as UTF-8 text, a line holds no name, or a name occurs twice.
+        DatasetError: the file cannot be read as UTF-8 text, a line has no name, or a name occurs twice.
     """
     lines = [(number, line) for number, line in enumerate(read_lines(path, "the file of classes"), 1) if line[:1] != "#"]
     while lines and not lines[-1][1]:
@@ -174,72 +174,72 @@ def read_classes(path: str | Path) -> list[tuple[str, Color | None]]:
 
 
 def _are_numbered(lines: Sequence[str]) -> bool:
-    """Whether several lines are numbered in turn: ``7,sky``, ``8,road``, or ``sky 0``, ``road 1``; ``class 0`` is a name."""
+    """Whether several lines are numbered in order: ``7,sky``, ``8,road``, or ``sky 0``, ``road 1``; ``class 0`` is a name."""
     before = [int(found[1]) for line in lines if (found := _NUMBERED.match(line))]
     halves = [line.rpartition(" ") for line in lines if not _COLORED.fullmatch(line)]
     behind = [number for _, _, number in halves] == [str(index) for index in range(len(lines))]
     apart = len({name for name, _, _ in halves}) == len(lines)
-    in_turn = bool(before) and before == list(range(before[0], before[0] + len(lines)))
-    return len(lines) > 1 and (in_turn or (behind and apart))
+    in_order = bool(before) and before == list(range(before[0], before[0] + len(lines)))
+    return len(lines) > 1 and (in_order or (behind and apart))
 
 
 _ONE_NAME = "expected a line per class, in the order of the labels: name, or name r g b with a colour of 0..255"
 
 
 def _no_name(name: str) -> str:
-    """What is wrong with a name of a class; "" if nothing is."""
+    """What is wrong with a class name; "" if nothing is."""
     if not name:
         return "the line is empty"
     if name == "__ignore__":
-        return "labelme's __ignore__ is void (255 in the masks) and no class; delete that line"
+        return "labelme's __ignore__ is the ignore label (255 in the masks), not a class; delete that line"
     if name[0] in "-*/;{[<\"'" or name[-1] in "]}>\"'" or set(name) & set(":=\t"):
         return "it is a line of another format, such as YAML or JSON"
     if not any(map(str.isalpha, name)):
-        return "there is no letter in it"
+        return "it contains no letter"
     if re.search(r"[,;][ \t]*\d+$", name):
         return "a part of its colour is missing"
-    return "its colour is not written as three numbers behind the name" if _NO_COLOR.fullmatch(name) else ""
+    return "its colour is not three numbers after the name" if _NO_COLOR.fullmatch(name) else ""
 
 
 @dataclass(frozen=True)
 class ClassFile:
-    """``<root>/classes.txt`` as it was read: ``rows`` holds a name and perhaps a colour per class, None without a file."""
+    """The contents of ``<root>/classes.txt``: ``rows`` has a name and perhaps a colour per class; None without a file."""
 
     path: Path
     rows: list[tuple[str, Color | None]] | None
 
     def count(self, ignore_label: int = IGNORE_LABEL) -> int | None:
-        """How many classes there are, None without a file; DatasetError for one class, more than 255, or a line for void."""
+        """The number of classes, None without a file; DatasetError for one class, over 255, or a line for the ignore label."""
         if self.rows is None:
             return None
         count = len(self.rows)
         if count == ignore_label + 1 and VOID_NAMES.fullmatch(last := self.rows[-1][0]):
             raise DatasetError(
-                f"{self.path} names {last} as its last class, but --ignore-label {ignore_label} says that it is none: "
+                f"{self.path} names {last} as its last class, but --ignore-label {ignore_label} says that it is not a class: "
                 "delete that line"
             )
         if not 2 <= count <= IGNORE_LABEL:
-            raise DatasetError(f"{self.path} names {count} classes; expected 2 to {IGNORE_LABEL}, the background among them")
+            raise DatasetError(f"{self.path} names {count} classes; expected 2 to {IGNORE_LABEL}, including the background")
         return count
 
     def names(self, num_classes: int) -> list[str] | None:
-        """The class names, None without a file; DatasetError for another number of them."""
+        """The class names, None without a file; DatasetError if their number is not ``num_classes``."""
         if self.rows is None:
             return None
         if (count := len(self.rows)) != num_classes:
-            advice = f"leave --num-classes out to take the {count}, or mend the file"
+            advice = f"leave --num-classes out to use all {count}, or edit the file"
             if count and VOID_NAMES.fullmatch(last := self.rows[-1][0]):
                 advice = (
-                    f"delete its last line, {last}, which is no class; where the masks hold {count - 1} for void, "
-                    f"--ignore-label {count - 1} says so"
+                    f"delete its last line, {last}, which is not a class; if ignored pixels are {count - 1} in the masks, "
+                    f"pass --ignore-label {count - 1}"
                 )
             raise DatasetError(f"{self.path} names {count} classes; expected {num_classes}: {advice}")
         return [name for name, _ in self.rows]
 
     def colors(self, num_classes: int) -> dict[int, Color]:
-        """The colours of the classes in label files, by class index; the ignore label has VOC's unless a class has that.
+        """The colours of the classes in label files, by class index; the ignore label gets VOC's unless a class has it.
 
-        They are those of the file, else VOC's where the classes are VOC's, else none. DatasetError as for ``names``.
+        They come from the file, else from VOC if the classes are VOC's, else there are none. DatasetError as for ``names``.
         """
         names = self.names(num_classes)
         colors = {index: color for index, (_, color) in enumerate(self.rows or ()) if color}
@@ -249,13 +249,13 @@ class ClassFile:
 
 
 def read_class_file(root: str | Path) -> ClassFile:
-    """``<root>/classes.txt``, see :func:`read_classes`, read once for all that is asked of it."""
+    """``<root>/classes.txt``, read once; see :func:`read_classes`."""
     path = Path(root) / "classes.txt"
     return ClassFile(path, read_classes(path) if path.is_file() else None)
 
 
 def count_classes(root: str | Path, ignore_label: int = IGNORE_LABEL) -> int | None:
-    """How many classes ``<root>/classes.txt`` names, see :meth:`ClassFile.count`."""
+    """The number of classes in ``<root>/classes.txt``, see :meth:`ClassFile.count`."""
     return read_class_file(root).count(ignore_label)
 
 
@@ -265,37 +265,37 @@ def read_class_names(root: str | Path, num_classes: int) -> list[str] | None:
 
 
 def default_names(num_classes: int) -> list[str]:
-    """What classes are called that nobody named: VOC's names for 21, else their numbers."""
+    """Names for classes without given names: VOC's for 21 classes, else their numbers."""
     return list(VOC_NAMES) if num_classes == len(VOC_NAMES) else [f"class {i}" for i in range(num_classes)]
 
 
 def is_voc(names: Sequence[str]) -> bool:
-    """Whether names are those of VOC's classes but for case and signs: labelme writes ``_background_``."""
+    """Whether names are those of VOC's classes, apart from case and punctuation: labelme writes ``_background_``."""
     return [re.sub("[^a-z]", "", name.lower()) for name in names] == list(VOC_NAMES)
 
 
 def one_class_warning(present: Iterable[int]) -> str | None:
-    """The sentence to say where at most one class occurs in labels, with the likely cause; None where there are more.
+    """A warning with the likely cause if at most one class occurs in labels; None if there are more.
 
     Args:
-        present: the values that occur in labels as they are read: class indices, and 255 for void.
+        present: the values that occur in labels after reading: class indices, and 255 for ignored.
     """
     values = set(present)
     classes = sorted(values - {IGNORE_LABEL})
     if len(classes) > 1:
         return None
     if not classes:
-        return "no label holds anything but void (255)" if values else "there are no labels"
+        return "all labels are ignored: they hold 255 alone" if values else "there are no labels"
     if classes == [0] and IGNORE_LABEL in values:
         return (
             "the labels are binary masks 0/255, and 255 is the ignore label, so only class 0 is learnt: "
             f"`python {TO_INDICES} --binary MASKS NEW` writes 1 for 255"
         )
-    return f"nothing but class {classes[0]} occurs in the labels: there is nothing to tell apart"
+    return f"only class {classes[0]} occurs in the labels: there is nothing to learn"
 
 
 def name_the_classes(count: int) -> str:
-    """What to do where labels hold the values 0..count-1, and no ``classes.txt`` says so."""
+    """The advice if labels hold the values 0..count-1, but there is no ``classes.txt``."""
     lines = "`background` and `object`" if count == 2 else "`background`, `cat` and so on"
     return f"for {count} classes write their names into classes.txt in the data set's folder, {count} lines such as {lines}"
 
@@ -303,12 +303,12 @@ def name_the_classes(count: int) -> str:
 def absent_classes(
     present: Iterable[int], names: Sequence[str], ignore_label: int = IGNORE_LABEL, unused: Sequence[int] = ()
 ) -> str:
-    """The classes that labels lack, as ``"3 bird, 4 boat"``, 20 of many; "" where they lack none, or hold one class or none.
+    """The classes that never occur in labels, ``"3 bird, 4 boat"``, at most 20; "" if all or less than two classes do.
 
     Args:
-        present: the values that occur in labels as they are read: class indices, and 255 for void.
-        names: of all classes, in the order of their indices.
-        ignore_label: a class that is declared void is none.
+        present: the values that occur in labels after reading: class indices, and 255 for ignored.
+        names: of all classes, by index.
+        ignore_label: a value that is no class, so never listed.
         unused: classes that no label of the data set has.
     """
     values = set(present)

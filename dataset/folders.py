@@ -14,31 +14,31 @@ from dataset.lists import IMAGE_DIR, IMAGE_SUFFIXES, LABEL_SUFFIXES, read_list
 
 IMAGE_FOLDERS = f"images?|imgs?|{IMAGE_DIR}"
 MASK_FOLDERS = "masks?|labels?|annotations?|segmentationclass(?:aug)?"
-"""What the two folders are called, in any case; regular expressions."""
-_SPLITS = {"train": "train(ing)?", "val": "val(id(ation)?)?", "test": "test(ing)?"}  # what lists and folders are called
+"""Regular expressions for the names of the two folders, in any case."""
+_SPLITS = {"train": "train(ing)?", "val": "val(id(ation)?)?", "test": "test(ing)?"}  # names of lists and folders
 
 
 class Folders(NamedTuple):
-    """A folder of images and that of their masks, below the data set's folder."""
+    """A folder of images and the folder of their masks, relative to the data set folder."""
 
     images: str
     masks: str
 
 
 def split_of(name: str) -> str | None:
-    """``"train"``, ``"val"`` or ``"test"`` by the name of a list or folder: ``Training``, ``valid``, ``val2017``."""
+    """``"train"``, ``"val"`` or ``"test"`` from the name of a list or folder: ``Training``, ``valid``, ``val2017``."""
     return next((split for split, form in _SPLITS.items() if re.fullmatch(rf"{form}(\d{{4}})?", name, re.IGNORECASE)), None)
 
 
 def choose_folders(root: Path, split: str, data_list: Path | None, lists: Sequence[str]) -> tuple[Folders, Path | None] | None:
-    """The folders and the list of a split; None where ``root`` has no such folders, or the list names images and labels itself.
+    """The folders and the list of a split; None if ``root`` has no such folders, or if the list names images and labels.
 
     Args:
-        data_list: the list that was given; None looks for ``train.txt`` and the like in ``root``, then for folders of splits.
-        lists: where the list may be below ``root`` otherwise; one that is there counts, and None is returned in its place.
+        data_list: the list that was given; None looks for ``train.txt`` and the like in ``root``, then for split folders.
+        lists: other places of the list below ``root``; if one exists, it is used, and the returned list is None.
 
     Raises:
-        DatasetError: several folders may be meant; there is no such split.
+        DatasetError: the folders are ambiguous, or there is no such split.
     """
     found = find_folders(root)
     whole = found.pop("", None)
@@ -66,13 +66,13 @@ def choose_folders(root: Path, split: str, data_list: Path | None, lists: Sequen
 
 def find_folders(root: Path) -> dict[str, Folders]:
     """The folders of each split: ``images/train`` and ``masks/train``, or ``train/images`` and ``train/masks``, or
-    ``train_images`` and ``train_masks``; of the last, ``train`` may be the images.
+    ``train_images`` and ``train_masks``; the images of the last may also be in ``train``.
 
     Returns:
-        {split: its folders}; "" stands for ``images`` and ``masks`` themselves. {} where there are no such folders.
+        {split: its folders}; "" is the key of ``images`` and ``masks`` themselves. {} if there are no such folders.
 
     Raises:
-        DatasetError: several folders may be meant.
+        DatasetError: the folders are ambiguous.
     """
     found: dict[str, Folders] = {}
 
@@ -80,7 +80,7 @@ def find_folders(root: Path) -> dict[str, Folders]:
         if split and (first := found.setdefault(split, Folders(images, masks))) != (images, masks):
             raise DatasetError(
                 f"{root} holds {first.images}/ with {first.masks}/, and {images}/ with {masks}/, for {split}; choose with, for "
-                f"instance, `--image-dir {images} --label-dir {masks} --data-list {quote(str(root / images))}`"
+                f"example, `--image-dir {images} --label-dir {masks} --data-list {quote(str(root / images))}`"
             )
 
     if whole := _pair(root):
@@ -99,7 +99,7 @@ def find_folders(root: Path) -> dict[str, Folders]:
 
 
 def what_to_do(root: Path) -> str:
-    """The end of the message about a folder of a user's own data that has no list of ids."""
+    """The advice for a folder of a user's own data that has no list of ids."""
     for path in _folders(root):
         with suppress(DatasetError):
             if (path / "ImageSets").is_dir() or find_folders(path):
@@ -111,13 +111,13 @@ def what_to_do(root: Path) -> str:
         holds.append(f"{path.name}/" + (f" with {', '.join(kinds)} files" if kinds else ""))
     return (
         f"for data of your own, here {', '.join(holds) or 'without folders'}, `python {TO_INDICES} {quote(str(root))} NEW` "
-        f"makes a data set of images and PNG masks; or pass, for instance, `--image-dir images --label-dir masks --data-list "
+        f"makes a data set of images and PNG masks; or pass, for example, `--image-dir images --label-dir masks --data-list "
         f"{quote(str(root / 'images'))}`"
     )
 
 
 def _pair(folder: Path) -> Folders | None:
-    """The folders of images and masks in ``folder``; None where one of them is missing."""
+    """The folders of images and masks in ``folder``; None if one of them is missing."""
     found = [
         [path.name for path in _folders(folder) if re.fullmatch(names, path.name, re.IGNORECASE) and _holds(path, suffixes)]
         for names, suffixes in ((IMAGE_FOLDERS, IMAGE_SUFFIXES), (MASK_FOLDERS, LABEL_SUFFIXES))
@@ -128,7 +128,7 @@ def _pair(folder: Path) -> Folders | None:
         several = " and ".join(f"{name}/" for names in found if len(names) > 1 for name in names)
         images, masks = (names[0] for names in found)
         raise DatasetError(
-            f"{folder} holds {several}, and nothing says which is meant; pass for instance `--image-dir {images} "
+            f"{folder} holds {several}, which is ambiguous; pass for example `--image-dir {images} "
             f"--label-dir {masks} --data-list {quote(str(folder / images))}`"
         )
     return Folders(found[0][0], found[1][0])

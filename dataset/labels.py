@@ -1,4 +1,4 @@
-"""Label masks, read so that a wrong file is an error and never a wrong label."""
+"""Reading label masks: a wrong file raises an error and never gives wrong labels."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ _LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
 
 
 class BadLabel(ValueError):
-    """What is wrong with a label; the message goes on after the file's name: "is a JPEG file, ..."."""
+    """A label is wrong; the message continues after the file name: "is a JPEG file, ..."."""
 
 
 def read_label(
@@ -25,19 +25,19 @@ def read_label(
     colors: Mapping[int, Color] | None = None,
     classes_of: np.ndarray | None = None,
 ) -> np.ndarray:
-    """A label mask as (H, W) uint8 class indices, with every void pixel as 255.
+    """A label mask as (H, W) uint8 class indices, with every ignored pixel as 255.
 
     Args:
         path: a PNG of one channel and at most 8 bits: a palette, whose indices are the classes, or grey.
         num_classes: values 0..num_classes-1 are classes.
-        ignore_label: a further value that means void, beside 255.
-        colors: the colours of the classes, by which a re-ordered palette is told; None means VOC's for 21 classes, else none.
-        classes_of: (n,) uint8, the classes of the values 0..n-1 where they are not the classes themselves, 255 for void; no
-            palette is looked at then.
+        ignore_label: a value that is ignored, besides 255.
+        colors: the colours of the classes, to detect a re-ordered palette; None means VOC's for 21 classes, else none.
+        classes_of: (n,) uint8, the classes of the values 0..n-1 if the values are not the classes, 255 for ignored; the
+            palette is then not checked.
 
     Raises:
-        DatasetError: a missing, damaged or lossy file, a colour or 16-bit image, a palette in another order than the classes, a
-            value that is neither a class nor void.
+        DatasetError: a missing, damaged or lossy file, a colour or 16-bit image, a re-ordered palette, or a value that is
+            neither a class nor ignored.
     """
     data = read_bytes(path, "the label")
     try:
@@ -57,12 +57,12 @@ def read_label(
 
 
 def whole_table(classes_of: np.ndarray) -> np.ndarray:
-    """The classes of all 256 values, (256,) uint8, from those of the first: 255 for the others."""
+    """``classes_of`` extended to all 256 values, (256,) uint8: 255 for the others."""
     return np.pad(classes_of, (0, 256 - len(classes_of)), constant_values=IGNORE_LABEL)
 
 
 def decode_label(data: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """The values of a one-channel PNG as they are stored, (H, W) uint8, and its palette, (n, 3) uint8 RGB; grey ones have none.
+    """The values of a one-channel PNG as stored, (H, W) uint8, and its palette, (n, 3) uint8 RGB, n = 0 for grey.
 
     Raises:
         BadLabel: see :func:`read_png`; a colour or 16-bit image.
@@ -73,10 +73,10 @@ def decode_label(data: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def single_channel(pixels: np.ndarray, mode: str) -> None:
-    """BadLabel where pixels of :func:`read_png` are no class indices: colours, or more than 8 bits."""
+    """BadLabel if pixels of :func:`read_png` cannot be class indices: colours, or more than 8 bits."""
     if pixels.ndim != 2 or pixels.dtype != np.uint8:
         advice = f"; {TO_INDICES} turns colours into indices" if mode in ("RGB", "RGBA") else ""
-        advice = f"; {TO_INDICES} saves 16 bits as 8 where the values fit" if pixels.ndim == 2 else advice
+        advice = f"; {TO_INDICES} saves 16 bits as 8 if the values fit" if pixels.ndim == 2 else advice
         raise BadLabel(
             f"has Pillow mode {mode} with shape {pixels.shape} and type {pixels.dtype}; "
             f"expected a single-channel 8-bit PNG of class indices (mode P or L){advice}"
@@ -84,24 +84,24 @@ def single_channel(pixels: np.ndarray, mode: str) -> None:
 
 
 def read_png(data: bytes) -> tuple[np.ndarray, np.ndarray, str]:
-    """The pixels of a PNG as they are stored, its palette and Pillow's name of its mode.
+    """The pixels of a PNG as stored, its palette and its mode in Pillow's terms.
 
-    Every check sum is compared first, and the pixels are counted. OpenCV would turn a palette into grey levels, and Pillow
+    Every checksum is verified first, and the pixels are counted. OpenCV would convert a palette to grey levels. Pillow
     stretches grey of 1, 2 and 4 bits to 0..255, which is undone here.
 
     Returns:
         (H, W) uint8 for palette and grey files of at most 8 bits, (H, W) of a wider type for grey of 16 bits, else (H, W, 2..4)
-        uint8; the palette as (n, 3) uint8 RGB, n = 0 where there is none; the mode.
+        uint8; the palette as (n, 3) uint8 RGB, n = 0 if there is none; the mode.
 
     Raises:
-        BadLabel: no PNG, a damaged one, or one with more than 2^30 pixels.
+        BadLabel: the file is no PNG, is damaged, or has more than 2^30 pixels.
     """
     if not data.startswith(PNG_SIGNATURE):
         raise BadLabel(_other_format(data))
     if damage := png_damage(data, inflate=True):
         raise BadLabel(f"is damaged: {damage}; fetch or make it again")
     try:
-        # The class itself, not Image.open, which refuses large images: the label of an image that OpenCV reads is read.
+        # Not Image.open, which refuses large images: a label may be as large as an image that OpenCV reads.
         with PngImagePlugin.PngImageFile(io.BytesIO(data)) as image:
             if image.width * image.height > LARGEST:
                 raise BadLabel(f"is {image.width}x{image.height} pixels; expected at most {LARGEST} of them")
@@ -109,11 +109,11 @@ def read_png(data: bytes) -> tuple[np.ndarray, np.ndarray, str]:
             pixels = np.array(image)
     except BadLabel:
         raise
-    except Exception as error:  # by where a file is broken, Pillow raises OSError, SyntaxError, ValueError and others
+    except Exception as error:  # depending on the damage, Pillow raises OSError, SyntaxError, ValueError and others
         raise BadLabel(f"cannot be decoded ({error}); it is damaged: fetch or make it again") from None
     if image.mode == "1":
         pixels = pixels.astype(np.uint8)
-    elif image.mode == "L" and (bits := data[24]) < 8:  # the bits a value (PNG specification, IHDR)
+    elif image.mode == "L" and (bits := data[24]) < 8:  # bits per value (PNG specification, IHDR)
         pixels //= 255 // (2**bits - 1)
     return pixels, palette, image.mode
 
@@ -125,35 +125,35 @@ def _other_format(data: bytes) -> str:
     except Exception:
         return f"cannot be decoded (its {len(data)} bytes are no PNG); expected a PNG of class indices"
     if name in _LOSSY:
-        return f"is a {name} file whatever its name says, and that format changes labels; make a PNG from what it was made from"
-    return f"is a {name} file whatever its name says; expected a PNG of class indices"
+        return f"is a {name} file despite its name, and that format changes labels; make a PNG from the original instead"
+    return f"is a {name} file despite its name; expected a PNG of class indices"
 
 
 def check_values(
     present: Sequence[int], num_classes: int, ignore_label: int = IGNORE_LABEL, what: str = "class indices"
 ) -> None:
-    """BadLabel where values are ``present`` in a label that are neither a class nor void."""
+    """BadLabel if values ``present`` in a label are neither a class nor ignored."""
     if wrong := [value for value in present if value >= num_classes and value not in (ignore_label, IGNORE_LABEL)]:
         shown = ", ".join(map(str, wrong[:8])) + (", ..." if len(wrong) > 8 else "")
         raise BadLabel(
-            f"holds the value{'s' * (len(wrong) > 1)} {shown}; expected {what} 0..{num_classes - 1} and {IGNORE_LABEL} for void"
+            f"holds the value{'s' * (len(wrong) > 1)} {shown}; expected {what} 0..{num_classes - 1}; {IGNORE_LABEL} is ignored"
         )
 
 
 def check_palette(
     present: Sequence[int], palette: np.ndarray, colors: Mapping[int, Color], ignore_label: int = IGNORE_LABEL
 ) -> None:
-    """Refuse a palette that a tool has re-ordered (ImageMagick, pngquant and others, on any crop, resize or strip).
+    """Refuse a palette that a tool has re-ordered (ImageMagick, pngquant and others do, on any crop, resize or strip).
 
-    Its colours are then those of the classes, but stand at other indices. A palette of other colours says nothing.
+    Its colours are those of the classes, but at other indices. A palette of other colours is not checked.
 
     Args:
         present: the indices that occur in the label, ascending.
         palette: (n, 3) uint8 RGB.
-        colors: RGB of class indices and void.
+        colors: RGB of class indices and of the ignore label.
 
     Raises:
-        BadLabel: all indices that occur have a colour of the table, at least two of them, and one has another index's.
+        BadLabel: at least two indices occur, each has a colour of the table, and one has the colour of another index.
     """
     if not colors or len(present) < 2 or present[-1] >= len(palette):
         return
@@ -164,10 +164,10 @@ def check_palette(
         for index, color in found.items()
         if color in home and colors.get(index) != color and (index, color) != (ignore_label, colors.get(IGNORE_LABEL))
     ]
-    # Two indices of one colour are a palette that was never filled in: a tool keeps one index a colour.
+    # Two indices of one colour: the palette was never filled in. Tools keep one index per colour.
     if moved and set(found.values()) <= home.keys() and len(set(found.values())) == len(found):
         shown = ", ".join(f"{index} has the colour of {right}" for index, right in moved[:5])
         raise BadLabel(
-            f"has a palette that a tool re-ordered: index {shown}; the indices are no classes any more: "
+            f"has a palette that a tool re-ordered: index {shown}; the indices are no longer the classes: "
             f"map the colours back with `python {TO_INDICES} FOLDER NEW_FOLDER`"
         )

@@ -1,4 +1,4 @@
-"""Lists of image ids, the files that they stand for, and how text files are read."""
+"""Lists of image ids, the files that they mean, and the reading of text files."""
 
 import os
 import re
@@ -18,13 +18,13 @@ FOLDERS = 3  # in a message
 IMAGE_DIR = "JPEGImages"
 FOREIGN_SUFFIXES = (".heic", ".heif", ".avif", ".gif", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".svg", ".pdf", ".mat",
                     ".npy", ".json", ".xml", ".txt")  # fmt: skip
-"""Of files that are neither images nor labels here, but stand in lists."""
+"""Suffixes of files that lists may name, but that are read as neither images nor labels."""
 _SUFFIX = "|".join(map(re.escape, (*IMAGE_SUFFIXES, *FOREIGN_SUFFIXES)))
 _COLUMN_END = re.compile(rf"(?<=.)({_SUFFIX})(?:$|[ \t]*[,;][ \t]*|[ \t]+)", re.IGNORECASE)
 
 
 class Entry(NamedTuple):
-    """A line of a list: an id and, where the line names them, the two files below the data set's folder."""
+    """A line of a list: an id and, if the line names them, the paths of image and label below the data set's folder."""
 
     id: str
     image: str | None = None
@@ -39,14 +39,14 @@ def read_ids(path: str | Path) -> list[str]:
 def read_list(path: str | Path, image_dir: str = IMAGE_DIR) -> list[Entry]:
     """The entries of a list file, in its order.
 
-    A line holds a bare id (``2007_000032``), which may hold spaces, or an image, told by its suffix, and its label:
-    ``/JPEGImages/x.jpg /SegmentationClassAug/x.png``, as in the official Caffe lists. Both paths are below the data set's
-    folder, with or without the leading ``/``. A line with an image alone is that image, below ``image_dir`` unless it begins
-    with that or with ``/``. The id of an image is its path below ``image_dir``, or below the one other folder that all
-    images of the list are in, without suffix. Blank lines are skipped, backslashes read as slashes.
+    A line holds a bare id (``2007_000032``), which may contain spaces, or an image and its label:
+    ``/JPEGImages/x.jpg /SegmentationClassAug/x.png``, as in the official Caffe lists. An image is recognised by its suffix.
+    Both paths are below the data set's folder, with or without the leading ``/``. An image alone is below ``image_dir``,
+    unless its path begins with that or with ``/``. The id of an image is its path without suffix below ``image_dir``, or
+    below the one other folder that has all images of the list. Blank lines are skipped; a backslash is read as a slash.
 
     Raises:
-        DatasetError: the file is missing, is no UTF-8 text, holds no id, or a line leads out of the data set's folder.
+        DatasetError: the file is missing, not UTF-8 text or without ids, or a line leaves the data set's folder.
     """
     entries = []
     for number, line in enumerate(read_lines(path, "the list of image ids"), start=1):
@@ -55,33 +55,33 @@ def read_list(path: str | Path, image_dir: str = IMAGE_DIR) -> list[Entry]:
         if any(len(part.encode()) > 255 for part in line.split("/")):
             raise DatasetError(
                 f"the list of image ids {path} holds {line[:40]!r}... in line {number}, which is too long for a file name; "
-                "expected one id a line"
+                "expected one id per line"
             )
         image, label, problem = _columns(line, image_dir)
         if problem:
             raise DatasetError(f"the list of image ids {path} holds {line!r} in line {number}: {problem}")
         paths = [image, label] if image else [line]
-        if any(_leads_out(text, bare=not image) for text in paths if text):
+        if any(_leaves(text, bare=not image) for text in paths if text):
             raise DatasetError(
-                f"the list of image ids {path} holds {line!r} in line {number}, which leads out of the data set's folder; "
+                f"the list of image ids {path} holds {line!r} in line {number}, which leaves the data set's folder; "
                 "expected an id such as 2007_000032, or paths in that folder such as /JPEGImages/x.jpg /SegmentationClass/x.png"
             )
         if image and not label and not image.startswith("/") and not _inside(image, image_dir):
             image = f"{image_dir}/{image}"
         entries.append(Entry(_clean(line), image and _clean(image), label and _clean(label)))
     if not entries:
-        raise DatasetError(f"the list of image ids {path} is empty; expected one id a line")
+        raise DatasetError(f"the list of image ids {path} is empty; expected one id per line")
     return _with_ids(entries, image_dir)
 
 
 def is_bare(image_id: str) -> bool:
-    """Whether a line that holds ``image_id`` is read as that id, and as no path."""
+    """Whether a line with ``image_id`` is read as that id and not as a path."""
     whole = image_id == image_id.strip(" \t") == _clean(image_id) and not re.search("[\r\n\0\ufeff\\\\]", image_id)
-    return whole and not _leads_out(image_id, bare=True) and _columns(image_id, IMAGE_DIR) == (None, None, "")
+    return whole and not _leaves(image_id, bare=True) and _columns(image_id, IMAGE_DIR) == (None, None, "")
 
 
 def _columns(line: str, image_dir: str) -> tuple[str | None, str | None, str]:
-    """The image and the label that a line names, None and None where it is a bare id; and what is wrong with it, or ""."""
+    """The image and the label that a line names, None for a bare id; and what is wrong with the line, or ""."""
     ends = list(_COLUMN_END.finditer(line))
     if not ends:
         return None, None, ""
@@ -92,10 +92,10 @@ def _columns(line: str, image_dir: str) -> tuple[str | None, str | None, str]:
     if len(columns) == 1 and rest and (endings[0] in FOREIGN_SUFFIXES or not rest.isdigit()):  # shot.png copy
         return None, None, ""
     if (foreign := next((i for i, ending in enumerate(endings) if ending in FOREIGN_SUFFIXES), None)) is not None:
-        kind, advice = "label", "a PNG of class indices"
+        kind, advice = "a label", "a PNG of class indices"
         if foreign == 0:
-            kind, advice = "image", f"{', '.join(IMAGE_SUFFIXES)}; convert it to JPEG or PNG"
-        return None, None, f"{columns[foreign]} is no {kind} that is read here, which is {advice}"
+            kind, advice = "an image", f"{', '.join(IMAGE_SUFFIXES)}; convert it to JPEG or PNG"
+        return None, None, f"{columns[foreign]} is not read as {kind}; expected {advice}"
     if len(columns) > 2 or rest:
         return None, None, f"it has more columns than image and label, {rest or columns[2]!r}; {expected}"
     image, label = columns[0], columns[1] if len(columns) == 2 else None
@@ -103,23 +103,23 @@ def _columns(line: str, image_dir: str) -> tuple[str | None, str | None, str]:
         (endings[0] in LABEL_SUFFIXES and endings[1] not in LABEL_SUFFIXES)
         or (_inside(label, image_dir) and not _inside(image, image_dir))
     ):
-        return None, None, f"the label stands before the image; {expected}"
+        return None, None, f"the label comes before the image; {expected}"
     if label and endings[1] not in LABEL_SUFFIXES:
-        return None, None, f"{label} is no label that is read here, which is a PNG of class indices"
+        return None, None, f"{label} is not read as a label; expected a PNG of class indices"
     if label and re.match("[ \t]*[,;]", line[len(image) :]):
         return None, None, f"its columns are separated by {line[len(image) :].strip()[0]!r}; {expected}"
     return image, label, ""
 
 
 def read_folder(path: Path, image_dir: str, pattern: str = "*", expected: str = "images such as <id>.jpg") -> list[Entry]:
-    """The entries of all images in a folder, ``<root>/<image_dir>`` or one in it, in the order of their names.
+    """The entries of all images in a folder, ``<root>/<image_dir>`` or one in it, sorted by name.
 
     Args:
-        pattern: of their paths below ``path``.
-        expected: for the message.
+        pattern: glob pattern of their paths below ``path``.
+        expected: what to expect there, for the message.
 
     Raises:
-        DatasetError: there are none.
+        DatasetError: there is no image.
     """
     files = [file for file in sorted(path.glob(pattern)) if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != "."]
     if not files:
@@ -129,7 +129,7 @@ def read_folder(path: Path, image_dir: str, pattern: str = "*", expected: str = 
 
 
 def below(named: str | None, folder: str) -> str | None:
-    """``named`` if it lies below ``folder``, else None."""
+    """``named`` if it is below ``folder``, else None."""
     return named if named and _inside(named, folder) else None
 
 
@@ -141,8 +141,8 @@ def _inside(path: str, folder: str) -> bool:
     return _clean(path).startswith(_clean(folder) + "/")
 
 
-def _leads_out(text: str, bare: bool) -> bool:
-    """Whether a path is not below the folder it is read in; for a bare id, a leading slash counts as leading out."""
+def _leaves(text: str, bare: bool) -> bool:
+    """Whether a path leaves the folder that it is relative to; a bare id does so with a leading slash, too."""
     return (
         ".." in text.split("/")
         or text.startswith("/" if bare else "//")
@@ -152,7 +152,7 @@ def _leads_out(text: str, bare: bool) -> bool:
 
 
 def _with_ids(entries: list[Entry], image_dir: str) -> list[Entry]:
-    """The entries, with the ids of those that name an image made from its path."""
+    """The entries; if one names an image, its id is made from the path."""
     images = [entry.image for entry in entries if entry.image]
     folders = {image_dir if _inside(image, image_dir) else image.rpartition("/")[0].split("/")[0] for image in images}
     shared = _clean(folders.pop() if len(folders) == 1 else image_dir) + "/"
@@ -163,12 +163,12 @@ def _with_ids(entries: list[Entry], image_dir: str) -> list[Entry]:
 
 
 def read_lines(path: str | Path, what: str) -> list[str]:
-    r"""The lines of a UTF-8 file, without blanks and tabs around them, nor byte-order marks; lines end at \n, \r\n or \r alone.
+    r"""The lines of a UTF-8 file, without surrounding blanks and tabs or byte-order marks; lines end at \n, \r\n or \r only.
 
-    What else Unicode calls a line end (U+2028, U+0085, the vertical tab) may stand in a name, and stays there.
+    Other line ends of Unicode (U+2028, U+0085, the vertical tab) may be part of a name and are kept.
 
     Args:
-        what: what the file is, for messages: "the list of image ids".
+        what: name of the file in messages: "the list of image ids".
 
     Raises:
         DatasetError: the file cannot be read, or is in another encoding.
@@ -187,30 +187,30 @@ def read_lines(path: str | Path, what: str) -> list[str]:
 
 
 class Listing:
-    """The files below a folder, found by their paths without suffix; paths hold forward slashes."""
+    """The files below a folder, found by their paths without suffix; paths have forward slashes."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._folders: dict[str, dict[str, list[str]]] = {}
 
     def names(self, path: str) -> list[str]:
-        """The names of all files that stand where ``path``, which has no suffix, says: ``"a/x"`` -> ``["x.jpg", "x.json"]``."""
+        """The names of all files whose path without suffix is ``path``: ``"a/x"`` -> ``["x.jpg", "x.json"]``."""
         folder, _, stem = path.rpartition("/")
         return self.by_stem(folder).get(normalize("NFC", stem), [])  # macOS writes umlauts as two characters
 
     def find(self, path: str, suffixes: Sequence[str]) -> str | None:
-        """The file of ``path`` in one of the suffixes, in any case, the first of them first; None where there is none."""
+        """The file ``path`` with one of the suffixes, in any case, earlier suffixes first; None if there is none."""
         endings = {name: os.path.splitext(name)[1].lower() for name in self.names(path)}
         found = [name for name, ending in endings.items() if ending in suffixes]
         folder = path[: path.rfind("/") + 1]
         return folder + min(found, key=lambda name: (suffixes.index(endings[name]), name.swapcase())) if found else None
 
     def has(self, path: str) -> bool:
-        """Whether there is a file of this path, with its suffix."""
+        """Whether a file with this path, including its suffix, exists."""
         return path.rpartition("/")[2] in self.names(os.path.splitext(path)[0]) or (self.root / path).exists()
 
     def by_stem(self, folder: str) -> dict[str, list[str]]:
-        """The names of a folder's files by what stands before their suffix; {} where there is no such folder."""
+        """The names of a folder's files by their stem; {} if there is no such folder."""
         if folder not in self._folders:
             stems = defaultdict(list)
             if (self.root / folder).is_dir():
@@ -220,18 +220,18 @@ class Listing:
         return self._folders[folder]
 
     def missing(self, kind: str, paths: Iterable[str], suffixes: Sequence[str]) -> list[str]:
-        """A clause a folder for those of ``paths`` that are not there, each with the folder as it is; a few of many."""
+        """A clause per folder about the missing ``paths`` and what the folder has instead; for the first few folders."""
         lost: dict[str, list[str]] = defaultdict(list)
         for path in paths:
             if not self.has(path):
                 lost[path.rpartition("/")[0]].append(path)
-        clauses = [f"no {kind} {self._told(folder, found, suffixes)}" for folder, found in islice(lost.items(), FOLDERS)]
+        clauses = [f"no {kind} {self._describe(folder, found, suffixes)}" for folder, found in islice(lost.items(), FOLDERS)]
         if len(lost) > FOLDERS:
             more = sum(len(found) for found in islice(lost.values(), FOLDERS, None))
             clauses.append(f"{more} more {kind}s in {len(lost) - FOLDERS} other folders")
         return clauses
 
-    def _told(self, folder: str, lost: Sequence[str], suffixes: Sequence[str]) -> str:
+    def _describe(self, folder: str, lost: Sequence[str], suffixes: Sequence[str]) -> str:
         place = self.root / folder
         more = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
         text = ", ".join(os.path.basename(os.path.splitext(path)[0]) for path in lost[:SHOWN]) + more

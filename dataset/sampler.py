@@ -1,4 +1,4 @@
-"""Which image comes next: a seeded, endless, resumable, sharded stream of batches."""
+"""The order of the images: a seeded, endless, resumable, sharded stream of batches."""
 
 from collections.abc import Iterator
 from itertools import count
@@ -9,22 +9,22 @@ import numpy as np
 class StepSampler:
     """A batch sampler whose stream is a function of (seed, draw number) alone.
 
-    Draws are counted from 0 over the whole run. Draw d takes entry ``d % length`` of the permutation of pass ``d // length``
-    over the data, and that permutation is seeded by (seed, pass). Batch b holds the draws b * batch_size ... and each of
-    ``num_shards`` processes takes its own equal part of every batch. So the stream can start at any batch, and does not depend
-    on the number of workers or processes.
+    Draws are counted from 0 over the whole run. Draw d is entry ``d % length`` of the permutation for epoch ``d // length``,
+    which is seeded by (seed, epoch). Batch b holds ``batch_size`` draws from b * batch_size on, and each of ``num_shards``
+    processes gets an equal part of it. So the stream can start at any batch and does not depend on the number of workers or
+    processes.
 
     Yields lists of ``(index, draw)`` for ``DataLoader(batch_sampler=...)``, without end.
 
     Args:
         length: number of images.
-        batch_size: images a batch over all shards.
+        batch_size: images per batch over all shards.
         seed: the run's seed.
         start: the first batch.
-        shard, num_shards: which part of each batch this process takes.
+        shard, num_shards: the part of each batch for this process.
 
     Raises:
-        ValueError: no images, or a batch that does not divide into the shards.
+        ValueError: there are no images, or a batch is not divisible by the number of shards.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int, start: int = 0, shard: int = 0, num_shards: int = 1) -> None:

@@ -1,7 +1,7 @@
-"""The tags of a TIFF file: what its bands are, and the file with tags by which OpenCV gives these bands as they are stored.
+"""The tags of a TIFF file: its bands, and the file with changed tags so that OpenCV returns the bands as stored.
 
-OpenCV reads 8-bit TIFF files through libtiff's conversion for the screen. It multiplies the colours with a fourth band that is
-called alpha, as GDAL calls any fourth band, and of three bands that are called grey it gives the first alone.
+OpenCV reads 8-bit TIFF files through libtiff's conversion for display. It multiplies the colours by a fourth band tagged as
+alpha, as GDAL tags any fourth band. Of three bands tagged as grey it returns the first alone.
 """
 
 import struct
@@ -11,7 +11,7 @@ SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # little and big endian; 
 BITS, PHOTOMETRIC, ORIENTATION, BANDS, PLANES, EXTRA, FORMAT = 258, 262, 274, 277, 284, 338, 339
 GREY, RGB = (0, 1), 2  # of PHOTOMETRIC
 ALPHA = (1, 2)  # of EXTRA
-UNUSED = 65000  # a tag that nobody reads
+UNUSED = 65000  # a tag that no reader uses
 FORMATS = {1: "uint", 2: "int", 3: "float", 5: "complex int", 6: "complex float"}
 SHORT = 3  # the type of a tag's values: 16 bits
 
@@ -21,9 +21,9 @@ class Tiff(NamedTuple):
 
     Attributes:
         bands, dtype: such as 4 and ``"uint8"``, or ``"uint16 in planes of their own"``, which OpenCV mixes up.
-        readable: they are grey, grey and alpha, or RGB with one more at most, of up to 8 or of 16 bits, unsigned.
+        readable: grey, grey and alpha, or RGB with at most one more band, unsigned, of up to 8 or of 16 bits.
         orientation: as EXIF's.
-        data: the file as OpenCV reads it right: grey, or RGB and what follows it, neither multiplied nor turned.
+        data: the file with tags that OpenCV reads correctly: grey, or RGB and its further band, not multiplied or rotated.
     """
 
     bands: int
@@ -37,11 +37,11 @@ def open_tiff(data: bytes) -> Tiff:
     """Read the tags of a TIFF file (TIFF 6.0, section 2, and BigTIFF, whose offsets have 64 bits).
 
     Raises:
-        struct.error: the file ends before its tags do.
+        struct.error: the file ends within its tags.
     """
     order, big = "<" if data[:2] == b"II" else ">", b"+" in data[:4]
     offset, inline, entries = ("Q", 8, "Q") if big else ("I", 4, "H")
-    entry = struct.Struct(f"{order}HH{offset}")  # tag, type and number of its values, which follow or are pointed to
+    entry = struct.Struct(f"{order}HH{offset}")  # tag, type and number of values; the values or their offset follow
     (start,) = struct.unpack_from(order + offset, data, 8 if big else 4)
     (count,) = struct.unpack_from(order + entries, data, start)
     start += struct.calcsize(order + entries)

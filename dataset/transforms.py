@@ -1,4 +1,4 @@
-"""The augmentation of DeepLab training on uint8 images (scale, flip, crop, colour jitter, padding); and the net's input.
+"""The augmentation for training on uint8 images (scale, flip, crop, colour jitter, padding), and the input of the net.
 
 Each random transform is called as ``transform(image, label, rng)`` with the image (H, W, 3) uint8 BGR, its mask (H, W) uint8
 and a ``numpy.random.Generator``; it draws once and applies the same geometry to both.
@@ -12,12 +12,12 @@ import numpy as np
 
 from dataset.classes import IGNORE_LABEL, MEAN_BGR
 
-if TYPE_CHECKING:  # --help need not wait for torch
+if TYPE_CHECKING:  # keeps --help fast
     from torch import Tensor
 
 
 class RandomScale:
-    """Enlarge or shrink by a factor drawn uniformly from [low, high]; image bilinear, mask nearest on the same grid."""
+    """Resize by a factor drawn uniformly from [low, high]: image bilinear, mask nearest on the same grid."""
 
     def __init__(self, low: float = 0.5, high: float = 1.5) -> None:
         if not 0 < low <= high:
@@ -28,13 +28,13 @@ class RandomScale:
         factor = rng.uniform(self.low, self.high)
         height, width = (max(1, round(side * factor)) for side in label.shape)
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-        # INTER_NEAREST samples pixel corners and so lies half a pixel off the bilinear grid; the exact variant lies on it.
+        # INTER_NEAREST samples pixel corners, half a pixel off the bilinear grid; the exact variant is on that grid.
         label = cv2.resize(label, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
         return image, label
 
 
 class RandomMirror:
-    """Mirror left to right with probability one half."""
+    """Horizontal flip with probability 0.5."""
 
     def __call__(self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         if rng.random() < 0.5:
@@ -46,8 +46,8 @@ class ColorJitter:
     """Brightness, contrast, saturation and hue changed at random and in random order, as torchvision's ``ColorJitter``.
 
     Args:
-        brightness, contrast, saturation: s: the factor is drawn uniformly from [max(0, 1 - s), 1 + s]; 0 leaves it as it is.
-        hue: h, at most 0.5: the hue turns by a share of the circle drawn from [-h, h].
+        brightness, contrast, saturation: for s the factor is drawn uniformly from [max(0, 1 - s), 1 + s]; 0 changes nothing.
+        hue: at most 0.5; for h the shift, as a share of the colour circle, is drawn uniformly from [-h, h].
     """
 
     def __init__(self, brightness: float, contrast: float, saturation: float, hue: float) -> None:
@@ -58,7 +58,7 @@ class ColorJitter:
         from PIL import Image
         from torchvision.transforms import functional
 
-        # Pillow's images, not tensors: the mean that the contrast is changed around depends on no number of threads.
+        # Pillow images, not tensors: the mean grey used for contrast must not depend on the number of threads.
         rgb = Image.fromarray(np.ascontiguousarray(image[:, :, ::-1]))
         for name, (low, high) in (list(self.ranges.items())[k] for k in rng.permutation(4)):
             if low < high:
@@ -67,7 +67,7 @@ class ColorJitter:
 
 
 class RandomCrop:
-    """A random part of at most ``size`` (height, width); a side that is shorter stays as it is, for :class:`Pad`."""
+    """A random crop of at most ``size`` (height, width); a shorter side is left for :class:`Pad`."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.size = size
@@ -81,7 +81,7 @@ class RandomCrop:
 
 
 class Pad:
-    """Sides that are shorter than ``size`` (height, width) are padded at the bottom and the right.
+    """Pad sides shorter than ``size`` (height, width), at the bottom and the right.
 
     The image is padded with the mean colour (rounded to whole levels, as in the published Caffe code), the mask with 255.
     """
@@ -99,12 +99,12 @@ class Pad:
 
 
 class Crop(NamedTuple):
-    """A training sample as it travels from a worker to the device: bytes, no floats.
+    """A training sample, as sent from a worker to the device: bytes, no floats.
 
     Attributes:
         image: (h, w, 3) uint8 BGR; in a batch (N, h, w, 3).
         label: (h, w) uint8, 255 ignored; in a batch (N, h, w).
-        present: (256,) bool, the label values of the whole image as it was read; in a batch (N, 256).
+        present: (256,) bool, the label values of the whole image before the crop; in a batch (N, 256).
     """
 
     image: "Tensor"
@@ -113,7 +113,7 @@ class Crop(NamedTuple):
 
 
 def training_transforms(options: Any) -> list[Callable]:
-    """The augmentation that the options of training ask for, in order; an option of another transform is read here."""
+    """The transforms that the training options ask for, in order; add a transform's option here."""
     transforms: list[Callable] = []
     if options.random_scale:
         transforms.append(RandomScale(*options.scale_range))
@@ -121,7 +121,7 @@ def training_transforms(options: Any) -> list[Callable]:
         transforms.append(RandomMirror())
     transforms.append(RandomCrop(options.input_size))
     if options.color_jitter:
-        transforms.append(ColorJitter(*options.color_jitter))  # not of the padding, and of no more pixels than are trained on
+        transforms.append(ColorJitter(*options.color_jitter))  # before the padding; only on the crop, to save time
     transforms.append(Pad(options.input_size))
     return transforms
 
@@ -129,8 +129,8 @@ def training_transforms(options: Any) -> list[Callable]:
 class TrainTransform:
     """Image, mask and draw number -> one training sample.
 
-    The random numbers come from a generator seeded with ``(seed, draw)``, so a sample depends on nothing else: not on the
-    worker that makes it, nor on the samples before it.
+    The random numbers come from a generator seeded with ``(seed, draw)``, so a sample depends neither on the worker
+    that makes it nor on earlier samples.
 
     Args:
         seed: the run's seed.
@@ -149,20 +149,20 @@ class TrainTransform:
         for transform in self.transforms:
             image, label = transform(image, label, rng)
         arrays = (image, label, present)
-        return Crop(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))  # a crop alone, not the whole image
+        return Crop(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))  # copies only the crop
 
 
 def to_input(images: "Tensor | np.ndarray") -> "Tensor":
-    """The net's input: images minus the mean colour, on the device where they lie. Nothing else subtracts the mean.
+    """The input of the net: images minus the mean colour, on their device. Nothing else subtracts the mean.
 
     Args:
         images: (..., H, W, 3) uint8 BGR.
 
     Returns:
-        (..., 3, H, W) float32, which lies pixel by pixel in memory (channels last).
+        (..., 3, H, W) float32 in channels-last memory format.
 
     Raises:
-        TypeError: no such array or tensor.
+        TypeError: another type, dtype or shape.
     """
     import torch
 
@@ -172,6 +172,6 @@ def to_input(images: "Tensor | np.ndarray") -> "Tensor":
         raise TypeError(f"the image is a {found}; expected uint8 (..., H, W, 3) in BGR, which read_image(path) reads")
     images = torch.from_numpy(np.ascontiguousarray(images)) if isinstance(images, np.ndarray) else images
     pixels = images.to(torch.float32)
-    for channel, mean in enumerate(MEAN_BGR):  # plain numbers: a mean colour as a tensor would have to be copied to the device
+    for channel, mean in enumerate(MEAN_BGR):  # plain numbers: a tensor would need a copy to the device
         pixels[..., channel] -= mean
     return pixels.movedim(-1, -3)

@@ -1,4 +1,4 @@
-"""A data set in the PASCAL VOC layout: pairs of image and label mask, and where the lists of ids lie."""
+"""A data set in the PASCAL VOC layout: pairs of image and label mask, and the places of its lists of ids."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,13 +21,13 @@ TEST_LISTS = ("ImageSets/Segmentation/test.txt",)
 
 
 def find_list(data_dir: str | Path, data_list: str | Path | None, candidates: Sequence[str], source: str = "") -> Path:
-    """The file of image ids: ``data_list`` as given or below ``data_dir``, else the first of ``candidates`` that is there.
+    """The file of image ids: ``data_list`` as given or below ``data_dir``, else the first of ``candidates`` that exists.
 
     Args:
-        source: where the data set is to be had, for messages; "" means PASCAL VOC.
+        source: how to get the data set, for messages; "" means PASCAL VOC.
 
     Raises:
-        DatasetError: no such folder, or none of the files.
+        DatasetError: the folder, or every one of the files, is missing.
     """
     root = Path(data_dir)
     if not root.is_dir():
@@ -41,7 +41,7 @@ def find_list(data_dir: str | Path, data_list: str | Path | None, candidates: Se
     if source:
         text += _found_elsewhere(root, [str(data_list)] if data_list else candidates)
     if data_list:
-        raise DatasetError(f"no list of image ids: {text}; pass a file with one id a line")
+        raise DatasetError(f"no list of image ids: {text}; pass a file with one id per line")
     if source:
         raise DatasetError(f"{text}; {source}, or pass --data-list")
     voc = "for PASCAL VOC run `python scripts/prepare_voc.py`; " if (root / IMAGE_DIR).is_dir() else ""
@@ -49,28 +49,28 @@ def find_list(data_dir: str | Path, data_list: str | Path | None, candidates: Se
 
 
 def _found_elsewhere(root: Path, names: Iterable[str]) -> str:
-    """Where a folder is that ``root`` lacks, for messages: archives are often unpacked into folders of their own.
+    """The place of a folder that ``root`` lacks, for messages: archives are often unpacked into separate folders.
 
-    One beside ``root`` holds no other folder then; with others it is a data set for itself.
+    One beside ``root`` is meant only if its parent has no other folder; otherwise that is another data set.
     """
     for name in (name for name in names if not Path(name).is_absolute()):
         for path in (*root.glob(f"*/{name}"), *root.glob(f"../*/{name}")):
             top = path.parents[name.count("/")]
             if top.parent == root or sum(each.is_dir() for each in top.iterdir()) == 1:
                 there = os.path.normpath(path)
-                return f", but {there} is there: move what is in {os.path.normpath(top)} to {root}"
+                return f", but {there} exists: move the contents of {os.path.normpath(top)} to {root}"
     return ""
 
 
 class Server(NamedTuple):
-    """What an evaluation server takes: the masks of the test images in an archive.
+    """What an evaluation server accepts: an archive of masks of the test images.
 
     Attributes:
-        classes: their ids are the values in the masks.
-        mode: of the masks, in Pillow's words: P with a palette, L grey.
-        folder: of the masks in the archive.
-        suffixes: of the archive.
-        advice: what to do with it.
+        classes: their ids are the mask values.
+        mode: Pillow mode of the masks: P with a palette, L grey.
+        folder: folder of the masks in the archive.
+        suffixes: allowed suffixes of the archive.
+        advice: what to do with the archive.
     """
 
     classes: tuple[NamedClass, ...]
@@ -84,48 +84,48 @@ class VOCSegmentation:
     """Pairs of image and label mask: ``<root>/<image_dir>/<id>.jpg`` (or another of IMAGE_SUFFIXES, in any case) and
     ``<root>/<label_dir>/<id>.png``.
 
-    A map-style data set. An entry is asked for by its index, or by ``(index, draw)`` where the transform draws random numbers:
-    the draw number seeds them (see :class:`dataset.sampler.StepSampler`).
+    A map-style data set. The key of an entry is its index, or ``(index, draw)`` for a random transform, which is seeded by the
+    draw number (see :class:`dataset.sampler.StepSampler`).
 
     Args:
         root: the folder that holds the two folders, for VOC ``VOCdevkit/VOC2012``.
-        ids: image ids, or entries of :func:`dataset.lists.read_list`: the files that they name are read, unless another
+        ids: image ids, or entries of :func:`dataset.lists.read_list`; the files that these name are read, unless another
             ``image_dir`` or ``label_dir`` is given here.
         image_dir: folder of the images; None means ``JPEGImages``.
         label_dir: folder of the masks; None means ``SegmentationClassAug`` and, for ids that it lacks, ``SegmentationClass``.
         num_classes: classes 0..num_classes-1 are allowed in the masks.
-        ignore_label: a value that means void, beside 255.
+        ignore_label: a value that is ignored, besides 255.
         transform: a function of (image, label, draw); None returns ``(image, label)`` as read.
-        advice: what to do where a file is wrong, for the end of the message.
-        classes: ``classes.txt`` where it was read before; None reads it.
+        advice: what to do about a wrong file, for the end of the message.
+        classes: the contents of ``classes.txt`` if already read; None reads it.
 
     Attributes:
         image_folder: ``image_dir`` as it was given, below ``root``.
-        names: of the classes, where somebody gave them; None leaves them to the net.
-        colors: by which re-ordered palettes are told, and in which the classes are drawn.
-        ids: one an entry of the list, in its order.
-        entries: id -> Entry with its two files below ``root``, where they are or should be.
+        names: names of the classes if given; None means the names that the net has.
+        colors: colours of the classes, to draw them and to detect re-ordered palettes.
+        ids: one per entry of the list, in its order.
+        entries: id -> Entry with the (expected) paths of its two files below ``root``.
 
     Raises:
-        DatasetError: the root or one of its folders is missing, ``classes.txt`` does not fit, an id stands for two pairs (at
-            once); a file is missing (:meth:`check_files`) or wrong (when it is read).
+        DatasetError: at once, if the root or one of its folders is missing, ``classes.txt`` does not fit, or an id means two
+            pairs; later, if a file is missing (:meth:`check_files`) or wrong (when it is read).
     """
 
-    # What a data set says of itself; another one is a subclass in which some of it is different.
+    # The properties of a data set; subclasses override them.
     TITLE: ClassVar[str] = "PASCAL VOC"
     ABOUT: ClassVar[str] = "PASCAL VOC, or data of your own in its layout"  # for --help
-    SHORT: ClassVar[str] = "VOC12"  # in the names of snapshots
-    SOURCE: ClassVar[str] = ""  # where it is to be had, see find_list
-    NAMES: ClassVar[tuple[str, ...]] = ()  # of the classes, where the data set has no others
-    COLORS: ClassVar[Mapping[int, Color]] = {}  # of these classes and of the ignore label
-    UNUSED: ClassVar[tuple[int, ...]] = ()  # those of these classes that no label has
+    SHORT: ClassVar[str] = "VOC12"  # in the file names of snapshots
+    SOURCE: ClassVar[str] = ""  # how to get it, see find_list
+    NAMES: ClassVar[tuple[str, ...]] = ()  # class names, if they are fixed
+    COLORS: ClassVar[Mapping[int, Color]] = {}  # colours of these classes and of the ignore label
+    UNUSED: ClassVar[tuple[int, ...]] = ()  # indices of classes that never occur in labels
     DATA_DIR: ClassVar[str] = "data/VOCdevkit/VOC2012"
     IMAGE_DIR: ClassVar[str] = IMAGE_DIR
     LABEL_DIRS: ClassVar[tuple[str, ...]] = LABEL_DIRS
-    LABEL: ClassVar[str] = "<id>.png"  # the name of a label below its folder, whose own name is {}; for messages
-    TRAINING: ClassVar[Mapping[str, Any]] = {}  # defaults of training where those of the options, VOC's, do not fit
-    TOOLBOX_TRAINING: ClassVar[Mapping[str, Any]] = {}  # those of pytorch-segmentation-toolbox for DeepLabv3 and PSPNet
-    SERVER: ClassVar[Server | None] = Server(  # comp6: any training data but the test set
+    LABEL: ClassVar[str] = "<id>.png"  # file name of a label in the folder {}; for messages
+    TRAINING: ClassVar[Mapping[str, Any]] = {}  # training defaults that differ from VOC's, the defaults of the options
+    TOOLBOX_TRAINING: ClassVar[Mapping[str, Any]] = {}  # as in pytorch-segmentation-toolbox, for DeepLabv3 and PSPNet
+    SERVER: ClassVar[Server | None] = Server(  # comp6: any training data except the test set
         VOC_CLASSES, "P", "results/VOC2012/Segmentation/comp6_test_cls/", (".tgz", ".tar.gz"),
         "upload it as comp6 of the segmentation challenge",
     )  # fmt: skip
@@ -185,14 +185,14 @@ class VOCSegmentation:
 
     @classmethod
     def lists(cls, split: str, image_dir: str) -> tuple[str, ...]:
-        """Where the list of ``"train"``, ``"val"`` or ``"test"`` lies below the root: the first that is there."""
+        """Candidates below the root for the list of ``"train"``, ``"val"`` or ``"test"``; the first that exists is used."""
         return {"train": TRAIN_LISTS, "val": VAL_LISTS, "test": TEST_LISTS}[split]
 
     @classmethod
     def read_list(cls, path: str | Path, image_dir: str) -> list[Entry]:
-        """The entries of such a list, or of a folder of images, see :func:`dataset.lists.read_list` and ``read_folder``.
+        """The entries of a list or of a folder of images, see :func:`dataset.lists.read_list` and ``read_folder``.
 
-        A folder that holds folders alone stands for the images in those.
+        A folder with sub-folders alone means the images in those.
         """
         if not os.path.isdir(path):
             return read_list(path, image_dir)
@@ -200,58 +200,58 @@ class VOCSegmentation:
         return read_folder(Path(path), image_dir, "**/*" if nested else "*")
 
     def names_and_colors(self, classes: ClassFile | None) -> tuple[Sequence[str] | None, Mapping[int, Color]]:
-        """The names and the colours of the classes: those of the data set, else those of ``classes.txt``."""
+        """The names and colours of the classes: fixed ones of the data set, else those of ``classes.txt``."""
         if self.NAMES:
             return self.NAMES, self.COLORS
         classes = classes or read_class_file(self.root)
         return classes.names(self.num_classes), classes.colors(self.num_classes)
 
     def find_label(self, listing: Listing, entry: Entry, label_dirs: Sequence[str]) -> str:
-        """Where the label of an entry that names none is, or should be."""
+        """The (expected) path of the label of an entry that names none."""
         found = (listing.find(f"{folder}/{entry.id}", LABEL_SUFFIXES) for folder in label_dirs)
         return next(filter(None, found), None) or f"{label_dirs[0]}/{entry.id}.png"
 
     def classes_of(self, label_path: Path) -> np.ndarray | None:
-        """What the values of a label file mean, see :func:`dataset.labels.read_label`; None where they are the classes."""
+        """The class of each value of a label file, see :func:`dataset.labels.read_label`; None if they are the classes."""
         return None
 
     def causes(self, counts: np.ndarray, colours: bool, wrong: bool) -> list[str]:
-        """What labels that were looked at point to, one sentence each, for a data set that has ``NAMES``.
+        """Likely causes of what the labels hold, one sentence each, for a data set that has ``NAMES``.
 
         Args:
-            counts: (256,) pixels of each class as it is read.
+            counts: (256,) pixels per class after reading.
             colours, wrong: whether a label has colours, or a value that is neither a class nor the ignore label.
         """
         return []
 
     def remark(self) -> str:
-        """What to know where scores on this data are compared with published ones, in a sentence; "" where there is nothing."""
+        """A note on comparing scores on this data with published ones; "" if there is none."""
         return ""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def _holds(self) -> str:
-        """The folders that there are, for messages."""
+        """The folders that exist, for messages."""
         names = sorted(path.name for path in self.root.iterdir() if path.is_dir())
         return f", but it holds {', '.join(f'{name}/' for name in names)}" if names else ""
 
     def check_files(self) -> None:
-        """Raise :class:`DatasetError` that names every image and label that is missing; no file is read."""
+        """Raise :class:`DatasetError` that names the missing images and labels; no file is read."""
         listing, entries = Listing(self.root), self.entries.values()
-        lost = listing.missing("picture", [entry.image for entry in entries if entry.image], IMAGE_SUFFIXES)
+        lost = listing.missing("image", [entry.image for entry in entries if entry.image], IMAGE_SUFFIXES)
         lost += listing.missing("label", [entry.label for entry in entries if entry.label], LABEL_SUFFIXES)
         if lost:
-            advice = f"; `python {TO_INDICES} {quote(str(self.root))} NEW` copies the pairs, also of masks with other names"
+            advice = f"; `python {TO_INDICES} {quote(str(self.root))} NEW` copies the pairs, also if masks have other names"
             found = f"files of the {len(entries)} ids are missing: {'; '.join(lost)}"
             raise DatasetError(found + (advice if self.image_folder != self.IMAGE_DIR and not self.NAMES else ""))
 
     def image_path(self, image_id: str) -> Path:
-        """Where the image is, or should be."""
+        """The (expected) path of the image."""
         return self.root / str(self.entries[image_id].image)
 
     def label_path(self, image_id: str) -> Path:
-        """Where the label is, or should be."""
+        """The (expected) path of the label."""
         return self.root / str(self.entries[image_id].label)
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -277,7 +277,7 @@ class VOCSegmentation:
 
 
 def _image(listing: Listing, entry: Entry, image_dir: str, label: str) -> str:
-    """Where an entry's image is: as the list names it, else by its name in another suffix; or should be. Never its label."""
+    """The (expected) path of an entry's image: as in the list, else with another suffix; never its label."""
     if entry.image and listing.has(entry.image):
         return entry.image
     place = str(PurePosixPath(entry.image).with_suffix("")) if entry.image else f"{image_dir}/{entry.id}"
@@ -288,29 +288,29 @@ def _image(listing: Listing, entry: Entry, image_dir: str, label: str) -> str:
 def check_pair(
     image_path: Path, size: tuple[int, ...], orientation: int, label_path: Path, label_size: tuple[int, ...]
 ) -> None:
-    """Refuse an image and a label that do not lie on each other, or of which that cannot be told.
+    """Refuse an image and a label that are not aligned, or may not be.
 
-    An EXIF tag turns or mirrors an image when it is read; the label was drawn on it either so or as it is stored. Where the
-    tag swaps the sides, the sizes tell.
+    An EXIF tag rotates or flips an image on reading; the label was drawn either on that image or on the stored one. If the
+    tag swaps the sides, the sizes show which.
 
     Args:
         size, label_size: (H, W) as read.
         orientation: the EXIF tag of the image, 1..8.
 
     Raises:
-        DatasetError: two sizes, or an EXIF orientation that leaves the size as it is.
+        DatasetError: the sizes differ, or the EXIF orientation does not change the size.
     """
-    advice = "turn the pixels of the picture so that they lie under the label, and drop the tag (ImageMagick: -auto-orient)"
+    advice = "rotate the pixels of the image to match the label, and remove the tag (ImageMagick: -auto-orient)"
     if label_size != size:
-        cause = ": the sides are swapped, so that one of the two was turned" if label_size == size[::-1] else ""
+        cause = ": the sides are swapped, so one of the two was rotated" if label_size == size[::-1] else ""
         if orientation > 4:
-            cause = f": its EXIF orientation {orientation} swaps the sides, and the label does not follow; {advice}"
+            cause = f": its EXIF orientation {orientation} swaps the sides, but not those of the label; {advice}"
         raise DatasetError(
-            f"the label {label_path} is {label_size[1]}x{label_size[0]} pixels, its picture {size[1]}x{size[0]}; "
-            f"both must be of one size{cause}"
+            f"the label {label_path} is {label_size[1]}x{label_size[0]} pixels, its image {size[1]}x{size[0]}; "
+            f"both must have the same size{cause}"
         )
     if orientation in (2, 3, 4) or (orientation > 4 and size[0] == size[1]):
         raise DatasetError(
-            f"the picture {image_path} has EXIF orientation {orientation}, and its size does not tell whether the label was "
-            f"drawn on the picture as it is shown or as it is stored; {advice}"
+            f"the image {image_path} has EXIF orientation {orientation}, and its size does not show whether the label was "
+            f"drawn on the displayed or on the stored image; {advice}"
         )

@@ -1,11 +1,11 @@
-"""Read every image and label mask of the train and the val list, as training does, and say in one table what is wrong.
+"""Read every image and label mask of the train and val lists as training does, and print a table of what is wrong.
 
     python scripts/check_dataset.py --data-dir data/mine
     python scripts/check_dataset.py --data-dir data/mine --data-list more.txt --num-classes 5
 
-The balanced class weights are those of the first list; saved as a file they are for train.py --class-weights FILE.
-Of several lists, the images that are on two of them are named, by their ids or their bytes, and the classes that one lacks.
-Exit status: 0 where all is well, 1 where something is wrong (--strict: or a warning is given), 2 where the check failed.
+The balanced class weights are those of the first list; save them to a file for train.py --class-weights FILE.
+For several lists, images in two of them (same id or same bytes) and classes missing from one are named.
+Exit status: 0 if all is well, 1 if something is wrong (with --strict also for a warning), 2 if the check failed.
 """
 
 import argparse
@@ -50,11 +50,11 @@ KINDS = (
     "duplicate id",
 )
 SHOWN = 5  # examples of each kind
-DARK = 64  # of 256 levels: what 12-bit data in a 16-bit file come to, and less
+DARK = 64  # of 256 levels; 12-bit data in a 16-bit file are below this
 
 
 def differing_palettes(entries: Sequence[Inspection]) -> list[str]:
-    """Where palettes give one index several colours: a sentence an index. Grey labels have no palette."""
+    """A sentence per index to which palettes give several colours. Grey labels have no palette."""
     users: dict[int, dict[Color, list[str]]] = defaultdict(lambda: defaultdict(list))
     for entry in sorted(entries, key=lambda entry: entry.image_id):
         for index, color in entry.palette.items():
@@ -67,12 +67,12 @@ def differing_palettes(entries: Sequence[Inspection]) -> list[str]:
 
 
 def total(counts: Iterable[np.ndarray | None]) -> np.ndarray:
-    """The sum of (256,) counts; None is of a label that could not be read."""
+    """The sum of (256,) counts; None stands for an unreadable label."""
     return sum((c for c in counts if c is not None), start=np.zeros(256, dtype=np.int64))
 
 
 def causes_of(entries: Sequence[Inspection], data: VOCSegmentation) -> list[str]:
-    """What the images and labels of one list point to, one sentence each."""
+    """Likely causes for the images and labels of one list, one sentence each."""
     counts = total(entry.counts for entry in entries)
     kinds = {kind for entry in entries for kind, _ in entry.problems}
     if data.NAMES:
@@ -83,23 +83,23 @@ def causes_of(entries: Sequence[Inspection], data: VOCSegmentation) -> list[str]
         causes = likely_causes(counts, wrong, colours, data.num_classes, data.ignore_label)
     if dark := sorted(entry.image_id for entry in entries if entry.brightest < DARK):
         causes.append(
-            f"{len(dark)} pictures have hardly a value above {DARK - 1} of 255 ({few(dark)}): they are dark, or of 14 bits "
-            "and fewer in files of 16, which come out nearly black; stretch those to the whole range"
+            f"{len(dark)} images have hardly a value above {DARK - 1} of 255 ({few(dark)}): they are dark, or have at most "
+            "14 bits in 16-bit files and so are read as nearly black; stretch those to the whole range"
         )
-    for what, suffixes in (("picture", IMAGE_SUFFIXES), ("label", LABEL_SUFFIXES)):
-        lost = [Path(found) for entry in entries if (found := dict(entry.problems).get(f"missing {what}"))]
+    for what, kind, suffixes in (("image", "picture", IMAGE_SUFFIXES), ("label", "label", LABEL_SUFFIXES)):
+        lost = [Path(found) for entry in entries if (found := dict(entry.problems).get(f"missing {kind}"))]
         near = next((file for path in lost[:SHOWN] for file in path.parent.glob(f"{escape(path.stem)}.*")), None)
         if len(lost) == len(entries) and (other := near or next(lost[0].parent.glob("*"), None)):
-            causes.append(f"no id of the list has its {what}: expected {lost[0]}, the folder has {other.name}")
+            causes.append(f"no id of the list has its {what}: expected {lost[0]}, but the folder has {other.name}")
         elif near:
-            causes.append(f"the {what} {near} is of a format that is not read; expected {', '.join(suffixes)}")
+            causes.append(f"the {what} {near} has an unsupported format; expected {', '.join(suffixes)}")
     return causes
 
 
 def summarize(
     entries: Sequence[Inspection], sets: Mapping[str, VOCSegmentation], lists: Mapping[str, Mapping[str, Inspection]]
 ) -> dict:
-    """All that is found, as JSON can hold it.
+    """All findings, ready for JSON.
 
     Args:
         entries: each pair of files once.
@@ -116,13 +116,13 @@ def summarize(
     ]
     examples["palettes differ"] = differing_palettes(entries)
     labels = [entry.counts for entry in entries if entry.counts is not None]
-    counts, in_pictures = total(labels), total(c > 0 for c in labels)
-    void = sorted({data.ignore_label, IGNORE_LABEL})
-    is_class = [value for value in range(data.num_classes) if value not in void]
+    counts, in_images = total(labels), total(c > 0 for c in labels)
+    ignored = sorted({data.ignore_label, IGNORE_LABEL})
+    is_class = [value for value in range(data.num_classes) if value not in ignored]
     used = [value for value in is_class if value not in data.UNUSED]
     known = int(counts[is_class].sum())
     drawn_from = total(next(iter(lists.values()))[image_id].counts for image_id in data.ids)
-    drawn_from[void] = 0
+    drawn_from[ignored] = 0
 
     drawn: Counter[Color] = Counter()
     drawn_in: Counter[Color] = Counter()
@@ -132,8 +132,8 @@ def summarize(
     causes = {name: causes_of(list(found.values()), sets[name]) for name, found in lists.items()}
     if examples["palettes differ"]:
         text = (
-            "palettes that differ were re-ordered by a tool, and their indices are wrong, or come from several programs: with "
-            "the colours in classes.txt (`name r g b` a line), each file that was re-ordered is named"
+            "palettes that differ were re-ordered by a tool, so that their indices are wrong, or come from several programs: "
+            "write the colours into classes.txt (`name r g b` per line) to find the re-ordered files"
         )
         causes = {name: [*found, text] for name, found in causes.items()}
     sizes = [entry.size for entry in entries if entry.size]
@@ -152,12 +152,12 @@ def summarize(
         "width": [min(w for w, _ in sizes), max(w for w, _ in sizes)] if sizes else None,
         "height": [min(h for _, h in sizes), max(h for _, h in sizes)] if sizes else None,
         "classes": [
-            {"class": c, "pixels": int(counts[c]), "share": int(counts[c]) / max(known, 1), "pictures": int(in_pictures[c])}
+            {"class": c, "pixels": int(counts[c]), "share": int(counts[c]) / max(known, 1), "pictures": int(in_images[c])}
             for c in is_class
         ],
         "class_weights": balanced_weights(drawn_from[: data.num_classes].tolist()),
-        "void": {"pixels": int(counts[void].sum()), "share": int(counts[void].sum()) / max(int(counts.sum()), 1)},
-        "only_void": sum(int(c[void].sum() == c.sum()) for c in labels),
+        "void": {"pixels": int(counts[ignored].sum()), "share": int(counts[ignored].sum()) / max(int(counts.sum()), 1)},
+        "only_void": sum(int(c[ignored].sum() == c.sum()) for c in labels),
         "absent": [c for c in used if not counts[c]],
         "colours": [{"colour": color, "pixels": n, "labels": drawn_in[color]} for color, n in drawn.most_common()],
         "lists": {
@@ -172,23 +172,23 @@ def summarize(
 
 
 def print_table(report: dict, names: Sequence[str] | None) -> None:
-    """The report for people: problems, sizes, classes, likely causes."""
+    """Print the report: problems, sizes, classes, likely causes."""
     for kind, found in report["problems"].items():
-        print(f"{kind:<20}{found['count']:>8}")
+        print(f"{kind.replace('picture', 'image'):<20}{found['count']:>8}")  # the JSON keys keep their names
         for example in found["examples"]:
             print(f"    {example}")
         if found["count"] > SHOWN:
             print(f"    and {found['count'] - SHOWN} more")
     if report["width"]:
         (narrow, wide), (low, high) = report["width"], report["height"]
-        print(f"{'picture width':<20}{narrow:>8} to {wide} pixels\n{'picture height':<20}{low:>8} to {high} pixels")
-    print(f"\n{'class':>5}  {'name':<16}{'share':>9}{'pictures':>10}")
+        print(f"{'image width':<20}{narrow:>8} to {wide} pixels\n{'image height':<20}{low:>8} to {high} pixels")
+    print(f"\n{'class':>5}  {'name':<16}{'share':>9}{'images':>10}")
     for row in report["classes"]:
         name = names[row["class"]] if names else ""
         print(f"{row['class']:>5}  {name:<16}{row['share']:>9.3%}{row['pictures']:>10}")
-    print(f"{'void':>5}  {'(of all pixels)':<16}{report['void']['share']:>9.3%}")
+    print(f"{'':>5}  {'ignored (of all)':<16}{report['void']['share']:>9.3%}")
     if report["only_void"]:
-        print(f"labels with nothing but void: {report['only_void']}")
+        print(f"labels with only ignored pixels: {report['only_void']}")
     print(f"classes that never occur: {few(report['absent']) or 'none'}\n")
     if report["colours"]:
         print(f"{'colours of the colour labels':<28}{'pixels':>12}{'labels':>8}")
@@ -210,7 +210,7 @@ def print_table(report: dict, names: Sequence[str] | None) -> None:
 
 
 def check_json(path: Path, sets: Mapping[str, VOCSegmentation]) -> None:
-    """Raise :class:`UserError` where the report cannot be written to ``path``, or would replace what is no earlier report."""
+    """Raise :class:`UserError` if the report cannot be written to ``path``, or would replace a file that is no report."""
     read: list[str | Path] = list(sets)
     folders: list[Path] = []
     for data in sets.values():
@@ -220,7 +220,7 @@ def check_json(path: Path, sets: Mapping[str, VOCSegmentation]) -> None:
 
 
 def find_lists(args: Options) -> list[tuple[Path, Options]]:
-    """The lists of ``--data-list``, else those of train and, where there is one, val; each with the options that read it."""
+    """The lists of ``--data-list``, else those of train and, if there is one, val; each with the options to read it."""
     asked = [(args.replace(data_list=name), "train") for name in args.data_list or ()] or [(args, "train"), (args, "val")]
     lists = []
     for options, split in asked:
@@ -232,32 +232,32 @@ def find_lists(args: Options) -> list[tuple[Path, Options]]:
                 raise
             names = " or ".join(DATASETS[args.dataset].lists("val", args.image_dir))
             reason = f"; {error}" if "no split" in str(error) else ""
-            print(f"no val list ({names}): train alone is checked{reason}")
+            print(f"no val list ({names}): only train is checked{reason}")
     return lists
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = GivenParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_dataset_option(parser)
-    text = f"its folder (%(default)s{elsewhere(lambda kind: kind.DATA_DIR)})"
+    text = f"data set folder (%(default)s{elsewhere(lambda kind: kind.DATA_DIR)})"
     parser.add_argument("--data-dir", default=DATA_DIR, help=text)
     parser.add_argument(
         "--data-list",
         nargs="+",
-        help="files of ids, also looked for in --data-dir; only these are read (default: the train list and the val list, "
+        help="lists of ids, also relative to --data-dir; only these are read (default: the train and val lists, "
         "ImageSets/SegmentationAug/{train_aug,val}.txt there, else ImageSets/Segmentation/{train,val}.txt"
         f"{elsewhere(lambda kind: ' and '.join(kind.lists(split, kind.IMAGE_DIR)[0] for split in ('train', 'val')))})",
     )
-    text = "classes with the background (as many as classes.txt has lines, else those of --dataset, VOC 21)"
+    text = "number of classes with the background (that of classes.txt, else of --dataset, VOC 21)"
     parser.add_argument("--num-classes", type=class_count, help=text)
-    parser.add_argument("--ignore-label", type=label_value, default=IGNORE_LABEL, help="a label that means void, beside 255")
+    parser.add_argument("--ignore-label", type=label_value, default=IGNORE_LABEL, help="a label to ignore, besides 255")
     text = f"folder of the images in --data-dir (%(default)s{elsewhere(lambda kind: kind.IMAGE_DIR)}; else images/ and masks/)"
     parser.add_argument("--image-dir", default=VOCSegmentation.IMAGE_DIR, help=text)
     text = "folder of the masks (SegmentationClassAug, else SegmentationClass"
     parser.add_argument("--label-dir", help=f"{text}{elsewhere(lambda kind: ' or '.join(kind.LABEL_DIRS))})")
     add_workers_option(parser)
-    parser.add_argument("--strict", action="store_true", help="exit status 1 for a warning, too: an image on two lists")
-    parser.add_argument("--json", type=target_text, metavar="FILE", help="save the report as JSON, too")
+    parser.add_argument("--strict", action="store_true", help="exit status 1 also for a warning: an image in two lists")
+    parser.add_argument("--json", type=target_text, metavar="FILE", help="also save the report as JSON")
     return parser.parse_args(argv)
 
 

@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         pool = open_crf(args, stack)
         work = distributed.everywhere(lambda: open_work(args))
         pictures = [f"{source.name}{source.path.suffix}" for source in work.sources]
-        check_same_work(work.options, work.device, work.weights, {"pictures": pictures})
+        check_same_work(work.options, work.device, work.weights, {"images": pictures})
         outputs = distributed.everywhere(lambda: {source: planned_outputs(source, work.options) for source in work.sources})
         read = [*(source.path for source in work.sources), args.restore_from]
         distributed.everywhere(lambda: check_outputs(chain.from_iterable(outputs.values()), read))  # before any of them writes

@@ -115,7 +115,7 @@ WRONG = {
     "channels first": ((np.zeros((3, 5, 7), np.uint8), LABEL), "an image of (3, 5, 7) and a label of (5, 7)"),
     "two sizes": ((IMAGE, LABEL.T), "item 1 of Pairs has an image of (5, 7, 3) and a label of (7, 5)"),
     "no pixels": ((IMAGE[:0], LABEL[:0]), "the image of item 1 of Pairs is an array (0, 7, 3)"),
-    "values": ((IMAGE, LABEL + 9), "the label of item 1 of Pairs holds the value 9; expected class indices 0..3 and 255"),
+    "values": ((IMAGE, LABEL + 9), "the label of item 1 of Pairs holds the value 9; expected class indices 0..3; 255"),
 }
 
 

@@ -71,18 +71,18 @@ def test_a_good_set_counted_by_hand(tmp_path, capsys):
     found = json.loads(report.read_text())
     assert (found["wrong"], found["good"], found["absent"], found["width"], found["height"]) == (False, 2, [3], [3, 5], [1, 2])
     assert [row["pixels"] for row in found["classes"]] == [2, 7, 1, 0]
-    # 10 pixels that are not void: 2 of class 0, 7 of class 1, 1 of class 2; one of 11 pixels is void
+    # 10 labelled pixels: 2 of class 0, 7 of class 1, 1 of class 2; 1 of 11 pixels is ignored
     assert line(text, "0")[-2:] == ["20.000%", "1"]
     assert line(text, "1")[-2:] == ["70.000%", "2"]
     assert line(text, "2")[-2:] == ["10.000%", "1"]
     assert line(text, "3")[-2:] == ["0.000%", "0"]
-    assert line(text, "void")[-1] == "9.091%"
+    assert line(text, "ignored")[-1] == "9.091%"
     assert "classes that never occur: 3" in text
     # 10 pixels of 3 classes that occur: 10 / (3 * 2), 10 / (3 * 7), 10 / (3 * 1), and 1
     assert found["class_weights"] == pytest.approx([10 / 6, 10 / 21, 10 / 3, 1.0])
     assert "balanced class weights of the list: 1.66667 0.47619 3.33333 1" in text
-    assert line(text, "picture width") == ["picture", "width", "3", "to", "5", "pixels"]
-    assert line(text, "picture height") == ["picture", "height", "1", "to", "2", "pixels"]
+    assert line(text, "image width") == ["image", "width", "3", "to", "5", "pixels"]
+    assert line(text, "image height") == ["image", "height", "1", "to", "2", "pixels"]
     assert text.endswith("OK: 2 good pairs, 2 lines in the list\n")
 
 
@@ -118,9 +118,9 @@ def test_every_fault_is_counted_and_named(tmp_path, capsys):
     assert found["good"] == 1
     assert found["ids"] == 10
     for part in (
-        "high.png holds the values 3, 9; expected class indices 0..2 and 255 for void",
+        "high.png holds the values 3, 9; expected class indices 0..2; 255 is ignored",
         "colour: mode RGB, 3 colours (0, 0, 0), (0, 128, 0), (128, 0, 0)",  # two pixels each
-        "turned.png is 3x2 pixels, its picture 2x3; both must be of one size: the sides are swapped",
+        "turned.png is 3x2 pixels, its image 2x3; both must have the same size: the sides are swapped",
         "good (2 times)",
         "Pillow mode I",
         "1 labels look like a colour rendering of the classes: `python scripts/masks_to_indices.py`",
@@ -135,10 +135,10 @@ def test_examples_are_bounded(tmp_path, capsys):
         (tmp_path / f"JPEGImages/id{k}.jpg").rename(tmp_path / f"JPEGImages/id{k}.gif")
     status, text = check(tmp_path, capsys, "--num-classes", 2)
     assert status == 1
-    assert line(text, "missing picture")[-1] == "9"
+    assert line(text, "missing image")[-1] == "9"
     assert text.count("/JPEGImages/id") == 5 + 1  # five examples and the likely cause
     assert "and 4 more" in text
-    assert "no id of the list has its picture" in text
+    assert "no id of the list has its image" in text
     assert ".gif" in text
 
 
@@ -149,8 +149,8 @@ def test_a_format_that_is_not_read_is_named(tmp_path, capsys):
     (tmp_path / "SegmentationClass/a.png").rename(tmp_path / "SegmentationClass/a.tif")
     status, text = check(tmp_path, capsys, "--num-classes", 2)
     assert status == 1
-    assert "JPEGImages/b[1].heic is of a format that is not read; expected .jpg, .jpeg, .png" in text
-    assert "SegmentationClass/a.tif is of a format that is not read; expected .png\n" in text
+    assert "JPEGImages/b[1].heic has an unsupported format; expected .jpg, .jpeg, .png" in text
+    assert "SegmentationClass/a.tif has an unsupported format; expected .png\n" in text
 
 
 def test_grey_levels_as_opencv_writes_them(tmp_path, capsys):
@@ -193,10 +193,10 @@ def counts(**pixels):
         (counts(v0=5, v17=2, v34=1), 21, 255, "multiples of 17"),
         (counts(v1=5, v2=7, v3=1), 3, 255, "count from 1 to 3: `python scripts/masks_to_indices.py --zero-is-void"),
         (counts(v1=5, v2=7, v3=1, v255=4), 4, 255, "class 0 never occurs"),
-        (counts(v0=5, v3=7, v11=1), 11, 255, "--ignore-label 11 if it is void"),
+        (counts(v0=5, v3=7, v11=1), 11, 255, "--ignore-label 11 to ignore it"),
         (counts(v0=5, v1=2, v33=7), 19, 255, "pass --num-classes 34"),
         (counts(v0=5, v21=2, v56=7, v113=1), 11, 255, "4 values so far apart may be grey levels of colours"),
-        (counts(v2=5), 3, 255, "nothing but class 2 occurs"),
+        (counts(v2=5), 3, 255, "only class 2 occurs"),
         (np.ones(256, dtype=np.int64), 21, 255, "255 different values"),
     ],
 )
@@ -222,8 +222,8 @@ def test_colour_labels_of_each_kind(tmp_path, capsys):
     status, text = check(tmp_path, capsys)
     assert status == 1
     assert "1 labels look like a colour rendering of the classes: `python scripts/masks_to_indices.py`" in text
-    assert "1 labels are grey and saved with three channels" in text
-    assert "2 labels are colour pictures" in text
+    assert "1 labels are grey, saved with three channels" in text
+    assert "2 labels are colour images" in text
 
 
 def test_binary_masks_are_wrong_although_each_file_can_be_read(tmp_path, capsys):
@@ -232,7 +232,7 @@ def test_binary_masks_are_wrong_although_each_file_can_be_read(tmp_path, capsys)
     status, text = check(tmp_path, capsys, "--num-classes", 2)
     assert status == 1
     assert "binary masks 0/255" in text
-    assert "labels with nothing but void: 1" in text
+    assert "labels with only ignored pixels: 1" in text
     assert "WRONG: 2 good pairs" in text
 
 
@@ -279,7 +279,7 @@ def test_what_the_decoder_complains_of(tmp_path, capfd):
         words = ["--data-dir", str(tmp_path), "--num-classes", "2", "--workers", str(workers)]
         assert check_dataset.main(words) == 1
         text, errors = capfd.readouterr()
-        assert line(text, "damaged picture")[-1] == "1"
+        assert line(text, "damaged image")[-1] == "1"
         assert "JPEGImages/damaged.jpg: Corrupt JPEG data" in text
         assert "Corrupt" not in errors
 
@@ -307,7 +307,7 @@ def test_orientation_and_lossy_labels(tmp_path, capsys):
     status, text = check(tmp_path, capsys, "--num-classes", 2)
     assert status == 1
     assert line(text, "EXIF orientation")[-1] == "1"
-    assert "lossy.png is a JPEG file whatever its name says" in text
+    assert "lossy.png is a JPEG file despite its name" in text
 
 
 def test_pictures_that_use_a_fraction_of_their_range_are_named(tmp_path, capsys):
@@ -324,7 +324,7 @@ def test_pictures_that_use_a_fraction_of_their_range_are_named(tmp_path, capsys)
     (tmp_path / "JPEGImages/spark.png").write_bytes(png(pixels, 16, RGB))
     status, text = check(tmp_path, capsys, "--num-classes", 2)
     assert status == 0
-    assert "2 pictures have hardly a value above 63 of 255 (fourteen, spark)" in text
+    assert "2 images have hardly a value above 63 of 255 (fourteen, spark)" in text
 
 
 def test_images_that_are_no_image_for_a_net_are_named(tmp_path, capsys):
@@ -370,7 +370,7 @@ def test_a_cut_png_picture_is_unreadable(tmp_path, capsys):
     picture.write_bytes(picture.read_bytes()[:4000])
     status, text = check(tmp_path, capsys, "--num-classes", 2)
     assert status == 1
-    assert line(text, "unreadable picture")[-1] == "1"
+    assert line(text, "unreadable image")[-1] == "1"
 
 
 def test_misuse(tmp_path, capsys):
@@ -386,7 +386,7 @@ def test_misuse(tmp_path, capsys):
             check(tmp_path, capsys, "--num-classes", number)
         assert end.value.code == 2
     (tmp_path / "classes.txt").write_text("sky\nroad\nsea\n")
-    with pytest.raises(DatasetError, match="leave --num-classes out to take the 3"):
+    with pytest.raises(DatasetError, match="leave --num-classes out to use all 3"):
         check(tmp_path, capsys, "--num-classes", 2)
     assert "1 ids, 3 classes\n" in check(tmp_path, capsys)[1]
     (tmp_path / "classes.txt").unlink()
@@ -435,7 +435,7 @@ def test_both_lists_are_read_unless_one_is_named(tmp_path, capsys):
     status, text = check(tmp_path, capsys, *words)
     alone = json.loads(report.read_text())
     assert (status, alone["data_list"], alone["lists"]) == (0, [train], None)
-    assert "no val list (ImageSets/SegmentationAug/val.txt or ImageSets/Segmentation/val.txt): train alone is checked\n" in text
+    assert "no val list (ImageSets/SegmentationAug/val.txt or ImageSets/Segmentation/val.txt): only train is checked\n" in text
     val = write_list(tmp_path, "val", "c")
     status, text = check(tmp_path, capsys, *words)
     both = json.loads(report.read_text())

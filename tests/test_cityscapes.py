@@ -106,9 +106,9 @@ def test_files_of_train_ids_are_told_by_their_name(city):
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        (np.full(SIZE, 34, np.uint8), r"lindau\S*_labelIds\.png holds the value 34; expected label ids 0\.\.33 and 255"),
+        (np.full(SIZE, 34, np.uint8), r"lindau\S*_labelIds\.png holds the value 34; expected label ids 0\.\.33; 255"),
         (np.zeros((*SIZE, 3), np.uint8), "lindau.* mode RGB"),
-        (np.zeros((8, 8), np.uint8), "lindau.* is 8x8 pixels, its picture 80x48"),
+        (np.zeros((8, 8), np.uint8), "lindau.* is 8x8 pixels, its image 80x48"),
     ],
 )
 def test_labels_that_are_refused(city, label, message):
@@ -144,7 +144,7 @@ def test_lists(city):
 
 def test_lists_that_are_refused(city, tmp_path):
     (tmp_path / "ids.txt").write_text("lindau_000000_000019\n")
-    with pytest.raises(DatasetError, match=r"ids\.txt holds 'lindau_000000_000019', which names no picture; expected lines"):
+    with pytest.raises(DatasetError, match=r"ids\.txt holds 'lindau_000000_000019', which names no image; expected lines"):
         data_of(city, tmp_path / "ids.txt")
     (city / "leftImg8bit/demo/cologne").mkdir(parents=True)
     with pytest.raises(DatasetError, match=r"demo holds no image; expected <city>/<city>_<sequence>_<frame>_leftImg8bit\.png"):
@@ -162,9 +162,9 @@ def test_archives_in_folders_of_their_own_are_named(city, tmp_path):
     images, labels = (tmp_path / "data" / f"{name}_trainvaltest" for name in ("leftImg8bit", "gtFine"))
     lists = CityscapesSegmentation.lists("val", "leftImg8bit")
     for given in (None, "leftImg8bit/val"):
-        with pytest.raises(DatasetError, match=f"val is there: move what is in {images} to {tmp_path}/data"):
+        with pytest.raises(DatasetError, match=f"val exists: move the contents of {images} to {tmp_path}/data"):
             find_list(tmp_path / "data", given, lists, CityscapesSegmentation.SOURCE)
-    with pytest.raises(DatasetError, match=f"holds no gtFine/; .* is there: move what is in {labels} to {images}"):
+    with pytest.raises(DatasetError, match=f"holds no gtFine/; .* exists: move the contents of {labels} to {images}"):
         data_of(images)
     with pytest.raises(DatasetError, match=r"nowhere does not exist; unpack"):
         find_list(images, None, ["leftImg8bit/nowhere"], "unpack")
@@ -316,7 +316,7 @@ def test_the_crf_takes_the_sums_of_the_tiles(city, run, tmp_path):
 def test_what_does_not_go_together(city, run, toy_voc, capsys):
     with pytest.raises(SystemExit):
         evaluate(city, run, "--window", "33,33", "--input-size", "505,505")
-    assert "--window cuts pictures into tiles of one size; leave --input-size out" in capsys.readouterr().err
+    assert "--window has tiles of one size; leave --input-size out" in capsys.readouterr().err
     for words in (("--overlap", "1"), ("--overlap", "1/0"), ("--window", "33")):
         with pytest.raises(SystemExit):
             evaluate(city, run, *words)
@@ -425,7 +425,7 @@ def test_check_dataset_suspects_train_ids(city):
         save(path, to_train_ids(np.array(Image.open(path))))
     _, report = check(city)
     assert report["likely_causes"] == [
-        "no class behind the pole occurs: the files may hold train ids; let their names end in _labelTrainIds.png then"
+        "no class after the pole occurs: if the files hold train ids, rename them to end in _labelTrainIds.png"
     ]
 
 

@@ -103,7 +103,7 @@ def test_values_are_classes(coco):
     data = data_of(coco)
     assert (data.names[91], data.colors[1], data.colors[255]) == ("banner", (128, 0, 0), (224, 224, 192))
     Image.fromarray(np.where(values == 181, 182, values).astype(np.uint8)).save(path)
-    with pytest.raises(DatasetError, match=r"000000000139\.png holds the value 182; expected class indices 0\.\.181 and 255"):
+    with pytest.raises(DatasetError, match=r"000000000139\.png holds the value 182; expected class indices 0\.\.181; 255"):
         data_of(coco).load(0)
 
 
@@ -234,7 +234,7 @@ def test_check_dataset(coco, capsys):
     path = coco / "annotations/train2017/000000000009.png"
     Image.fromarray(np.full(SIZE, 182, np.uint8)).save(path)
     assert check_dataset.main(words) == 1
-    assert "where they count from 1, as in the .mat files, subtract 1" in capsys.readouterr().out
+    assert "if they count from 1, as in the .mat files, subtract 1" in capsys.readouterr().out
 
 
 # ---- another data set is one file and one line

@@ -227,7 +227,7 @@ def test_folders_and_devices_in_place_of_a_file(toy_voc, tmp_path, monkeypatch, 
         ("scripts.convert_weights", ["/dev/zero", "new.pth"], "it is a device or a pipe"),
         ("scripts.check_dataset", ["--data-dir", toy_voc, "--data-list", "/dev/zero"], "/dev/zero is a device"),
         ("scripts.check_dataset", ["--data-dir", toy_voc, "--num-classes", "4", "--json", "."], "which is a folder"),
-        ("scripts.masks_to_indices", ["/", "new"], "new is in the folder that is read, /"),
+        ("scripts.masks_to_indices", ["/", "new"], "new is inside the source folder /"),
         ("evaluate", ["--data-dir", toy_voc, "--restore-from", ""], "it is a folder"),
     ):
         status, text = end_of(name, words, monkeypatch, capsys)

@@ -65,14 +65,14 @@ def test_a_cut_jpeg_is_refused(tmp_path, name, left):
     whole = VARIANTS[name]
     cut = whole[: int(len(whole) * left)] if left > 0 else whole[:left]
     for data in (cut, cut + b"\0" * 5000):
-        with pytest.raises(DatasetError, match=r"a\.jpg is cut off"):
+        with pytest.raises(DatasetError, match=r"a\.jpg is truncated"):
             read_image(write(tmp_path, data))
 
 
 def test_a_jpeg_cut_right_behind_its_thumbnail_is_refused(tmp_path):
     whole = VARIANTS["thumbnail"]
     end = whole.index(b"\xff\xd9") + 2
-    with pytest.raises(DatasetError, match="is cut off"):
+    with pytest.raises(DatasetError, match="is truncated"):
         read_image(write(tmp_path, whole[:end]))
 
 
@@ -80,7 +80,7 @@ def test_the_end_marker_in_a_comment_is_none(tmp_path):
     whole = VARIANTS["baseline"]
     data = whole[:2] + b"\xff\xfe\x00\x08ab\xff\xd9cd" + whole[2:]
     assert np.array_equal(read_image(write(tmp_path, data)), read_image(write(tmp_path, whole)))
-    with pytest.raises(DatasetError, match="is cut off"):
+    with pytest.raises(DatasetError, match="is truncated"):
         read_image(write(tmp_path, data[: len(data) // 2]))
 
 
@@ -158,10 +158,10 @@ def test_orientation_of_a_labelled_picture(tmp_path, kind, orientation):
     if orientation in (None, 1):
         assert data[0][0].shape == (40, 56, 3)
     elif orientation < 5:
-        with pytest.raises(DatasetError, match=rf"has EXIF orientation {orientation}, .* turn the pixels .* drop the tag"):
+        with pytest.raises(DatasetError, match=rf"has EXIF orientation {orientation}, .* rotate the pixels .* remove the tag"):
             data[0]
     else:
-        with pytest.raises(DatasetError, match=rf"56x40 pixels, its picture 40x56; .* {orientation} swaps the sides"):
+        with pytest.raises(DatasetError, match=rf"56x40 pixels, its image 40x56; .* {orientation} swaps the sides"):
             data[0]
         data = labelled(tmp_path, encoded(kind, orientation), (56, 40), suffix=f".{kind.lower()}")
         assert data[0][0].shape == (56, 40, 3)  # the label was drawn on the turned picture: the sizes tell
@@ -170,7 +170,7 @@ def test_orientation_of_a_labelled_picture(tmp_path, kind, orientation):
 def test_orientation_of_a_square_picture_cannot_be_told(tmp_path):
     square = PICTURE[:, :40]
     for orientation in range(2, 9):
-        with pytest.raises(DatasetError, match="its size does not tell"):
+        with pytest.raises(DatasetError, match="its size does not show"):
             labelled(tmp_path, encoded(orientation=orientation, array=square), (40, 40))[0]
     assert labelled(tmp_path, encoded(orientation=1, array=square), (40, 40))[0][0].shape == (40, 40, 3)
 

@@ -68,7 +68,7 @@ def test_each_file_is_installed_once(environment, tmp_path):
         ("version_info", True, "Python 3.10 or newer is needed"),
         ("version_info", False, "Python 3.10 or newer is needed"),
         ("ensurepip", False, "apt install python3-venv"),
-        ("-m venv", False, "could not be made"),
+        ("-m venv", False, "could not be created"),
     ],
 )
 def test_what_fails_is_a_sentence(environment, failing, active, sentence):
@@ -77,7 +77,7 @@ def test_what_fails_is_a_sentence(environment, failing, active, sentence):
     assert sentence in done.stderr
     assert "ready" not in done.stdout
     if failing == "-m pip":
-        assert environment("a.txt")[1] == ["-r a.txt"]  # what failed is not taken for done
+        assert environment("a.txt")[1] == ["-r a.txt"]  # a failed file is not marked as installed
 
 
 def test_a_new_torch_is_announced(environment):

@@ -46,7 +46,7 @@ def meta(folder, name="last.ckpt"):
 def test_what_is_missing_is_told_before_the_first_step(toy_voc, tmp_path, snapshot):
     (toy_voc / "JPEGImages/toy_3.jpg").unlink()
     (toy_voc / "SegmentationClassAug/toy_1.png").unlink()
-    message = "no picture for toy_3 in .*JPEGImages, .*; no label for toy_1 in .*SegmentationClassAug"
+    message = "no image for toy_3 in .*JPEGImages, .*; no label for toy_1 in .*SegmentationClassAug"
     with pytest.raises(DatasetError, match=message):
         bare(toy_voc, tmp_path / "s", *SCRATCH)
     assert not (tmp_path / "s").exists()
@@ -225,7 +225,7 @@ def test_broken_pictures_do_not_end_a_prediction(toy_voc, snapshot, tmp_path, ca
     assert "masks of 4 files in" in out
     assert "2 of 6 files were left out:" in err
     assert "toy_1.jpg is not an image" in err
-    assert "toy_3.jpg is cut off" in err
+    assert "toy_3.jpg is truncated" in err
     assert {path.stem for path in (tmp_path / "out").iterdir()} == {"toy_0", "toy_2", "toy_4", "toy_5"}
 
 

@@ -85,7 +85,7 @@ def test_folders_without_such_files_are_none(tmp_path):
 )
 def test_two_folders_for_one_split_are_ambiguous(tmp_path, folders):
     with pytest.raises(
-        DatasetError, match=r"for val; choose with, for instance, `--image-dir \S+ --label-dir \S+ --data-list \S+`"
+        DatasetError, match=r"for val; choose with, for example, `--image-dir \S+ --label-dir \S+ --data-list \S+`"
     ):
         find_folders(make(tmp_path, *folders))
 
@@ -127,11 +127,11 @@ def test_the_list_of_a_split(tmp_path):
 def test_every_command_takes_them_without_options(tmp_path, capsys, folders, train, val):
     root = make(tmp_path / "data", *folders)
     assert check_dataset.main(["--data-dir", str(root), "--workers", "0"]) == 0
-    assert f"3 images of {root / train}, their masks in {root}/" in capsys.readouterr().out
+    assert f"3 images of {root / train}, masks in {root}/" in capsys.readouterr().out
     options = ["--num-classes", "3", "--batch-norm", "full", "--num-steps", "1", *(["--val-every", "1"] if val else [])]
     assert train_run(root, tmp_path / "run", "--restore-from", "none", *options) == 0
     text = capsys.readouterr().out
-    assert f"3 images of {root / train}, their masks in {root}/" in text
+    assert f"3 images of {root / train}, masks in {root}/" in text
     snapshot = next((tmp_path / "run").glob("*_scenes_1.pth"))
     if val:
         assert f"on the 3 images of {root / val}" in text

@@ -109,13 +109,13 @@ def bytearray_of_any_size(data):
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("image, PNG", orientation, "its part eXIf does not fit its check sum"),
+        ("image, PNG", orientation, "its part eXIf does not match its checksum"),
         ("image, PNG", no_image_data, "is damaged: its pixels end after 0 of"),
         ("label, palette", no_image_data, "is damaged: its pixels end after 0 of"),
         ("tgz archive", gzips_sum, "is damaged or unsafe .CRC check failed"),
         ("tgz archive, new sums", third_header, "its list of members ends early, at byte 2048"),
         ("tgz archive", lambda data: data[:300], "damaged or unsafe"),
-        ("SBD's archive", gzips_sum, "is damaged or cut short .CRC check failed"),
+        ("SBD's archive", gzips_sum, "is damaged or truncated .CRC check failed"),
         ("SBD's archive, new sums", third_header, "its list of members ends early, at byte 2048"),
         ("npz", long_comment, r"its directory has \d+ of \d+ entries"),
         ("last.ckpt", marked_as_folder, "/data/13 in it does not match its checksum"),

@@ -167,7 +167,7 @@ def test_zero_is_void(tmp_path):
     check_labels(tmp_path / "named", expected, 150)
     assert (tmp_path / "named/classes.txt").read_text() == (tmp_path / "classes.txt").read_text()
     put(tmp_path, "classes.txt", "".join(f"name {i}\n" for i in range(149)))
-    with pytest.raises(UserError, match="1 of 2 masks could not be turned"):
+    with pytest.raises(UserError, match="1 of 2 masks could not be converted"):
         run(tmp_path / "annotations", tmp_path / "few/SegmentationClass", "--zero-is-void")
 
 
@@ -190,12 +190,12 @@ def test_what_an_export_lacks(tmp_path, capsys):
     assert "12 masks have no image" in capsys.readouterr().out
     assert sorted(image_id for found in lists(out) for image_id in found) == list(LABELS)[:10]
     put(tmp_path / "in", "labelmap.txt", "background:0,0,0::\nbig cat:250,50,83::\nno colour:::\n")
-    with pytest.raises(UserError, match="masks could not be turned"):
+    with pytest.raises(UserError, match="masks could not be converted"):
         run(tmp_path / "in", tmp_path / "refused")
     assert "(52, 209, 183) on 2 pixels" in capsys.readouterr().err
     assert not (tmp_path / "refused/ImageSets").exists()
     for bad in (tmp_path / "in", tmp_path / "in/new"):
-        with pytest.raises(UserError, match="is in the folder that is read"):
+        with pytest.raises(UserError, match="is inside the source folder"):
             run(tmp_path / "in", bad)
 
 
@@ -234,9 +234,9 @@ def test_masks_beside_images_become_a_data_set(tmp_path, mask, image, id):
     [
         ("masks/{}_seg.png", "images/{}.jpg", r"5 masks, such as .*masks/0_seg\.png, and 5 images, .*; pass --suffix _seg"),
         ("masks/{}_seg.png", "images/{}.png", "no image has the name of a mask; pass --suffix _seg"),
-        ("masks/m{}.png", "images/i{}.png", "name their endings with --suffix and --image-suffix"),
-        ("train-masks/{}.png", "photos/i{}.jpg", "name their endings with --suffix and --image-suffix"),
-        ("truth/m{}.png", "photos/i{}.jpg", "name their endings with --suffix and --image-suffix"),
+        ("masks/m{}.png", "images/i{}.png", "pass their endings with --suffix and --image-suffix"),
+        ("train-masks/{}.png", "photos/i{}.jpg", "pass their endings with --suffix and --image-suffix"),
+        ("truth/m{}.png", "photos/i{}.jpg", "pass their endings with --suffix and --image-suffix"),
     ],
 )
 def test_masks_whose_images_have_other_names_are_refused(tmp_path, mask, image, message):
@@ -285,7 +285,7 @@ def test_masks_alone_say_that_there_are_no_images(tmp_path, capsys):
     assert "check_dataset" not in text
     run(tmp_path / "in", tmp_path / "mine/SegmentationClass")
     text = capsys.readouterr().out
-    assert f"5 masks have no image: put 0.jpg or .png and so on into {tmp_path / 'mine/JPEGImages'}/" in text
+    assert f"5 masks have no image: put 0.jpg, .png or the like into {tmp_path / 'mine/JPEGImages'}/" in text
     assert "next:" not in text
     for k in range(5):
         picture(tmp_path, f"mine/JPEGImages/{k}.png", (1, 3))
@@ -430,7 +430,7 @@ def test_a_colour_for_void_is_no_class(tmp_path, capsys, name, lines):
         put(tmp_path / "in", f"{stem}.png", drawn(stem))
     put(tmp_path / "in", name, lines)
     run(tmp_path / "in", tmp_path / "out/SegmentationClass")
-    assert "is the ignore label (255) and no class" in capsys.readouterr().out
+    assert "is the ignore label (255), not a class" in capsys.readouterr().out
     check_labels(tmp_path / "out", {stem: np.where(VALUES[stem] == 0, 255, VALUES[stem].astype(int) - 1) for stem in STEMS}, 2)
     assert (tmp_path / "out/classes.txt").read_text() == "Sky 255 0 16\nTree 1 2 3\n"
     put(tmp_path / "in", "p0.png", png([[0, 1]], 8, GREY))
@@ -459,10 +459,10 @@ def test_folders_that_are_called_splits_become_the_lists(tmp_path, capsys):
     assert lists(tmp_path / "ade") == [["Training/p0", "Training/p1", "Training/p5"], ["VAL2017/p2"]]
     assert read_ids(tmp_path / "ade/ImageSets/Segmentation/test.txt") == ["test/p3", "test/p4"]
     said = capsys.readouterr().out
-    assert "3 ids, as the folders are called" in said
+    assert "3 ids, by the names of the folders" in said
     run(tmp_path / "annotations", tmp_path / "ade/SegmentationClass")  # once more: it names the same lists
     again = capsys.readouterr().out
-    assert "stay as they are: " in again
+    assert "the existing lists are kept: " in again
     assert again.splitlines()[-1] == said.splitlines()[-1]
     # no folder for validation: it is drawn from that for training, never from that for tests
     (tmp_path / "annotations/VAL2017/p2.png").unlink()
@@ -472,7 +472,7 @@ def test_folders_that_are_called_splits_become_the_lists(tmp_path, capsys):
     assert (len(train), len(val), sorted(train + val)) == (2, 1, ["Training/p0", "Training/p1", "Training/p5"])
     out = capsys.readouterr().out
     assert "val drawn from train with seed 0" in out
-    assert "1 ids are on no list" in out
+    assert "1 ids are in no list" in out
 
 
 def test_a_class_that_is_called_train_is_no_split(tmp_path):
@@ -516,7 +516,7 @@ def test_files_of_classes_that_differ_or_cannot_be_written(tmp_path):
         put(tmp_path, f"in/{split}/x_mask.png", grey("p0"))
         picture(tmp_path, f"in/{split}/x.jpg")
         put(tmp_path, f"in/{split}/_classes.csv", f"Pixel Value, Class\n{names}")
-    with pytest.raises(UserError, match=r"train/_classes\.csv and .*valid/_classes\.csv name other classes"):
+    with pytest.raises(UserError, match=r"train/_classes\.csv and .*valid/_classes\.csv have different classes"):
         run(tmp_path / "in", tmp_path / "out")
     for text, message in (
         ("0, a\n1, x: y\n2, c\n", "cannot be written into a classes.txt: it holds no class in line 2"),
@@ -529,7 +529,7 @@ def test_files_of_classes_that_differ_or_cannot_be_written(tmp_path):
             run(tmp_path / "in", tmp_path / "out", "--classes", tmp_path / "csv")
     for text in ("{", "[]", '[{"name": "a"}]', '{"categories": 3}', '{"a": 1}'):
         put(tmp_path, "c.json", text)
-        with pytest.raises(UserError, match=r"c\.json is no JSON of classes|names 0 classes"):
+        with pytest.raises(UserError, match=r"c\.json is no JSON file of classes|names 0 classes"):
             run(tmp_path / "in", tmp_path / "out", "--classes", tmp_path / "c.json")
     assert not (tmp_path / "out").exists()
 
@@ -590,10 +590,10 @@ def test_masks_of_single_labels_that_are_none(tmp_path, capsys):
     layer(tmp_path / "in", 1, "car", [[1, 0, 0, 0]])
     layer(tmp_path / "in", 1, "sky", [[1, 0]])
     put(tmp_path / "in", "task-2-annotation-6-by-1-tag-car-0.png", png([[0, 1]], 8, GREY))
-    with pytest.raises(UserError, match="2 of 2 masks could not be turned"):
+    with pytest.raises(UserError, match="2 of 2 masks could not be converted"):
         run(tmp_path / "in", tmp_path / "out")
     err = capsys.readouterr().err
-    assert "holds 1; expected 255 where its label is, and 0" in err
+    assert "holds 1; expected 255 at the pixels of its label, else 0" in err
     assert "another mask of its image" in err
 
 

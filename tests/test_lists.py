@@ -93,7 +93,7 @@ def test_files_that_a_line_names(tmp_path, line, image, label):
     ],
 )
 def test_lines_that_lead_out_of_the_folder_are_refused(tmp_path, line):
-    with pytest.raises(DatasetError, match=r"list\.txt holds '.*' in line 2, which leads out .*; expected an id such as"):
+    with pytest.raises(DatasetError, match=r"list\.txt holds '.*' in line 2, which leaves .*; expected an id such as"):
         read_list(listing(tmp_path, f"good\n{line}\n"))
 
 
@@ -104,15 +104,15 @@ def test_lines_that_lead_out_of_the_folder_are_refused(tmp_path, line):
         ("a.jpg b.png c.png", "more columns than image and label, 'c.png'"),
         ("a.jpg\tb.png\tsplit", "more columns than image and label, 'split'"),
         ("JPEGImages/a.jpg 3", "more columns than image and label, '3'"),
-        ("SegmentationClass/a.png JPEGImages/a.jpg", "the label stands before the image"),
-        ("SegmentationClass/a.png /JPEGImages/a.png", "the label stands before the image"),
+        ("SegmentationClass/a.png JPEGImages/a.jpg", "the label comes before the image"),
+        ("SegmentationClass/a.png /JPEGImages/a.png", "the label comes before the image"),
         ("JPEGImages/a.jpg,SegmentationClass/a.png", "its columns are separated by ','"),
         ("JPEGImages/a.jpg; SegmentationClass/a.png", "its columns are separated by ';'"),
-        ("IMG_1.HEIC IMG_1.png", "IMG_1.HEIC is no image that is read here"),
+        ("IMG_1.HEIC IMG_1.png", "IMG_1.HEIC is not read as an image"),
         ("JPEGImages/IMG_1.heic SegmentationClass/IMG_1.png", "convert it to JPEG or PNG"),
-        ("IMG_1.heic", "IMG_1.heic is no image"),
-        ("a.jpg a.jpg", "a.jpg is no label that is read here, which is a PNG"),
-        ("a.jpg a.mat", "a.mat is no label that is read here, which is a PNG"),
+        ("IMG_1.heic", "IMG_1.heic is not read as an image"),
+        ("a.jpg a.jpg", "a.jpg is not read as a label; expected a PNG"),
+        ("a.jpg a.mat", "a.mat is not read as a label; expected a PNG"),
     ],
 )
 def test_lines_that_are_no_pair_say_why(tmp_path, line, cause):
@@ -157,7 +157,7 @@ def test_find_list(tmp_path, monkeypatch):
     assert find_list(tmp_path, "b.txt", ["a.txt"]) == tmp_path / "b.txt"
     (tmp_path / "here/b.txt").write_text("y")
     assert find_list(tmp_path, "b.txt", ["a.txt"]).read_text() == "y"
-    with pytest.raises(DatasetError, match=r": d\.txt and .*d\.txt do not exist; pass a file with one id a line"):
+    with pytest.raises(DatasetError, match=r": d\.txt and .*d\.txt do not exist; pass a file with one id per line"):
         find_list(tmp_path, "d.txt", ["b.txt"])
     with pytest.raises(DatasetError, match=r": \S*d\.txt does not exist"):
         find_list(tmp_path, str(tmp_path / "d.txt"), ["b.txt"])
@@ -274,7 +274,7 @@ def test_a_label_is_never_taken_for_its_picture(toy_voc):
     options = {"image_dir": "SegmentationClassAug", "label_dir": "SegmentationClassAug", "num_classes": TOY_CLASSES}
     VOCSegmentation(toy_voc, ["toy_0"], **options).check_files()
     (toy_voc / "SegmentationClassAug/toy_0.jpg").unlink()
-    with pytest.raises(DatasetError, match=r"no picture for toy_0 in .*, which has toy_0\.png"):
+    with pytest.raises(DatasetError, match=r"no image for toy_0 in .*, which has toy_0\.png"):
         VOCSegmentation(toy_voc, ["toy_0"], **options).check_files()
 
 
@@ -293,11 +293,11 @@ def test_all_that_is_missing_is_named_with_the_folders_that_exist(toy_voc):
     (toy_voc / "SegmentationClassAug/toy_2.png").rename(toy_voc / "SegmentationClassAug/toy_2.gif")
     pictures, labels = toy_voc / "JPEGImages", toy_voc / "SegmentationClassAug"
     assert missing(toy_voc, ids) == (
-        f"files of the 6 ids are missing: no picture for toy_1, toy_4 in {pictures}, which has files such as "
+        f"files of the 6 ids are missing: no image for toy_1, toy_4 in {pictures}, which has files such as "
         f"{next(iter(pictures.iterdir())).name}; no label for toy_2, toy_4 in {labels}, which has toy_2.gif: expected .png"
     )
     text = missing(toy_voc, ["city/a", "JPEGImages/toy_0.jpg Masks/toy_0.png"])
-    assert f"no picture for a: the folder {pictures / 'city'} does not exist" in text
+    assert f"no image for a: the folder {pictures / 'city'} does not exist" in text
     assert f"no label for toy_0: the folder {toy_voc / 'Masks'} does not exist" in text
     many = missing(toy_voc, [f"id{i}" for i in range(130)])
     assert "id19 and 110 more in" in many
@@ -308,12 +308,12 @@ def test_many_missing_files_in_many_folders_are_one_line_that_can_be_read(toy_vo
     """As on a Cityscapes without most of its files: 18 cities of 150 pictures."""
     names = [f"{city}/{city}_{i:06d}_leftImg8bit" for city in "abcdefghijklmnopqr" for i in range(150)]
     text = missing(toy_voc, names)
-    assert text.count("more pictures in 15 other folders") == 1
-    assert f"{15 * 150} more pictures in 15" in text
+    assert text.count("more images in 15 other folders") == 1
+    assert f"{15 * 150} more images in 15" in text
     assert f"no label for {'a_000000_leftImg8bit'}" in text
     assert len(text) < 6000 + 12 * len(str(toy_voc))
     assert "other folders" not in missing(toy_voc, [f"{city}/x" for city in "abc"])
-    assert "1 more pictures in 1 other folders" in missing(toy_voc, [f"{city}/x" for city in "abcd"])
+    assert "1 more images in 1 other folders" in missing(toy_voc, [f"{city}/x" for city in "abcd"])
 
 
 def test_the_longest_name(tmp_path):

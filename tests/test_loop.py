@@ -225,7 +225,7 @@ def test_the_command_line(script, toy_voc, tmp_path):
 
 MISTAKES = {
     "no data": (["--data-dir", "nowhere"], r"nowhere does not exist; get PASCAL VOC with `python scripts/download.py"),
-    "no list": (["--data-list", "nothing.txt"], "nothing.txt do not exist; pass a file with one id a line"),
+    "no list": (["--data-list", "nothing.txt"], "nothing.txt do not exist; pass a file with one id per line"),
     "no weights": (
         ["--restore-from", "weights/MS_DeepLab_resnet_pretrained_COCO_init.pth"],
         "`python scripts/download.py list`",

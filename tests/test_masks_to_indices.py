@@ -85,7 +85,7 @@ def test_grey_values_that_may_be_colours_or_indices_are_refused(tmp_path, capsys
     put(tmp_path / "in", "a.png", png([[0, 1]], 8, GREY))
     with pytest.raises(UserError, match="1 of 1 masks"):
         run(tmp_path / "in", tmp_path / "out")
-    assert "is grey, and its values are colours of classes as well as class indices" in capsys.readouterr().err
+    assert "is grey, and its values are both colours of classes and class indices" in capsys.readouterr().err
 
 
 MANY = [[0, 7, 30, 128], [29, 255, 3, 1]]  # indices of 150 classes; 0 and 128 are grey levels of VOC's colours as well
@@ -107,7 +107,7 @@ def test_indices_stay_indices(tmp_path, capsys):
         for name, labels in expected.items():
             assert read_label(tmp_path / out / f"{name}.png", 150, colors={}).tolist() == labels
     put(tmp_path / "in", "e.png", png([[(0, 0, 1)]], 8, RGB))
-    with pytest.raises(UserError, match=r"classes\.txt gives no colours, but .*e\.png has some.*`name r g b` a line"):
+    with pytest.raises(UserError, match=r"classes\.txt gives no colours, but .*e\.png has some.*`name r g b` per line"):
         run(tmp_path / "in", tmp_path / "drawn")
     (tmp_path / "classes.txt").write_text("a\nb\nc\n")
     (tmp_path / "in/e.png").unlink()
@@ -142,7 +142,7 @@ def test_binary_masks_ask_for_two_classes(tmp_path, names):
     put(tmp_path / "in", "b.png", png([[0, 0]], 8, GREY))
     if names:
         (tmp_path / "classes.txt").write_text(names)
-    with pytest.raises(UserError, match=r"hold 0 and 255 alone, and 255 is the ignore label: .* add --binary"):
+    with pytest.raises(UserError, match=r"hold only 0 and 255, and 255 is the ignore label: .* add --binary"):
         run(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -167,7 +167,7 @@ def test_binary_masks_become_two_classes(tmp_path, data):
 
 def test_binary_takes_the_names_of_two_classes(tmp_path):
     put(tmp_path / "in", "a.png", png([[0, 255], [255, 3]], 8, GREY))
-    with pytest.raises(UserError, match="1 of 1 masks could not be turned"):
+    with pytest.raises(UserError, match="1 of 1 masks could not be converted"):
         run(tmp_path / "in", tmp_path / "out", "--binary")
     put(tmp_path / "in", "a.png", png([[0, 255]], 8, GREY))
     (tmp_path / "classes.txt").write_text("ground\nthing\nother\n")
@@ -189,14 +189,14 @@ def test_unknown_colours_are_refused_with_their_counts_and_nothing_is_written(tm
     put(tmp_path / "in", "grey.png", png([[0, 1, 128]], 8, GREY))
     put(tmp_path / "in", "damaged.png", KINDS["rgb"][:-20])
     put(tmp_path / "in", "short.png", png([[0, 3]], 8, PALETTE, [BLACK, RED]))
-    with pytest.raises(UserError, match="5 of 6 masks could not be turned"):
+    with pytest.raises(UserError, match="5 of 6 masks could not be converted"):
         run(tmp_path / "in", tmp_path / "out")
     out, err = capsys.readouterr()
     assert "bad.png holds 2 colours of no class: (1, 2, 3) on 2 pixels, (9, 8, 7) on 1 pixels" in err
-    assert "half.png holds 1 half transparent pixels" in err
+    assert "half.png holds 1 semi-transparent pixels" in err
     assert "grey.png is grey and holds values above 20, while other masks have VOC's colours" in err
     assert "damaged.png is damaged" in err
-    assert "short.png holds the index 3, and its palette has 2 colours" in err
+    assert "short.png holds the index 3, but its palette has 2 colours" in err
     assert "written" not in out
     assert not (tmp_path / "out").exists()
 
@@ -225,9 +225,9 @@ def test_misuse(tmp_path):
     link = tmp_path / "link"
     link.symlink_to(source)
     for out in (source, source / "indices", source / "../in", link, link / "x"):
-        with pytest.raises(UserError, match="is in the folder that is read"):
+        with pytest.raises(UserError, match="is inside the source folder"):
             run(source, out)
-    with pytest.raises(UserError, match="is in the folder that is read"):
+    with pytest.raises(UserError, match="is inside the source folder"):
         run(source / "a.png", source)
     with pytest.raises(UserError, match="nowhere does not exist"):
         run(tmp_path / "nowhere", tmp_path / "out")
@@ -239,7 +239,7 @@ def test_misuse(tmp_path):
         run(source, tmp_path / "file")
     with pytest.raises(UserError, match="--void 128,0,0 is the colour of class 1"):
         run(source, tmp_path / "out", "--void", "128,0,0")
-    for text, message in (("a\nb\n", "gives no colours"), ("a 1 2 3\nb 1 2 3\n", "gives a and b one colour")):
+    for text, message in (("a\nb\n", "gives no colours"), ("a 1 2 3\nb 1 2 3\n", "gives a and b the same colour")):
         (tmp_path / "classes.txt").write_text(text)
         with pytest.raises(UserError, match=message):
             run(source, tmp_path / "out")
@@ -256,7 +256,7 @@ def test_command_line(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert not (tmp_path / "out").exists()
-    assert "1 of 7 masks could not be turned" in done.stderr
+    assert "1 of 7 masks could not be converted" in done.stderr
     assert "Traceback" not in done.stderr
 
 

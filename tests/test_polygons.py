@@ -178,20 +178,22 @@ def test_what_is_refused(tmp_path):
         ),
         ({"segmentation": {"size": [H, W], "counts": [-1, H * W + 1]}}, "annotation 1 in .* is RLE of another kind or size"),
         ({"segmentation": [[1, 2, 3, float("nan"), 5, 6]]}, "annotation 1 in .* is no polygon"),
-        ({"segmentation": [["x"] * 6]}, "is no whole COCO JSON"),
-        ({"segmentation": [], "bbox": [1, 2, 3, 4]}, "annotation 1 in .* is no polygon but a box"),
+        ({"segmentation": [["x"] * 6]}, "is no complete COCO JSON"),
+        ({"segmentation": [], "bbox": [1, 2, 3, 4]}, "annotation 1 in .* is a box without polygon"),
         ({"segmentation": [[1, 2, 3]]}, "annotation 1 in .* is no polygon; expected polygons"),
-        ({"category_id": 99}, "is no whole COCO JSON"),
+        ({"category_id": 99}, "is no complete COCO JSON"),
     ):
         coco(tmp_path / "in/a.json", ["p0.jpg"], **more)
         with pytest.raises(UserError, match=message):
             run(tmp_path / "in", tmp_path / "out")
     coco(tmp_path / "in/a.json", ["p0.jpg"])
     coco(tmp_path / "in/b.json", ["p0.jpg"])
-    with pytest.raises(UserError, match=r"b\.json annotates p0 once more"):
+    with pytest.raises(UserError, match=r"b\.json annotates p0 again"):
         run(tmp_path / "in", tmp_path / "out")
     coco(tmp_path / "in/b.json", ["p1.jpg"], [(3, "road", ""), (7, "lorry", "")])
-    with pytest.raises(UserError, match=r"b\.json has the categories \['road', 'lorry'\], another JSON file \['road', 'car'\]"):
+    with pytest.raises(
+        UserError, match=r"b\.json has the categories \['road', 'lorry'\], but another JSON file has \['road', 'car'\]"
+    ):
         run(tmp_path / "in", tmp_path / "out")
     (tmp_path / "in/b.json").unlink()
     for folder in "xy":

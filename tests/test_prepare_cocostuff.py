@@ -70,7 +70,7 @@ def test_a_second_run_changes_nothing(tmp_path, capsys):
         ({"S": np.full(SIZE, 183, np.uint8)}, r"holds 183; expected 0\.\.182 in S"),
         ({"S": np.full(SIZE, 0.5)}, r"holds 0\.5; expected"),
         ({"S": np.full(SIZE, -1, np.int16)}, r"holds -1; expected"),
-        ({"S": np.ones((8, 9), np.uint8)}, "is 9x8 pixels, its picture 32x24"),
+        ({"S": np.ones((8, 9), np.uint8)}, "is 9x8 pixels, its image 32x24"),
         ({"S": np.ones((*SIZE, 3), np.uint8)}, r"is an array \(24, 32, 3\)"),
         ({"S": np.array(["a"], dtype=object)}, "holds S of type object"),
         ({"S": np.ones(SIZE, np.uint8), "names": np.array(["x"] * 172, dtype=object)}, "is of version 1.0, whose classes"),

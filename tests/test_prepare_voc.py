@@ -235,7 +235,7 @@ def test_all_bad_masks_are_listed_before_it_fails(voc, sbd):
     assert "Traceback" not in done.stderr
     for part in (
         "2008_000015: the mask is not a readable MATLAB file",
-        "2009_000001: the mask is 38x46 pixels, its picture 38x47",
+        "2009_000001: the mask is 38x46 pixels, its image 38x47",
         "2009_000002: the mask holds 21, expected 0..20 and 255",
         "2009_000003: the mask holds GTinst, expected GTcls.Segmentation",
         "2009_000004: the mask is an array (20, 30, 3) of uint8",
@@ -270,7 +270,7 @@ def test_wrong_sources(voc, sbd, tmp_path):
         run(voc, "--aug", text)
     archive = archive_of(sbd, tmp_path / "cut.tgz")
     archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
-    with pytest.raises(DatasetError, match="damaged or cut short"):
+    with pytest.raises(DatasetError, match="damaged or truncated"):
         run(voc, "--sbd", archive)
     (voc / "JPEGImages/2008_000015.jpg").unlink()
     (sbd / "dataset/img/2008_000015.jpg").unlink()

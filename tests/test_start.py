@@ -277,7 +277,7 @@ def test_labels_are_judged_anew_after_a_restart(toy_voc, tmp_path, capsys):
         folder = tmp_path / str(stop_at)
         train(toy_voc, folder, *options, loss=stopping(single_scale_loss, stop_at))
         assert bare_resume(folder) == 0
-    assert "nothing but class" not in capsys.readouterr().out
+    assert "only class" not in capsys.readouterr().out
 
 
 def test_is_training_is_another_word_for_stats(toy_voc, tmp_path):

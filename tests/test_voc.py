@@ -54,16 +54,16 @@ BAD_LABELS = {
     "16 bit": (lambda p: write_label(p, np.ones((40, 55), dtype=np.uint16)), r"mode I;16.*uint16.*8-bit"),
     "out of range": (
         lambda p: write_label(p, np.tile(np.array([1, 38, 200], dtype=np.uint8), (40, 20))[:, :55]),
-        r"values 38, 200; expected class indices 0\.\.3 and 255",
+        r"values 38, 200; expected class indices 0\.\.3; 255",
     ),
     "binary": (lambda p: write_label(p, np.full((40, 55), 128, dtype=np.uint8)), r"the value 128; expected"),
     "mis-sized": (
         lambda p: write_label(p, np.ones((40, 50), dtype=np.uint8)),
-        r"50x40 pixels, its picture 55x40; both .* one size$",
+        r"50x40 pixels, its image 55x40; both .* same size$",
     ),
     "turned": (
         lambda p: write_label(p, np.ones((55, 40), dtype=np.uint8)),
-        r"40x55 pixels, its picture 55x40; .*: the sides are swapped, so that one of the two was turned$",
+        r"40x55 pixels, its image 55x40; .*: the sides are swapped, so one of the two was rotated$",
     ),
     "truncated": (lambda p: p.write_bytes(p.read_bytes()[:60]), r"is damaged: its"),
     "empty": (lambda p: p.write_bytes(b""), r"cannot be decoded"),
@@ -92,7 +92,7 @@ def test_bad_labels_are_one_sentence_that_names_the_file(toy_voc, kind, workers)
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "does not exist"), (0.5, "is cut off"), (b"GIF?" * 100, "is not an image"), (b"", "is not an image")],
+    [(None, "does not exist"), (0.5, "is truncated"), (b"GIF?" * 100, "is not an image"), (b"", "is not an image")],
 )
 def test_bad_pictures(toy_voc, content, message):
     path = toy_voc / "JPEGImages" / "toy_0.jpg"
@@ -149,7 +149,7 @@ def test_class_names(tmp_path):
     assert read_class_names(tmp_path, 2) is None
     (tmp_path / "classes.txt").write_text("sky\nroad\n")
     assert read_class_names(tmp_path, 2) == ["sky", "road"]
-    with pytest.raises(DatasetError, match="names 2 classes; expected 3: leave --num-classes out to take the 2, or mend"):
+    with pytest.raises(DatasetError, match="names 2 classes; expected 3: leave --num-classes out to use all 2, or edit"):
         read_class_names(tmp_path, 3)
 
 
@@ -192,7 +192,7 @@ def test_a_last_line_for_void_is_no_class(tmp_path, name):
     (tmp_path / "classes.txt").write_text(f"sky\nroad\n{name}\n")
     with pytest.raises(DatasetError, match=f"names {name} as its last class, but --ignore-label 2 says .*: delete that line"):
         count_classes(tmp_path, 2)
-    with pytest.raises(DatasetError, match=f"expected 2: delete its last line, {name}, .* hold 2 for void, --ignore-label 2"):
+    with pytest.raises(DatasetError, match=f"expected 2: delete its last line, {name}, .* pass --ignore-label 2"):
         read_class_names(tmp_path, 2)
     assert count_classes(tmp_path, 0) == 3  # another one is void
 
@@ -225,7 +225,7 @@ def test_names_where_nobody_gave_them():
 def test_a_data_set_knows_whether_its_classes_fit(toy_voc):
     (toy_voc / "classes.txt").write_text("ground\nred\ngreen\nblue\n")
     assert VOCSegmentation(toy_voc, ["toy_0"], num_classes=4)[0][1].shape == TOY_SIZES[0]
-    with pytest.raises(DatasetError, match=r"names 4 classes; expected 21: leave --num-classes out to take the 4"):
+    with pytest.raises(DatasetError, match=r"names 4 classes; expected 21: leave --num-classes out to use all 4"):
         VOCSegmentation(toy_voc, ["toy_0"], num_classes=21)
 
 
@@ -233,9 +233,9 @@ def test_a_data_set_knows_whether_its_classes_fit(toy_voc):
     ("present", "words"),
     [
         ([0, 255], "binary masks 0/255"),
-        ([3], "nothing but class 3"),
-        ([3, 255], "nothing but class 3"),
-        ([255], "anything but void"),
+        ([3], "only class 3"),
+        ([3, 255], "only class 3"),
+        ([255], "all labels are ignored"),
         ([], "no labels"),
         ([0, 1], None),
         ({0, 1, 255}, None),

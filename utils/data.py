@@ -1,4 +1,4 @@
-"""From the command line's data options to a data set."""
+"""The data set for the data options of the command line."""
 
 import shlex
 from collections.abc import Callable
@@ -19,10 +19,10 @@ def list_of(args: AnyOptions, split: str, num_classes: int | None = None) -> Pat
 
 
 def with_folders(args: AnyOptions, split: str) -> Options:
-    """The options with the folders and the list of ``images/`` beside ``masks/`` in them, where nothing names others.
+    """The options, completed with the folders and list of ``images/`` beside ``masks/`` if nothing names others.
 
     Raises:
-        DatasetError: several folders may be meant; there is no such split.
+        DatasetError: the folders are ambiguous, or there is no such split.
     """
     kind, root = DATASETS[args.dataset], Path(args.data_dir)
     own = (root / kind.IMAGE_DIR).is_dir() and any((root / name).is_dir() for name in kind.LABEL_DIRS)
@@ -37,7 +37,7 @@ def with_folders(args: AnyOptions, split: str) -> Options:
 
 
 def other_dataset(args: AnyOptions, num_classes: int | None) -> str:
-    """The advice where VOC's layout is to be read, but the 19 or 182 classes are those of another data set, else ""."""
+    """The advice if VOC's layout is expected, but the number of classes, 19 or 182, is that of another data set; else ""."""
     kinds = {} if DATASETS[args.dataset].NAMES else DATASETS
     found = (
         f"for the {num_classes} classes of {kind.TITLE} pass --dataset {name}"
@@ -54,14 +54,14 @@ def open_dataset(
     transform: Callable | None = None,
     classes: ClassFile | None = None,
 ) -> tuple[VOCSegmentation, Path]:
-    """The data set of ``--data-dir`` and ``--data-list``, all of whose files are there, and the list that was used.
+    """The data set of ``--data-dir`` and ``--data-list``, with no file missing, and the list that was used.
 
     Args:
-        split: ``"train"`` or ``"val"``, whose list is used where ``--data-list`` names none.
-        classes: ``classes.txt`` where it was read before; None reads it.
+        split: ``"train"`` or ``"val"``; its list is used without ``--data-list``.
+        classes: the contents of ``classes.txt`` if already read; None reads it.
 
     Raises:
-        DatasetError: no such folder or list, files are missing, ``classes.txt`` does not fit.
+        DatasetError: the folder, the list or files are missing, or ``classes.txt`` does not fit.
     """
     args = with_folders(args, split)
     data_list = list_of(args, split, num_classes)
@@ -77,20 +77,20 @@ def open_dataset(
 
 
 def images_of(data: VOCSegmentation, data_list: Path) -> str:
-    """What to say of a data set: how many images, of which list, and where its masks are, if in unusual folders."""
-    others = [str(path) for path in getattr(data, "label_dirs", ()) if path.name not in data.LABEL_DIRS]  # arrays have none
-    masks = f", their masks in {' and '.join(others)}" if others else ""
+    """A line about a data set: the number of images, the list, and the folders of its masks if unusual."""
+    others = [str(path) for path in getattr(data, "label_dirs", ()) if path.name not in data.LABEL_DIRS]  # none for arrays
+    masks = f", masks in {' and '.join(others)}" if others else ""
     return f"{len(data)} images of {data_list}{masks}"
 
 
 def what_is_compared(data: VOCSegmentation) -> dict[str, Any]:
-    """The classes and the files of a data set, for :func:`utils.distributed.check_same`."""
+    """The classes and files of a data set, for :func:`utils.distributed.check_same`."""
     files = [f"{data.entries[id].image} {data.entries[id].label}" for id in data.ids]
-    return {"classes": list(data.names or ()), "colours": dict(data.colors), "pictures": files}
+    return {"classes": list(data.names or ()), "colours": dict(data.colors), "images": files}
 
 
 def layout_words(args: AnyOptions) -> list[str]:
-    """The options by which another command reads the same data in ``--data-dir``."""
+    """The options with which another command reads the same data in ``--data-dir``."""
     words = ["--dataset", args.dataset] if args.dataset != "voc" else []
     words += ["--image-dir", args.image_dir] if args.image_dir != DATASETS[args.dataset].IMAGE_DIR else []
     return words + (["--label-dir", args.label_dir] if args.label_dir else [])

@@ -1,4 +1,4 @@
-"""What the values and colours that are found in a set of labels point to."""
+"""Likely causes of the values and colours found in a set of labels."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -7,11 +7,11 @@ import numpy as np
 
 from dataset.classes import IGNORE_LABEL, TO_INDICES, VOC_CLASSES, name_the_classes, one_class_warning, voc_palette
 
-VOID_GREY = {220}  # of the colour (224, 224, 192) of VOC's void
+VOID_GREY = {220}  # grey level of VOC's void, (224, 224, 192)
 
 
 def few(values: Iterable[object]) -> str:
-    """The first values, separated by commas, and dots where there are more."""
+    """The first values, separated by commas, with dots if there are more."""
     values = list(values)
     return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
 
@@ -19,27 +19,27 @@ def few(values: Iterable[object]) -> str:
 def likely_causes(
     counts: np.ndarray, wrong_counts: np.ndarray, colours: Counter, num_classes: int, ignore_label: int = IGNORE_LABEL
 ) -> list[str]:
-    """What the found values point to, one sentence each.
+    """Likely causes of the values found, one sentence each.
 
     Args:
-        counts: (256,) pixels of each value over all single-channel labels.
-        wrong_counts: the same over those labels that hold a wrong value.
-        colours: number of colour labels by kind: "table" (all colours stand in the table), "grey" or "other".
+        counts: (256,) pixels per value over all single-channel labels.
+        wrong_counts: the same over the labels that hold a wrong value.
+        colours: number of colour labels by kind: "table" (all colours are in the table), "grey" or "other".
     """
     causes = []
     if colours["table"]:
         causes.append(
-            f"{colours['table']} labels look like a colour rendering of the classes: `python {TO_INDICES}` turns them back"
+            f"{colours['table']} labels look like a colour rendering of the classes: `python {TO_INDICES}` converts them back"
         )
     if colours["grey"]:
         causes.append(
-            f"{colours['grey']} labels are grey and saved with three channels: `python {TO_INDICES} MASKS NEW` keeps one, with "
-            "--binary it makes two classes of black and white"
+            f"{colours['grey']} labels are grey, saved with three channels: `python {TO_INDICES} MASKS NEW` keeps one; with "
+            "--binary black and white become two classes"
         )
     if colours["other"]:
         causes.append(
-            f"{colours['other']} labels are colour pictures: `python {TO_INDICES} MASKS NEW` turns them into class indices, by "
-            "the colours of a classes.txt in MASKS (`name r g b` a line)"
+            f"{colours['other']} labels are colour images: `python {TO_INDICES} MASKS NEW` converts them to class indices by "
+            "the colours in classes.txt in MASKS (`name r g b` per line)"
         )
     void = {IGNORE_LABEL, ignore_label}
     present = set(np.flatnonzero(counts).tolist())
@@ -50,7 +50,7 @@ def likely_causes(
     if present and (warning := one_class_warning(IGNORE_LABEL if value in void else value for value in present)):
         causes.append(warning)
     elif values == {0, 1} and num_classes == len(VOC_CLASSES):
-        causes.append(f"0 and 1 alone occur, and the classes are VOC's {num_classes}: {name_the_classes(2)}")
+        causes.append(f"only 0 and 1 occur, but the classes are VOC's {num_classes}: {name_the_classes(2)}")
     elif values and 0 not in present:
         causes.append(
             f"class 0 never occurs: if the labels count from 1, `python {TO_INDICES} --zero-is-void MASKS NEW` subtracts 1; "
@@ -60,45 +60,45 @@ def likely_causes(
 
 
 def _voc_levels() -> dict[int, str]:
-    """The grey levels of VOC's colours, and whose; OpenCV rounds down where it reads a PNG as grey, else to the nearest."""
+    """{grey level: class name} of VOC's colours, rounded down as OpenCV reads a PNG as grey, and rounded to the nearest."""
     grey = voc_palette()[: len(VOC_CLASSES)] @ (0.299, 0.587, 0.114)
     rows = [(level, row.name) for levels in (np.floor(grey), np.rint(grey)) for level, row in zip(levels, VOC_CLASSES)]
     return {int(level): name for level, name in reversed(rows)}
 
 
 def _wrong_values(values: set[int], wrong: set[int], grey: bool, num_classes: int) -> str:
-    """The cause of values that are no class.
+    """The likely cause of values that are no class.
 
     Args:
-        values: all that occur, without void; ``wrong`` those among them that are no class.
-        grey: all values of the labels concerned are grey levels of VOC's colours.
+        values: all that occur, without ignored ones; ``wrong``: those of them that are no class.
+        grey: whether all values of these labels are grey levels of VOC's colours.
     """
     largest, step = max(wrong), min(values - {0})
     if values - {0} in ({127}, {128}):
         return (
-            f"the labels are masks of three levels (a trimap: 0, {largest}, 255): 255 is read as void; write class indices, "
+            f"the labels are masks of three levels (a trimap: 0, {largest}, 255): 255 is ignored; write class indices, "
             "and 255 for the level that means unknown"
         )
     if grey:
         example = min(wrong)
         return (
-            f"the values are the grey levels of the VOC palette ({example} = {_voc_levels().get(example, 'void')}): palette "
-            "PNGs were read as grey, as OpenCV does; go back to the palette PNGs"
+            f"the values are the grey levels of the VOC palette ({example} = {_voc_levels().get(example, 'ignored')}): palette "
+            "PNGs were read as grey, as OpenCV does; use the palette PNGs"
         )
     if wrong == {num_classes} and 0 not in values:
         return f"the labels count from 1 to {num_classes}: `python {TO_INDICES} --zero-is-void MASKS NEW` subtracts 1"
     if wrong == {num_classes}:
         return (
             f"{num_classes} is one more than the last class: pass --num-classes {num_classes + 1} if it is a class, "
-            f"--ignore-label {num_classes} if it is void; if 0 is void, `python {TO_INDICES} --zero-is-void` turns 1.. into 0.."
+            f"--ignore-label {num_classes} to ignore it; to ignore 0, `python {TO_INDICES} --zero-is-void` turns 1.. into 0.."
         )
     if len(values) > 2 and step > 2 and not any(value % step for value in values) and largest // step < num_classes:
-        return f"all values are multiples of {step}: the labels were stretched to be looked at; divide by {step} (255 is void)"
+        return f"all values are multiples of {step}: the labels were stretched for viewing; divide by {step} (255 is ignored)"
     if len(wrong) > 40:
         return (
-            f"{len(values)} different values: labels that were resized with interpolation or saved as JPEG, or ordinary "
-            "pictures; resize labels by nearest neighbour and save PNGs"
+            f"{len(values)} different values: labels resized with interpolation or saved as JPEG, or ordinary "
+            "images; resize labels by nearest neighbour and save PNGs"
         )
-    gaps = f"; {len(values)} values so far apart may be grey levels of colours: go back to the masks that have the colours"
+    gaps = f"; {len(values)} values so far apart may be grey levels of colours: use the masks in colour"
     text = f"the largest label is {largest}: pass --num-classes {largest + 1} if all of them are classes"
     return text + (gaps if 4 * len(values) < largest else "")

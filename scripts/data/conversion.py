@@ -1,4 +1,4 @@
-"""One mask after another becomes class indices, and what is wrong with them is said of all together."""
+"""Conversion of masks to class indices one by one, and the checks over all of them."""
 
 import filecmp
 import os
@@ -20,20 +20,20 @@ from utils.command import UserError
 from utils.files import write_atomically
 from utils.visualize import save_indexed_png
 
-SHOWN = 50  # files in a message
+SHOWN = 50  # files per message
 
 
 class Options(NamedTuple):
-    """How masks become labels, the same for all.
+    """How masks become labels, for all masks.
 
     Attributes:
-        colors: label of each colour; {} takes values as they are stored.
-        num_classes: of the values.
+        colors: label of each colour; {} keeps values as stored.
+        num_classes: number of classes among the values.
         guessed: see :func:`scripts.data.colours.read_labels`.
-        zero_is_void: 0 becomes void, 1.. become 0...
-        palette: (256, 3) uint8 RGB of what is written.
-        classes: of labels that have masks of their own.
-        rest: class of the pixels that have none of them.
+        zero_is_void: 0 becomes 255 (ignored), 1.. become 0...
+        palette: (256, 3) uint8 RGB of the written PNGs.
+        classes: class of each label, if each has its own masks.
+        rest: class of pixels without any of these labels.
     """
 
     colors: Mapping[Color, int]
@@ -46,7 +46,7 @@ class Options(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a mask: ``problem`` is "" where all is well, ``there`` says that it was written before."""
+    """The result for one mask: ``problem`` is "" if it is fine; ``there`` means that it had been written before."""
 
     path: Path
     problem: str = ""
@@ -64,7 +64,7 @@ def convert(
     options: Options,
     write: bool,
 ) -> Outcome:
-    """Read one mask, or its layers, and say what is wrong; if ``write``, write its indices and copy its image to its place.
+    """Read and check one mask, or its layers; if ``write``, write its indices and copy its image.
 
     Runs in the worker processes.
     """
@@ -101,27 +101,27 @@ def convert(
 
 
 def other_size(image: Path, labels: np.ndarray) -> str:
-    """What is said of labels that have not the size of their image; "" of others, and where the image cannot be read."""
+    """What is wrong if labels and their image differ in size; "" if they do not, or if the image cannot be read."""
     try:
         size = read_image(image).shape[:2]
-    except DatasetError:  # which the checker names
+    except DatasetError:  # reported by check_dataset.py
         return ""
     (height, width), (rows, columns) = size, labels.shape
     return "" if size == labels.shape else f"is {columns}x{rows} pixels and its image {image} {width}x{height} (width x height)"
 
 
 def check_masks(outcomes: Sequence[Outcome], table: Table | None, options: Options) -> None:
-    """Raise :class:`UserError` where a mask is wrong, or all together show that values as they are stored are no classes."""
+    """Raise :class:`UserError` if a mask is wrong, or if the masks together show that stored values are not classes."""
     if table and table.void and (stored := [o.path for o in outcomes if o.source == "stored"]):
         name = table.void[0][0]
         raise UserError(
-            f"{stored[0]} holds class indices, and {table.origin} has a line for {name}: it is unclear which value each "
-            f"class has; delete that line if the values do not count it, or rename {name} to keep it as a class"
+            f"{stored[0]} holds class indices, and {table.origin} has a line for {name}: the values of the "
+            f"classes are ambiguous; delete that line if it has no value, or rename {name} to keep it as a class"
         )
     if table and not options.colors and (drawn := [o.path for o in outcomes if o.problem.startswith(NO_COLORS)]):
         raise UserError(
-            f"{table.origin} gives no colours, but {drawn[0]} has some, and nothing says which class each of them is; expected "
-            "`name r g b` a line, as in `road 128 64 128`"
+            f"{table.origin} gives no colours, but {drawn[0]} has some, so their classes are unknown; expected "
+            "`name r g b` per line, as in `road 128 64 128`"
         )
     if photos := [outcome.path for outcome in outcomes if outcome.problem.startswith(PHOTO)]:
         raise UserError(
@@ -133,8 +133,8 @@ def check_masks(outcomes: Sequence[Outcome], table: Table | None, options: Optio
         print("\n".join(bad[:SHOWN]), file=sys.stderr)
         more = f" (and {len(bad) - SHOWN} more)" if len(bad) > SHOWN else ""
         raise UserError(
-            f"{len(bad)} of {len(outcomes)} masks could not be turned, see above{more}, and nothing was written; mend them, or "
-            "name their colours with --void, or in a file of classes (--classes), `name r g b` a line, and run the same command"
+            f"{len(bad)} of {len(outcomes)} masks could not be converted, see above{more}; nothing was written; fix them or "
+            "give their colours with --void, or in a file of classes (--classes), `name r g b` per line, and run it again"
         )
     colors: dict[int, tuple[Color, Path]] = {}
     for outcome in outcomes:
@@ -142,18 +142,18 @@ def check_masks(outcomes: Sequence[Outcome], table: Table | None, options: Optio
             first, path = colors.setdefault(index, (color, outcome.path))
             if first != color:
                 raise UserError(
-                    f"the palettes of {path} and {outcome.path} differ: index {index} is {first} and {color}, so that a tool "
-                    "re-ordered them; write the colours into the file of classes, `name r g b` a line, as in `road 128 64 128`"
+                    f"the palettes of {path} and {outcome.path} differ: index {index} is {first} and {color}, so a tool "
+                    "re-ordered them; write the colours into the file of classes, `name r g b` per line, as `road 128 64 128`"
                 )
-    # A tool orders the colours of each mask for itself, so that palettes of various colours that agree were left alone.
+    # A tool orders the colours of each mask separately, so agreeing palettes with different colours were not re-ordered.
     various = {tuple(outcome.palette) for outcome in outcomes if outcome.palette}
     if len(various) == 1 and is_reordered({index: color for index, (color, _) in colors.items()}):
         raise UserError(
-            f"the palette of {next(iter(colors.values()))[1]} has VOC's colours in another order, so that a tool may have "
-            "re-ordered it; write the colours into the file of classes, `name r g b` a line, as in `road 128 64 128`"
+            f"the palette of {next(iter(colors.values()))[1]} has VOC's colours in another order, so a tool may have "
+            "re-ordered it; write the colours into the file of classes, `name r g b` per line, as in `road 128 64 128`"
         )
     values = {value for outcome in outcomes for value in outcome.values}
     if values == {0, IGNORE_LABEL} and not options.zero_is_void and {outcome.source for outcome in outcomes} == {"stored"}:
         raise UserError(
-            "the masks hold 0 and 255 alone, and 255 is the ignore label: they are binary; add --binary, which writes 0 and 1"
+            "the masks hold only 0 and 255, and 255 is the ignore label: they are binary; add --binary, which writes 0 and 1"
         )

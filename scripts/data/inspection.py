@@ -1,4 +1,4 @@
-"""What one id's two files look like, and what the decoders complain of."""
+"""Inspection of the two files of one id, with the warnings of the decoders."""
 
 import hashlib
 import os
@@ -16,33 +16,33 @@ from dataset.labels import BadLabel, check_palette, check_values, read_png, sing
 from dataset.voc import check_pair
 from scripts.data.causes import few
 
-MOST = 256  # colours of one label that are kept; a drawn one has fewer, a photograph more
+MOST = 256  # colours kept per label; a mask has fewer, a photograph more
 
 
 @dataclass
 class Inspection:
-    """What one id's two files look like."""
+    """The findings about the two files of one id."""
 
     image_id: str
     image_path: Path
     label_path: Path
-    problems: list[tuple[str, str]] = field(default_factory=list)  # (kind, what was found)
-    size: tuple[int, int] | None = None  # width, height of the picture
-    brightest: int = 255  # value of the picture, without the thousandth of its values that are above it
-    digest: bytes = b""  # of the picture's file, where it was asked for
-    counts: np.ndarray | None = None  # (256,) pixels of each value in a single-channel label
+    problems: list[tuple[str, str]] = field(default_factory=list)  # (kind, finding)
+    size: tuple[int, int] | None = None  # width, height of the image
+    brightest: int = 255  # value of the image that a thousandth of its values exceed
+    digest: bytes = b""  # of the image file, if asked for
+    counts: np.ndarray | None = None  # (256,) pixels per value of a single-channel label
     palette: dict[int, Color] = field(default_factory=dict)  # the colours of the indices that occur
-    colours: str = ""  # of a colour label: "table", "grey" or "other"
-    drawn: dict[Color, int] = field(default_factory=dict)  # pixels of each colour of a colour label; the MOST commonest
+    colours: str = ""  # kind of a colour label: "table", "grey" or "other"
+    drawn: dict[Color, int] = field(default_factory=dict)  # pixels per colour of a colour label; the MOST commonest
 
 
 @contextmanager
 def complaints() -> Iterator[list[str]]:
-    """A context that gathers what libjpeg says of damaged data; it has no other way to say it than file descriptor 2."""
+    """A context that collects libjpeg's warnings about damaged data, which it prints to file descriptor 2 alone."""
     lines: list[str] = []
     try:
         kept = os.dup(2)
-    except OSError:  # closed: nobody listens
+    except OSError:  # closed
         yield lines
         return
     with tempfile.TemporaryFile() as file:
@@ -69,12 +69,12 @@ def inspect(
 ) -> Inspection:
     """Read the two files of one id as training does; runs in the worker processes."""
     found = Inspection(image_id, image_path, label_path)
-    picture = inspect_image(found, image_path)
-    if picture and with_digest:
+    shape = inspect_image(found, image_path)
+    if shape and with_digest:
         found.digest = hashlib.blake2b(image_path.read_bytes(), digest_size=16).digest()
     label = inspect_label(found, label_path, num_classes, ignore_label, colors, classes_of)
-    if picture and label:
-        size, orientation = picture
+    if shape and label:
+        size, orientation = shape
         try:
             check_pair(image_path, size, orientation, label_path, label)
         except DatasetError as error:
@@ -83,7 +83,7 @@ def inspect(
 
 
 def inspect_image(found: Inspection, path: Path) -> tuple[tuple[int, int], int] | None:
-    """Note what is wrong with a picture; returns its (H, W) and EXIF orientation, None where it cannot be read."""
+    """Record what is wrong with an image; returns its (H, W) and EXIF orientation, None if it cannot be read."""
     if not path.exists():
         found.problems.append(("missing picture", str(path)))
         return None
@@ -108,7 +108,7 @@ def inspect_label(
     colors: Mapping[int, Color],
     classes_of: np.ndarray | None,
 ) -> tuple[int, int] | None:
-    """Note what is wrong with a label; returns its (H, W), None where it cannot be read."""
+    """Record what is wrong with a label; returns its (H, W), None if it cannot be read."""
     if not path.exists():
         found.problems.append(("missing label", str(path)))
         return None
@@ -140,14 +140,14 @@ def inspect_label(
     except BadLabel as error:
         found.problems.append((kind, f"the label {path} {error}"))
         if kind == "re-ordered palette":
-            found.counts = None  # of nothing that means a class
+            found.counts = None  # these values are not classes
     except OSError as error:
         found.problems.append((kind, f"the label {path} cannot be read ({error.strerror or error})"))
     return size
 
 
 def _count_colors(pixels: np.ndarray) -> dict[Color, int]:
-    """The pixels of each colour of an (H, W, 3) uint8 RGB picture, the commonest first."""
+    """Pixels per colour of an (H, W, 3) uint8 RGB image, the commonest first."""
     codes = pixels.astype(np.int32) @ np.array([65536, 256, 1], dtype=np.int32)
     found, counts = np.unique(codes, return_counts=True)
     order = np.argsort(-counts, kind="stable")

@@ -1,4 +1,4 @@
-"""What the tools that people label with leave: which masks there are, and whose images they are."""
+"""The exports of labelling tools: the masks in them and the images that they belong to."""
 
 import os
 import re
@@ -23,11 +23,10 @@ LAYOUTS = (
     (f"(.+)[_-](?:{MASK_FOLDERS})", None),
     ("(.+)annot", None),
 )
-"""Folders of masks and of their images beside them, anywhere in an export: labelme2voc (the first holds the PNGs) and CVAT,
-Supervisely, common use, CamVid (``train_labels`` and ``train``), SegNet (``trainannot`` and ``train``)."""
+"""Names of the folder of masks and of the folder of images beside it, anywhere in an export: labelme2voc (the first has the
+PNGs) and CVAT, Supervisely, common use, CamVid (``train_labels`` and ``train``), SegNet (``trainannot`` and ``train``)."""
 SUFFIXES = (("", ""), ("___fuse", ""), ("_mask", ""), ("_mask", "_sat"), ("_L", ""))
-"""By which the names of masks and those of their images differ from the ids: SuperAnnotate, Roboflow, DeepGlobe,
-CamVid."""
+"""What the names of masks and of their images add to the id: SuperAnnotate, Roboflow, DeepGlobe, CamVid."""
 # Label Studio: the control's name is before the label's, which may hold dashes
 _LAYER = re.compile(r"(task-\d+)-annotation-(\d+)-by-[^-]*-[^-]+-(.+)-\d+")
 
@@ -36,11 +35,11 @@ class Labelled(NamedTuple):
     """The masks of a folder.
 
     Attributes:
-        masks: id -> mask; an id is a path below the folder of the masks, without suffix, also without that of an image.
-        images: id -> its image, for those that have one; None where the folder is one of masks alone.
+        masks: id -> mask; an id is a path below the folder of the masks, without suffixes (x.jpg.png is x).
+        images: id -> image, for ids that have one; None for a folder of masks alone.
         lists: the folder with the lists of ids, which need not exist.
-        others: how many files there are that are no PNG, where it is one of masks alone.
-        layers: id -> [(label, mask of 0 and 255, or region)], where each label of an image is apart from the others.
+        others: number of files other than PNGs in a folder of masks alone.
+        layers: id -> [(label, mask of 0 and 255, or region)], if the labels of an image are separate.
         labels: of all layers, in the order of their classes.
     """
 
@@ -53,14 +52,14 @@ class Labelled(NamedTuple):
 
 
 def find_labelled(root: Path, suffix: str, image_suffix: str = "") -> Labelled:
-    """What is in the folder ``root``, or in the folder of the one mask ``root``.
+    """The masks and images in the folder ``root``; ``root`` may also be a single mask.
 
     Args:
-        suffix: by which the names of masks differ from the ids: ``"_mask"``; "" looks for those of SUFFIXES.
-        image_suffix: by which the names of images differ from them: ``"_sat"``.
+        suffix: what the names of masks add to the id: ``"_mask"``; "" tries those of SUFFIXES.
+        image_suffix: what the names of images add to the id: ``"_sat"``.
 
     Raises:
-        UserError: no masks, two of one name, or polygons instead of masks.
+        UserError: there are no masks, two have one name, or there are polygons instead.
     """
     if not root.exists():
         raise UserError(f"{root} does not exist; expected a folder of masks, or one PNG")
@@ -103,7 +102,7 @@ def find_labelled(root: Path, suffix: str, image_suffix: str = "") -> Labelled:
 
 
 def _images(root: Path, files: Iterable[Path]) -> list[Path]:
-    """The images of an export by their format, or as PNGs in a folder that is called so."""
+    """The images of an export: files of other formats than PNG, and PNGs in a folder named for images."""
     names = re.compile(IMAGE_FOLDERS, re.IGNORECASE)
     return [
         path
@@ -114,7 +113,7 @@ def _images(root: Path, files: Iterable[Path]) -> list[Path]:
 
 
 def _elsewhere(root: Path, pngs: Sequence[Path], others: Iterable[Path], endings: Iterable[tuple[str, str]]) -> Labelled | None:
-    """Masks and their images of another format, in folders of any name; None where no image has the name of a mask."""
+    """Masks and their images of another format, in folders of any name; None if no image has the name of a mask."""
     by_stem = defaultdict(list)
     for path in others:
         by_stem[path.stem].append(path)
@@ -128,13 +127,13 @@ def _elsewhere(root: Path, pngs: Sequence[Path], others: Iterable[Path], endings
 
 
 def _check_names(root: Path, masks: Mapping[str, Path], images: Sequence[Path]) -> None:
-    """Raise :class:`UserError` where there are images, of which none has the name of a mask."""
+    """Raise :class:`UserError` if there are images, but none has the name of a mask."""
     if not images:
         return
     stems = {path.stem for path in images}
     some = list(masks.values())[:20]
     endings = {mask.stem[len(stem) :] for mask in some for stem in stems if mask.stem.startswith(stem)} - {""}
-    advice = f"pass --suffix {endings.pop()}" if len(endings) == 1 else "name their endings with --suffix and --image-suffix"
+    advice = f"pass --suffix {endings.pop()}" if len(endings) == 1 else "pass their endings with --suffix and --image-suffix"
     raise UserError(
         f"{root} holds {len(masks)} masks, such as {next(iter(masks.values()))}, and {len(images)} images, such as "
         f"{images[0]}, but no image has the name of a mask; {advice}"
@@ -154,7 +153,7 @@ def _bare_stem(name: str) -> str:
 
 
 def _by_id(paths: Iterable[Path], folder: Path, suffix: str) -> dict[str, Path]:
-    """{id: mask} of the PNGs whose name ends in ``suffix``; UserError for two of one id."""
+    """{id: mask} of the PNGs with names ending in ``suffix``; UserError if two have one id."""
     masks: dict[str, Path] = {}
     for path in paths:
         if path.suffix.lower() != ".png" or not path.stem.endswith(suffix) or path.stem == suffix:
@@ -165,20 +164,20 @@ def _by_id(paths: Iterable[Path], folder: Path, suffix: str) -> dict[str, Path]:
 
 def _add(masks: dict[str, Path], image_id: str, path: Path) -> None:
     if (first := masks.setdefault(image_id, path)) != path:
-        raise UserError(f"{first} and {path} would share one place; rename one of them")
+        raise UserError(f"{first} and {path} would be written to one file; rename one of them")
 
 
 def _in_folders(
     root: Path, pngs: Iterable[Path], suffix: str, mask_dir: str, image_dir: str | None
 ) -> tuple[dict[str, Path], dict[str, str]]:
-    """{id: mask} of the PNGs in folders called ``mask_dir``, and {id: where its image is, without suffix}.
+    """{id: mask} of the PNGs in folders named ``mask_dir``, and {id: path of its image, without suffix}.
 
     Args:
-        image_dir: what the folder of the images beside it is called; None means the group of ``mask_dir``.
+        image_dir: name of the folder of images beside it; None means the group of ``mask_dir``.
     """
     masks: dict[str, Path] = {}
     places: dict[str, str] = {}
-    folders: dict[Path, tuple[str, str] | None] = {}  # folder of masks -> where ids and images are below the root
+    folders: dict[Path, tuple[str, str] | None] = {}  # folder of masks -> prefixes of ids and images
     for path in pngs:
         if path.parent not in folders:
             folders[path.parent] = _beside(root, path.parent.relative_to(root).parts, mask_dir, image_dir)
@@ -190,7 +189,7 @@ def _in_folders(
 
 
 def _beside(root: Path, parts: tuple[str, ...], mask_dir: str, image_dir: str | None) -> tuple[str, str] | None:
-    """Where ids and images are for the masks in a folder, of which one part is called ``mask_dir``; None if none is."""
+    """The prefixes of ids and images for the masks in a folder; None if no part of its path is named ``mask_dir``."""
     for at, part in enumerate(parts):
         if found := re.fullmatch(mask_dir, part, re.IGNORECASE):
             name = image_dir or rf"{re.escape(found[1])}([_-](?:{IMAGE_FOLDERS}))?"
@@ -203,13 +202,13 @@ def _beside(root: Path, parts: tuple[str, ...], mask_dir: str, image_dir: str | 
 
 
 def _folder(parent: Path, name: str) -> str | None:
-    """The name of the folder in ``parent`` that is called so, in any case."""
+    """The folder in ``parent`` whose name matches ``name``, in any case."""
     names = sorted(path.name for path in parent.iterdir() if path.is_dir())
     return next((found for found in names if re.fullmatch(name, found, re.IGNORECASE)), None)
 
 
 def _find_images(root: Path, masks: dict[str, Path], places: dict[str, str], image_suffix: str) -> dict[str, Path]:
-    """{id: image}: the one that a mask's own name holds, as in ``p0.jpg.png``, before others of that name."""
+    """{id: image}; the suffix in a mask's own name, as in ``p0.jpg.png``, is preferred."""
     listing = Listing(root)
     found = {}
     for image_id, place in places.items():
@@ -222,9 +221,9 @@ def _find_images(root: Path, masks: dict[str, Path], places: dict[str, str], ima
 
 
 def _layers(pngs: Iterable[Path]) -> dict[str, list[tuple[str, Path]]]:
-    """The masks of Label Studio's brush export by their tasks, each with its label; {} where there are none.
+    """The masks of Label Studio's brush export by task, each with its label; {} if there are none.
 
-    They are called ``task-1-annotation-5-by-1-tag-car-0.png``; each is 255 where its label is, else 0.
+    Their names are like ``task-1-annotation-5-by-1-tag-car-0.png``; a mask is 255 at the pixels of its label, else 0.
     """
     layers = defaultdict(list)
     annotation: dict[str, str] = {}
@@ -241,10 +240,9 @@ def _layers(pngs: Iterable[Path]) -> dict[str, list[tuple[str, Path]]]:
 
 
 def _annotated(root: Path, files: Sequence[Path]) -> Labelled | None:
-    """The images of COCO or labelme JSON with their polygons; None where there is none.
+    """The images of COCO or labelme JSON with their polygons; None if there are none.
 
-    Where no folder says to which split an image belongs, but the JSON's name does (``instances_train.json``), an id begins with
-    that.
+    If the name of the JSON file has a split (``instances_train.json``) and no folder of the image does, the id begins with it.
     """
     found, labels = read_coco(files)
     found, labels = (found, labels) if found else read_labelme(files)
@@ -259,7 +257,7 @@ def _annotated(root: Path, files: Sequence[Path]) -> Labelled | None:
         parts = [part for part in image.relative_to(root).parts[:-1] if part != "images"]
         image_id = "/".join([*([] if any(map(split_of, parts)) else splits[:1]), *parts, _bare_stem(image.stem)])
         if image_id in masks:
-            raise UserError(f"{each.origin} annotates {image_id} once more; expected each image once, in one JSON file")
+            raise UserError(f"{each.origin} annotates {image_id} again; expected each image once, in one JSON file")
         masks[image_id] = image
     layers = {image_id: each.regions for image_id, each in zip(masks, found)}
     images = {image_id: path for image_id, path in masks.items() if path.is_file()}
@@ -267,7 +265,7 @@ def _annotated(root: Path, files: Sequence[Path]) -> Labelled | None:
 
 
 def _named(root: Path, folder: Path, name: str, by_name: Mapping[str, Sequence[Path]], splits: Sequence[str | None]) -> Path:
-    """The image that a JSON in ``folder`` calls so; where it should be if there is none. UserError for several."""
+    """The image with this name in a JSON in ``folder``; its expected path if missing. UserError if ambiguous."""
     places = by_name.get(Path(name).name, [])
     for near in (
         [folder / name],
@@ -283,7 +281,7 @@ def _named(root: Path, folder: Path, name: str, by_name: Mapping[str, Sequence[P
 
 
 def _task_images(files: Sequence[Path]) -> dict[str, Path]:
-    """{task: image} of Label Studio's tasks, by its JSON export and by files called as the tasks are, as in ``task-1.jpg``."""
+    """{task: image} of Label Studio's tasks, by its JSON export and by files named after tasks, as in ``task-1.jpg``."""
     images = {path.name: path for path in files if path.suffix.lower() in IMAGE_SUFFIXES}
     found = {path.stem: path for path in images.values() if re.fullmatch(r"task-\d+", path.stem)}
     rows = (row for _, content in read_jsons(files) if isinstance(content, list) for row in content if isinstance(row, dict))
@@ -296,13 +294,13 @@ def _task_images(files: Sequence[Path]) -> dict[str, Path]:
 
 
 def _are_images(files: Sequence[Path]) -> bool:
-    """Whether the PNGs of a folder are the images that a JSON beside them has polygons of."""
+    """Whether the PNGs of a folder are images for which a JSON beside them has polygons."""
     pngs = {path.name for path in files if path.suffix.lower() == ".png"}
     return any(found[2] & pngs for path, content in read_jsons(files) if (found := polygons(content)))
 
 
 def _no_masks(root: Path, suffix: str, files: Sequence[Path]) -> Any:
-    """Raise :class:`UserError`: there are no masks; with what there is instead."""
+    """Raise :class:`UserError`: there are no masks; the message names what there is instead."""
     for path, content in read_jsons(files):
         if found := polygons(content):
             raise UserError(f"{root} holds no masks, but polygons: {path} is {found[0]}; {found[1]}")
@@ -311,4 +309,4 @@ def _no_masks(root: Path, suffix: str, files: Sequence[Path]) -> Any:
     holds = f", but {', '.join(kinds[:8])} files" if kinds else ""
     lossless = [kind for kind in kinds if kind in (".gif", ".bmp", ".tif", ".tiff")]
     how = f", such as with ImageMagick's `mogrify -format png *{lossless[0]}`" if lossless else ""
-    raise UserError(f"{root} holds no {which}{holds}; masks in other formats have to be saved as PNG without loss first{how}")
+    raise UserError(f"{root} holds no {which}{holds}; save masks of other formats as PNG without loss{how}")

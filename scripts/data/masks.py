@@ -1,4 +1,4 @@
-"""Class masks on their way into SegmentationClassAug: read from SBD, VOC or a ready set, checked, written as palette PNGs."""
+"""Class masks for SegmentationClassAug: read from SBD, VOC or a ready set, checked, and written as palette PNGs."""
 
 import io
 import shutil
@@ -22,12 +22,12 @@ AUG_DIR, VOC_DIR = "SegmentationClassAug", "SegmentationClass"
 
 
 def read_mat(data: bytes, name: str, expected: str) -> dict[str, np.ndarray]:
-    """What a MATLAB file holds; BadLabel, with what was ``expected``, where the array ``name`` is not among it."""
+    """The contents of a MATLAB file; BadLabel, with what was ``expected``, if the array ``name`` is missing."""
     from scipy.io import loadmat
 
     try:
         content = loadmat(io.BytesIO(data))
-    except Exception as error:  # by where a file is broken, scipy raises OSError, TypeError, zlib.error and ten others
+    except Exception as error:  # depending on the damage, scipy raises OSError, TypeError, zlib.error and ten others
         raise BadLabel(f"is not a readable MATLAB file ({type(error).__name__}: {error})") from None
     if not isinstance(content.get(name), np.ndarray):
         names = ", ".join(name for name in content if not name.startswith("__")) or "nothing"
@@ -45,37 +45,37 @@ def decode_mat(data: bytes) -> np.ndarray:
 
 
 def decode_png(data: bytes) -> np.ndarray:
-    """The class mask (H, W) of a palette or grey PNG; BadLabel where its palette is not in VOC's order, or it is damaged."""
+    """The class mask (H, W) of a palette or grey PNG; BadLabel if it is damaged or its palette is not in VOC's order."""
     mask, palette = decode_label(data)
     check_palette(np.unique(mask).tolist(), palette, voc_colors(len(VOC_CLASSES)))
     return mask
 
 
-def checked(mask: np.ndarray, picture: Path, num_classes: int = len(VOC_CLASSES)) -> np.ndarray:
-    """``mask`` as (H, W) uint8, or BadLabel where type, values or size are not those of a mask of ``picture``."""
+def checked(mask: np.ndarray, image_path: Path, num_classes: int = len(VOC_CLASSES)) -> np.ndarray:
+    """``mask`` as (H, W) uint8; BadLabel if type, values or size do not fit a mask of the image."""
     if mask.ndim != 2 or mask.dtype.kind not in "ui":
         raise BadLabel(f"is an array {mask.shape} of {mask.dtype}, expected height x width integers")
     wrong = [int(value) for value in np.unique(mask) if not (0 <= value < num_classes or value == IGNORE_LABEL)]
     if wrong:
         raise BadLabel(f"holds {', '.join(map(str, wrong[:5]))}, expected 0..{num_classes - 1} and {IGNORE_LABEL}")
     try:
-        with Image.open(picture) as image:
+        with Image.open(image_path) as image:
             width, height = image.size
     except (OSError, Image.DecompressionBombError) as error:
-        raise BadLabel(f"has no readable picture ({error})") from None
+        raise BadLabel(f"has no readable image ({error})") from None
     if mask.shape != (height, width):
-        raise BadLabel(f"is {mask.shape[1]}x{mask.shape[0]} pixels, its picture {width}x{height}")
+        raise BadLabel(f"is {mask.shape[1]}x{mask.shape[0]} pixels, its image {width}x{height}")
     return mask.astype(np.uint8)
 
 
 def convert(image_id: str, kind: str, data: bytes, data_dir: Path, aside: Path, overwrite: bool) -> tuple[str, str]:
-    """See to it that SegmentationClassAug/<id>.png holds the mask of the bytes of a "mat" or "png" file.
+    """Write the mask in the bytes of a "mat" or "png" file to SegmentationClassAug/<id>.png.
 
-    A file that holds it already, be it grey or with a palette, stays as it is unless ``overwrite``. One that holds another mask
-    is moved into the folder ``aside``.
+    A file that already holds it, grey or with a palette, is kept unless ``overwrite``. A file with another mask is moved to
+    the folder ``aside``.
 
     Returns:
-        (id, "there"), (id, "new") or (id, "replaced"); or (id, what is wrong with the mask), and nothing is written.
+        (id, "there"), (id, "new") or (id, "replaced"); or (id, what is wrong with the mask) if nothing is written.
     """
     path = data_dir / AUG_DIR / f"{image_id}.png"
     try:
@@ -92,7 +92,7 @@ def convert(image_id: str, kind: str, data: bytes, data_dir: Path, aside: Path, 
 
 
 def holds(path: Path, mask: np.ndarray) -> bool:
-    """Whether the file at ``path`` is a whole PNG of this mask."""
+    """Whether the file at ``path`` is an undamaged PNG of this mask."""
     try:
         return np.array_equal(decode_png(path.read_bytes()), mask)
     except BadLabel:
@@ -100,27 +100,27 @@ def holds(path: Path, mask: np.ndarray) -> bool:
 
 
 def set_aside(path: Path, folder: Path) -> None:
-    """Move a file into a folder, which is made."""
+    """Move a file to a folder, which is created."""
     folder.mkdir(exist_ok=True)
     shutil.move(path, folder / path.name)
 
 
 def agrees(image_id: str, data: bytes, data_dir: Path) -> tuple[str, bool]:
-    """Whether the bytes of a PNG hold the mask that VOC itself has of an id; also where one of the two cannot be read."""
+    """Whether the bytes of a PNG hold VOC's own mask of an id; true if ``data`` cannot be read."""
     try:
         return image_id, holds(data_dir / VOC_DIR / f"{image_id}.png", decode_png(data))
     except BadLabel:
         return image_id, True
 
 
-# ---- where masks come from
+# ---- the sources of masks
 
 
 def read_sbd(path: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
-    """Yield (name, content) of those ``wanted`` files, named below SBD's ``dataset`` folder, that are there.
+    """Yield (name, content) of the ``wanted`` files that exist; names are relative to SBD's ``dataset`` folder.
 
-    ``path`` is the unpacked folder or ``benchmark.tgz``, of which nothing is unpacked to disk. It is read to its end, where its
-    check sum stands.
+    ``path`` is the unpacked folder or ``benchmark.tgz``, which is not unpacked to disk. It is read to its end to verify its
+    checksum.
     """
     if path.is_dir():
         root = next((folder for folder in (path / "dataset", path / "benchmark_RELEASE/dataset") if folder.is_dir()), path)
@@ -139,11 +139,11 @@ def read_sbd(path: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
                     left.remove(name)
                     yield name, file.read()
     except Exception as error:
-        raise DatasetError(f"the archive {path} is damaged or cut short ({damage(error)}); fetch it again") from None
+        raise DatasetError(f"the archive {path} is damaged or truncated ({damage(error)}); fetch it again") from None
 
 
 def sbd_ids(path: Path) -> dict[str, set[str]]:
-    """The ids on SBD's own lists, {"train": ..., "val": ...}."""
+    """The ids in SBD's own lists, {"train": ..., "val": ...}."""
     lists = {
         Path(name).stem: set(data.decode(errors="replace").split()) for name, data in read_sbd(path, {"train.txt", "val.txt"})
     }
@@ -172,7 +172,7 @@ def ready_masks(path: Path) -> dict[str, str]:
     for name in sorted(names):
         stem = PurePosixPath(name).stem
         if stem in found:
-            raise DatasetError(f"--aug {path} holds {stem}.png twice, as {found[stem]} and {name}; expected one mask an id")
+            raise DatasetError(f"--aug {path} holds {stem}.png twice, as {found[stem]} and {name}; expected one mask per id")
         found[stem] = name
     if not found:
         raise DatasetError(f"--aug {path} holds no PNG masks; expected SegmentationClassAug/<id>.png")
@@ -180,7 +180,7 @@ def ready_masks(path: Path) -> dict[str, str]:
 
 
 def read_ready(path: Path, names: dict[str, str], ids: set[str]) -> Iterator[tuple[str, bytes]]:
-    """Yield (id, PNG bytes) from a SegmentationClassAug folder or zip whose names are those of ready_masks()."""
+    """Yield (id, PNG bytes) from a SegmentationClassAug folder or zip; ``names`` comes from :func:`ready_masks`."""
     if path.is_dir():
         yield from ((image_id, Path(names[image_id]).read_bytes()) for image_id in sorted(ids))
         return
@@ -190,5 +190,5 @@ def read_ready(path: Path, names: dict[str, str], ids: set[str]) -> Iterator[tup
                 data = archive.read(names[image_id])
             except Exception as error:
                 damage(error)
-                data = b""  # damaged inside the zip: reported with the id when it is decoded
+                data = b""  # damaged in the zip: reported with the id on decoding
             yield image_id, data

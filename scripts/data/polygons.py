@@ -1,4 +1,4 @@
-"""Polygons, which labelling tools export instead of masks: those of COCO JSON and labelme are drawn, the others are named."""
+"""Polygons that labelling tools export instead of masks: COCO JSON and labelme are converted, others are refused by name."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,8 +11,8 @@ import numpy as np
 from dataset.images import LARGEST
 from utils.command import UserError
 
-_POLYGONS = (  # whose JSON, its keys, where the name of an image stands, what to do
-    ("COCO JSON", {"images", "annotations"}, ("images", "file_name"), "it lacks `categories`; export it whole"),
+_POLYGONS = (  # tool, keys of its JSON, key of the image name, advice
+    ("COCO JSON", {"images", "annotations"}, ("images", "file_name"), "it lacks `categories`; export them, too"),
     ("labelme's JSON", {"shapes", "imagePath"}, ("", "imagePath"), "pass it with its images"),
     ("Supervisely's JSON", {"objects", "size"}, ("", ""), "export masks with its app `Export as masks`"),
     ("SuperAnnotate's JSON", {"instances", "metadata"}, ("metadata", "name"), "export fused masks (___fuse.png)"),
@@ -20,12 +20,12 @@ _POLYGONS = (  # whose JSON, its keys, where the name of an image stands, what t
 
 
 class Region(NamedTuple):
-    """What an annotation covers.
+    """The pixels of an annotation.
 
     Attributes:
         size: (H, W) of the image.
-        polygons: x and y in turn, in pixels from the upper left corner of the image.
-        counts: lengths of runs of pixels outside and inside in turn, down the columns (COCO's uncompressed RLE).
+        polygons: x and y alternately, in pixels from the upper left corner of the image.
+        counts: lengths of runs alternately outside and inside, column by column (COCO's uncompressed RLE).
     """
 
     size: tuple[int, int]
@@ -33,7 +33,7 @@ class Region(NamedTuple):
     counts: Sequence[int] = ()
 
     def mask(self) -> np.ndarray:
-        """(H, W) bool: the pixels whose centres lie in one of the polygons, by the even-odd rule, or those of the runs."""
+        """(H, W) bool: pixels with their centre in one of the polygons (even-odd rule), or those of the runs."""
         height, width = self.size
         if self.counts:
             runs = np.repeat(np.arange(len(self.counts)) % 2 == 1, self.counts)
@@ -43,7 +43,7 @@ class Region(NamedTuple):
             points = np.array(polygon, dtype=np.float64).reshape(-1, 2) - 0.5  # the centre of the first pixel is (0, 0)
             left, top = np.floor(points.min(axis=0)).clip(0, (width, height)).astype(int)
             right, bottom = np.ceil(points.max(axis=0)).clip(0, (width, height)).astype(int)
-            crossings = np.zeros((bottom - top, right - left + 1), dtype=np.int32)  # at the first pixel right of an edge
+            crossings = np.zeros((bottom - top, right - left + 1), dtype=np.int32)  # set at the first pixel right of an edge
             for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0)):
                 low, high = np.ceil(sorted((y0, y1))).clip(top, bottom).astype(int)
                 if len(rows := np.arange(low, high)):
@@ -62,10 +62,10 @@ class Annotated(NamedTuple):
 
 
 def read_coco(files: Sequence[Path]) -> tuple[list[Annotated], list[str]]:
-    """The images that are annotated in the COCO JSON files among ``files``, and the categories in the order of their ids.
+    """The annotated images in the COCO JSON files among ``files``, and the categories sorted by id.
 
     Raises:
-        UserError: files of other categories, or regions that are no polygons.
+        UserError: the files have different categories, or a region is no polygon.
     """
     images: list[Annotated] = []
     categories: list[str] = []
@@ -76,11 +76,11 @@ def read_coco(files: Sequence[Path]) -> tuple[list[Annotated], list[str]]:
             found, names = _read_one(path, content)
         except (TypeError, ValueError, LookupError, AttributeError) as error:
             raise UserError(
-                f"{path} is no whole COCO JSON ({type(error).__name__}: {error}); expected images with file_name, height and "
-                "width, and annotations with category_id, image_id and segmentation"
+                f"{path} is no complete COCO JSON ({type(error).__name__}: {error}); expected images with file_name, height "
+                "and width, and annotations with category_id, image_id and segmentation"
             ) from None
         if categories not in ([], names):
-            raise UserError(f"{path} has the categories {names}, another JSON file {categories}; pass one of them alone")
+            raise UserError(f"{path} has the categories {names}, but another JSON file has {categories}; pass only one of them")
         images, categories = images + found, names
     return images, categories
 
@@ -88,7 +88,7 @@ def read_coco(files: Sequence[Path]) -> tuple[list[Annotated], list[str]]:
 def _read_one(path: Path, content: Mapping[str, Any]) -> tuple[list[Annotated], list[str]]:
     names = {row["id"]: str(row["name"]) for row in sorted(content["categories"], key=lambda row: row["id"])}
     used = {row["category_id"] for row in content["annotations"]}
-    above = {row.get("supercategory") for row in content["categories"]}  # which Roboflow lists among them
+    above = {row.get("supercategory") for row in content["categories"]}  # Roboflow lists these, too
     categories = [name for number, name in names.items() if number in used or name not in above]
     rows = {row["id"]: row for row in content["images"]}
     sizes = {number: (int(row["height"]), int(row["width"])) for number, row in rows.items()}
@@ -111,21 +111,21 @@ def _region(path: Path, row: Mapping[str, Any], size: tuple[int, int]) -> Region
     counts = shape["counts"] if isinstance(shape, dict) else None
     if isinstance(counts, list) and min(counts, default=0) >= 0 and sum(counts) == size[0] * size[1]:
         return Region(size, counts=[int(count) for count in counts])
-    kind = "RLE of another kind or size" if isinstance(shape, dict) else "no polygon but a box" if not shape else "no polygon"
+    kind = "RLE of another kind or size" if isinstance(shape, dict) else "a box without polygon" if not shape else "no polygon"
     raise UserError(
-        f"annotation {row.get('id')} in {path} is {kind}; expected polygons: export those, or make masks with pycocotools "
+        f"annotation {row.get('id')} in {path} is {kind}; expected polygons: export them, or make masks with pycocotools "
         "(COCO.annToMask) and pass their folder"
     )
 
 
-IGNORED = "__ignore__"  # labelme's name of void
+IGNORED = "__ignore__"  # labelme's name for the ignore label
 
 
 def read_labelme(files: Sequence[Path]) -> tuple[list[Annotated], list[str]]:
-    """The images of labelme's JSON files, one each, and their labels in the order of the alphabet; [] of files of another kind.
+    """The images of labelme's JSON files, one per file, and their labels sorted by name; [] for files of another kind.
 
     Raises:
-        UserError: a file that is not whole, or shapes that are no areas.
+        UserError: a file is incomplete, or a shape is not an area.
     """
     paths = [path for path in files if path.suffix.lower() == ".json"]
     if not any(isinstance(content, dict) and {"shapes", "imagePath"} <= content.keys() for _, content in read_jsons(paths)):
@@ -139,18 +139,18 @@ def read_labelme(files: Sequence[Path]) -> tuple[list[Annotated], list[str]]:
             images.append((size, Annotated(path, str(content["imagePath"]).replace("\\", "/"), shapes)))
         except (TypeError, ValueError, LookupError) as error:
             raise UserError(
-                f"{path} is not labelme's JSON of polygons, rectangles and circles ({type(error).__name__}: {error}); draw its "
-                "areas so, or make masks with labelme2voc.py of labelme's repository, and pass the folder that it writes"
+                f"{path} is not labelme's JSON of polygons, rectangles and circles ({type(error).__name__}: {error}); draw "
+                "such shapes, or make masks with labelme2voc.py of labelme's repository and pass its output folder"
             ) from None
     labels = sorted({label for _, each in images for label, _ in each.regions} - {IGNORED})
     if not labels:
         raise UserError(f"{paths[0]} and the other {len(paths) - 1} files of labelme hold no label")
-    # Nothing of the first label, so that an image without shapes has a size.
+    # An empty region of the first label, so that an image without shapes has a size.
     return [each._replace(regions=[(labels[0], Region(size)), *each.regions]) for size, each in images], labels
 
 
 def _outline(shape: Mapping[str, Any]) -> list[float]:
-    """The polygon of a shape of labelme: x and y in turn."""
+    """The polygon of a labelme shape: x and y alternately."""
     points = [(float(x), float(y)) for x, y in shape["points"]]
     kind = shape.get("shape_type") or "polygon"
     if kind == "rectangle" and len(points) == 2:
@@ -166,14 +166,14 @@ def _outline(shape: Mapping[str, Any]) -> list[float]:
 
 
 def read_jsons(files: Sequence[Path]) -> Iterator[tuple[Path, Any]]:
-    """JSON files and what they hold; a few of them, since there may be one per image, and all are of one kind."""
+    """The first few JSON files and their contents; there may be one per image, all of one kind."""
     for path in [path for path in files if path.suffix.lower() == ".json"][:20]:
         with suppress(OSError, ValueError, RecursionError):
             yield path, json.loads(path.read_bytes())
 
 
 def polygons(content: Any) -> tuple[str, str, set[str]] | None:
-    """Whose polygons JSON holds, what to do, and the names of the images in it; None where it holds none."""
+    """The tool whose polygons JSON holds, the advice, and the names of its images; None if it holds no polygons."""
     if isinstance(content, list):
         advice = "export `Brush labels to PNG` or COCO format, and pass that folder"
         return ("Label Studio's JSON", advice, set()) if content and "annotations" in _dict(content[0]) else None

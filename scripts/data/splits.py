@@ -1,4 +1,4 @@
-"""The lists of a data set that is made here: which ids are for training, for validation and for tests."""
+"""The lists of a converted data set: its ids for training, validation and test."""
 
 import re
 from collections import defaultdict
@@ -17,16 +17,15 @@ _COPY = re.compile(r"(.+)\.rf\.[^./]+")  # Roboflow: <source>.rf.<hash>, for eac
 
 
 def choose_lists(ids: Sequence[str], lists: Path, val_share: float, seed: int) -> tuple[dict[str, list[str]], str]:
-    """{"train": ids, "val": ids, "test": ids}, those that hold ids, and where they come from.
+    """The lists {"train": ids, "val": ids, "test": ids} that hold ids, and a note on their origin.
 
-    They are the lists of the export, else its folders called train, valid, test and so on, which come before a draw.
+    They come from the lists of the export, else from its folders named train, valid, test and so on, else from a random split.
 
     Args:
-        ids: that have all their files.
-        lists: a folder that may hold lists for training and validation, which are kept; others (CVAT's ``default.txt``) say
-            which ids there are.
-        val_share: of the sources of the ids, if they are to be split here. Copies of one source stay together.
-        seed: of the split.
+        ids: ids with all their files.
+        lists: folder of lists. Those for training and validation are kept; CVAT's ``default.txt`` only limits the ids.
+        val_share: share for validation in a random split. Augmented copies of one source stay together.
+        seed: seed of that split.
     """
     lists = lists if lists.is_dir() else lists.parents[1]  # train.txt and val.txt beside the folders
     files = sorted(lists.glob("*.txt"))
@@ -35,16 +34,16 @@ def choose_lists(ids: Sequence[str], lists: Path, val_share: float, seed: int) -
     if "train" in named:
         read = {name: [i for i in read_ids(path) if i in have] for name, path in named.items()}
         if read["train"]:
-            return read, f"as {lists} has them"
+            return read, f"as in {lists}"
     if (default := lists / "default.txt") in files:
         have &= set(read_ids(default))
     found = defaultdict(list)
     for image_id in sorted(have):
         found[next(filter(None, map(split_of, image_id.split("/")[:-1])), "")].append(image_id)
     rest = found.pop("", [])
-    if (rest and [*found] == ["train"]) or (not rest and "train" not in found):  # the former may be a class
+    if (rest and [*found] == ["train"]) or (not rest and "train" not in found):  # a single folder train may be a class
         found, rest = defaultdict(list), sorted(have)
-    origin = "as the folders are called" if found else ""
+    origin = "by the names of the folders" if found else ""
     train = found.get("train", rest)
     if "val" not in found:
         train, found["val"] = _draw(train, val_share, seed)
@@ -54,7 +53,7 @@ def choose_lists(ids: Sequence[str], lists: Path, val_share: float, seed: int) -
 
 
 def _draw(ids: Sequence[str], share: float, seed: int) -> tuple[list[str], list[str]]:
-    """Sorted ids in two parts, the second with a share of them; copies of one source are in one part."""
+    """Split sorted ids into two parts, the second with this share; copies of one source are in one part."""
     source = {image_id: copy[1] if (copy := _COPY.fullmatch(image_id)) else image_id for image_id in ids}
     names = sorted(set(source.values()))
     count = min(len(names) - 1, max(1, round(share * len(names)))) if share else 0
@@ -63,12 +62,12 @@ def _draw(ids: Sequence[str], share: float, seed: int) -> tuple[list[str], list[
 
 
 def check_ids(ids: Iterable[str]) -> None:
-    """Raise :class:`UserError` for an id that a list cannot hold, as its line would be read as something else."""
+    """Raise :class:`UserError` for an id that cannot be in a list because its line would be read differently."""
     for image_id in ids:
         if not is_bare(image_id):
             raise UserError(
-                f"{image_id!r} cannot be a line of a list of ids; rename that file without line ends, blanks at either end, "
-                "and suffixes of images in the middle"
+                f"{image_id!r} cannot be a line of a list of ids; rename that file without line ends, without blanks at "
+                "either end, and without image suffixes in the middle"
             )
 
 

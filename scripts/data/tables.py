@@ -1,4 +1,4 @@
-"""Files of classes: which class has which colour or value, as the tools that people label with say it."""
+"""Files of classes in the formats of labelling tools: the colour or value of each class."""
 
 import json
 import re
@@ -18,16 +18,16 @@ TABLES = (
     "label_classes.json", "_annotations.coco.json", "notes.json", "result.json",
 )  # fmt: skip
 """Files of classes: ours, CVAT's, labelme's, Roboflow's, DeepGlobe's, CamVid's, ADE20K's, labelme's again,
-Supervisely's, SuperAnnotate's, Hasty's, and COCO JSON of Roboflow and Label Studio; the first that is there counts."""
+Supervisely's, SuperAnnotate's, Hasty's, and COCO JSON of Roboflow and Label Studio; the first that exists is used."""
 
 
 class Table(NamedTuple):
     """The classes of a set of masks, in the order of their indices.
 
     Attributes:
-        rows: names and colours; a colour is None where nobody gives it.
-        origin: who says so, for messages.
-        void: names and colours of the ignore label there.
+        rows: names and colours; a colour is None if it is not given.
+        origin: the source of the classes, for messages.
+        void: names and colours of the ignore label.
     """
 
     rows: list[tuple[str, Color | None]]
@@ -35,25 +35,25 @@ class Table(NamedTuple):
     void: Sequence[tuple[str, Color | None]] = ()
 
     def colors(self) -> dict[Color, int]:
-        """Colour -> index; UserError where two classes have one colour."""
+        """Colour -> index; UserError if two classes have one colour."""
         found: dict[Color, int] = {}
         for index, (name, color) in enumerate(self.rows):
             if color is not None and (first := found.setdefault(color, index)) != index:
                 both = f"{self.rows[first][0]} and {name}"
-                raise UserError(f"{self.origin} gives {both} one colour, {color}; expected a colour for each class")
+                raise UserError(f"{self.origin} gives {both} the same colour, {color}; expected a colour for each class")
         return found
 
 
 VOC = Table([(row.name, row.color) for row in VOC_CLASSES], "PASCAL VOC")
 _CVAT = re.compile(r"(.+?):(?:(\d+),\s*(\d+),\s*(\d+))?:[^:]*(?::[^:]*)?", re.ASCII)
 _COLOR_FIRST = re.compile(r"(\d+)[ \t,;]+(\d+)[ \t,;]+(\d+)[ \t,;]+(\D.*)", re.ASCII)
-_VALUE_FIRST = re.compile(r"(\d+)[ \t,;:]+(?:[\d.]+\t\d+\t\d+\t\d+\t+)?(\D.*)", re.ASCII)  # ADE20K: shares and counts between
+_VALUE_FIRST = re.compile(r"(\d+)[ \t,;:]+(?:[\d.]+\t\d+\t\d+\t\d+\t+)?(\D.*)", re.ASCII)  # ADE20K: with shares and counts
 _VALUES_TITLE = re.compile(r"(pixel[ _]?value|value|idx?|index)([ \t,;]+\w+)+", re.IGNORECASE)
 _HEX = re.compile("#([0-9a-f]{2})([0-9a-f]{2})([0-9a-f]{2})(?:[0-9a-f]{2})?", re.IGNORECASE)
 
 
 def class_lines(rows: Iterable[tuple[str, Color | None]], origin: str) -> list[str]:
-    """The lines of ``classes.txt``; UserError for classes that would not be read back from it."""
+    """The lines of ``classes.txt``; UserError if reading them would give other classes."""
     rows = list(rows)
     lines = [" ".join(map(str, (name, *(color or ())))) for name, color in rows]
     with tempfile.TemporaryDirectory() as folder:
@@ -75,14 +75,14 @@ def find_table(
     zero_is_void: bool = False,
     names: Sequence[str] = TABLES,
 ) -> Table | None:
-    """The classes that ``given`` names, else the first of ``names`` in the folders; None where there is none.
+    """The classes in ``given``, else in the first of ``names`` in the folders; None if there is no such file.
 
     Args:
-        inside: the folders of the masks, of which all that have that file must agree.
-        beside: folders that are looked into where these have none, but for JSON.
+        inside: the folders of the masks; if several have that file, they must agree.
+        beside: folders to try if these have no such file, without JSON.
         zero_is_void: value 0 has no name.
 
-    Rows with a colour that are called Void, Ignore or Unlabelled are no classes, but the ignore label.
+    Rows with a colour that are named Void, Ignore or Unlabelled are the ignore label, not classes.
     """
     text = [name for name in names if not name.endswith(".json")]
     places = [*(folder / name for folder in inside for name in names), *(folder / name for folder in beside for name in text)]
@@ -94,11 +94,11 @@ def find_table(
     rows = read_table(path, zero_is_void)
     for other in (folder / path.name for folder in inside if not given):
         if other.is_file() and read_table(other, zero_is_void) != rows:
-            raise UserError(f"{path} and {other} name other classes; expected the same, or --classes FILE to say which")
+            raise UserError(f"{path} and {other} have different classes; expected the same, or pass --classes FILE to choose")
     if wrong := next((name for name, color in rows if color and max(color) > 255), None):
         raise UserError(f"{path} gives {wrong} a colour above 255; expected red, green and blue of 0..255")
     if not 1 <= len(rows) <= IGNORE_LABEL:
-        raise UserError(f"{path} names {len(rows)} classes; expected at most {IGNORE_LABEL}: that label means void")
+        raise UserError(f"{path} names {len(rows)} classes; expected at most {IGNORE_LABEL}, which is the ignore label")
     if not any(color for _, color in rows) and is_voc([name for name, _ in rows]):
         rows = VOC.rows
     void = [row for row in rows if row[1] and VOID_NAMES.fullmatch(row[0]) and not zero_is_void]
@@ -106,19 +106,19 @@ def find_table(
 
 
 def read_table(path: Path, zero_is_void: bool = False) -> list[tuple[str, Color | None]]:
-    """Names and colours of a file of classes, by what it holds.
+    """The names and colours in a file of classes; the format is recognised by the contents.
 
-    CVAT's ``labelmap.txt`` (``name:r,g,b:parts:actions`` a line), labelme's ``class_names.txt`` or ``labels.txt`` (a name a
-    line, ``__ignore__`` first, which is no class; the colours are those of the VOC colour map), CamVid's ``r g b name``,
+    CVAT's ``labelmap.txt`` (``name:r,g,b:parts:actions`` per line), labelme's ``class_names.txt`` or ``labels.txt`` (a name
+    per line, first ``__ignore__``, which is no class; the colours are those of the VOC colour map), CamVid's ``r g b name``,
     Roboflow's and ADE20K's ``value, name``, JSON (see :func:`_read_json`), or what :func:`dataset.classes.read_classes` reads.
 
     Raises:
         DatasetError: the file cannot be read.
-        UserError: it is JSON without classes, or leaves out values.
+        UserError: it is JSON without classes, or values are missing.
     """
     if path.suffix.lower() == ".json":
         if (found := _read_json(path, zero_is_void)) is None:
-            raise UserError(f"{path} is no JSON of classes; expected COCO's categories, or names and colours")
+            raise UserError(f"{path} is no JSON file of classes; expected COCO's categories, or names and colours")
         return found
     lines = [line for line in read_lines(path, "the file of classes") if line and not line.startswith("#")]
     cvat = [_CVAT.fullmatch(line) for line in lines]
@@ -140,7 +140,7 @@ def read_table(path: Path, zero_is_void: bool = False) -> list[tuple[str, Color 
 
 def _read_json(path: Path, zero_is_void: bool) -> list[tuple[str, Color | None]] | None:
     """The classes of COCO JSON (``categories``), of SuperAnnotate's ``classes.json`` (``name``, ``color``), Hasty's
-    ``label_classes.json`` (``class_name``, ``png_index``) or Supervisely's ``obj_class_to_machine_color.json``; None of other
+    ``label_classes.json`` (``class_name``, ``png_index``) or Supervisely's ``obj_class_to_machine_color.json``; None for other
     JSON."""
     try:
         content: Any = json.loads(read_bytes(path, "the file of classes"))
@@ -165,7 +165,7 @@ def _color(text: str) -> Color:
 
 
 def _by_value(path: Path, pairs: Iterable[tuple[Any, Any]], zero_is_void: bool) -> list[tuple[str, Color | None]]:
-    """The rows of classes that are given with their values in the masks: 0.., or 1.. where 0 is the background or void."""
+    """The rows of classes given by their mask values: 0.., or 1.. if 0 is the background or ignored."""
     pairs = sorted((int(value), str(name)) for value, name in pairs)
     values = [value for value, _ in pairs]
     first = 0 if values[:1] == [0] else 1

@@ -42,7 +42,7 @@ def run(args: Namespace) -> int:
         pool = open_crf(args, stack)
         work = distributed.everywhere(lambda: open_work(args, path))
         options, net, weights, device, server, data_list, files, lines = work
-        check_same_work(options, device, weights, {"pictures": [f"{id} {file.name}" for id, file in files.items()]})
+        check_same_work(options, device, weights, {"images": [f"{id} {file.name}" for id, file in files.items()]})
         output = Output("--submission", path.parent, path.name, "the submission")
         read, folder = [*files.values(), options.restore_from, data_list], Path(options.data_dir) / options.image_dir
         distributed.everywhere(lambda: check_outputs([output], read, [folder]))
