@@ -137,7 +137,7 @@ def test_every_command_takes_them_without_options(tmp_path, capsys, folders, tra
         assert f"on the 3 images of {root / val}" in text
         assert "LIST" not in text
         evaluate(root, snapshot)
-        assert f"3 images of {root / val}, their masks in" in capsys.readouterr().out
+        assert f"3 images of {root / val}, masks in" in capsys.readouterr().out
         return
     assert "--data-list LIST" in text
     with pytest.raises(DatasetError, match="no split for val"):

@@ -191,9 +191,7 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"b\.json annotates p0 again"):
         run(tmp_path / "in", tmp_path / "out")
     coco(tmp_path / "in/b.json", ["p1.jpg"], [(3, "road", ""), (7, "lorry", "")])
-    with pytest.raises(
-        UserError, match=r"b\.json has the categories \['road', 'lorry'\], but another JSON file has \['road', 'car'\]"
-    ):
+    with pytest.raises(UserError, match=r"b\.json has the categories \['road', 'lorry'\], but another JSON file has"):
         run(tmp_path / "in", tmp_path / "out")
     (tmp_path / "in/b.json").unlink()
     for folder in "xy":
