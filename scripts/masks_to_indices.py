@@ -10,7 +10,7 @@
     python scripts/masks_to_indices.py pairs data/mine --suffix _seg       x.jpg and x_seg.png in one folder
     python scripts/masks_to_indices.py land data/mine --suffix _mask --image-suffix _sat     x_sat.jpg and x_mask.png
     python scripts/masks_to_indices.py --binary masks data/mine/SegmentationClass      black and white: 0 and 255 become 0 and 1
-    python scripts/masks_to_indices.py annotations data/ade/SegmentationClass --zero-is-void     ADE20K and kin
+    python scripts/masks_to_indices.py annotations data/ade/SegmentationClass --zero-is-void     ADE20K and the like
 
 A folder of masks is read with its sub-folders; NEW gets a PNG of the same name for each PNG (x.png for x.jpg.png). From the
 other exports NEW becomes a data set: SegmentationClass/, JPEGImages/ (copies), classes.txt and lists in

@@ -1,4 +1,4 @@
-"""Toy data for the tests: nothing is read from outside the repository and nothing is downloaded."""
+"""Toy data for the tests; nothing is downloaded or read from outside the repository."""
 
 import signal
 from pathlib import Path
@@ -16,7 +16,7 @@ TOY_CLASSES = 4
 
 
 def hear_ctrl_c() -> None:
-    """For a child process: a shell lets what it starts in the background ignore Ctrl-C, and children would inherit that."""
+    """For a child process: a shell makes background jobs ignore Ctrl-C, and child processes would inherit that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -27,7 +27,7 @@ def save_palette_png(path: Path, label: np.ndarray) -> None:
 
 
 def make_toy_voc(root: Path) -> Path:
-    """Six small pictures in the VOC layout: coloured rectangles of classes 1..3 on class 0, with a void border each."""
+    """Six small images in the VOC layout: coloured rectangles of classes 1..3 on class 0, each with an ignored border."""
     for folder in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
         (root / folder).mkdir(parents=True)
     rng = np.random.default_rng(0)

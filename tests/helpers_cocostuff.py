@@ -1,4 +1,4 @@
-"""A toy COCO-Stuff: a few small images with labels of its values, as the 164k and as the 10k."""
+"""A toy COCO-Stuff: a few small images with labels, in the layouts of the 164k and of the 10k."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def image_of(rng: np.random.Generator, path: Path) -> None:
 
 
 def label_of(rng: np.random.Generator) -> np.ndarray:
-    """Blocks of classes that occur, and 255."""
+    """Blocks of classes that occur in COCO-Stuff, and 255."""
     values = np.setdiff1d(np.append(np.arange(182), 255), NEVER).astype(np.uint8)
     return np.kron(rng.choice(values, (6, 8)), np.ones((4, 4), np.uint8))
 

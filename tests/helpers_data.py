@@ -1,4 +1,4 @@
-"""What tests of data sets share: toy data sets and files."""
+"""Toy data sets and files, shared by the tests of data sets."""
 
 import io
 from pathlib import Path
@@ -27,7 +27,7 @@ def save(path: Path, array: np.ndarray) -> None:
 
 
 def make_toy_cityscapes(root: Path) -> Path:
-    """Squares of all label ids on noise, in pictures of 48x80; the test pictures have no labels."""
+    """Squares of all label ids on noise, in 80x48 images; the test images have no labels."""
     rng = np.random.default_rng(0)
     for split, ids in CITIES.items():
         for id in ids:
@@ -43,7 +43,7 @@ SIZES = {image_id: (37 + 2 * k, 53 - 3 * k) for k, image_id in enumerate(TRAINVA
 
 
 def voc_mask(image_id):
-    """An aeroplane (1) with VOC's void border."""
+    """An aeroplane (1) with VOC's ignored border."""
     mask = np.zeros(SIZES[image_id], dtype=np.uint8)
     mask[8:24, 8:24] = 255
     mask[10:22, 10:22] = 1
@@ -68,7 +68,7 @@ def mat_bytes(mask, field="Segmentation", name="GTcls"):
 
 
 def png_bytes(mask):
-    """A palette PNG whose palette is written here by hand for the labels in use."""
+    """A palette PNG; the palette is hand-written for the labels in use."""
     image = Image.fromarray(mask)
     palette = [0] * 768
     palette[3:6], palette[54:57], palette[765:768] = (128, 0, 0), (0, 192, 0), (224, 224, 192)

@@ -1,4 +1,4 @@
-"""A PNG writer of a few lines, for the kinds that image libraries do not write."""
+"""A minimal PNG writer, for the variants that image libraries do not write."""
 
 import struct
 import zlib
@@ -17,7 +17,7 @@ PASSES = ((0, 8, 0, 8), (0, 8, 4, 8), (4, 8, 0, 4), (0, 4, 2, 4), (2, 4, 0, 2), 
 
 
 def rows_of(pixels, bits=8) -> bytes:
-    """The rows of pixels (H, W) or (H, W, channels) as a PNG stores them, without a filter."""
+    """The rows of pixels (H, W) or (H, W, channels) as stored in a PNG, without filter."""
     rows = b""
     for row in pixels.reshape(len(pixels), -1) if pixels.size else ():
         text = "".join(f"{value:0{bits}b}" for value in row)
@@ -27,13 +27,13 @@ def rows_of(pixels, bits=8) -> bytes:
 
 
 def interlaced_rows(pixels, bits=8) -> bytes:
-    """The same in seven passes."""
+    """The same, interlaced in seven passes."""
     return b"".join(rows_of(pixels[row::down, column::right], bits) for row, down, column, right in PASSES)
 
 
 def png(pixels, bits=8, color_type=GREY, palette=(), extra=b"", size=None, rows=None, interlaced=False) -> bytes:
-    """A PNG of the pixels (H, W) or (H, W, channels) at so many bits a value; ``size`` (height, width) lies about theirs, and
-    ``rows`` are stored in place of theirs."""
+    """A PNG of the pixels (H, W) or (H, W, channels) with ``bits`` per value. ``size`` (height, width) is a false size for the
+    header, and ``rows`` replace the rows of the pixels."""
     pixels = np.asarray(pixels)
     height, width = size or pixels.shape[:2]
     if rows is None:

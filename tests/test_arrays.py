@@ -47,7 +47,7 @@ def train(folder, data, *options, loss=single_scale_loss):
 
 @pytest.mark.usefixtures("thin_nets")
 def test_arrays_train_as_their_files_do_and_resume(toy_voc, pairs, tmp_path, capsys):
-    """The same weights, to the bit: from files, from arrays, and from arrays in a run that was stopped and resumed."""
+    """Bit-identical weights: from files, from arrays, and from arrays in a stopped and resumed run."""
     steps = ["--num-steps", "4", "--save-num-images", "1"]
     train(tmp_path / "files", None, "--data-dir", str(toy_voc), *steps)
     capsys.readouterr()
@@ -79,7 +79,7 @@ def test_validation_needs_a_folder(toy_voc, pairs, tmp_path):
     assert meta["classes"] == ["a", "b", "c", "d"]  # the only ones that there are
 
 
-def test_classes_are_those_that_the_data_set_names(pairs):
+def test_the_data_set_names_its_classes(pairs):
     data = Pairs(pairs, names=("ground", "red", "green", "blue"), colors={0: (9, 8, 7), 2: (1, 2, 3)})
     opened = ArraySegmentation(data, classes_of(data), TOY_CLASSES)
     assert opened.names == ["ground", "red", "green", "blue"]
@@ -89,8 +89,8 @@ def test_classes_are_those_that_the_data_set_names(pairs):
         ArraySegmentation(data, classes_of(data), 3)
 
 
-def test_items_are_left_as_they_are():
-    """Views and read-only arrays will do; a void value of the user's becomes 255 in a copy."""
+def test_items_are_not_changed():
+    """Views and read-only arrays work; the user's ignore label becomes 255 in a copy."""
     rgb = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     label = np.full((5, 7), 3, np.uint8)
     rgb.flags.writeable = label.flags.writeable = False
@@ -127,13 +127,13 @@ def test_a_wrong_item_is_one_sentence(kind):
 
 
 @pytest.mark.parametrize("items", [[], iter([(IMAGE, LABEL)]), 5])
-def test_what_is_no_map_style_data_set_is_refused(items):
+def test_other_objects_than_map_style_data_sets_are_refused(items):
     with pytest.raises(DatasetError, match=r"is empty or not map-style; expected __len__\(\) > 0"):
         ArraySegmentation(items, NO_NAMES, TOY_CLASSES)
 
 
-@pytest.mark.filterwarnings("ignore:Got pickle error")  # torch's own
-def test_what_cannot_be_pickled_is_a_sentence():
+@pytest.mark.filterwarnings("ignore:Got pickle error")  # from torch
+def test_items_that_cannot_be_pickled_are_refused():
     class Local(Pairs):
         pass
 

@@ -21,12 +21,12 @@ SCRIPT = Path(check_dataset.__file__)
 
 
 def put(root, image_id, label, size=None, mode=None):
-    """A picture and its label: an array (mode L, or P, or RGB by its shape), or raw bytes."""
+    """Write an image and its label: an array (mode L or P, or RGB by its shape), or raw bytes."""
     for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (root / name).mkdir(parents=True, exist_ok=True)
     height, width = size or np.shape(label)[:2]
     image = Image.fromarray(np.full((height, width, 3), 77, dtype=np.uint8))
-    image.save(root / f"JPEGImages/{image_id}.jpg", comment=image_id)  # no two are one file
+    image.save(root / f"JPEGImages/{image_id}.jpg", comment=image_id)  # so that no two files are equal
     image = Image.fromarray(np.asarray(label, dtype=np.uint8))
     if mode == "P":
         image.putpalette(voc_palette().tobytes())
@@ -45,7 +45,7 @@ def check(root, capsys, *options):
     "name",
     ["JPEGImages/a.jpg", "SegmentationClass/a.png", "ImageSets/Segmentation/train.txt", "net.pth", "old.json", "classes.txt"],
 )
-def test_the_report_replaces_nothing_but_an_earlier_one(tmp_path, capsys, name):
+def test_the_report_replaces_only_an_earlier_report(tmp_path, capsys, name):
     put(tmp_path, "a", [[0, 1]])
     (tmp_path / "net.pth").write_bytes(b"PK weights")
     (tmp_path / "old.json").write_text('{"data_dir": "of a version before", "wrong": false}')
@@ -62,7 +62,7 @@ def line(text, start):
     return next(row.split() for row in text.splitlines() if row.strip().startswith(start))
 
 
-def test_a_good_set_counted_by_hand(tmp_path, capsys):
+def test_a_good_data_set_counted_by_hand(tmp_path, capsys):
     put(tmp_path, "a", [[0, 0, 1], [255, 2, 1]])
     put(tmp_path, "b", [[1, 1, 1, 1, 1]], mode="P")
     report = tmp_path / "report.json"
@@ -88,11 +88,11 @@ def test_a_good_set_counted_by_hand(tmp_path, capsys):
 
 def test_every_fault_is_counted_and_named(tmp_path, capsys):
     good = np.array([[0, 1, 2], [2, 1, 0]])
-    for name in ("good", "nopicture", "cutpicture", "nolabel", "cutlabel", "deep"):
+    for name in ("good", "noimage", "cutimage", "nolabel", "cutlabel", "deep"):
         put(tmp_path, name, good)
-    (tmp_path / "JPEGImages/nopicture.jpg").unlink()
-    picture = tmp_path / "JPEGImages/cutpicture.jpg"
-    picture.write_bytes(picture.read_bytes()[:-30])
+    (tmp_path / "JPEGImages/noimage.jpg").unlink()
+    image = tmp_path / "JPEGImages/cutimage.jpg"
+    image.write_bytes(image.read_bytes()[:-30])
     (tmp_path / "SegmentationClass/nolabel.png").unlink()
     label = tmp_path / "SegmentationClass/cutlabel.png"
     label.write_bytes(label.read_bytes()[:-25])
@@ -142,7 +142,7 @@ def test_examples_are_bounded(tmp_path, capsys):
     assert ".gif" in text
 
 
-def test_a_format_that_is_not_read_is_named(tmp_path, capsys):
+def test_an_unsupported_format_is_named(tmp_path, capsys):
     for name in ("a", "b[1]"):
         put(tmp_path, name, [[0, 1]])
     (tmp_path / "JPEGImages/b[1].jpg").rename(tmp_path / "JPEGImages/b[1].heic")
@@ -206,7 +206,7 @@ def test_likely_causes(found, num_classes, ignore_label, cause):
     assert cause in causes[0]
 
 
-def test_no_cause_is_made_up_for_good_labels():
+def test_good_labels_have_no_cause():
     good = counts(v0=5, v1=2, v20=1, v255=1)
     assert check_dataset.likely_causes(good, counts(), Counter(), 21) == []
     assert check_dataset.likely_causes(counts(v0=5, v3=7, v11=1), counts(), Counter(), 11, 11) == []
@@ -218,7 +218,7 @@ def test_colour_labels_of_each_kind(tmp_path, capsys):
     put(tmp_path, "voc", voc_palette()[np.array([[0, 15, 255]])])
     put(tmp_path, "grey", np.repeat(np.array([[[1], [2], [7]]]), 3, axis=2))
     put(tmp_path, "other", np.array([[[1, 2, 3], [70, 70, 71]]]))
-    put(tmp_path, "camvid", np.array([[[128, 128, 128], [0, 0, 192]]]))  # rows 7 and 36 of the palette, of which VOC has 21
+    put(tmp_path, "camvid", np.array([[[128, 128, 128], [0, 0, 192]]]))  # rows 7 and 36 of the palette; VOC has 21 classes
     status, text = check(tmp_path, capsys)
     assert status == 1
     assert "1 labels look like a colour rendering of the classes: `python scripts/masks_to_indices.py`" in text
@@ -226,7 +226,7 @@ def test_colour_labels_of_each_kind(tmp_path, capsys):
     assert "2 labels are colour images" in text
 
 
-def test_binary_masks_are_wrong_although_each_file_can_be_read(tmp_path, capsys):
+def test_binary_masks_are_wrong_although_each_file_is_valid(tmp_path, capsys):
     put(tmp_path, "a", [[0, 255, 255]])
     put(tmp_path, "void", [[255, 255]])
     status, text = check(tmp_path, capsys, "--num-classes", 2)
@@ -249,7 +249,7 @@ def test_re_ordered_palettes(tmp_path, capsys):
     assert status == 1
     assert line(text, "re-ordered palette")[-1] == "1"
     assert "bad.png has a palette that a tool re-ordered: index 1 has the colour of 2, 2 has the colour of 255" in text
-    # of four classes nobody gave the colours: only that the palettes differ can be told
+    # without colours for four classes, only differing palettes can be detected
     status, text = check(tmp_path, capsys, "--num-classes", 4)
     assert status == 1
     assert "index 1: (0, 128, 0) in 1, as bad; (128, 0, 0) in 1, as good" in text
@@ -257,14 +257,14 @@ def test_re_ordered_palettes(tmp_path, capsys):
     (tmp_path / "classes.txt").write_text("ground 0 0 0\nred 128 0 0\ngreen 0 128 0\nblue 0 0 128\n")
     assert line(check(tmp_path, capsys, "--num-classes", 4)[1], "re-ordered palette")[-1] == "1"
     (tmp_path / "classes.txt").unlink()
-    # grey labels have no palette, and a cut one is none of its own
+    # grey labels have no palette, and a shortened palette is no other one
     put(tmp_path, "grey", [[0, 1, 3]])
     save_png(tmp_path, "bad", png([[0, 1, 1]], 1, PALETTE, [black, red]))
     status, text = check(tmp_path, capsys, "--num-classes", 4)
     assert (status, line(text, "palettes differ")[-1]) == (0, "0")
 
 
-def test_what_the_decoder_complains_of(tmp_path, capfd):
+def test_warnings_of_the_decoder(tmp_path, capfd):
     for name in ("good", "damaged"):
         put(tmp_path, name, np.arange(64 * 64).reshape(64, 64) % 2)
         noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -273,7 +273,7 @@ def test_what_the_decoder_complains_of(tmp_path, capfd):
     data = bytearray(path.read_bytes())
     data[-600:-400] = bytes(200)
     path.write_bytes(data)
-    assert read_image(path).shape == (64, 64, 3)  # nothing but a line on standard error tells
+    assert read_image(path).shape == (64, 64, 3)  # OpenCV only prints a line to standard error
     assert "Corrupt JPEG data" in capfd.readouterr().err
     for workers in (0, 1):
         words = ["--data-dir", str(tmp_path), "--num-classes", "2", "--workers", str(workers)]
@@ -284,7 +284,7 @@ def test_what_the_decoder_complains_of(tmp_path, capfd):
         assert "Corrupt" not in errors
 
 
-def test_pictures_and_labels_beyond_the_limits_leave_the_report_whole(tmp_path, capsys, monkeypatch):
+def test_files_beyond_the_limits_do_not_stop_the_report(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2)  # Pillow refuses more than twice as many
     for name in ("a", "b", "c"):
         put(tmp_path, name, [[0, 1, 0], [1, 0, 1]])
@@ -310,13 +310,13 @@ def test_orientation_and_lossy_labels(tmp_path, capsys):
     assert "lossy.png is a JPEG file despite its name" in text
 
 
-def test_pictures_that_use_a_fraction_of_their_range_are_named(tmp_path, capsys):
+def test_images_with_a_fraction_of_the_value_range_are_named(tmp_path, capsys):
     for name, top in (("fourteen", 16383), ("sixteen", 65535)):
         put(tmp_path, name, [[0, 1, 0], [1, 0, 1]])
         (tmp_path / f"JPEGImages/{name}.jpg").unlink()
         pixels = np.array([[[0] * 3, [top // 2] * 3, [top] * 3], [[1] * 3, [2] * 3, [3] * 3]])
         (tmp_path / f"JPEGImages/{name}.png").write_bytes(png(pixels, 16, RGB))
-    # one bright pixel of a thousand does not make a picture bright
+    # one bright pixel in a thousand does not make an image bright
     put(tmp_path, "spark", np.arange(1200).reshape(30, 40) % 2)
     (tmp_path / "JPEGImages/spark.jpg").unlink()
     pixels = np.full((30, 40, 3), 255)
@@ -327,8 +327,8 @@ def test_pictures_that_use_a_fraction_of_their_range_are_named(tmp_path, capsys)
     assert "2 images have hardly a value above 63 of 255 (fourteen, spark)" in text
 
 
-def test_images_that_are_no_image_for_a_net_are_named(tmp_path, capsys):
-    """Bytes in a file of 16 bits, as training refuses them, too; one bright pixel of no value hides nothing."""
+def test_images_that_a_net_cannot_use_are_named(tmp_path, capsys):
+    """8-bit values in a 16-bit file, which training also refuses, even with one bright no-data pixel."""
     for name, value in (("dark", 200), ("right", 60000)):
         put(tmp_path, name, [[0, 1, 0], [1, 0, 1]])
         (tmp_path / f"JPEGImages/{name}.jpg").unlink()
@@ -353,21 +353,21 @@ def test_the_files_that_a_list_names_are_checked(tmp_path, capsys):
     assert "other/a.png holds the value 9" in text
 
 
-def test_what_passes_here_can_be_read_for_training(tmp_path, capsys):
+def test_files_that_pass_can_be_read_for_training(tmp_path, capsys):
     put(tmp_path, "a", [[0, 1, 7]])
     assert check(tmp_path, capsys, "--num-classes", 2)[0] == 1
     assert check(tmp_path, capsys, "--num-classes", 2, "--ignore-label", 7)[0] == 0
-    Image.fromarray(np.array([[True, False, True]])).save(tmp_path / "SegmentationClass/a.png")  # one bit a pixel
+    Image.fromarray(np.array([[True, False, True]])).save(tmp_path / "SegmentationClass/a.png")  # one bit per pixel
     assert check(tmp_path, capsys, "--num-classes", 2)[0] == 0
 
 
-def test_a_cut_png_picture_is_unreadable(tmp_path, capsys):
+def test_a_truncated_png_image_is_unreadable(tmp_path, capsys):
     put(tmp_path, "a", np.arange(64 * 64).reshape(64, 64) % 2)
     (tmp_path / "JPEGImages/a.jpg").unlink()
-    picture = tmp_path / "JPEGImages/a.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(picture)
+    image = tmp_path / "JPEGImages/a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(image)
     assert check(tmp_path, capsys, "--num-classes", 2)[0] == 0
-    picture.write_bytes(picture.read_bytes()[:4000])
+    image.write_bytes(image.read_bytes()[:4000])
     status, text = check(tmp_path, capsys, "--num-classes", 2)
     assert status == 1
     assert line(text, "unreadable image")[-1] == "1"
@@ -443,7 +443,7 @@ def test_both_lists_are_read_unless_one_is_named(tmp_path, capsys):
     assert "c.png holds the value 9" in text
     assert "no val list" not in text
     assert text.endswith("WRONG: 2 good pairs, 3 lines in the lists\n")
-    # what reads the report of one list reads that of two
+    # the report of two lists has the keys of a report of one
     assert {key: type(value) for key, value in both.items() if key != "lists"} == {
         key: type(value) for key, value in alone.items() if key != "lists"
     }
@@ -455,12 +455,12 @@ def test_both_lists_are_read_unless_one_is_named(tmp_path, capsys):
 def test_images_that_are_in_both_lists_under_other_names(tmp_path, capsys):
     for name in ("a", "b", "c", "d", "same_size"):
         put(tmp_path, name, [[0, 1, 0], [1, 0, 1]])
-    pictures = tmp_path / "JPEGImages"
+    images = tmp_path / "JPEGImages"
     for copy in ("b", "c"):
-        (pictures / f"{copy}.jpg").write_bytes((pictures / "a.jpg").read_bytes())
-    data = bytearray((pictures / "a.jpg").read_bytes())
+        (images / f"{copy}.jpg").write_bytes((images / "a.jpg").read_bytes())
+    data = bytearray((images / "a.jpg").read_bytes())
     data[data.index(b"\xff\xfe") + 4] ^= 1  # the comment
-    (pictures / "same_size.jpg").write_bytes(data)
+    (images / "same_size.jpg").write_bytes(data)
     train, val = write_list(tmp_path, "train", "d", "a"), write_list(tmp_path, "val", "b", "c", "same_size", "d")
     report = tmp_path / "report.json"
     for workers in (0, 1):
@@ -482,7 +482,7 @@ def test_images_that_are_in_both_lists_under_other_names(tmp_path, capsys):
 
 
 def test_ids_belong_to_their_list(tmp_path, capsys):
-    """Bare ids and pairs of the same files are the same; one id may stand for other files on another list."""
+    """Bare ids and pairs of the same files are equal; one id may mean other files in another list."""
     for name in ("t0", "t1"):
         put(tmp_path, name, [[0, 1, 0], [1, 0, 1]])
     train = write_list(tmp_path, "train", "t0", "t1")
@@ -503,8 +503,8 @@ def test_ids_belong_to_their_list(tmp_path, capsys):
     assert "OK: 2 good pairs, 2 lines in the lists" in text
 
 
-def test_what_is_wrong_with_one_list_alone(tmp_path, capsys):
-    """The labels of the other list hide neither the cause nor the fault."""
+def test_faults_of_one_list_alone(tmp_path, capsys):
+    """The labels of the other list hide neither cause nor fault."""
     for name, label in (("a", [[0, 255]]), ("b", [[255, 0]]), ("c", [[0, 1]]), ("d", [[1, 2]])):
         put(tmp_path, name, label)
     train, val = write_list(tmp_path, "train", "a", "b"), write_list(tmp_path, "val", "c")

@@ -1,4 +1,4 @@
-"""Cityscapes: the official folders, label ids and train ids, and what each command does with them."""
+"""Cityscapes: the official folders, label ids and train ids, in every command."""
 
 import io
 import json
@@ -29,7 +29,7 @@ from utils.evaluation.options import evaluation_parser
 from utils.evaluation.submission import encode, pack
 from utils.training.options import settle, training_parser
 
-# id -> train id, typed in by hand
+# label id -> train id, written by hand
 TRAIN_IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13, 27: 14,
              28: 15, 31: 16, 32: 17, 33: 18}  # fmt: skip
 
@@ -45,7 +45,7 @@ def city(tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """Two steps of the real command on a data set of its own."""
+    """Two steps of the real command on a separate data set."""
     folder = tmp_path_factory.mktemp("run")
     root = make_toy_cityscapes(folder / "city")
     words = ["--dataset", "cityscapes", "--data-dir", root, "--snapshot-dir", folder, "--backbone", "resnet18", "--input-size",
@@ -84,13 +84,13 @@ def test_label_ids_become_train_ids(city):
     image, label = data_of(city)[0]
     assert (label == expected).all()
     assert image.shape == (*SIZE, 3)
-    _, label = data_of(city, ignore_label=13)[0]  # a class that is declared void is told by its train id
+    _, label = data_of(city, ignore_label=13)[0]  # an ignored class is given by its train id
     assert (label == np.where(expected == 13, 255, expected)).all()
     data = data_of(city)
     assert (data.names[0], data.colors[0], data.colors[255]) == ("road", (128, 64, 128), (0, 0, 0))
 
 
-def test_files_of_train_ids_are_told_by_their_name(city):
+def test_files_of_train_ids_are_recognised_by_name(city):
     path = city / place(LABEL, "val", "lindau_000000_000019")
     other = path.with_name(path.name.replace("labelIds", "labelTrainIds"))
     values = np.resize(np.append(np.arange(19), 255).astype(np.uint8), SIZE)
@@ -124,7 +124,7 @@ def test_lists(city):
     assert data.image_path(data.ids[2]) == city / "leftImg8bit/train/bochum/bochum_000000_000313_leftImg8bit.png"
     assert data.label_path(data.ids[2]) == city / "gtFine/train/bochum/bochum_000000_000313_gtFine_labelIds.png"
     data.check_files()
-    # the toolbox's two columns, and its one column of the test set, for pictures that have labels
+    # the toolbox's two columns, and its single column of the test set, for images with labels
     pairs = [(split, id) for split in ("val", "train") for id in CITIES[split]]
     both, one = city / "trainval.lst", city / "one.lst"
     both.write_text("".join(f"{place(IMAGE, *pair)}\t{place(LABEL, *pair)}\n" for pair in pairs))
@@ -133,7 +133,7 @@ def test_lists(city):
         listed = data_of(city, path)
         assert listed.ids == [id for _, id in pairs]
         assert [listed.label_path(id) for id in listed.ids] == [city / place(LABEL, *pair) for pair in pairs]
-    # other folders have files named after them
+    # files in other folders are named after those
     (city / "gtFine").rename(city / "gtCoarse")
     for path in (city / "gtCoarse").rglob("*.png"):
         path.rename(path.with_name(path.name.replace("gtFine", "gtCoarse")))
@@ -155,7 +155,7 @@ def test_lists_that_are_refused(city, tmp_path):
 
 
 def test_archives_in_folders_of_their_own_are_named(city, tmp_path):
-    """As `unzip -d` of each archive leaves them, and desktop programs."""
+    """As after `unzip -d` of each archive, or with desktop programs."""
     for name in ("leftImg8bit", "gtFine"):
         (tmp_path / "data" / f"{name}_trainvaltest").mkdir(parents=True)
         shutil.copytree(city / name, tmp_path / "data" / f"{name}_trainvaltest" / name)
@@ -180,7 +180,7 @@ def test_another_data_set_beside_an_incomplete_one_is_left_out_of_the_advice(cit
 # ---- training
 
 
-def test_a_run_says_what_it_was_trained_on(run, capsys):
+def test_a_run_names_its_data_set(run, capsys):
     content = torch.load(run / "CS_scenes_2.pth", weights_only=True)
     meta = content["meta"]
     assert (meta["num_classes"], meta["classes"][13], meta["colors"][13]) == (19, "car", [0, 0, 142])
@@ -188,7 +188,7 @@ def test_a_run_says_what_it_was_trained_on(run, capsys):
     assert content["model"]["layer5.conv2d_list.0.bias"].shape == (19,)
     assert [line["val_mean_iou"] for line in log_lines(run) if "val_mean_iou" in line]
     assert sorted(path.name for path in run.glob("*.pth")) == ["CS_scenes_2.pth", "best.pth"]
-    # what goes on needs no --dataset, and is no other one
+    # continuing needs no --dataset, and refuses another one
     words = ["--snapshot-dir", str(run), "--resume", "--device", "cpu"]
     assert train_script.main(words) == 0
     assert "all 2 steps are done" in capsys.readouterr().out
@@ -199,8 +199,8 @@ def test_a_run_says_what_it_was_trained_on(run, capsys):
                            "--restore-from", "none", "--snapshot-dir", str(run / "other")])  # fmt: skip
 
 
-def test_the_last_words_are_the_next_command(city, tmp_path, capsys, monkeypatch):
-    """Training pictures that are on val, and classes that never occur, are told; the command that is printed runs."""
+def test_the_printed_command_runs(city, tmp_path, capsys, monkeypatch):
+    """Training images that are in val and classes that never occur are reported; the printed command runs."""
     for id in CITIES["val"]:
         path = city / place(LABEL, "val", id)
         labels = np.array(Image.open(path))
@@ -221,19 +221,19 @@ def test_the_last_words_are_the_next_command(city, tmp_path, capsys, monkeypatch
 
 
 def test_runs_on_two_data_sets(city, run, tmp_path, capsys):
-    """What a net saw of VOC val says nothing of Cityscapes' val; a checkpoint from before --dataset is one of VOC."""
+    """Having trained on VOC val does not concern Cityscapes val; a checkpoint from before --dataset is for VOC."""
     content = torch.load(run / "CS_scenes_2.pth", weights_only=True)
     words = ["--data-dir", str(city), "--dataset", "cityscapes", "--device", "cpu", "--num-workers", "0"]
-    for dataset, told in (("voc", False), ("cityscapes", True)):
+    for dataset, reported in (("voc", False), ("cityscapes", True)):
         content["meta"]["args"]["dataset"] = dataset
         torch.save({**content, "meta": {**content["meta"], "seen_voc_val": "it saw val"}}, tmp_path / "seen.pth")
         assert evaluate_script.main([*words, "--restore-from", str(tmp_path / "seen.pth")]) == 0
-        assert ("val mean nothing here: it saw val" in capsys.readouterr().out) == told
+        assert ("val mean nothing here: it saw val" in capsys.readouterr().out) == reported
         more = ["--restore-from", str(tmp_path / "seen.pth"), "--snapshot-dir", str(tmp_path / dataset), "--num-steps", "1",
                 "--batch-size", "1", "--input-size", "9,9", "--save-num-images", "0"]  # fmt: skip
         assert train_script.main([*words, *more]) == 0
         meta = torch.load(tmp_path / dataset / "CS_scenes_1.pth", weights_only=True)["meta"]
-        assert meta["seen_voc_val"] == ("it saw val" if told else "")
+        assert meta["seen_voc_val"] == ("it saw val" if reported else "")
     content = torch.load(tmp_path / "voc/last.ckpt", weights_only=True)
     del content["meta"]["args"]["dataset"]
     torch.save(content, tmp_path / "voc/last.ckpt")
@@ -241,7 +241,7 @@ def test_runs_on_two_data_sets(city, run, tmp_path, capsys):
         train_script.main([*words, "--resume", "--snapshot-dir", str(tmp_path / "voc")])
 
 
-def test_defaults_hang_on_the_data_set():
+def test_defaults_depend_on_the_data_set():
     def settled(*words: str) -> dict:
         parser = training_parser("", batch_size=10, iter_size=1, snapshot_dir="snapshots")
         return vars(settle(parser.parse_args([*words])))
@@ -271,7 +271,7 @@ def windowed(run: Path, path: Path, **options) -> torch.Tensor:
 
 
 def test_scores_masks_and_report_in_tiles(city, run, tmp_path):
-    """The masks are those of predict.py; the scores those of a naive count."""
+    """The masks equal those of predict.py, and the scores equal a naive count."""
     tiles = ["--window", "33,41", "--scales", "1,0.5", "--fuse", "mean", "--mirror", "--batch-size", "2"]
     evaluate(city, run, *tiles, "--save-dir", tmp_path / "masks", "--save-json", tmp_path / "scores.json",
              "--report", tmp_path / "report", "--save-panels", tmp_path / "panels")  # fmt: skip
@@ -305,7 +305,7 @@ def test_scores_masks_and_report_in_tiles(city, run, tmp_path):
         np.testing.assert_allclose(saved["probabilities"], logits.softmax(0).numpy(), atol=1e-3)
 
 
-def test_the_crf_takes_the_sums_of_the_tiles(city, run, tmp_path):
+def test_the_crf_uses_the_sums_of_the_tiles(city, run, tmp_path):
     evaluate(city, run, "--window", "33,41", "--overlap", "1/2", "--crf", "--crf-workers", "1", "--save-dir", tmp_path)
     path = city / place(IMAGE, "val", CITIES["val"][0])
     probabilities = windowed(run, path, overlap=Fraction(1, 2)).softmax(dim=0).numpy()
@@ -313,7 +313,7 @@ def test_the_crf_takes_the_sums_of_the_tiles(city, run, tmp_path):
     assert (np.array(Image.open(tmp_path / f"{CITIES['val'][0]}.png")) == expected).mean() > 0.99
 
 
-def test_what_does_not_go_together(city, run, toy_voc, capsys):
+def test_options_that_exclude_each_other(city, run, toy_voc, capsys):
     with pytest.raises(SystemExit):
         evaluate(city, run, "--window", "33,33", "--input-size", "505,505")
     assert "--window has tiles of one size; leave --input-size out" in capsys.readouterr().err
@@ -335,7 +335,7 @@ def test_a_net_of_other_classes_is_refused(city, tmp_path):
         predict.main([str(city / "leftImg8bit/val/lindau"), *words, "--save-dir", str(tmp_path / "out")])
 
 
-def test_a_bare_file_is_drawn_in_the_colours_that_are_asked_for(city, run, tmp_path):
+def test_a_bare_file_is_drawn_in_the_colours_of_the_option(city, run, tmp_path):
     torch.save(torch.load(run / "CS_scenes_2.pth", weights_only=True)["model"], tmp_path / "bare.pth")
     words = [city / "leftImg8bit/val/lindau", "--restore-from", tmp_path / "bare.pth", "--device", "cpu", "--num-workers", "0",
              "--save-dir", tmp_path, "--probabilities", "--dataset", "cityscapes"]  # fmt: skip
@@ -348,8 +348,8 @@ def test_a_bare_file_is_drawn_in_the_colours_that_are_asked_for(city, run, tmp_p
 # ---- submission
 
 
-def test_the_zip_holds_regular_ids(city, run, tmp_path, capsys):
-    """The masks are those of predict.py, train id for id."""
+def test_the_zip_holds_label_ids(city, run, tmp_path, capsys):
+    """The masks equal those of predict.py, with label ids instead of train ids."""
     evaluate(city, run, "--submission", tmp_path / "a.zip", "--window", "33,41")
     assert "a.zip: 1 masks" in capsys.readouterr().out
     words = [city / "leftImg8bit/test/berlin", "--restore-from", run / "CS_scenes_2.pth", "--save-dir", tmp_path / "masks",
@@ -363,7 +363,7 @@ def test_the_zip_holds_regular_ids(city, run, tmp_path, capsys):
     assert (mask.size, mask.mode) == (SIZE[::-1], "L")
     expected = [[regular[value] for value in row] for row in np.array(Image.open(tmp_path / "masks" / name)).tolist()]
     assert np.array(mask).tolist() == expected
-    evaluate(city, run, "--submission", tmp_path / "a.zip")  # an earlier one may be replaced
+    evaluate(city, run, "--submission", tmp_path / "a.zip")  # an earlier archive may be replaced
 
 
 def test_what_the_server_would_refuse_is_never_packed(city, run, tmp_path):
@@ -441,7 +441,7 @@ def test_without_labels_their_own_names_are_expected(city):
 
 
 def test_a_net_of_19_classes_is_not_sent_to_vocs_downloads(tmp_path, monkeypatch):
-    """A published net, of which no file says what it was trained on; with a folder of VOC's lists and without."""
+    """A published net whose file does not name its data set, with and without a folder of VOC's lists."""
     torch.save(make_net({"backbone": "resnet18", "num_classes": 19}).state_dict(), tmp_path / "cs.pth")
     monkeypatch.chdir(tmp_path)
     options = ["--restore-from", "cs.pth", "--device", "cpu"]

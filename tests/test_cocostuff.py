@@ -1,4 +1,4 @@
-"""COCO-Stuff: its table, its labels, and what each command does with them."""
+"""COCO-Stuff: its table and labels, in every command."""
 
 import json
 import re
@@ -120,7 +120,7 @@ def test_the_10k_is_prepared_first(tmp_path, capsys):
 # ---- training and evaluation
 
 
-def test_a_run_says_what_it_was_trained_on(run, tmp_path, capsys):
+def test_a_run_names_its_data_set(run, tmp_path, capsys):
     meta = torch.load(run / "COCO_scenes_2.pth", weights_only=True)["meta"]
     assert (meta["num_classes"], meta["classes"][123], meta["colors"][2]) == (182, "grass", [0, 128, 0])
     assert (meta["args"]["dataset"], meta["args"]["scale_range"]) == ("cocostuff", (0.5, 1.5))
@@ -138,7 +138,7 @@ def test_a_run_says_what_it_was_trained_on(run, tmp_path, capsys):
 
 
 def test_scores_are_a_naive_count(run, tmp_path, capsys):
-    """The mean over the labelled classes alone is kazuto1011's; classes that never occur are not named as missing."""
+    """kazuto1011's mean is over the labelled classes only; classes that never occur are not reported as missing."""
     root = run / "coco"
     assert evaluate(root, run / "COCO_scenes_2.pth", "--save-dir", tmp_path, "--save-json", tmp_path / "scores.json",
                     "--report", tmp_path / "report") == 0  # fmt: skip
@@ -160,7 +160,7 @@ def test_scores_are_a_naive_count(run, tmp_path, capsys):
 
 
 def test_labelled_classes_by_hand():
-    """Class 0: 2 of 4 pixels, class 1: 1 of 2; class 2 is only predicted and class 3 nowhere."""
+    """Class 0: 2 of 4 pixels, class 1: 1 of 2; class 2 is only predicted, class 3 absent."""
     matrix = ConfusionMatrix(4)
     matrix.update(torch.tensor([0, 0, 0, 1, 1, 255]), torch.tensor([0, 0, 2, 1, 0, 3]))
     scores = matrix.scores()
@@ -169,7 +169,7 @@ def test_labelled_classes_by_hand():
     assert "labelled" not in scores.table("abcd")
 
 
-def test_the_10ks_lists_are_found(run, tmp_path, capsys):
+def test_the_lists_of_the_10k_are_found(run, tmp_path, capsys):
     from scripts import prepare_cocostuff
 
     root = make_10k(tmp_path / "ten")
@@ -183,14 +183,14 @@ def test_the_10ks_lists_are_found(run, tmp_path, capsys):
     assert "OK: 2 good pairs" in capsys.readouterr().out
 
 
-def test_no_server_takes_masks(coco, run, tmp_path):
+def test_no_server_accepts_masks(coco, run, tmp_path):
     with pytest.raises(UserError, match="--submission: COCO-Stuff has no server that takes masks"):
         evaluate(coco, run / "COCO_scenes_2.pth", "--submission", tmp_path / "a.zip")
     assert not (tmp_path / "a.zip").exists()
 
 
 def test_published_weights_are_read_with_their_182_classes(coco, tmp_path, capsys):
-    """kazuto1011's file, which says nothing of its data set: the classes have the names of --dataset."""
+    """kazuto1011's file does not name its data set: the class names come from --dataset."""
     source = random_net("resnet50", 182)
     path = tmp_path / "deeplabv2_resnet101_msc-cocostuff164k-100000.pth"
     torch.save(kazuto_state(source.state_dict(), "resnet50"), path)
@@ -200,16 +200,16 @@ def test_published_weights_are_read_with_their_182_classes(coco, tmp_path, capsy
     assert (len(scores["classes"]), scores["classes"][181]["name"]) == (182, "wood")
 
 
-def test_a_net_of_182_classes_that_says_nothing(run, toy_voc, tmp_path, capsys):
-    """Where data is missing, --dataset is named; predict.py takes the names and colours of it."""
+def test_a_net_of_182_classes_without_meta(run, toy_voc, tmp_path, capsys):
+    """If data is missing, the message names --dataset; predict.py uses its names and colours."""
     path = tmp_path / "bare.pth"
     torch.save(torch.load(run / "COCO_scenes_2.pth", weights_only=True)["model"], path)
     with pytest.raises(DatasetError, match="for the 182 classes of COCO-Stuff pass --dataset cocostuff"):
         evaluate(tmp_path, path)
     advice = "for the 182 classes of COCO-Stuff pass --dataset cocostuff"
-    for dataset, told in (("voc", True), ("cocostuff", False)):  # labels 0..3 would be scored as person, bicycle, ...
+    for dataset, reported in (("voc", True), ("cocostuff", False)):  # labels 0..3 would be evaluated as person, bicycle, ...
         assert evaluate(toy_voc if dataset == "voc" else run / "coco", path, "--dataset", dataset) == 0
-        assert (advice in capsys.readouterr().out) == told
+        assert (advice in capsys.readouterr().out) == reported
     words = [run / "coco/images/val2017/000000000139.jpg", "--restore-from", path, "--device", "cpu", "--num-workers", "0",
              "--save-dir", tmp_path / "masks", "--probabilities", "--dataset", "cocostuff"]  # fmt: skip
     assert predict.main([*map(str, words)]) == 0
@@ -241,7 +241,7 @@ def test_check_dataset(coco, capsys):
 
 
 def test_the_worked_example_is_a_data_set(tmp_path, monkeypatch, capsys):
-    """The file that dataset/README.md shows, as it stands there, trains and is evaluated."""
+    """The example file in dataset/README.md is trained and evaluated unchanged."""
     scope: dict = {}
     exec(new_files(section("dataset/README.md", "Adding a data set"))["dataset/context.py"], scope)
     kind = scope["PascalContextSegmentation"]
@@ -267,15 +267,15 @@ def test_the_worked_example_is_a_data_set(tmp_path, monkeypatch, capsys):
     assert f"context: {kind.ABOUT}" in " ".join(capsys.readouterr().out.split())
 
 
-def test_the_readmes_table_names_what_there_is():
-    """Each thing that a data set may say is an attribute of the base, and each is in the table."""
+def test_the_readmes_table_is_complete():
+    """Each property of a data set is an attribute of the base class, and each is in the table."""
     table = "".join(re.findall(r"^\|(.*?)\|", section("dataset/README.md", "Adding a data set"), re.MULTILINE))
     named = set(re.findall(r"`(\w+)", table))
     assert {name for name in vars(VOCSegmentation) if name.isupper()} - named == {"LABEL", "TOOLBOX_TRAINING"}  # Cityscapes'
     assert named <= vars(VOCSegmentation).keys()
 
 
-def test_what_a_data_set_says_of_itself():
+def test_the_properties_of_a_data_set():
     for kind in DATASETS.values():
         assert issubclass(kind, VOCSegmentation)
         assert kind.COLORS.keys() == ({*range(len(kind.NAMES)), 255} if kind.NAMES else set())

@@ -1,4 +1,4 @@
-"""From options to a data set: which list is read, and what of it is compared between processes."""
+"""From options to a data set: the list that is read, and what is compared between processes."""
 
 import pytest
 
@@ -31,7 +31,7 @@ def test_the_list_of_a_split(args, toy_voc):
         list_of(args, "test", 19)
 
 
-def test_files_are_missed_before_they_are_read(args, toy_voc):
+def test_missing_files_are_reported_before_reading(args, toy_voc):
     (toy_voc / "SegmentationClassAug/toy_2.png").unlink()
     with pytest.raises(DatasetError, match="no label for toy_2"):
         open_dataset(args, "train", TOY_CLASSES)
@@ -39,7 +39,7 @@ def test_files_are_missed_before_they_are_read(args, toy_voc):
     assert (data.ids, path, data.ignore_label) == (["toy_0"], toy_voc / "some.txt", 255)
 
 
-def test_files_and_not_their_spelling_are_compared(args, toy_voc):
+def test_files_are_compared_not_their_spelling(args, toy_voc):
     def compared(*lines):
         words = args.replace(data_list=str(write(toy_voc / "list.txt", *lines)))
         return what_is_compared(open_dataset(words, "train", TOY_CLASSES)[0])
@@ -58,5 +58,5 @@ def test_files_and_not_their_spelling_are_compared(args, toy_voc):
         ({"dataset": "cityscapes", "image_dir": "leftImg8bit"}, ["--dataset", "cityscapes"]),
     ],
 )
-def test_the_words_for_another_command(args, changes, words):
+def test_the_options_for_another_command(args, changes, words):
     assert layout_words(args.replace(**changes)) == words

@@ -1,4 +1,4 @@
-"""Picture files: where a JPEG ends, what an EXIF tag does to a labelled picture, sizes that cannot be read."""
+"""Image files: truncated ones, EXIF orientation of labelled images, sizes that cannot be read, and every stored kind."""
 
 import io
 
@@ -16,11 +16,11 @@ from scripts import predict as predict_script
 from tests.helpers_pngs import GREY_ALPHA, PALETTE, RGB, RGBA, chunk, interlaced_rows, png, rows_of
 from utils.command import run_command
 
-GRID = np.add.outer(np.arange(40) * 3, np.arange(56) * 2).astype(np.uint8)  # no two corners alike
-PICTURE = np.stack([GRID, 255 - GRID, GRID // 2], axis=-1)
+GRID = np.add.outer(np.arange(40) * 3, np.arange(56) * 2).astype(np.uint8)  # all corners differ
+PIXELS = np.stack([GRID, 255 - GRID, GRID // 2], axis=-1)
 
 
-def encoded(kind="JPEG", orientation=None, array=PICTURE, **options):
+def encoded(kind="JPEG", orientation=None, array=PIXELS, **options):
     if orientation:
         options["exif"] = Image.Exif()
         options["exif"][0x0112] = orientation
@@ -30,8 +30,8 @@ def encoded(kind="JPEG", orientation=None, array=PICTURE, **options):
 
 
 def with_thumbnail(data: bytes) -> bytes:
-    """The JPEG with a whole one inside a segment of its own behind the first marker, as cameras write EXIF thumbnails."""
-    inner = b"Exif\0\0" + encoded(array=PICTURE[:8, :8])
+    """The JPEG with a whole JPEG in a segment after the first marker, as in the EXIF thumbnails of cameras."""
+    inner = b"Exif\0\0" + encoded(array=PIXELS[:8, :8])
     return data[:2] + b"\xff\xe1" + (len(inner) + 2).to_bytes(2, "big") + inner + data[2:]
 
 
@@ -44,7 +44,7 @@ def write(tmp_path, data, name="a.jpg"):
 VARIANTS = {
     "baseline": encoded(),
     "progressive": encoded(progressive=True),  # several scans
-    "restart markers": cv2.imencode(".jpg", PICTURE, [cv2.IMWRITE_JPEG_RST_INTERVAL, 1])[1].tobytes(),
+    "restart markers": cv2.imencode(".jpg", PIXELS, [cv2.IMWRITE_JPEG_RST_INTERVAL, 1])[1].tobytes(),
     "thumbnail": with_thumbnail(encoded()),
     "fill bytes": encoded()[:-2] + b"\xff\xff\xff\xd9",
 }
@@ -52,7 +52,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("behind", [b"", b"\0" * 5000, b"video" * 2000, encoded()])
-def test_bytes_behind_the_end_of_a_jpeg_are_no_damage(tmp_path, name, behind):
+def test_bytes_after_the_end_of_a_jpeg_are_no_damage(tmp_path, name, behind):
     whole = VARIANTS[name]
     expected = cv2.imdecode(np.frombuffer(whole, dtype=np.uint8), cv2.IMREAD_COLOR)
     assert np.array_equal(read_image(write(tmp_path, whole + behind)), expected)
@@ -60,8 +60,8 @@ def test_bytes_behind_the_end_of_a_jpeg_are_no_damage(tmp_path, name, behind):
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("left", [0.5, 0.8, -2])
-def test_a_cut_jpeg_is_refused(tmp_path, name, left):
-    """Also where a thumbnail's end marker is left, and where zeros stand for the missing part, as on a broken disk."""
+def test_a_truncated_jpeg_is_refused(tmp_path, name, left):
+    """Also if a thumbnail's end marker is left, and if zeros replace the missing part, as on a broken disk."""
     whole = VARIANTS[name]
     cut = whole[: int(len(whole) * left)] if left > 0 else whole[:left]
     for data in (cut, cut + b"\0" * 5000):
@@ -69,14 +69,14 @@ def test_a_cut_jpeg_is_refused(tmp_path, name, left):
             read_image(write(tmp_path, data))
 
 
-def test_a_jpeg_cut_right_behind_its_thumbnail_is_refused(tmp_path):
+def test_a_jpeg_truncated_after_its_thumbnail_is_refused(tmp_path):
     whole = VARIANTS["thumbnail"]
     end = whole.index(b"\xff\xd9") + 2
     with pytest.raises(DatasetError, match="is truncated"):
         read_image(write(tmp_path, whole[:end]))
 
 
-def test_the_end_marker_in_a_comment_is_none(tmp_path):
+def test_the_end_marker_in_a_comment_does_not_count(tmp_path):
     whole = VARIANTS["baseline"]
     data = whole[:2] + b"\xff\xfe\x00\x08ab\xff\xd9cd" + whole[2:]
     assert np.array_equal(read_image(write(tmp_path, data)), read_image(write(tmp_path, whole)))
@@ -95,7 +95,7 @@ CUT = {
 
 @pytest.mark.parametrize(("kind", "options"), [(kind, options) for kind in CUT for options in CUT[kind]])
 @pytest.mark.parametrize("left", [0.5, 0.9, -1])
-def test_a_cut_picture_of_any_kind_is_refused(tmp_path, kind, options, left):
+def test_a_truncated_image_of_any_kind_is_refused(tmp_path, kind, options, left):
     whole = encoded(kind, array=NOISE, **options)
     assert read_image(write(tmp_path, whole)).shape == NOISE.shape
     with pytest.raises(DatasetError, match=r"a\.jpg is "):
@@ -103,7 +103,7 @@ def test_a_cut_picture_of_any_kind_is_refused(tmp_path, kind, options, left):
 
 
 @pytest.mark.parametrize("interlaced", [False, True])
-def test_a_png_picture_whose_pixels_end_early_is_refused(tmp_path, interlaced):
+def test_a_png_image_with_missing_pixels_is_refused(tmp_path, interlaced):
     rows = (interlaced_rows if interlaced else rows_of)(NOISE)
     for stored, fits in ((rows, True), (rows + bytes(9), True), (rows[:-1], False), (rows[: len(rows) // 2], False)):
         path = write(tmp_path, png(NOISE, color_type=RGB, rows=stored, interlaced=interlaced), "a.png")
@@ -114,7 +114,7 @@ def test_a_png_picture_whose_pixels_end_early_is_refused(tmp_path, interlaced):
                 read_image(path)
 
 
-@pytest.mark.parametrize("frame", [0xC0, 0xC1, 0xC2, 0xC9, 0xCA])  # all kinds of coding that decoders know
+@pytest.mark.parametrize("frame", [0xC0, 0xC1, 0xC2, 0xC9, 0xCA])  # all kinds of coding that decoders support
 def test_a_small_jpeg_that_claims_to_be_large_is_not_decoded(tmp_path, monkeypatch, frame):
     data = bytearray(encoded())
     place = data.index(b"\xff\xc0")
@@ -128,21 +128,21 @@ def test_a_small_jpeg_that_claims_to_be_large_is_not_decoded(tmp_path, monkeypat
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True}])
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_a_jpeg_of_one_colour_holds_all_its_pixels(tmp_path, mode, options):
-    """The smallest files that there are of their size."""
+    """The smallest possible files for their size."""
     grey = np.full((3000, 3000), 128, np.uint8)
     data = encoded(array=grey if mode == "L" else np.stack([grey] * 3, axis=-1), quality=1, **options)
     assert read_image(write(tmp_path, data)).shape == (3000, 3000, 3)
 
 
-def test_a_gif_is_a_sentence_with_every_opencv(tmp_path):
+def test_a_gif_is_refused_with_every_opencv(tmp_path):
     with pytest.raises(DatasetError, match=r"a\.jpg is a GIF file; save it as PNG"):
         read_image(write(tmp_path, encoded("GIF")))
 
 
-def labelled(tmp_path, picture, label_size, suffix=".jpg"):
+def labelled(tmp_path, data, label_size, suffix=".jpg"):
     for folder in ("JPEGImages", "SegmentationClass"):
         (tmp_path / folder).mkdir(exist_ok=True)
-    write(tmp_path / "JPEGImages", picture, f"a{suffix}")
+    write(tmp_path / "JPEGImages", data, f"a{suffix}")
     write(tmp_path / "SegmentationClass", png(np.ones(label_size, dtype=int)), "a.png")
     return VOCSegmentation(tmp_path, ["a"], num_classes=2)
 
@@ -153,7 +153,7 @@ def labelled(tmp_path, picture, label_size, suffix=".jpg"):
         *((kind, orientation) for kind in ("JPEG", "PNG", "WEBP", "TIFF") for orientation in (None, *range(1, 9))),
     ],
 )
-def test_orientation_of_a_labelled_picture(tmp_path, kind, orientation):
+def test_orientation_of_a_labelled_image(tmp_path, kind, orientation):
     data = labelled(tmp_path, encoded(kind, orientation), (40, 56), suffix=f".{kind.lower()}")
     if orientation in (None, 1):
         assert data[0][0].shape == (40, 56, 3)
@@ -164,18 +164,18 @@ def test_orientation_of_a_labelled_picture(tmp_path, kind, orientation):
         with pytest.raises(DatasetError, match=rf"56x40 pixels, its image 40x56; .* {orientation} swaps the sides"):
             data[0]
         data = labelled(tmp_path, encoded(kind, orientation), (56, 40), suffix=f".{kind.lower()}")
-        assert data[0][0].shape == (56, 40, 3)  # the label was drawn on the turned picture: the sizes tell
+        assert data[0][0].shape == (56, 40, 3)  # the sizes show that the label was drawn on the rotated image
 
 
-def test_orientation_of_a_square_picture_cannot_be_told(tmp_path):
-    square = PICTURE[:, :40]
+def test_orientation_of_a_square_image_is_refused(tmp_path):
+    square = PIXELS[:, :40]
     for orientation in range(2, 9):
         with pytest.raises(DatasetError, match="its size does not show"):
             labelled(tmp_path, encoded(orientation=orientation, array=square), (40, 40))[0]
     assert labelled(tmp_path, encoded(orientation=1, array=square), (40, 40))[0][0].shape == (40, 40, 3)
 
 
-SHOWN = {  # by numpy's own words; the n-th row and the n-th column of what is stored are at (TIFF 6.0, Orientation)
+SHOWN = {  # in numpy; sides at which the stored first row and column are displayed (TIFF 6.0, Orientation)
     1: lambda image: image,
     2: np.fliplr,
     3: lambda image: np.rot90(image, 2),
@@ -192,10 +192,10 @@ if features.check("avif") and cv2.imdecode(np.frombuffer(encoded("AVIF"), np.uin
 
 @pytest.mark.parametrize(("kind", "options"), TURNING)
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_is_turned_once_and_so_is_said(tmp_path, kind, options, orientation):
-    image, told = read_with_orientation(write(tmp_path, encoded(kind, orientation, **options)))
-    expected = SHOWN[orientation](PICTURE[..., ::-1])
-    assert told == orientation
+def test_an_image_is_rotated_once_and_its_orientation_is_returned(tmp_path, kind, options, orientation):
+    image, found = read_with_orientation(write(tmp_path, encoded(kind, orientation, **options)))
+    expected = SHOWN[orientation](PIXELS[..., ::-1])
+    assert found == orientation
     assert image.shape == expected.shape
     assert np.abs(image.astype(int) - expected).mean() < 8
 
@@ -207,7 +207,7 @@ def test_an_avif_that_pillow_cannot_open_is_not_read_as_upright(tmp_path, monkey
 
 
 def test_the_word_exif_in_a_comment_is_no_orientation(tmp_path):
-    """Of a PNG only the part of that name counts, wherever it stands."""
+    """In a PNG only the chunk of that name counts, before or after the pixels."""
     tags = Image.Exif()
     tags[0x0112] = 6
     exif = chunk(b"eXIf", tags.tobytes().removeprefix(b"Exif\0\0"))
@@ -215,20 +215,20 @@ def test_the_word_exif_in_a_comment_is_no_orientation(tmp_path):
     plain = png(GRID)
     end = len(plain) - len(chunk(b"IEND", b""))
     for extra, expected in ((comment, 1), (exif, 6), (comment + exif, 6), (exif + comment, 6)):
-        for data in (png(GRID, extra=extra), plain[:end] + extra + plain[end:]):  # in front of the pixels, behind them
-            image, told = read_with_orientation(write(tmp_path, data, "a.png"))
-            assert told == expected
+        for data in (png(GRID, extra=extra), plain[:end] + extra + plain[end:]):  # before the pixels, after them
+            image, found = read_with_orientation(write(tmp_path, data, "a.png"))
+            assert found == expected
             assert np.array_equal(image[..., 0], SHOWN[expected](GRID))
 
 
-def test_a_picture_larger_than_pillow_likes_is_turned(tmp_path, monkeypatch, recwarn):
+def test_an_image_beyond_pillows_limit_is_rotated(tmp_path, monkeypatch, recwarn):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     assert read_with_orientation(write(tmp_path, encoded(orientation=6)))[0].shape == (56, 40, 3)
     assert Image.MAX_IMAGE_PIXELS == 10
     assert not recwarn
 
 
-def test_prediction_honours_the_tag(tmp_path):
+def test_prediction_applies_the_orientation(tmp_path):
     upright, turned = (read_image(write(tmp_path, encoded(orientation=o, quality=95))) for o in (None, 6))
     assert np.abs(np.rot90(upright, -1).astype(int) - turned).max() < 10
 
@@ -241,19 +241,19 @@ def test_damaged_exif_is_no_orientation(tmp_path):
     assert labelled(tmp_path, data, (40, 56))[0][0].shape == (40, 56, 3)
 
 
-def test_a_picture_beyond_opencvs_limit_is_a_sentence(tmp_path):
+def test_an_image_beyond_opencvs_limit_is_refused(tmp_path):
     path = write(tmp_path, png([[0, 0]], size=(40000, 30000)), "a.png")
     with pytest.raises(DatasetError, match=r"a\.png has more than 1073741824 pixels, which OpenCV refuses"):
         read_image(path)
 
 
-# Every kind of picture through training, evaluation and prediction
+# Every kind of image through training, evaluation and prediction
 
 
-def odd_pictures(root):
-    """A data set of one picture of each unusual kind, with labels of two classes; its ids."""
+def odd_images(root):
+    """A data set of one image of each unusual kind, with labels of two classes; returns its ids."""
     grey = Image.fromarray(GRID)
-    rgb = Image.fromarray(PICTURE)
+    rgb = Image.fromarray(PIXELS)
     kinds = {
         "cmyk.jpg": rgb.convert("CMYK"),
         "grey.jpg": grey,
@@ -277,11 +277,11 @@ def odd_pictures(root):
     return ids
 
 
-def test_odd_pictures_hold_what_was_drawn(tmp_path):
-    data = VOCSegmentation(tmp_path, odd_pictures(tmp_path), num_classes=2)
+def test_odd_images_are_read_correctly(tmp_path):
+    data = VOCSegmentation(tmp_path, odd_images(tmp_path), num_classes=2)
     found = {id: data[index][0] for index, id in enumerate(data.ids)}
     grey = np.stack([GRID] * 3, axis=-1)
-    bgr = PICTURE[..., ::-1]
+    bgr = PIXELS[..., ::-1]
     for id, expected, most in (
         ("alpha", bgr, 0),
         ("grey16", grey, 0),
@@ -297,8 +297,8 @@ def test_odd_pictures_hold_what_was_drawn(tmp_path):
     assert found["line"].shape == (1, 10_000, 3)
 
 
-def test_odd_pictures_are_trained_on_scored_and_predicted(tmp_path, monkeypatch):
-    ids = odd_pictures(tmp_path / "data")
+def test_odd_images_are_trained_on_evaluated_and_predicted(tmp_path, monkeypatch):
+    ids = odd_images(tmp_path / "data")
     folder = tmp_path / "run"
     common = ["--data-dir", str(tmp_path / "data"), "--num-workers", "0", "--device", "cpu"]
     small = ["--backbone", "resnet18", "--num-classes", "2", "--input-size", "33,41", "--batch-size", "9", "--num-steps", "2"]
@@ -306,8 +306,8 @@ def test_odd_pictures_are_trained_on_scored_and_predicted(tmp_path, monkeypatch)
     assert train_script.main([*train, "--save-num-images", "9", "--learning-rate", "1e-4"]) == 0
     weights = ["--restore-from", str(folder / "VOC12_scenes_2.pth")]
     assert not evaluate_script.main([*common, *weights, "--save-dir", str(tmp_path / "masks")])
-    pictures = [str(path) for path in sorted((tmp_path / "data/JPEGImages").iterdir())]
-    assert not predict_script.main([*weights, *pictures, "--device", "cpu", "--save-dir", str(tmp_path / "drawn")])
+    images = [str(path) for path in sorted((tmp_path / "data/JPEGImages").iterdir())]
+    assert not predict_script.main([*weights, *images, "--device", "cpu", "--save-dir", str(tmp_path / "drawn")])
     for place in ("masks", "drawn"):
         assert {path.stem for path in (tmp_path / place).glob("**/*.png")} >= set(ids)
 
@@ -376,7 +376,7 @@ KINDS = {  # contents of a file -> (H, W, 3) red-green-blue
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_kind_is_read_as_it_is_stored(name, tmp_path, capfd):
+def test_every_kind_is_read_as_stored(name, tmp_path, capfd):
     data, expected = KINDS[name]
     np.testing.assert_array_equal(read_image(write(tmp_path, data, "a"))[..., ::-1], expected)
     assert capfd.readouterr() == ("", "")
@@ -384,8 +384,8 @@ def test_every_kind_is_read_as_it_is_stored(name, tmp_path, capfd):
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
-def test_lossy_kinds_are_about_what_was_drawn(kind, mode, tmp_path):
-    image = Image.fromarray(PICTURE).convert(mode)
+def test_lossy_kinds_are_read_approximately(kind, mode, tmp_path):
+    image = Image.fromarray(PIXELS).convert(mode)
     found = read_image(write(tmp_path, saved(image, kind, quality=95)))
     assert np.abs(found[..., ::-1].astype(int) - np.array(image.convert("RGB"))).mean() < 4
 
@@ -393,7 +393,7 @@ def test_lossy_kinds_are_about_what_was_drawn(kind, mode, tmp_path):
 @pytest.mark.skipif(not (features.check("avif") and cv2.haveImageWriter("a.avif")), reason="no AVIF here")
 @pytest.mark.parametrize("bits", [10, 12])
 def test_an_avif_of_more_bits_is_read_by_its_highest_eight(bits, tmp_path):
-    deep = np.repeat(PICTURE.astype(np.uint16) << (bits - 8), 2, axis=1)
+    deep = np.repeat(PIXELS.astype(np.uint16) << (bits - 8), 2, axis=1)
     done, data = cv2.imencode(".avif", deep, [cv2.IMWRITE_AVIF_DEPTH, bits, cv2.IMWRITE_AVIF_QUALITY, 100])
     assert done
     assert np.abs(read_image(write(tmp_path, data.tobytes())).astype(int) - (deep >> (bits - 8))).mean() < 4
@@ -401,8 +401,8 @@ def test_an_avif_of_more_bits_is_read_by_its_highest_eight(bits, tmp_path):
 
 @pytest.mark.parametrize("values", [[0, 255], [0, 4095], [1, 1], [0, 1000, 65535], [7, 65535]])
 @pytest.mark.parametrize("kind", ["png", "png rgb", "png alpha", "pgm", "jp2"])
-def test_sixteen_bits_that_would_be_nearly_black_are_a_sentence(values, kind, tmp_path):
-    """Bytes, 12 bits and millimetres in 16-bit files; 65535 is where there is no value."""
+def test_sixteen_bits_that_would_be_nearly_black_are_refused(values, kind, tmp_path):
+    """Bytes, 12 bits and millimetres in 16-bit files; 65535 means no data."""
     grey = np.resize(values, (30, 40))
     data = {
         "png": lambda: png(grey, 16),
@@ -418,7 +418,7 @@ def test_sixteen_bits_that_would_be_nearly_black_are_a_sentence(values, kind, tm
         read_image(write(tmp_path, data, "a.png"))
 
 
-def test_where_memory_runs_out_there_is_a_sentence(capsys):
+def test_running_out_of_memory_is_a_sentence(capsys):
     for fill in (
         lambda: torch.empty(1 << 52),
         lambda: torch.empty(1 << 32, 1 << 32),

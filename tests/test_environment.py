@@ -71,7 +71,7 @@ def test_each_file_is_installed_once(environment, tmp_path):
         ("-m venv", False, "could not be created"),
     ],
 )
-def test_what_fails_is_a_sentence(environment, failing, active, sentence):
+def test_a_failure_is_one_sentence(environment, failing, active, sentence):
     done, _ = environment("a.txt", failing=failing, active=active)
     assert done.returncode == 1
     assert sentence in done.stderr

@@ -1,4 +1,4 @@
-"""Images beside masks: which folders are taken, and that training, evaluation and the check take the same ones."""
+"""Images beside masks: the folders used, which are the same in training, evaluation and the check."""
 
 import re
 import shlex
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("thin_nets")
 
 
 def make(root: Path, *folders: str, count: int = 3) -> Path:
-    """``"images:masks"`` each: ``count`` images of three classes, and their masks."""
+    """For each ``"images:masks"``: ``count`` images of three classes, and their masks."""
     rng = np.random.default_rng(0)
     for images, masks in (folder.split(":") for folder in folders):
         for i in range(count):
@@ -51,7 +51,7 @@ LAYOUTS = {
         ["train_images:train_masks", "val:val_labels", "more_images:more_masks"],
         {"train": ("train_images", "train_masks"), "val": ("val", "val_labels")},
     ),
-    "none": (["pictures:truth"], {}),
+    "none": (["photos:truth"], {}),
     "one alone": (["images:images"], {}),
 }
 
@@ -62,8 +62,8 @@ def test_the_folders_that_are_found(tmp_path, name):
     assert find_folders(make(tmp_path, *folders)) == {split: Folders(*pair) for split, pair in expected.items()}
 
 
-def test_folders_without_such_files_are_none(tmp_path):
-    """Boxes as text, and an empty folder, do not make masks ambiguous; a second folder of masks does."""
+def test_folders_without_such_files_do_not_count(tmp_path):
+    """Boxes as text and an empty folder do not make masks ambiguous; a second folder of masks does."""
     make(tmp_path, "images:masks")
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels/0.txt").write_text("0 0.5 0.5 0.1 0.1")
@@ -91,7 +91,7 @@ def test_two_folders_for_one_split_are_ambiguous(tmp_path, folders):
 
 
 def test_splits_with_a_year(tmp_path):
-    """As in COCO, with the year; a list that is named chooses among the splits."""
+    """As in COCO, with the year; a given list chooses among the splits."""
     root = make(tmp_path, "images/train2017:masks/train2017", "images/val2017:masks/val2017")
     assert find_folders(root)["val"] == ("images/val2017", "masks/val2017")
     assert choose_folders(root, "val", root / "images/train2017", TRAIN_LISTS)[0] == ("images/train2017", "masks/train2017")
@@ -124,7 +124,7 @@ def test_the_list_of_a_split(tmp_path):
         (["images/a:masks/a"], "images", None),
     ],
 )
-def test_every_command_takes_them_without_options(tmp_path, capsys, folders, train, val):
+def test_every_command_uses_them_without_options(tmp_path, capsys, folders, train, val):
     root = make(tmp_path / "data", *folders)
     assert check_dataset.main(["--data-dir", str(root), "--workers", "0"]) == 0
     assert f"3 images of {root / train}, masks in {root}/" in capsys.readouterr().out
@@ -148,14 +148,14 @@ def test_every_command_takes_them_without_options(tmp_path, capsys, folders, tra
 
 
 def test_what_is_missing_is_named(tmp_path):
-    root = make(tmp_path, "pictures:truth")
+    root = make(tmp_path, "photos:truth")
     words = ["--data-dir", str(root), "--workers", "0"]
-    expected = r"pictures/ with .png files, truth/ with .png files, `python .* NEW` makes a data set .*`--image-dir images "
+    expected = r"photos/ with .png files, truth/ with .png files, `python .* NEW` makes a data set .*`--image-dir images "
     with pytest.raises(DatasetError, match=expected):
         check_dataset.main(words)
     with pytest.raises(DatasetError, match=rf"looks like the data set: pass --data-dir {re.escape(str(tmp_path / 'up/data'))}"):
         check_dataset.main(["--data-dir", str(make(tmp_path / "up/data", "images:masks").parent)])
-    options = ["--image-dir", "pictures", "--label-dir", "truth", "--data-list", str(root / "pictures")]
+    options = ["--image-dir", "photos", "--label-dir", "truth", "--data-list", str(root / "photos")]
     assert check_dataset.main([*words, *options]) == 0
     assert check_dataset.main([*words[:1], str(make(tmp_path / "b", "images:masks")), *words[2:], "--data-list", "images"]) == 0
     (tmp_path / "b/masks/1.png").rename(tmp_path / "b/masks/1_mask.png")

@@ -1,4 +1,4 @@
-"""Label files of every kind that users bring: read as stored, or refused in a sentence; never read as other labels."""
+"""Label files of every kind: read as stored or refused in one sentence, never read as other labels."""
 
 import io
 
@@ -12,7 +12,7 @@ from dataset.images import PNG_SIGNATURE
 from dataset.labels import BadLabel, check_palette, check_values, read_png
 from tests.helpers_pngs import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, chunk, interlaced_rows, png, rows_of
 
-BLACK, RED, PERSON, VOID = (0, 0, 0), (128, 0, 0), (192, 128, 128), (224, 224, 192)  # of VOC's 0, 1, 15, 255
+BLACK, RED, PERSON, VOID = (0, 0, 0), (128, 0, 0), (192, 128, 128), (224, 224, 192)  # VOC's 0, 1, 15, 255
 VOC = [tuple(color) for color in voc_palette().tolist()]
 
 
@@ -64,7 +64,7 @@ def test_other_files_are_refused_by_what_they_are(tmp_path, data, message):
 
 @pytest.mark.parametrize("color_type", [GREY, PALETTE])
 def test_no_changed_byte_changes_a_label(tmp_path, color_type):
-    """Every byte in turn gets another value: an error, or the same label."""
+    """Each byte is changed, one at a time: an error, or the same label."""
     values = np.arange(48).reshape(6, 8) % 3
     whole = png(values, 8, color_type, VOC[:3] if color_type == PALETTE else ())
     refused = 0
@@ -81,8 +81,8 @@ def test_no_changed_byte_changes_a_label(tmp_path, color_type):
 @pytest.mark.parametrize("interlaced", [False, True])
 @pytest.mark.parametrize(("bits", "color_type"), [(1, GREY), (2, GREY), (8, GREY), (4, PALETTE), (8, PALETTE)])
 @pytest.mark.parametrize("size", [(5, 7), (16, 20), (1, 9), (9, 1), (1, 1)])
-def test_pixels_that_end_early_are_no_class_0(tmp_path, size, bits, color_type, interlaced):
-    """All check sums are right; a byte too few is refused, and what comes behind the last row is left alone."""
+def test_missing_pixels_are_not_class_0(tmp_path, size, bits, color_type, interlaced):
+    """All checksums are right; one byte too few is refused, and bytes after the last row are ignored."""
     values = np.arange(size[0] * size[1]).reshape(size) % min(2**bits, 21)
     rows = (interlaced_rows if interlaced else rows_of)(values, bits)
     options = (bits, color_type, VOC[: 2**bits] if color_type == PALETTE else ())
@@ -94,8 +94,8 @@ def test_pixels_that_end_early_are_no_class_0(tmp_path, size, bits, color_type, 
 
 
 @pytest.mark.parametrize(("bits", "color_type", "channels"), [(16, GREY, 1), (8, RGB, 3), (16, RGB, 3), (8, RGBA, 4)])
-def test_pixels_of_colours_that_end_early(bits, color_type, channels):
-    """Also what masks_to_indices.py reads."""
+def test_missing_pixels_of_colour_images(bits, color_type, channels):
+    """Also for the kinds that masks_to_indices.py reads."""
     values = np.full((9, 10, channels), 7)
     for interlaced, rows in ((False, rows_of(values, bits)), (True, interlaced_rows(values, bits))):
         assert read_png(png(values, bits, color_type, rows=rows, interlaced=interlaced))[0].shape[:2] == (9, 10)
@@ -112,13 +112,13 @@ def test_a_png_without_its_header(tmp_path, header):
 def test_a_small_file_that_claims_to_be_large_takes_no_memory(tmp_path, monkeypatch):
     data = png([[0]], size=(28_000, 28_000), rows=b"")
     assert len(data) < 99
-    monkeypatch.setattr(PngImagePlugin, "PngImageFile", None)  # it is refused before Pillow sees it
+    monkeypatch.setattr(PngImagePlugin, "PngImageFile", None)  # refused before Pillow reads it
     with pytest.raises(DatasetError, match="end after 0 of 784028000 bytes, for 28000x28000 pixels"):
         read(tmp_path, data, 21)
 
 
-def test_a_label_is_as_large_as_its_picture_may_be(tmp_path, monkeypatch, recwarn):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # Pillow refuses twice as many and warns of more than these
+def test_a_label_may_be_as_large_as_an_image(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # Pillow warns above this, and refuses twice as many
     assert read(tmp_path, png(np.ones((5, 5), dtype=int)), 2).sum() == 25
     assert read(tmp_path, png(np.ones((3, 5), dtype=int)), 2).sum() == 15
     assert Image.MAX_IMAGE_PIXELS == 10
@@ -131,12 +131,12 @@ def test_a_label_is_as_large_as_its_picture_may_be(tmp_path, monkeypatch, recwar
 @pytest.mark.parametrize(
     ("stored", "palette"),
     [
-        ([0, 1, 2], [BLACK, PERSON, VOID]),  # sorted, as ImageMagick and pngquant leave them
+        ([0, 1, 2], [BLACK, PERSON, VOID]),  # sorted, as by ImageMagick and pngquant
         ([0, 1, 2], [PERSON, VOID, BLACK]),
         ([0, 1], [BLACK, PERSON]),
         ([0, 1], [RED, BLACK]),
-        ([0, 1], [VOID, RED]),  # 1 is right, 0 is void
-        ([0, 2], [BLACK, RED, VOID, PERSON]),  # unused entries say nothing
+        ([0, 1], [VOID, RED]),  # 1 is right, 0 has the colour of 255
+        ([0, 2], [BLACK, RED, VOID, PERSON]),  # unused entries do not count
     ],
 )
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -156,23 +156,23 @@ CITYSCAPES = [(128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (19
     [
         ([0, 15, 20], VOC),  # labelme's own is VOC's
         ([0, 15, 255], VOC),
-        ([0, 1, 15], VOC[:16]),  # cut after the last index in use, as optipng and pngcrush do
-        ([0, 1, 3], VOC[:2]),  # cut before it
-        ([0, 1, 2], [RED, BLACK]),  # right before it
+        ([0, 1, 15], VOC[:16]),  # shortened to the last index in use, as by optipng and pngcrush
+        ([0, 1, 3], VOC[:2]),  # shortened further
+        ([0, 1, 2], [RED, BLACK]),  # one too short
         ([0, 15, 20], [(i, i, i) for i in range(256)]),
         ([0, 1, 2], [(i * 85, i * 85, i * 85) for i in range(4)]),
         ([0, 1, 3, 6], CAMVID),
         ([0, 1, 2, 6], CITYSCAPES),
-        ([0, 0, 0], [PERSON]),  # one colour says nothing
-        ([0, 1, 5], [BLACK, RED, *[BLACK] * 14]),  # never filled in: a tool keeps one index a colour
-        ([0, 1, 2], [BLACK, PERSON, (1, 2, 3)]),  # a colour of its own
+        ([0, 0, 0], [PERSON]),  # one colour proves nothing
+        ([0, 1, 5], [BLACK, RED, *[BLACK] * 14]),  # never filled in: tools keep one index per colour
+        ([0, 1, 2], [BLACK, PERSON, (1, 2, 3)]),  # with another colour
     ],
 )
-def test_other_palettes_are_read_as_they_are(tmp_path, stored, palette):
+def test_other_palettes_are_read_as_stored(tmp_path, stored, palette):
     assert read(tmp_path, png([stored], 8, PALETTE, palette), 21).tolist() == [stored]
 
 
-def test_void_may_have_its_colour_at_a_second_void_label(tmp_path):
+def test_another_ignore_label_may_have_its_colour(tmp_path):
     palette = [*VOC[:11], VOID]
     data = png([[0, 1, 11]], 8, PALETTE, palette)
     assert read(tmp_path, data, 21, ignore_label=11).tolist() == [[0, 1, 255]]
@@ -180,7 +180,7 @@ def test_void_may_have_its_colour_at_a_second_void_label(tmp_path):
         read(tmp_path, data, 21)
 
 
-def test_the_colours_of_classes_txt_tell_a_re_ordered_palette(tmp_path):
+def test_a_re_ordered_palette_is_detected_by_classes_txt(tmp_path):
     (tmp_path / "classes.txt").write_text("sky 10 20 30\nwide road\t40 50  60\n")
     colors = read_class_file(tmp_path).colors(2)
     assert colors == {0: (10, 20, 30), 1: (40, 50, 60), 255: VOID}
@@ -218,7 +218,7 @@ def test_names_may_end_in_numbers(tmp_path):
     assert read_class_names(tmp_path, 3) == ["class 0", "class 1", "class 2"]
 
 
-def test_vocs_colours_stand_for_vocs_classes_alone(tmp_path):
+def test_vocs_colours_are_for_vocs_classes_only(tmp_path):
     voc = {**dict(enumerate(VOC[:21])), 255: VOID}
     assert read_class_file(tmp_path).colors(21) == voc
     assert read_class_file(tmp_path).colors(20) == {}
@@ -283,11 +283,11 @@ def test_eight_wrong_values_are_all_named():
 
 @pytest.mark.parametrize("count", [2, 5, 6, 7])
 def test_a_palette_in_another_order_by_hand(count):
-    """Every colour of the table occurs, each index has that of the next one, and five are named."""
+    """Every colour of the table occurs, each index has the colour of the next one, and five are named."""
     colors = {index: (index, 0, 0) for index in range(count)}
     palette = np.array([[(index + 1) % count, 0, 0] for index in range(count)], np.uint8)
     check_palette(range(count), np.array(list(colors.values()), np.uint8), colors)
-    check_palette(range(count), palette + np.uint8(9), colors)  # other colours say nothing
+    check_palette(range(count), palette + np.uint8(9), colors)  # other colours are not checked
     with pytest.raises(BadLabel, match="index 0 has the colour of 1, 1 has the colour of") as caught:
         check_palette(range(count), palette, colors)
     assert str(caught.value).count("has the colour of") == min(count, 5)

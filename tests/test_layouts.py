@@ -1,4 +1,4 @@
-"""masks_to_indices.py on what labelling tools write: every pixel, every list and what is left alone."""
+"""masks_to_indices.py on the exports of labelling tools: every pixel, every list, and the files that are kept."""
 
 import shlex
 import subprocess
@@ -14,7 +14,7 @@ from scripts.data.splits import check_ids, write_lines
 from tests.helpers_pngs import GREY, PALETTE, RGB, png
 from utils.command import UserError
 
-# Labels of 12 small pictures, none like another: row k is k written in four digits of base 4, class 3 as void where it says so.
+# Labels of 12 small images, all different: row k is k in four digits of base 4; class 3 is ignored if so stated.
 LABELS = {f"p{k:02d}": np.array([[k % 4, k // 4 % 4, k // 16 % 4, 1], [0, 1, 2, 0]], dtype=np.uint8) for k in range(12)}
 
 
@@ -28,7 +28,7 @@ def put(folder, name, data):
     path.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
-def picture(folder, name, size=(2, 4)):
+def save_image(folder, name, size=(2, 4)):
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.full((*size, 3), len(name), dtype=np.uint8)).save(folder / name)
 
@@ -61,13 +61,13 @@ def make_cvat(root, form):
     )
     for k, (image_id, label) in enumerate(LABELS.items()):
         drawn = np.array(COLORS, dtype=np.uint8)[label]
-        # CVAT's palettes stand in any order
+        # CVAT's palettes have any order
         order = [2, 0, 3, 1]
         place = np.argsort(order)
         indexed = png(place[label], 8, PALETTE, [COLORS[i] for i in order])
         put(root, f"SegmentationClass/{image_id}.png", png(drawn, 8, RGB) if form == "rgb" or k % 2 else indexed)
         put(root, f"SegmentationObject/{image_id}.png", png(drawn[::-1], 8, RGB))
-        picture(root, f"JPEGImages/{image_id}.{'JPG' if k % 2 else 'png'}")
+        save_image(root, f"JPEGImages/{image_id}.{'JPG' if k % 2 else 'png'}")
     put(root, "ImageSets/Segmentation/default.txt", "".join(f"{i}\n" for i in list(LABELS)[:10]))
 
 
@@ -84,9 +84,9 @@ def test_cvat(tmp_path, form):
     assert contents(out / "JPEGImages") == contents(tmp_path / "in/JPEGImages")
     assert not (out / "SegmentationObject").exists()
     before = contents(out)
-    run(tmp_path / "in", out, "--seed", 7)  # once more: nothing changes, neither do the lists
+    run(tmp_path / "in", out, "--seed", 7)  # again: nothing changes, not even the lists
     assert contents(out) == before
-    # a folder of masks alone, with the table and the list beside it
+    # a folder of masks alone, with table and list beside it
     run(tmp_path / "in/SegmentationClass", tmp_path / "plain/SegmentationClass")
     check_labels(tmp_path / "plain", LABELS)
     assert lists(tmp_path / "plain") == [train, val]
@@ -111,7 +111,7 @@ def test_labelme2voc(tmp_path, masks, first):
         put(root, f"{masks}/{image_id}.png", png(expected[image_id], 8, PALETTE, voc_palette().tolist()))
         put(root, f"SegmentationClass/{image_id}.npy", b"numbers")
         put(root, f"SegmentationClassVisualization/{image_id}.jpg", b"to look at")
-        picture(root, f"JPEGImages/{image_id}.jpg")
+        save_image(root, f"JPEGImages/{image_id}.jpg")
     out = run(root, tmp_path / "out", "--val-share", 0.5)
     check_labels(out, expected)
     assert (out / "classes.txt").read_text() == "_background_ 0 0 0\ncat 128 0 0\ndog 0 128 0\nbird 128 128 0\n"
@@ -130,14 +130,14 @@ def test_pairs_in_one_folder(tmp_path, capsys):
             png(white, 8, GREY) if k % 2 else png(np.repeat(white[..., None], 3, axis=2), 8, RGB)
         )  # binary masks of both kinds
         put(root, f"{image_id}_mask.png", data)
-        picture(root, f"{image_id}.{'png' if k % 3 else 'jpg'}")
-    picture(root, "unlabelled.jpg")
+        save_image(root, f"{image_id}.{'png' if k % 3 else 'jpg'}")
+    save_image(root, "unlabelled.jpg")
     (root / "p11.png").unlink()
     out = run(root, tmp_path / "out", "--suffix", "_mask", "--seed", 3)
     assert "1 masks have no image: put p11.jpg" in capsys.readouterr().out
     check_labels(out, expected, 2)
     train, val = lists(out)
-    assert sorted(train + val) == list(LABELS)[:11]  # ids whose picture is not there would stop the training
+    assert sorted(train + val) == list(LABELS)[:11]  # an id without image would stop the training
     assert {path.name for path in (out / "JPEGImages").iterdir()} == {
         f"{i}.{'png' if k % 3 else 'jpg'}" for k, i in enumerate(LABELS) if i != "p11"
     }
@@ -148,21 +148,21 @@ def test_pairs_in_one_folder(tmp_path, capsys):
         run(root, tmp_path / "more", "--suffix", "_seg")
 
 
-def test_the_split_is_the_seeds(tmp_path):
+def test_the_split_depends_on_the_seed(tmp_path):
     make_cvat(tmp_path / "in", "rgb")
     splits = [lists(run(tmp_path / "in", tmp_path / str(n), "--seed", seed)) for n, seed in enumerate((1, 1, 2))]
     assert splits[0] == splits[1] != splits[2]
 
 
 def test_zero_is_void(tmp_path):
-    """As ADE20K has it: 0 is "other", 1..N are the classes."""
+    """As in ADE20K: 0 is "other", 1..N are the classes."""
     stored = {"a": np.array([[0, 1, 150, 2]], dtype=np.uint8), "b": np.array([[3, 255, 0, 0]], dtype=np.uint8)}
     expected = {"a": np.array([[255, 0, 149, 1]]), "b": np.array([[2, 255, 255, 255]])}
     for image_id, values in stored.items():
         put(tmp_path, f"annotations/{image_id}.png", png(values, 8, GREY))
     run(tmp_path / "annotations", tmp_path / "ade/SegmentationClass", "--zero-is-void")
     check_labels(tmp_path / "ade", expected, 150)
-    put(tmp_path, "classes.txt", "".join(f"name {i}\n" for i in range(150)))  # names alone are those of 1..N
+    put(tmp_path, "classes.txt", "".join(f"name {i}\n" for i in range(150)))  # names without values belong to 1..N
     run(tmp_path / "annotations", tmp_path / "named/SegmentationClass", "--zero-is-void")
     check_labels(tmp_path / "named", expected, 150)
     assert (tmp_path / "named/classes.txt").read_text() == (tmp_path / "classes.txt").read_text()
@@ -172,7 +172,7 @@ def test_zero_is_void(tmp_path):
 
 
 def test_zero_is_void_in_colours(tmp_path):
-    """A table of colours has a row for 0, which is no class afterwards."""
+    """A table of colours has a row for 0, which is then no class."""
     make_cvat(tmp_path / "in", "rgb")
     out = run(tmp_path / "in", tmp_path / "out", "--zero-is-void")
     check_labels(out, {i: np.where(label == 0, 255, label.astype(int) - 1) for i, label in LABELS.items()}, 3)
@@ -181,8 +181,8 @@ def test_zero_is_void_in_colours(tmp_path):
         assert image.getpalette()[:9] == [250, 50, 83, 52, 209, 183, 10, 20, 30]
 
 
-def test_what_an_export_lacks(tmp_path, capsys):
-    """No pictures: the lists name all masks. A colour that no table has is refused, and no list is written then."""
+def test_incomplete_exports(tmp_path, capsys):
+    """Without images the lists name all masks. A colour that is not in the table is refused, and no list is written."""
     make_cvat(tmp_path / "in", "rgb")
     for path in (tmp_path / "in/JPEGImages").iterdir():
         path.unlink()
@@ -200,10 +200,10 @@ def test_what_an_export_lacks(tmp_path, capsys):
 
 
 def masks_and_images(root, mask, image, count=5):
-    """``count`` masks of three indices and their images; {} stands for the number in the two names."""
+    """``count`` masks of three indices and their images; {} is the number in both names."""
     for k in range(count):
         put(root, mask.format(k), png([[0, 1, k % 3]], 8, GREY))
-        picture(root, image.format(k), (1, 3))
+        save_image(root, image.format(k), (1, 3))
 
 
 @pytest.mark.parametrize(
@@ -269,13 +269,13 @@ def test_lists_beside_the_folders_are_kept(tmp_path):
     (tmp_path / "in/train.txt").write_text("0\n4.jpg\n")
     (tmp_path / "in/val.txt").write_text("2\n")
     assert lists(run(tmp_path / "in", tmp_path / "out")) == [["0", "4"], ["2"]]
-    (tmp_path / "in/train.txt").write_text("other\n")  # of none of the masks
+    (tmp_path / "in/train.txt").write_text("other\n")  # no id of the masks
     train, val = lists(run(tmp_path / "in", tmp_path / "more"))
     assert sorted(train + val) == list("01234")
 
 
 def test_masks_alone_say_that_there_are_no_images(tmp_path, capsys):
-    """No command is named that fails; the one that is named once the images are there succeeds."""
+    """No failing command is printed; with images in place the printed command succeeds."""
     for k in range(5):
         put(tmp_path / "in", f"{k}.png", png([[0, 1, 2]], 8, GREY))
     run(tmp_path / "in", tmp_path / "indices")
@@ -288,20 +288,20 @@ def test_masks_alone_say_that_there_are_no_images(tmp_path, capsys):
     assert f"5 masks have no image: put 0.jpg, .png or the like into {tmp_path / 'mine/JPEGImages'}/" in text
     assert "next:" not in text
     for k in range(5):
-        picture(tmp_path, f"mine/JPEGImages/{k}.png", (1, 3))
+        save_image(tmp_path, f"mine/JPEGImages/{k}.png", (1, 3))
     run(tmp_path / "in", tmp_path / "mine/SegmentationClass")
     last = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert last[:3] == ["next:", "python", "scripts/check_dataset.py"]
     assert check_dataset.main([*last[3:], "--workers", "0"]) == 0
 
 
-def test_a_users_own_files_stay(tmp_path):
+def test_existing_files_are_kept(tmp_path):
     make_cvat(tmp_path / "in", "rgb")
     out = tmp_path / "out"
-    put(out, "JPEGImages/p01.JPG", b"another picture")
+    put(out, "JPEGImages/p01.JPG", b"another image")
     with pytest.raises(UserError, match="1 of 12 masks"):
         run(tmp_path / "in", out)
-    assert contents(out)["JPEGImages/p01.JPG"] == b"another picture"
+    assert contents(out)["JPEGImages/p01.JPG"] == b"another image"
     put(tmp_path / "other", "classes.txt", "mine\n")
     with pytest.raises(UserError, match="names the classes mine, but the masks have background, big cat"):
         run(tmp_path / "in", tmp_path / "other")
@@ -315,8 +315,8 @@ def test_colours_beside_the_new_folder_are_used(tmp_path):
     check_labels(tmp_path / "mine", {"a": np.array([[0, 1]])}, 2)
 
 
-def test_the_set_can_be_trained_on_as_it_is(tmp_path):
-    """From the export to a good check, by the two command lines that help and the last line name."""
+def test_the_data_set_is_ready_for_training(tmp_path):
+    """From the export to a successful check with the command in the help and the printed one."""
     make_cvat(tmp_path / "in", "palette")
     put(tmp_path / "in", "labelmap.txt", "background:0,0,0::\nbig cat:250,50,83::\ndog:52,209,183::\nnever:10,20,30::\n")
     script = masks_to_indices.__file__
@@ -330,7 +330,7 @@ def test_the_set_can_be_trained_on_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\rb", " a", "a\t", "a\n", "a.jpg 3", "a.jpg b.png", "a.heic", "sub/a.jpg", "a\\b"])
-def test_a_name_that_is_no_line_is_a_sentence(tmp_path, name):
+def test_a_name_that_cannot_be_a_line_is_refused(tmp_path, name):
     with pytest.raises(UserError, match=r"cannot be a line of a list of ids; rename that file"):
         check_ids(["b", name])
     names = ["a b", "c\u2028d", "shot.png copy", "p0.5", "train/a_jpg.rf.0f3a", "a,b"]
@@ -339,11 +339,11 @@ def test_a_name_that_is_no_line_is_a_sentence(tmp_path, name):
     assert read_ids(tmp_path / "train.txt") == names
 
 
-# ---- what every layout becomes is read by the data set
+# ---- the data set reads the output for every layout
 
 STEMS = [f"p{k}" for k in range(6)]
 VALUES = {stem: np.array([[k % 3, k // 3, 2, 0], [0, 1, 2, k % 2]], dtype=np.uint8) for k, stem in enumerate(STEMS)}
-HEX = [(0, 0, 0), (255, 0, 16), (1, 2, 3)]  # colours of the three classes, where masks are drawn
+HEX = [(0, 0, 0), (255, 0, 16), (1, 2, 3)]  # colours of the three classes in colour masks
 
 
 def grey(stem):
@@ -391,10 +391,10 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_what_is_written_is_read(tmp_path, name, capsys):
+def test_the_output_is_read(tmp_path, name, capsys):
     image_id, image, mask, kind, files, names, *options = LAYOUTS[name]
     for stem in STEMS:
-        picture(tmp_path / "in", image.format(stem))
+        save_image(tmp_path / "in", image.format(stem))
         put(tmp_path / "in", mask.format(stem), kind(stem))
     for path, content in files.items():
         put(tmp_path / "in", path, content)
@@ -424,8 +424,8 @@ def test_what_is_written_is_read(tmp_path, name, capsys):
         ("labelmap.txt", "Sky:255,0,16::\nTree:1,2,3::\nunlabelled:0,0,0::\n"),
     ],
 )
-def test_a_colour_for_void_is_no_class(tmp_path, capsys, name, lines):
-    """HEX[0] is void, so that the others are classes 0 and 1; class indices may count it or not, and are refused."""
+def test_a_colour_of_the_ignore_label_is_no_class(tmp_path, capsys, name, lines):
+    """HEX[0] is the ignore label, so the others are classes 0 and 1; class indices are ambiguous and refused."""
     for stem in STEMS:
         put(tmp_path / "in", f"{stem}.png", drawn(stem))
     put(tmp_path / "in", name, lines)
@@ -451,7 +451,7 @@ def test_masks_of_16_bits_become_8(tmp_path, capsys):
     assert read_label(tmp_path / "two/SegmentationClass/a.png", 2).tolist() == [[0, 1]]
 
 
-def test_folders_that_are_called_splits_become_the_lists(tmp_path, capsys):
+def test_folders_named_as_splits_become_the_lists(tmp_path, capsys):
     for k, stem in enumerate(STEMS):
         folder = ("Training", "Training", "VAL2017", "test", "test", "Training")[k]
         put(tmp_path, f"annotations/{folder}/{stem}.png", grey(stem))
@@ -460,11 +460,11 @@ def test_folders_that_are_called_splits_become_the_lists(tmp_path, capsys):
     assert read_ids(tmp_path / "ade/ImageSets/Segmentation/test.txt") == ["test/p3", "test/p4"]
     said = capsys.readouterr().out
     assert "3 ids, by the names of the folders" in said
-    run(tmp_path / "annotations", tmp_path / "ade/SegmentationClass")  # once more: it names the same lists
+    run(tmp_path / "annotations", tmp_path / "ade/SegmentationClass")  # again: the same lists are printed
     again = capsys.readouterr().out
     assert "the existing lists are kept: " in again
     assert again.splitlines()[-1] == said.splitlines()[-1]
-    # no folder for validation: it is drawn from that for training, never from that for tests
+    # without a folder for validation, val is drawn from train, never from test
     (tmp_path / "annotations/VAL2017/p2.png").unlink()
     put(tmp_path, "annotations/more/p2.png", grey("p2"))
     run(tmp_path / "annotations", tmp_path / "new/SegmentationClass", "--val-share", 0.4)
@@ -475,7 +475,7 @@ def test_folders_that_are_called_splits_become_the_lists(tmp_path, capsys):
     assert "1 ids are in no list" in out
 
 
-def test_a_class_that_is_called_train_is_no_split(tmp_path):
+def test_a_class_named_train_is_no_split(tmp_path):
     for stem, folder in zip(STEMS, ["train", "car", "bus"] * 2):
         put(tmp_path, f"masks/{folder}/{stem}.png", grey(stem))
     run(tmp_path / "masks", tmp_path / "out/SegmentationClass")
@@ -489,13 +489,13 @@ def test_the_classes_of_ade20k(tmp_path):
     for stem in STEMS:
         split = "validation" if stem == "p3" else "training"
         put(tmp_path, f"ade/annotations/{split}/{stem}.png", grey(stem))
-        picture(tmp_path, f"ade/images/{split}/{stem}.jpg")
+        save_image(tmp_path, f"ade/images/{split}/{stem}.jpg")
     out = run(tmp_path / "ade", tmp_path / "out", "--zero-is-void")
     assert (out / "classes.txt").read_text() == "wall\nbuilding, edifice\n"
     assert lists(out) == [[f"training/{stem}" for stem in STEMS if stem != "p3"], ["validation/p3"]]
     expected = np.array([255, 0, 1])[VALUES["p3"]]
     assert np.array_equal(read_label(out / "SegmentationClass/validation/p3.png", 2, colors={}), expected)
-    put(tmp_path, "named.csv", "Pixel Value, Class\n0, other\n1, wall\n2, house\n")  # a name for 0, too
+    put(tmp_path, "named.csv", "Pixel Value, Class\n0, other\n1, wall\n2, house\n")  # also a name for 0
     out = run(tmp_path / "ade", tmp_path / "named", "--zero-is-void", "--classes", tmp_path / "named.csv")
     assert (out / "classes.txt").read_text() == "wall\nhouse\n"
 
@@ -504,7 +504,7 @@ def test_copies_of_one_source_stay_together(tmp_path):
     for source in range(6):
         for copy in "abc":
             put(tmp_path, f"in/s{source}_jpg.rf.{copy}F{source}_mask.png", grey("p0"))
-            picture(tmp_path, f"in/s{source}_jpg.rf.{copy}F{source}.jpg")
+            save_image(tmp_path, f"in/s{source}_jpg.rf.{copy}F{source}.jpg")
     train, val = lists(run(tmp_path / "in", tmp_path / "out", "--val-share", 0.3))
     sources = [{name.split(".rf.")[0] for name in found} for found in (train, val)]
     assert [len(found) for found in (train, val, *sources)] == [12, 6, 4, 2]
@@ -514,7 +514,7 @@ def test_copies_of_one_source_stay_together(tmp_path):
 def test_files_of_classes_that_differ_or_cannot_be_written(tmp_path):
     for split, names in (("train", "0, a\n1, b\n2, c\n"), ("valid", "0, a\n1, c\n2, b\n")):
         put(tmp_path, f"in/{split}/x_mask.png", grey("p0"))
-        picture(tmp_path, f"in/{split}/x.jpg")
+        save_image(tmp_path, f"in/{split}/x.jpg")
         put(tmp_path, f"in/{split}/_classes.csv", f"Pixel Value, Class\n{names}")
     with pytest.raises(UserError, match=r"train/_classes\.csv and .*valid/_classes\.csv have different classes"):
         run(tmp_path / "in", tmp_path / "out")
@@ -534,7 +534,7 @@ def test_files_of_classes_that_differ_or_cannot_be_written(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# ---- Label Studio: a mask for each label
+# ---- Label Studio: a mask per label
 
 
 def layer(folder, task, label, rows, annotation=5, number=0):
@@ -542,7 +542,7 @@ def layer(folder, task, label, rows, annotation=5, number=0):
     put(folder, name, png(np.array(rows, dtype=np.uint8) * 255, 8, GREY))
 
 
-def test_masks_of_single_labels_are_put_together(tmp_path, capsys):
+def test_masks_of_single_labels_are_joined(tmp_path, capsys):
     layer(tmp_path / "in", 1, "traffic-light", [[1, 1, 0, 0]])
     layer(tmp_path / "in", 1, "car", [[0, 1, 1, 0]])
     layer(tmp_path / "in", 2, "car", [[0, 0, 1, 0]])
@@ -551,9 +551,9 @@ def test_masks_of_single_labels_are_put_together(tmp_path, capsys):
     check_labels(out, {"task-1": np.array([[2, 255, 1, 0]]), "task-2": np.array([[0, 0, 1, 1]])}, 3)
     assert (out / "classes.txt").read_text() == "background\ncar\ntraffic-light\n"
     assert "2 masks have no image: put task-1.jpg" in capsys.readouterr().out
-    picture(tmp_path / "in", "0f-my photo.jpg", (1, 4))
+    save_image(tmp_path / "in", "0f-my photo.jpg", (1, 4))
     put(tmp_path / "in", "tasks.json", '[{"id": 2, "data": {"image": "/data/upload/1/0f-my%20photo.jpg"}, "annotations": []}]')
-    put(tmp_path / "in", "classes.txt", "traffic/light\ncar\nsky\n")  # without a background, the rest is void
+    put(tmp_path / "in", "classes.txt", "traffic/light\ncar\nsky\n")  # without a background, the rest is ignored
     out = run(tmp_path / "in", tmp_path / "named")
     check_labels(out, {"task-1": np.array([[0, 255, 1, 255]]), "task-2": np.array([[255, 255, 1, 1]])}, 3)
     assert contents(out / "JPEGImages") == {"task-2.jpg": (tmp_path / "in/0f-my photo.jpg").read_bytes()}
@@ -576,17 +576,17 @@ def test_a_label_for_the_background(tmp_path):
     assert (out / "classes.txt").read_text() == "Background\ncar\n"
 
 
-def test_json_that_names_no_classes_is_passed_over(tmp_path):
+def test_json_without_classes_is_skipped(tmp_path):
     known = '{"categories": [{"id": 0, "name": "a"}, {"id": 1, "name": "b"}]}'
     for text, names in (('{"scores": [1]}', None), (known, ["a", "b"])):
         put(tmp_path, "in/masks/a.png", png([[0, 1]], 8, GREY))
-        picture(tmp_path, "in/images/a.jpg", (1, 2))
+        save_image(tmp_path, "in/images/a.jpg", (1, 2))
         put(tmp_path, "in/result.json", text)
         out = run(tmp_path / "in", tmp_path / str(names))
         assert read_class_names(out, 2) == names
 
 
-def test_masks_of_single_labels_that_are_none(tmp_path, capsys):
+def test_bad_masks_of_single_labels(tmp_path, capsys):
     layer(tmp_path / "in", 1, "car", [[1, 0, 0, 0]])
     layer(tmp_path / "in", 1, "sky", [[1, 0]])
     put(tmp_path / "in", "task-2-annotation-6-by-1-tag-car-0.png", png([[0, 1]], 8, GREY))
@@ -597,7 +597,7 @@ def test_masks_of_single_labels_that_are_none(tmp_path, capsys):
     assert "another mask of its image" in err
 
 
-def test_polygons_are_named(tmp_path):
+def test_polygons_are_refused_by_name(tmp_path):
     for text, message in (
         ('{"images": [{"file_name": "a.png"}], "annotations": []}', "is COCO JSON; it lacks `categories`"),
         ('{"a.png123": {"filename": "a.png", "regions": []}}', "is VIA's JSON"),
@@ -611,7 +611,7 @@ def test_polygons_are_named(tmp_path):
         for name in ("a.jpg", "a.png"):
             if name == "a.png" and name not in text:
                 continue
-            picture(tmp_path, f"in/{name}")
+            save_image(tmp_path, f"in/{name}")
             with pytest.raises(UserError, match=message):
                 run(tmp_path / "in", tmp_path / "out")
             (tmp_path / "in" / name).unlink()

@@ -1,4 +1,4 @@
-"""Lists of ids as users bring them, and the pairs of files that they stand for."""
+"""Users' lists of ids, and the pairs of files that they mean."""
 
 import re
 import shutil
@@ -33,7 +33,7 @@ def listing(tmp_path, text, encoding="utf-8"):
         ("my photo\n/JPEGImages/my pet.jpg /Masks/my pet.png\n/JPEGImages/my car.jpg\n", ["my photo", "my pet", "my car"]),
         ("cls1/a.jpg\ncls2/a.jpg\n", ["cls1/a", "cls2/a"]),  # below JPEGImages
         ("/images/x/a.png /labels/x/a.png\n/images/b.png /labels/b.png\n", ["x/a", "b"]),
-        ("train/a.png trainannot/a.png\nval/a.png valannot/a.png\n", ["train/a", "val/a"]),  # two pictures, two ids
+        ("train/a.png trainannot/a.png\nval/a.png valannot/a.png\n", ["train/a", "val/a"]),  # two images, two ids
         ("\ufeffa\n\ufeffb\n", ["a", "b"]),
         ("  a  \n\n\tb", ["a", "b"]),
     ],
@@ -42,11 +42,11 @@ def test_ids_by_hand(tmp_path, text, ids):
     assert read_ids(listing(tmp_path, text)) == ids
 
 
-OTHER_ENDS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"  # what str.splitlines calls line ends, beside those of a text file
+OTHER_ENDS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"  # further line ends of str.splitlines
 
 
 @pytest.mark.parametrize("sign", OTHER_ENDS)
-def test_a_line_ends_where_a_text_file_says(tmp_path, sign):
+def test_other_line_ends_are_part_of_a_name(tmp_path, sign):
     text = f"a{sign}b\rc\r\n{sign}d\ne{sign}\n"
     expected = [f"a{sign}b", "c", f"{sign}d", f"e{sign}"]
     assert read_ids(listing(tmp_path, text)) == expected
@@ -55,7 +55,7 @@ def test_a_line_ends_where_a_text_file_says(tmp_path, sign):
     (tmp_path / "classes.txt").write_bytes(f"sky{sign}blue 1 2 3\nroad{sign}7\r\n".encode())
     assert read_class_names(tmp_path, 2) == [f"sky{sign}blue", f"road{sign}7"]
     assert read_class_file(tmp_path).colors(2)[0] == (1, 2, 3)
-    names = f"__ignore__\nsky{sign}blue\nroad"  # labelme's file
+    names = f"__ignore__\nsky{sign}blue\nroad"  # labelme's class_names.txt
     assert [name for name, _ in read_table(listing(tmp_path, names))] == [f"sky{sign}blue", "road"]
 
 
@@ -92,7 +92,7 @@ def test_files_that_a_line_names(tmp_path, line, image, label):
         ".",
     ],
 )
-def test_lines_that_lead_out_of_the_folder_are_refused(tmp_path, line):
+def test_lines_that_leave_the_folder_are_refused(tmp_path, line):
     with pytest.raises(DatasetError, match=r"list\.txt holds '.*' in line 2, which leaves .*; expected an id such as"):
         read_list(listing(tmp_path, f"good\n{line}\n"))
 
@@ -115,12 +115,12 @@ def test_lines_that_lead_out_of_the_folder_are_refused(tmp_path, line):
         ("a.jpg a.mat", "a.mat is not read as a label; expected a PNG"),
     ],
 )
-def test_lines_that_are_no_pair_say_why(tmp_path, line, cause):
+def test_lines_that_are_no_pair_are_refused(tmp_path, line, cause):
     with pytest.raises(DatasetError, match=re.escape("list.txt holds ") + ".* in line 2: .*" + re.escape(cause)):
         read_list(listing(tmp_path, f"good\n{line}\n"))
 
 
-def test_ids_that_hold_a_suffix(tmp_path):
+def test_ids_that_contain_a_suffix(tmp_path):
     ids = ["shot.png copy", "a.jpg.old", "p0.jpg___fuse", "b.jpeg (2)", "scan.pdf 3", "a.heic b"]
     entries = read_list(listing(tmp_path, "\n".join(ids)))
     assert [(entry.id, entry.image) for entry in entries] == [(name, None) for name in ids]
@@ -151,7 +151,7 @@ def test_find_list(tmp_path, monkeypatch):
         find_list(tmp_path, None, ["a.txt", "c.txt"])
     with pytest.raises(DatasetError, match=r"nowhere does not exist; .*--data-dir"):
         find_list(tmp_path / "nowhere", None, ["a.txt"])
-    # a list that is named is looked for where it says, then below the data set's folder
+    # a given list is tried as a path, then below the data set's folder
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert find_list(tmp_path, "b.txt", ["a.txt"]) == tmp_path / "b.txt"
@@ -184,14 +184,14 @@ def test_the_label_that_a_line_names_is_read(toy_voc):
     assert label_of(toy_voc, "toy_0") == 1
     assert label_of(toy_voc, "/JPEGImages/toy_0.jpg /SegmentationClass/toy_0.png") == 2
     assert label_of(toy_voc, "JPEGImages/toy_0.jpg mine/masks/other name.png") == 3
-    # a folder given by hand goes before the one in the list
+    # a given folder is preferred to the one in the list
     assert label_of(toy_voc, "/JPEGImages/toy_0.jpg /SegmentationClass/toy_0.png", label_dir="SegmentationClassAug") == 1
     assert label_of(toy_voc, "JPEGImages/toy_0.jpg mine/masks/other name.png", label_dir="mine") == 3
-    with pytest.raises(DatasetError, match=r"SegmentationClass/missing\.png does not exist"):  # never another one instead
+    with pytest.raises(DatasetError, match=r"SegmentationClass/missing\.png does not exist"):  # no other file is used instead
         label_of(toy_voc, "/JPEGImages/toy_0.jpg /SegmentationClass/missing.png")
 
 
-def test_the_picture_that_a_line_names_is_read(toy_voc):
+def test_the_image_that_a_line_names_is_read(toy_voc):
     (toy_voc / "extra/x").mkdir(parents=True)
     shutil.move(toy_voc / "JPEGImages/toy_1.jpg", toy_voc / "extra/x/toy_1.jpeg")
     (toy_voc / "SegmentationClassAug/x").mkdir()
@@ -203,7 +203,7 @@ def test_the_picture_that_a_line_names_is_read(toy_voc):
         ("extra\\x\\toy_1.jpeg", {"image_dir": "extra"}),
     ):
         assert label_of(toy_voc, line, **options) in (3, 255)
-    assert read_ids(toy_voc / "list.txt") == ["extra/x/toy_1"]  # where nobody says that pictures are in extra/
+    assert read_ids(toy_voc / "list.txt") == ["extra/x/toy_1"]  # without saying that images are in extra/
 
 
 def test_a_list_of_pairs_needs_none_of_the_usual_folders(toy_voc):
@@ -214,7 +214,7 @@ def test_a_list_of_pairs_needs_none_of_the_usual_folders(toy_voc):
         label_of(toy_voc, "a/toy_0.jpg b/toy_0.png\ntoy_1")
 
 
-def test_one_id_cannot_stand_for_two_pairs(toy_voc):
+def test_one_id_cannot_mean_two_pairs(toy_voc):
     line = "/JPEGImages/toy_0.jpg /SegmentationClassAug/toy_{}.png\n"
     with pytest.raises(DatasetError, match="holds the id toy_0 twice, for other files"):
         label_of(toy_voc, line.format(0) + line.format(1))
@@ -229,11 +229,11 @@ def test_a_missing_label_is_reported_where_labels_are(toy_voc):
         label_of(toy_voc, "toy_0")
 
 
-# ---- which files there are
+# ---- finding files
 
 
 @pytest.mark.parametrize("suffix", [".JPG", ".jpeg", ".Jpeg", ".png", ".PNG", ".bmp", ".tif", ".TIFF", ".webp"])
-def test_pictures_of_every_suffix_are_found(toy_voc, suffix):
+def test_images_of_every_suffix_are_found(toy_voc, suffix):
     (toy_voc / "JPEGImages/toy_1.jpg").unlink()
     pixels = np.arange(33 * 47 * 3, dtype=np.uint32).reshape(33, 47, 3).astype(np.uint8)
     Image.fromarray(pixels).save(toy_voc / f"JPEGImages/toy_1{suffix}")
@@ -244,8 +244,8 @@ def test_pictures_of_every_suffix_are_found(toy_voc, suffix):
         assert abs(data[0][0][..., ::-1].astype(int) - pixels).mean() < (50 if "j" in suffix.lower() or "w" in suffix else 1)
 
 
-def test_which_of_several_pictures(toy_voc):
-    """The first suffix of the list, small letters before large ones; an id may hold dots and folders."""
+def test_the_choice_among_several_images(toy_voc):
+    """The first suffix of the list, lower case before upper case; an id may contain dots and folders."""
     for name in ("a.png", "a.JPG", "a.bmp", "b.PNG", "b.tif", "c.0001.jpeg", "d.jpg", "d.JPG", "x/a.webp"):
         path = toy_voc / "JPEGImages" / name
         path.parent.mkdir(exist_ok=True)
@@ -257,7 +257,7 @@ def test_which_of_several_pictures(toy_voc):
     assert names == ["a.JPG", "b.PNG", "c.0001.jpeg", "d.jpg", "x/a.webp"]
     assert data.label_path("a").name == "a.PNG"
     assert data.label_path("c.0001").name == "c.0001.png"
-    assert data.label_path("b").name == "b.png"  # where it should be
+    assert data.label_path("b").name == "b.png"  # the expected path
 
 
 def test_names_with_umlauts_as_macos_writes_them(toy_voc):
@@ -268,7 +268,7 @@ def test_names_with_umlauts_as_macos_writes_them(toy_voc):
     assert data[0][1].shape == (40, 55)
 
 
-def test_a_label_is_never_taken_for_its_picture(toy_voc):
+def test_a_label_is_never_taken_for_its_image(toy_voc):
     for path in (toy_voc / "JPEGImages").iterdir():
         path.rename(toy_voc / "SegmentationClassAug" / path.name)
     options = {"image_dir": "SegmentationClassAug", "label_dir": "SegmentationClassAug", "num_classes": TOY_CLASSES}
@@ -285,27 +285,27 @@ def missing(root, lines):
     return str(error.value)
 
 
-def test_all_that_is_missing_is_named_with_the_folders_that_exist(toy_voc):
+def test_missing_files_are_named_with_existing_folders(toy_voc):
     ids = [f"toy_{i}" for i in range(6)]
     VOCSegmentation(toy_voc, ids, num_classes=TOY_CLASSES).check_files()
     for name in ("JPEGImages/toy_1.jpg", "JPEGImages/toy_4.jpg", "SegmentationClassAug/toy_4.png"):
         (toy_voc / name).unlink()
     (toy_voc / "SegmentationClassAug/toy_2.png").rename(toy_voc / "SegmentationClassAug/toy_2.gif")
-    pictures, labels = toy_voc / "JPEGImages", toy_voc / "SegmentationClassAug"
+    images, labels = toy_voc / "JPEGImages", toy_voc / "SegmentationClassAug"
     assert missing(toy_voc, ids) == (
-        f"files of the 6 ids are missing: no image for toy_1, toy_4 in {pictures}, which has files such as "
-        f"{next(iter(pictures.iterdir())).name}; no label for toy_2, toy_4 in {labels}, which has toy_2.gif: expected .png"
+        f"files of the 6 ids are missing: no image for toy_1, toy_4 in {images}, which has files such as "
+        f"{next(iter(images.iterdir())).name}; no label for toy_2, toy_4 in {labels}, which has toy_2.gif: expected .png"
     )
     text = missing(toy_voc, ["city/a", "JPEGImages/toy_0.jpg Masks/toy_0.png"])
-    assert f"no image for a: the folder {pictures / 'city'} does not exist" in text
+    assert f"no image for a: the folder {images / 'city'} does not exist" in text
     assert f"no label for toy_0: the folder {toy_voc / 'Masks'} does not exist" in text
     many = missing(toy_voc, [f"id{i}" for i in range(130)])
     assert "id19 and 110 more in" in many
     assert "id19 in" in missing(toy_voc, [f"id{i}" for i in range(20)])
 
 
-def test_many_missing_files_in_many_folders_are_one_line_that_can_be_read(toy_voc):
-    """As on a Cityscapes without most of its files: 18 cities of 150 pictures."""
+def test_many_missing_files_in_many_folders_are_one_short_line(toy_voc):
+    """As in a Cityscapes without most files: 18 cities of 150 images."""
     names = [f"{city}/{city}_{i:06d}_leftImg8bit" for city in "abcdefghijklmnopqr" for i in range(150)]
     text = missing(toy_voc, names)
     assert text.count("more images in 15 other folders") == 1
@@ -324,8 +324,8 @@ def test_the_longest_name(tmp_path):
         read_ids(tmp_path / "list.txt")
 
 
-def test_a_line_that_is_no_name_is_a_sentence(tmp_path):
-    """Annotations in JSON, for instance: no file system has names of over 255 bytes."""
+def test_a_line_that_is_too_long_for_a_name_is_refused(tmp_path):
+    """For example annotations in JSON: no file system has names of over 255 bytes."""
     (tmp_path / "list.json").write_text("{" + '"id": 1, ' * 100 + "}")
     with pytest.raises(DatasetError, match=r"in line 1, which is too long for a file name"):
         read_list(tmp_path / "list.json")

@@ -55,9 +55,9 @@ def test_colours_become_indices(tmp_path, kind):
 @pytest.mark.parametrize(
     ("data", "labels"),
     [
-        (png([[0, 0]], 1, GREY), [[0, 0]]),  # what ImageMagick makes of a mask of background alone
+        (png([[0, 0]], 1, GREY), [[0, 0]]),  # ImageMagick's output for a mask of only background
         (png([[0, 128]], 8, GREY), [[0, 7]]),
-        (png([[0, 1, 20, 255]], 8, GREY), [[0, 1, 20, 255]]),  # no colours: class indices already
+        (png([[0, 1, 20, 255]], 8, GREY), [[0, 1, 20, 255]]),  # no colours: already class indices
         (png([[0, 1, 2]], 2, GREY), [[0, 1, 2]]),
         (png([[(0, 255), (128, 0)]], 8, GREY_ALPHA), [[0, 7]]),
         (png([[(0, 0, 0, 0), (128, 0, 0, 255)]], 8, RGBA), [[0, 1]]),
@@ -88,11 +88,11 @@ def test_grey_values_that_may_be_colours_or_indices_are_refused(tmp_path, capsys
     assert "is grey, and its values are both colours of classes and class indices" in capsys.readouterr().err
 
 
-MANY = [[0, 7, 30, 128], [29, 255, 3, 1]]  # indices of 150 classes; 0 and 128 are grey levels of VOC's colours as well
+MANY = [[0, 7, 30, 128], [29, 255, 3, 1]]  # indices of 150 classes; 0 and 128 are also grey levels of VOC's colours
 
 
 def test_indices_stay_indices(tmp_path, capsys):
-    """Of more classes than VOC has, or where the file of classes has names only; colours are asked for where there are some."""
+    """With more classes than VOC's, or only names in the file of classes; colour masks then need colours."""
     put(tmp_path / "in", "a.png", png(MANY, 8, GREY))
     put(tmp_path / "in", "b.png", png([[0, 128]], 8, GREY))
     ramp = [(i, i, i) for i in range(256)]
@@ -117,7 +117,7 @@ def test_indices_stay_indices(tmp_path, capsys):
     assert not (tmp_path / "few").exists()
 
 
-def test_palettes_that_differ_ask_for_colours(tmp_path):
+def test_differing_palettes_need_colours(tmp_path):
     (tmp_path / "classes.txt").write_text("a\nb\n")
     put(tmp_path / "in", "a.png", png([[0, 1]], 1, PALETTE, [(9, 8, 7), RED]))
     put(tmp_path / "in", "b.png", png([[0, 1, 1]], 1, PALETTE, [RED, (9, 8, 7)]))
@@ -128,16 +128,16 @@ def test_palettes_that_differ_ask_for_colours(tmp_path):
     (tmp_path / "in/b.png").unlink()
     assert run(tmp_path / "in", tmp_path / "out") == 0
     assert read_label(tmp_path / "out/a.png", 2).tolist() == [[0, 1]]
-    put(tmp_path / "in", "a.png", png([[0, 1]], 1, PALETTE, [RED, BLACK]))  # alone, but of the colour map that labelme writes
+    put(tmp_path / "in", "a.png", png([[0, 1]], 1, PALETTE, [RED, BLACK]))  # a single mask, but with labelme's colour map
     with pytest.raises(UserError, match=r"the palette of .*a\.png has VOC's colours in another order"):
         run(tmp_path / "in", tmp_path / "other")
-    put(tmp_path / "in", "b.png", png([[0, 0]], 1, PALETTE, [RED, BLACK]))  # CamVid's are such; masks of various colours agree
+    put(tmp_path / "in", "b.png", png([[0, 0]], 1, PALETTE, [RED, BLACK]))  # as in CamVid; masks of various colours agree
     assert run(tmp_path / "in", tmp_path / "other") == 0
     assert read_label(tmp_path / "other/a.png", 2).tolist() == [[0, 1]]
 
 
 @pytest.mark.parametrize("names", ["", "ground\nthing\n"])
-def test_binary_masks_ask_for_two_classes(tmp_path, names):
+def test_binary_masks_need_the_option(tmp_path, names):
     put(tmp_path / "in", "a.png", png([[0, 255]], 8, GREY))
     put(tmp_path / "in", "b.png", png([[0, 0]], 8, GREY))
     if names:
@@ -201,7 +201,7 @@ def test_unknown_colours_are_refused_with_their_counts_and_nothing_is_written(tm
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_that_is_there_is_changed(tmp_path, capsys):
+def test_existing_files_do_not_change(tmp_path, capsys):
     put(tmp_path / "in", "a.png", KINDS["rgb"])
     put(tmp_path / "in", "b.png", KINDS["palette"])
     put(tmp_path / "out", "b.png", b"the user's own")

@@ -1,4 +1,4 @@
-"""Polygons of COCO JSON as masks, against a naive test of each pixel, and what is refused."""
+"""Masks from polygons in COCO JSON against a naive test of each pixel, and refused files."""
 
 import json
 
@@ -15,7 +15,7 @@ H, W = 9, 13
 
 
 def naive(polygon, height, width):
-    """Even-odd rule for the centre of each pixel: how many edges are left of it."""
+    """Even-odd rule for the centre of each pixel: the number of edges to its left."""
     points = list(zip(polygon[::2], polygon[1::2]))
     mask = np.zeros((height, width), dtype=bool)
     for row in range(height):
@@ -33,13 +33,13 @@ def test_polygons_against_a_naive_test_of_each_pixel():
     rng = np.random.default_rng(0)
     for corners in (3, 4, 7):
         for _ in range(20):
-            polygon = rng.uniform(-3, 16, 2 * corners).tolist()  # beyond the edges, too, and crossing itself
+            polygon = rng.uniform(-3, 16, 2 * corners).tolist()  # also outside the image and crossing itself
             assert np.array_equal(Region((H, W), [polygon]).mask(), naive(polygon, H, W))
     square = Region((H, W), [[2, 1, 5, 1, 5, 4, 2, 4]]).mask()  # from corner to corner: 3 x 3 pixels
     assert np.argwhere(square).tolist() == [[y, x] for y in (1, 2, 3) for x in (2, 3, 4)]
     two = Region((H, W), [[2, 1, 5, 1, 5, 4, 2, 4], [3, 2, 7, 2, 7, 8, 3, 8]]).mask()
     assert two.sum() == 9 + 24 - 4  # parts of one annotation are joined
-    runs = Region((2, 3), counts=[1, 2, 3]).mask()  # down the columns
+    runs = Region((2, 3), counts=[1, 2, 3]).mask()  # column by column
     assert runs.tolist() == [[False, True, False], [True, False, False]]
     assert not Region((H, W)).mask().any()
 
@@ -48,7 +48,7 @@ def square(x, y, side=2):
     return [x, y, x + side, y, x + side, y + side, x, y + side]
 
 
-CATEGORIES = [(0, "things", "none"), (3, "road", "things"), (7, "car", "things")]  # as Roboflow has them; ids with gaps
+CATEGORIES = [(0, "things", "none"), (3, "road", "things"), (7, "car", "things")]  # as in Roboflow; ids with gaps
 
 
 def coco(path, names, categories=CATEGORIES, **more):
@@ -86,7 +86,7 @@ def expected(k):
     return labels
 
 
-# where the JSON and its images are, and the ids
+# paths of the JSON and of its images, and the ids
 PLACES = {
     "roboflow": ("{}/_annotations.coco.json", "{}/{}.jpg", "{}/{}"),
     "coco": ("annotations/instances_{}2017.json", "{}2017/{}.jpg", "{}2017/{}"),
@@ -97,10 +97,10 @@ PLACES = {
 
 @pytest.mark.parametrize("name", PLACES)
 def test_coco_json_becomes_a_data_set(tmp_path, name):
-    json_file, picture, image_id = PLACES[name]
+    json_file, pattern, image_id = PLACES[name]
     ids = {}
     for split in ("train", "val"):
-        names = [picture.format(split, f"p{k}") for k in range(3)]
+        names = [pattern.format(split, f"p{k}") for k in range(3)]
         for each in names:
             image(tmp_path / "in" / each)
         coco(tmp_path / "in" / json_file.format(split), [each.rpartition("/")[2] for each in names])
@@ -139,7 +139,7 @@ def labelme(path, shapes, name):
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
 def test_labelme_json_becomes_a_data_set(tmp_path, suffix):
-    """A rectangle, a polygon over it, void over both; an image without shapes is background; a circle by its distance."""
+    """A rectangle, a polygon over it, ignored over both; an image without shapes is background; a circle by distance."""
     for k in range(3):
         image(tmp_path / f"in/p{k}{suffix}")
     corners = [[0, 0], [2, 0], [2, 2], [0, 2]]
@@ -169,7 +169,7 @@ def test_labelme_json_becomes_a_data_set(tmp_path, suffix):
         run(tmp_path / "in", tmp_path / "more")
 
 
-def test_what_is_refused(tmp_path):
+def test_refused_files(tmp_path):
     image(tmp_path / "in/p0.jpg")
     for more, message in (
         (

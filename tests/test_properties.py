@@ -1,4 +1,4 @@
-"""Whatever the sizes, batches, labels and names: properties beside a naive derivation; every run takes the same examples."""
+"""Properties for any sizes, batches, labels and names, against a naive derivation; every run has the same examples."""
 
 import math
 from collections import Counter
@@ -34,7 +34,7 @@ seed = st.integers(0, 2**32)
 
 
 def pair(height, width, seed):
-    """A picture whose pixels are all of different colours, and a mask that is one of its channels."""
+    """An image in which all pixels have different colours, and a mask that is one of its channels."""
     rng = np.random.default_rng(seed)
     image = np.stack([*np.indices((height, width)), rng.integers(0, 250, (height, width))], axis=-1).astype(np.uint8)
     return image, image[..., 2].copy()
@@ -47,7 +47,7 @@ def pair(height, width, seed):
 @given(side, side, side, side, seed)
 @example(7, 7, 7, 7, 0)
 @example(1, 1, 1, 1, 0)
-def test_a_crop_is_a_window_of_the_padded_picture(height, width, crop_height, crop_width, seed):
+def test_a_crop_is_part_of_the_padded_image(height, width, crop_height, crop_width, seed):
     image, label = pair(height, width, seed)
     size, rng = (crop_height, crop_width), np.random.default_rng(seed)
     cut, cut_label = Pad(size)(*RandomCrop(size)(image, label, rng), rng)
@@ -59,24 +59,24 @@ def test_a_crop_is_a_window_of_the_padded_picture(height, width, crop_height, cr
             if (y := top + row) < height and (x := left + column) < width:
                 assert cut[row, column].tolist() == image[y, x].tolist()
                 assert cut_label[row, column] == label[y, x]
-            else:  # only where the picture is too small, and never at the left or the top
+            else:  # only if the image is too small, and never at the left or the top
                 assert crop_height > height or crop_width > width
                 assert cut[row, column].tolist() == [round(mean) for mean in MEAN_BGR]
                 assert cut_label[row, column] == 255
-    # nothing is padded that the picture could have filled
+    # nothing is padded that the image could have filled
     assert (cut_label != 255).sum() == min(height, crop_height) * min(width, crop_width)
 
 
 @few
 @given(st.integers(1, 24), st.integers(1, 24), st.floats(0.05, 2), seed)
-def test_picture_and_mask_stay_of_one_size_and_the_mask_makes_up_no_label(height, width, factor, seed):
+def test_image_and_mask_keep_one_size_and_the_mask_gets_no_new_label(height, width, factor, seed):
     image, label = pair(height, width, seed)
     scaled, scaled_label = RandomScale(factor, factor)(image, label, np.random.default_rng(seed))
     expected = tuple(max(1, round(n * factor)) for n in (height, width))
     assert scaled.shape == (*expected, 3)
     assert scaled_label.shape == expected
     for row in range(expected[0]):
-        for column in range(expected[1]):  # nearest to the pixel's middle; a tie may go either way
+        for column in range(expected[1]):  # nearest to the pixel's centre; a tie may go either way
             near = [
                 {math.floor((Fraction(2 * i + 1, 2) * n / m) - Fraction(k, 10**6)) for k in (-1, 0, 1)}
                 for i, n, m in ((row, height, expected[0]), (column, width, expected[1]))
@@ -101,20 +101,20 @@ def test_a_sample_is_a_function_of_seed_and_draw(height, width, crop_height, cro
 
 @few
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 4), seed, st.integers(0, 30))
-def test_any_batch_shards_and_start_give_the_one_stream(length, share, shards, seed, start):
+def test_any_batch_shards_and_start_give_one_stream(length, share, shards, seed, start):
     batch = share * shards
     samplers = [StepSampler(length, batch, seed, start, shard, shards) for shard in range(shards)]
     streams = [iter(sampler) for sampler in samplers]
     got = [[next(stream) for stream in streams] for _ in range(4)]
     draws = list(range((start + 4) * batch))
-    order = []  # the whole stream by its definition: one permutation a pass
+    order = []  # the whole stream by definition: one permutation per epoch
     while len(order) < len(draws):
         order += np.random.default_rng((seed, len(order) // length, 1)).permutation(length).tolist()
     expected = list(zip(order, draws))
     for number, parts in enumerate(got, start):
         assert [entry for part in parts for entry in part] == expected[number * batch : (number + 1) * batch]
         assert {len(part) for part in parts} == {share}
-    for begin in range(0, len(draws) - length + 1, length):  # each pass takes each picture once
+    for begin in range(0, len(draws) - length + 1, length):  # each epoch has each image once
         assert sorted(order[begin : begin + length]) == list(range(length))
 
 
@@ -124,7 +124,7 @@ def test_any_batch_shards_and_start_give_the_one_stream(length, share, shards, s
 @few
 @given(st.integers(1, 6), st.integers(0, 80), seed, st.one_of(st.none(), st.integers(0, 7)))
 @example(1, 0, 0, None)
-def test_scores_are_those_of_a_count_by_hand(classes, pixels, seed, ignore):
+def test_scores_equal_a_naive_count(classes, pixels, seed, ignore):
     rng = np.random.default_rng(seed)
     labels = rng.choice([*range(classes), 255, *([ignore] if ignore is not None else [])], pixels)
     predictions = rng.integers(0, classes, pixels)
@@ -166,7 +166,7 @@ def test_labels_are_the_nearest_of_the_aligned_grid(source, target, seed):
     small = resize_labels(labels, (target, 2))
     for row in range(target):
         exact = Fraction(row * (source - 1), target - 1) if target > 1 else Fraction(0)
-        nearest = min(range(source), key=lambda y: (abs(y - exact), -y))  # halves go up
+        nearest = min(range(source), key=lambda y: (abs(y - exact), -y))  # halves are rounded up
         assert small[0, row].tolist() == labels[0, nearest].tolist()
 
 
@@ -186,7 +186,7 @@ def test_scaled_sizes_keep_the_grid(side, scale):
 
 @few
 @given(st.floats(1e-6, 1), st.integers(1, 1000), st.floats(0.1, 3), st.data())
-def test_the_rate_falls_from_its_base_to_nothing(base, total, power, data):
+def test_the_learning_rate_falls_from_its_base_to_zero(base, total, power, data):
     step = data.draw(st.integers(0, total - 1))
     rate = poly_lr(base, step, total, power)
     assert math.isclose(rate, base * math.exp(power * math.log((total - step) / total)), rel_tol=1e-9)
@@ -202,7 +202,7 @@ OURS += [f"layer5.conv2d_list.{k}.{leaf}" for k in range(4) for leaf in ("weight
 
 @few
 @given(st.sampled_from(OURS))
-def test_kazutos_names_and_ours_are_one_to_one(key):
+def test_kazuto1011s_names_and_ours_are_one_to_one(key):
     theirs = kazuto_from_canonical(key)
     assert theirs.startswith("base.")
     assert renamed(theirs.removeprefix("base."), FROM_KAZUTO) == key
@@ -211,7 +211,7 @@ def test_kazutos_names_and_ours_are_one_to_one(key):
 
 @few
 @given(st.sampled_from(["resnet50", "resnet101", "resnet152"]), st.data())
-def test_caffes_names_are_found_by_their_place(backbone, data):
+def test_caffes_names_are_found_by_position(backbone, data):
     stage = data.draw(st.integers(0, 3))
     block = data.draw(st.integers(0, len(caffe_blocks(backbone)[stage]) - 1))
     branch = data.draw(st.sampled_from(["2a", "2b", "2c", "1"]))
@@ -226,7 +226,7 @@ def test_caffes_names_are_found_by_their_place(backbone, data):
 
 @few
 @given(st.text("abcdefgh_.0123", max_size=20))
-def test_a_name_of_another_net_has_no_place(text):
+def test_a_name_of_another_net_is_unknown(text):
     assert renamed(f"x{text}", FROM_KAZUTO) is None
     assert canonical_from_caffe(f"x{text}") is None
 
@@ -235,18 +235,18 @@ def test_a_name_of_another_net_has_no_place(text):
 @given(
     st.lists(st.sampled_from(["module.", "_orig_mod.", "Scale.", "base."]), max_size=4), st.sampled_from(["", "net.", "a.b.c."])
 )
-def test_any_wrapping_comes_off(wrappers, outside):
+def test_any_prefix_is_removed(wrappers, outside):
     names = [f"{module}.weight" for module, _ in canonical_modules("resnet18")]
     prefix = outside + "".join(wrappers)
     assert strip_wrappers(prefix + name for name in names) == {prefix + name: name for name in names}
 
 
-def test_what_not_all_names_begin_with_stays():
+def test_a_prefix_of_some_names_is_kept():
     for names in (["a.layer1.0.conv1.weight", "b.layer1.0.conv1.weight"], ["a.layer1.0.conv1.weight", "conv1.weight"]):
         assert strip_wrappers(names) == {name: name for name in names}
 
 
-def test_a_stage_that_is_not_there_has_no_blocks():
+def test_a_missing_stage_has_no_blocks():
     state = {f"{module}.weight": torch.zeros(()) for module, _ in canonical_modules("resnet18")}
     assert find_backbone(state) == "resnet18"
     assert head_shape({}) == (0, 0)

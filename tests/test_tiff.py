@@ -1,4 +1,4 @@
-"""TIFF files of every layout, written here tag by tag, hold the bands that were put in, or are a sentence."""
+"""TIFF files of every layout, written tag by tag: their bands are read as stored, or the file is refused."""
 
 import struct
 
@@ -13,7 +13,7 @@ GREY, RGB = 1, 2  # photometric interpretation
 
 
 def tiff(pixels, photometric, extra=(), order="<", big=False, planar=False, orientation=None, signed=None):
-    """A TIFF of one uncompressed strip for each plane: ``pixels`` (H, W, bands) of any dtype."""
+    """A TIFF with one uncompressed strip per plane: ``pixels`` (H, W, bands) of any dtype."""
     height, width, bands = pixels.shape
     planes = np.moveaxis(pixels, -1, 0) if planar else pixels[None]
     strips = [plane.astype(plane.dtype.newbyteorder(order)).tobytes() for plane in planes]
@@ -84,8 +84,8 @@ def as_bgr(pixels):
 def test_bands_are_read_as_they_are_stored(dtype, bands, photometric, extra, layout, tmp_path, capfd):
     pixels = values(dtype, bands)
     (tmp_path / "a.tif").write_bytes(tiff(pixels, photometric, extra, **layout))
-    if dtype == np.uint16 and (bands == 2 or (bands > 1 and layout.get("planar"))):  # not by OpenCV
-        # Of two bands nothing is said of values, which OpenCV does not give as they are stored.
+    if dtype == np.uint16 and (bands == 2 or (bands > 1 and layout.get("planar"))):  # OpenCV does not read these
+        # The message for two bands has no values, as OpenCV does not return them as stored.
         apart = " in planes of their own" if layout.get("planar") else "; expected"
         with pytest.raises(DatasetError, match=rf"a\.tif holds {bands} bands of uint16{apart}.*gdal_translate"):
             read_image(tmp_path / "a.tif")
@@ -97,7 +97,7 @@ def test_bands_are_read_as_they_are_stored(dtype, bands, photometric, extra, lay
 @pytest.mark.parametrize("orientation", range(10))
 @pytest.mark.parametrize("bands", [1, 3, 4])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_an_image_is_turned_once(dtype, bands, orientation, tmp_path):
+def test_an_image_is_rotated_once(dtype, bands, orientation, tmp_path):
     pixels = values(dtype, bands)
     (tmp_path / "a.tif").write_bytes(tiff(pixels, RGB if bands > 1 else GREY, (2,) * (bands == 4), orientation=orientation))
     upright = {
@@ -133,14 +133,14 @@ def test_an_image_is_turned_once(dtype, bands, orientation, tmp_path):
         (np.full((9, 14, 3), 4095, np.uint16), RGB, (), "3 bands of uint16 with values from 4095 to 4095.* go beyond 4095"),
     ],
 )
-def test_what_is_no_image_for_a_net_is_a_sentence(pixels, photometric, extra, message, tmp_path, capfd):
+def test_images_that_a_net_cannot_use_are_refused(pixels, photometric, extra, message, tmp_path, capfd):
     (tmp_path / "a.tif").write_bytes(tiff(pixels, photometric, extra))
     with pytest.raises(DatasetError, match=rf"a\.tif holds {message}"):
         read_image(tmp_path / "a.tif")
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_file_cut_anywhere_is_a_sentence(tmp_path):
+def test_a_file_truncated_anywhere_is_refused(tmp_path):
     data = tiff(values(np.uint8, 4), RGB, (2,), big=True)
     for length in range(4, len(data) - 8):
         (tmp_path / "a.tif").write_bytes(data[:length])
@@ -148,7 +148,7 @@ def test_a_file_cut_anywhere_is_a_sentence(tmp_path):
             read_image(tmp_path / "a.tif")
 
 
-def test_damaged_tags_are_no_traceback(tmp_path):
+def test_damaged_tags_never_give_a_traceback(tmp_path):
     whole = tiff(values(np.uint8, 4), RGB, (2,), order=">")
     start = struct.unpack(">I", whole[4:8])[0]
     for _ in range(500):

@@ -26,7 +26,7 @@ from utils.loader import make_loader
 
 
 class Draws:
-    """A stand-in for a generator that gives the numbers it is told to."""
+    """A stand-in for a generator that returns given numbers."""
 
     def __init__(self, *values):
         self.values = list(values)
@@ -48,23 +48,23 @@ def pad_crop(size):
 
 
 def coordinates(height, width):
-    """A picture and a mask that hold their own position, so that geometry can be read off the result."""
+    """An image and a mask whose values are their positions, so the result shows the geometry."""
     rows, columns = np.mgrid[:height, :width].astype(np.uint8)
     return np.stack([rows, columns, rows], axis=2), rows
 
 
-def test_mirror():
+def test_horizontal_flip():
     image, label = coordinates(5, 7)
     image[..., 2] = label[:] = image[..., 1]
     for draw, expected in ((0.49, np.arange(6, -1, -1)), (0.5, np.arange(7))):
-        mirrored, mirrored_label = RandomMirror()(image, label, Draws(draw))
-        assert (mirrored_label == expected).all()
-        assert (mirrored[..., 1] == expected).all()
+        flipped, flipped_label = RandomMirror()(image, label, Draws(draw))
+        assert (flipped_label == expected).all()
+        assert (flipped[..., 1] == expected).all()
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.73, 1.0, 1.31, 1.5, 0.01])
-def test_scale_keeps_picture_and_mask_together(factor):
-    """The mask is sampled where the bilinear picture is: half-pixel centres, worked out one pixel at a time."""
+def test_scale_keeps_image_and_mask_aligned(factor):
+    """The mask is sampled at the same half-pixel centres as the bilinear image; computed pixel by pixel."""
     height, width = 37, 52
     image, label = coordinates(height, width)
     scaled, scaled_label = RandomScale()(image, label, Draws(factor))
@@ -92,7 +92,7 @@ def test_scale_range_is_uniform():
         RandomScale(1.5, 0.5)
 
 
-def test_published_scales_and_ranges_that_are_none():
+def test_published_scales_and_invalid_ranges():
     assert (RandomScale().low, RandomScale().high) == (0.5, 1.5)
     for low, high in ((0, 1), (-1, 1), (1.1, 1)):
         with pytest.raises(ValueError, match=f"the scale range is {low}..{high}; expected 0 < low <= high"):
@@ -130,22 +130,22 @@ def test_to_input_subtracts_the_mean_once():
     np.testing.assert_allclose(result[..., 0].numpy(), expected, atol=1e-4)
 
 
-def test_the_input_of_a_batch_is_that_of_its_pictures():
-    """To the last bit what subtracting in float32 gives, and laid out pixel by pixel; the bytes stay as they are."""
-    pictures = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), dtype=np.uint8)
-    batch = to_input(torch.from_numpy(pictures.copy()))
+def test_the_input_of_a_batch_is_that_of_its_images():
+    """Bit-identical to subtraction in float32, in channels-last format; the bytes do not change."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), dtype=np.uint8)
+    batch = to_input(torch.from_numpy(images.copy()))
     assert batch.is_contiguous(memory_format=torch.channels_last)
-    expected = pictures.astype(np.float32) - np.asarray(MEAN_BGR, dtype=np.float32)
+    expected = images.astype(np.float32) - np.asarray(MEAN_BGR, dtype=np.float32)
     assert (batch.numpy() == expected.transpose(0, 3, 1, 2)).all()
-    assert all(torch.equal(one, to_input(picture)) for one, picture in zip(batch, pictures))
+    assert all(torch.equal(one, to_input(image)) for one, image in zip(batch, images))
 
 
-def test_a_view_in_the_other_order_of_channels_is_an_image():
+def test_a_view_with_reversed_channels_is_accepted():
     image = np.random.default_rng(0).integers(0, 256, (2, 3, 3), dtype=np.uint8)
     assert torch.equal(to_input(image[..., ::-1]), to_input(image[..., ::-1].copy()))
 
 
-def test_what_is_no_image_is_refused():
+def test_other_input_than_images_is_refused():
     good = np.zeros((3, 4, 3), np.uint8)
     for wrong, found in (
         (Image.fromarray(good), "Image of no numbers"),
@@ -176,7 +176,7 @@ def test_options_choose_the_transforms_in_order():
 
 
 def blend(one, other, factor):
-    """``one`` + factor * (``other`` - ``one``) in whole levels, as Pillow has it."""
+    """``one`` + factor * (``other`` - ``one``) rounded to whole levels, as in Pillow."""
     return np.clip(one + np.float32(factor) * (other.astype(np.float32) - one), 0, 255).astype(np.uint8)
 
 
@@ -185,7 +185,7 @@ def grey(rgb):
 
 
 def turned(rgb, share):
-    """The hue of every pixel turned, by Python's own colour conversion."""
+    """The hue of every pixel shifted, with Python's own colour conversion."""
     hsv = [colorsys.rgb_to_hsv(*pixel) for pixel in (rgb.reshape(-1, 3) / 255).tolist()]
     return np.array([colorsys.hsv_to_rgb((h + share) % 1, s, v) for h, s, v in hsv]).reshape(rgb.shape) * 255
 
@@ -200,7 +200,7 @@ def naive_change(kind, rgb, factor):
 
 @pytest.mark.parametrize("strengths", [(0.4, 0, 0, 0), (0, 0.9, 0, 0), (0, 0, 2.0, 0), (0, 0, 0, 0.5), (0.4, 0.5, 0.6, 0)])
 def test_colour_jitter_against_a_naive_one(strengths):
-    """On a BGR picture, for several draws; an order drawn before the factors, and the label as it is."""
+    """On a BGR image, for several draws; the order is drawn before the factors, and the label does not change."""
     noise = np.random.default_rng(5).integers(0, 256, (13, 17, 3), dtype=np.uint8)
     label = np.arange(13 * 17, dtype=np.uint8).reshape(13, 17)
     orders = set()
@@ -257,8 +257,8 @@ def test_batches_do_not_depend_on_the_number_of_workers(toy_training_set):
             assert all(map(torch.equal, crop, other))
 
 
-def test_the_labels_of_the_whole_picture_are_told(toy_voc):
-    """Not only those of the crop, and as they were read."""
+def test_a_crop_knows_the_labels_of_the_whole_image(toy_voc):
+    """Not only those in the crop, with the values after reading."""
     ids = read_ids(toy_voc / "ImageSets/Segmentation/val.txt")
     data = VOCSegmentation(
         toy_voc, ids, num_classes=TOY_CLASSES, ignore_label=2, transform=TrainTransform(7, [RandomCrop((1, 1)), Pad((1, 1))])
@@ -268,13 +268,13 @@ def test_the_labels_of_the_whole_picture_are_told(toy_voc):
     assert present.nonzero().flatten().tolist() == sorted(set(np.unique(label).tolist()) - {2} | {255})
 
 
-def test_one_picture_is_drawn_differently_each_time(toy_training_set):
+def test_each_draw_of_an_image_differs(toy_training_set):
     first, second = toy_training_set[0, 0], toy_training_set[0, 1]
     assert not torch.equal(first[0], second[0])
     assert torch.equal(first[0], toy_training_set[0, 0][0])
 
 
-def test_every_pass_takes_every_picture_once():
+def test_every_epoch_has_every_image_once():
     stream = iter(StepSampler(7, 2, seed=1))
     draws = [pair for _ in range(21) for pair in next(stream)]
     assert [draw for _, draw in draws] == list(range(42))
@@ -285,7 +285,7 @@ def test_every_pass_takes_every_picture_once():
     assert [pair for _ in range(21) for pair in next(other)] != draws
 
 
-def test_shards_are_parts_of_the_one_stream():
+def test_shards_are_parts_of_one_stream():
     whole = StepSampler(5, 4, seed=3)
     parts = [StepSampler(5, 4, seed=3, shard=shard, num_shards=2) for shard in range(2)]
     for number in (0, 1, 9):

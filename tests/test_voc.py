@@ -40,7 +40,7 @@ def test_palette_and_grey_labels_read_as_indices(tmp_path):
     assert cv2.imread(str(tmp_path / "p.png"), cv2.IMREAD_GRAYSCALE)[0, 1] == 38  # what reading with OpenCV would train on
 
 
-def test_a_second_void_label_becomes_255(tmp_path):
+def test_another_ignore_label_becomes_255(tmp_path):
     path = write_label(tmp_path / "l.png", np.array([[0, 1, 11, 255]], dtype=np.uint8))
     assert read_label(path, 11, ignore_label=11).tolist() == [[0, 1, 255, 255]]
     assert read_label(path, 12, ignore_label=0).tolist() == [[255, 1, 11, 255]]
@@ -74,7 +74,7 @@ BAD_LABELS = {
 
 @pytest.mark.parametrize(("kind", "workers"), [*((kind, 0) for kind in BAD_LABELS), ("rgb", 1), ("missing", 1)])
 def test_bad_labels_are_one_sentence_that_names_the_file(toy_voc, kind, workers):
-    """In a worker too, where PyTorch would wrap the sentence into a traceback."""
+    """Also in a worker, where PyTorch wraps the sentence in a traceback."""
     path = toy_voc / "SegmentationClassAug" / "toy_0.png"
     break_it, message = BAD_LABELS[kind]
     break_it(path)
@@ -94,17 +94,17 @@ def test_bad_labels_are_one_sentence_that_names_the_file(toy_voc, kind, workers)
     ("content", "message"),
     [(None, "does not exist"), (0.5, "is truncated"), (b"GIF?" * 100, "is not an image"), (b"", "is not an image")],
 )
-def test_bad_pictures(toy_voc, content, message):
+def test_bad_images(toy_voc, content, message):
     path = toy_voc / "JPEGImages" / "toy_0.jpg"
     whole = path.read_bytes()
     path.unlink()
     if content is not None:
         path.write_bytes(whole[: int(len(whole) * content)] if isinstance(content, float) else content)
-    with pytest.raises(DatasetError, match=rf"the (picture|image) .*toy_0\.jpg {message}"):
+    with pytest.raises(DatasetError, match=rf"the image .*toy_0\.jpg {message}"):
         VOCSegmentation(toy_voc, ["toy_0"], num_classes=TOY_CLASSES)[0]
 
 
-def test_advice_goes_behind_the_sentence(toy_voc):
+def test_advice_follows_the_sentence(toy_voc):
     (toy_voc / "JPEGImages/toy_0.jpg").write_bytes(b"")
     for advice, end in (("look at the docs", "(0 bytes); look at the docs"), ("", "(0 bytes)")):
         with pytest.raises(DatasetError) as error:
@@ -112,7 +112,7 @@ def test_advice_goes_behind_the_sentence(toy_voc):
         assert str(error.value).endswith(end)
 
 
-def test_pairs_come_as_they_are(toy_voc):
+def test_pairs_are_not_changed(toy_voc):
     data = VOCSegmentation(toy_voc, read_ids(toy_voc / "ImageSets/Segmentation/val.txt"), num_classes=TOY_CLASSES)
     assert len(data) == 6
     for i, size in enumerate(TOY_SIZES):
@@ -124,23 +124,23 @@ def test_pairs_come_as_they_are(toy_voc):
 
 
 def test_folders(toy_voc):
-    """A mask that SegmentationClassAug lacks comes from SegmentationClass; other folder names are arguments."""
+    """A mask missing from SegmentationClassAug is read from SegmentationClass; folder names are arguments."""
     (toy_voc / "SegmentationClass").mkdir()
     shutil.move(toy_voc / "SegmentationClassAug/toy_1.png", toy_voc / "SegmentationClass/toy_1.png")
     data = VOCSegmentation(toy_voc, ["toy_0", "toy_1"], num_classes=TOY_CLASSES)
     assert [data.label_path(i).parent.name for i in data.ids] == ["SegmentationClassAug", "SegmentationClass"]
     assert data[1][1].shape == TOY_SIZES[1]
-    (toy_voc / "JPEGImages").rename(toy_voc / "pictures")
+    (toy_voc / "JPEGImages").rename(toy_voc / "photos")
     (toy_voc / "SegmentationClassAug").rename(toy_voc / "masks")
-    data = VOCSegmentation(toy_voc, ["toy_0"], "pictures", "masks", TOY_CLASSES)
+    data = VOCSegmentation(toy_voc, ["toy_0"], "photos", "masks", TOY_CLASSES)
     assert data[0][1].shape == TOY_SIZES[0]
-    folders = "ImageSets/, SegmentationClass/, masks/, pictures/"
+    folders = "ImageSets/, SegmentationClass/, masks/, photos/"
     with pytest.raises(
         DatasetError, match=f"holds no JPEGImages/; expected images <id>.jpg there or in --image-dir, but it holds {folders}$"
     ):
         VOCSegmentation(toy_voc, ["toy_0"])
     with pytest.raises(DatasetError, match="holds no labels/"):
-        VOCSegmentation(toy_voc, ["toy_0"], "pictures", "labels")
+        VOCSegmentation(toy_voc, ["toy_0"], "photos", "labels")
     with pytest.raises(DatasetError, match="nowhere does not exist"):
         VOCSegmentation(toy_voc / "nowhere", ["toy_0"])
 
@@ -169,7 +169,7 @@ def test_the_file_of_classes_is_read_once(tmp_path, toy_voc, monkeypatch):
     assert given.colors[1] == (1, 0, 1)
 
 
-def test_how_many_classes(tmp_path):
+def test_the_number_of_classes(tmp_path):
     assert count_classes(tmp_path) is None
     path = tmp_path / "classes.txt"
     for text, count in (
@@ -188,13 +188,13 @@ def test_how_many_classes(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["void", "Ignore", "unlabelled", "unlabeled"])
-def test_a_last_line_for_void_is_no_class(tmp_path, name):
+def test_a_last_line_for_the_ignore_label_is_no_class(tmp_path, name):
     (tmp_path / "classes.txt").write_text(f"sky\nroad\n{name}\n")
     with pytest.raises(DatasetError, match=f"names {name} as its last class, but --ignore-label 2 says .*: delete that line"):
         count_classes(tmp_path, 2)
     with pytest.raises(DatasetError, match=f"expected 2: delete its last line, {name}, .* pass --ignore-label 2"):
         read_class_names(tmp_path, 2)
-    assert count_classes(tmp_path, 0) == 3  # another one is void
+    assert count_classes(tmp_path, 0) == 3  # another label is ignored
 
 
 @pytest.mark.parametrize(
@@ -202,22 +202,22 @@ def test_a_last_line_for_void_is_no_class(tmp_path, name):
     [
         ([0, 1, 2, 255], 255, ""),
         ([0, 2], 255, "1 red"),
-        ([1, 2, 255], 0, ""),  # void is no class
+        ([1, 2, 255], 0, ""),  # the ignore label is no class
         ([0, 1], 255, "2 blue"),
-        ([1], 255, ""),  # one class alone has a sentence of its own
+        ([1], 255, ""),  # a single class has its own warning
         ([255], 255, ""),
     ],
 )
-def test_classes_that_labels_lack(present, ignore_label, text):
+def test_absent_classes(present, ignore_label, text):
     assert absent_classes(present, ["ground", "red", "blue"], ignore_label) == text
 
 
-def test_many_classes_that_labels_lack_are_counted():
-    """Of 182 classes a few labels lack most; those that no label has are not among them."""
+def test_many_absent_classes_are_counted():
+    """Most of 182 classes are absent from a few labels; unused ones are not listed."""
     assert absent_classes([0, 1, 5], [f"c{i}" for i in range(30)], unused=[2, 29]).endswith("21 c21, 22 c22, 23 c23 and 5 more")
 
 
-def test_names_where_nobody_gave_them():
+def test_default_names():
     assert default_names(2) == ["class 0", "class 1"]
     assert default_names(21)[::20] == ["background", "tvmonitor"]
 
@@ -247,7 +247,7 @@ def test_labels_of_one_class(present, words):
     assert sentence is None if words is None else re.search(words, sentence)
 
 
-def test_names_are_those_that_torchvision_tells_of_its_nets():
+def test_names_equal_those_in_torchvision():
     theirs = DeepLabV3_ResNet50_Weights.DEFAULT.meta["categories"]
     assert [name.strip("_") for name in theirs] == list(VOC_NAMES)
 

@@ -41,13 +41,13 @@ def likely_causes(
             f"{colours['other']} labels are colour images: `python {TO_INDICES} MASKS NEW` converts them to class indices by "
             "the colours in classes.txt in MASKS (`name r g b` per line)"
         )
-    void = {IGNORE_LABEL, ignore_label}
+    ignored = {IGNORE_LABEL, ignore_label}
     present = set(np.flatnonzero(counts).tolist())
-    values = present - void
+    values = present - ignored
     if wrong := {value for value in values if value >= num_classes}:
-        grey = set(np.flatnonzero(wrong_counts).tolist()) - VOID_GREY - void <= _voc_levels().keys()
+        grey = set(np.flatnonzero(wrong_counts).tolist()) - VOID_GREY - ignored <= _voc_levels().keys()
         return [*causes, _wrong_values(values, wrong, grey, num_classes)]
-    if present and (warning := one_class_warning(IGNORE_LABEL if value in void else value for value in present)):
+    if present and (warning := one_class_warning(IGNORE_LABEL if value in ignored else value for value in present)):
         causes.append(warning)
     elif values == {0, 1} and num_classes == len(VOC_CLASSES):
         causes.append(f"only 0 and 1 occur, but the classes are VOC's {num_classes}: {name_the_classes(2)}")
