@@ -43,6 +43,6 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name != "load_net":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from deeplab.weights import load_net  # most users of the method need no reader of files
+    from deeplab.weights import load_net  # imported on first use: few users of the method need it
 
     return load_net

@@ -2,9 +2,9 @@
 
 As published, labels are shrunk to the logits. ``size="input"`` enlarges the logits to the labels instead.
 
-Each image's loss is the mean over its own labelled pixels, and a batch's loss is the mean over its images. That is what the
-published Caffe net computes (batch 1, ten accumulated iterations a step), and it makes ten accumulated batches of one image,
-one batch of ten, and a batch split over several processes the same step; a mean over the pixels of a batch would not.
+Each image's loss is the mean over its own labelled pixels; a batch's loss is the mean over its images. The published Caffe
+net computes the same (batch 1, ten iterations accumulated per step). So ten accumulated batches of one image, one batch of
+ten, and a batch split over several processes give the same step; a mean over all pixels of a batch would not.
 """
 
 import math
@@ -20,14 +20,14 @@ from deeplab.multiscale import TRAIN_SCALES, fuse_max, multiscale_logits, resize
 
 LOSS_SIZES = ("output", "input")
 IGNORE_LABEL = 255
-LEAST_WEIGHT = 1e-12  # the sum of the weights of no pixel, by which 0 is divided
+LEAST_WEIGHT = 1e-12  # the least divisor: a weighted mean over no pixels is 0 / 1e-12 = 0
 
 
 def resize_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
-    """Nearest-neighbour sampling of labels on a grid whose corner pixels are those of the input (``align_corners``).
+    """Resize labels by nearest neighbour on a grid with aligned corner pixels (``align_corners``).
 
-    Row i of the result is row ``i * (H - 1) / (h - 1)``, rounded with halves up, and a single row is row 0; so 321 -> 41 is
-    exactly every 8th pixel.
+    Row i of the result is row ``i * (H - 1) / (h - 1)``, halves rounded up; a single row is row 0. So 321 -> 41
+    takes exactly every 8th pixel.
 
     Args:
         labels: (N, H, W), any integer type.
@@ -36,7 +36,7 @@ def resize_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
     Returns:
         (N, h, w) of the same type.
     """
-    rows, columns = (  # floor(i * (side - 1) / last + 1 / 2) in whole numbers
+    rows, columns = (  # floor(i * (side - 1) / last + 1 / 2) in integers
         (torch.arange(n, device=labels.device) * (2 * (side - 1)) + last) // (2 * last)
         for n, side, last in ((n, side, max(n - 1, 1)) for n, side in zip(size, labels.shape[-2:]))
     )
@@ -45,29 +45,29 @@ def resize_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Ohem:
-    """Online hard example mining (Shrivastava et al., arXiv:1604.03540) as pytorch-segmentation-toolbox does it: only pixels
-    whose true class has a probability of at most ``threshold`` count, but at least the ``keep`` hardest.
+    """Online hard example mining (Shrivastava et al., arXiv:1604.03540) as in pytorch-segmentation-toolbox: a pixel counts if
+    its true class has a probability of at most ``threshold``; the ``keep`` hardest pixels always count.
 
     The toolbox estimates the ``keep``-th hardest pixel on predictions and labels at an eighth of the size; here it is exact.
-    The values here are those of its class; its command line has 0.6 and 200,000.
+    The defaults are those of the toolbox's class; its command line has 0.6 and 200,000.
     """
 
     threshold: float = 0.7
     keep: int = 100_000
 
     def mean(self, losses: Tensor, labelled: Tensor, weights: Tensor | None = None) -> Tensor:
-        """The mean over the hard pixels of the batch, for one process as published: not per image.
+        """The mean over the hard pixels of this process's batch, as published; not per image.
 
         Args:
             losses: (N, h, w) cross entropy, which falls as the true class's probability rises.
             labelled: (N, h, w) bool, False for the ignore label.
-            weights: (N, h, w) float32 of a weighted mean; they do not decide which pixels are hard.
+            weights: (N, h, w) float32, for a weighted mean; they do not change which pixels are hard.
 
         Returns:
-            A scalar, found without a read-back to the host; 0 where nothing is labelled.
+            A scalar, computed without a host sync; 0 if no pixel is labelled.
         """
         hardness = losses.detach().masked_fill(~labelled, -1.0).flatten()
-        # Not kthvalue, which has no deterministic kernel on CUDA. Void is last, so fewer labelled pixels than `keep` all count.
+        # Not kthvalue: it has no deterministic CUDA kernel. Ignored pixels are last, so up to `keep` labelled pixels all count.
         limit = hardness.topk(min(self.keep, len(hardness)), sorted=False).values.amin()
         hard = hardness >= limit.clamp(min=0, max=-math.log(self.threshold))
         if weights is not None:
@@ -80,15 +80,14 @@ def cross_entropy(
 ) -> Tensor:
     """Mean over images of the mean cross entropy over each image's labelled pixels, in float32.
 
-    An image without a labelled pixel counts 0, with a gradient of 0.
+    An image without labelled pixels has loss 0 and gradient 0.
 
     Args:
         logits: (N, C, h, w).
-        labels: (N, H, W) int64; pixels of 255 have no part in the loss.
+        labels: (N, H, W) int64; pixels of 255 are ignored.
         size: ``"output"`` shrinks the labels to (h, w), ``"input"`` enlarges the logits to (H, W).
-        ohem: the mean over the batch's hard pixels instead.
-        class_weights: (C,) float32 of at least 0; each mean is then the weighted one, the sum of weight * loss over the sum of
-            weights.
+        ohem: use the mean over the batch's hard pixels instead.
+        class_weights: (C,) float32, at least 0; each mean becomes sum(weight * loss) / sum(weight).
 
     Returns:
         A scalar.
@@ -122,11 +121,11 @@ def single_scale_loss(
     """The loss of ``train.py``.
 
     Args:
-        net: (N, 3, H, W) -> (N, C, h, w) logits, or a pair of them: the head's and an auxiliary head's.
+        net: (N, 3, H, W) -> (N, C, h, w) logits, or a pair of logits: the head's and an auxiliary head's.
         images: (N, 3, H, W) mean-subtracted BGR.
         labels: (N, H, W) int64, 255 ignored.
-        size, ohem, class_weights: see :func:`cross_entropy`; the auxiliary head's loss is without ``ohem``.
-        aux_weight: what the auxiliary head's loss is multiplied by; with 0 that head is not computed.
+        size, ohem, class_weights: see :func:`cross_entropy`; ``ohem`` does not apply to the auxiliary head.
+        aux_weight: factor of the auxiliary head's loss; with 0 that head is not computed.
 
     Returns:
         ``{"loss": scalar}``; with an auxiliary head ``"loss_main"`` and ``"loss_aux"`` as well.
@@ -151,10 +150,10 @@ def multi_scale_loss(
     one_scale_at_a_time: bool = False,
     class_weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The loss of ``train_msc.py``: that of each scale's logits and that of their pixel-wise maximum, summed.
+    """The loss of ``train_msc.py``: the losses of each scale's logits and of their pixel-wise maximum, summed.
 
     Arguments as in :func:`single_scale_loss` and :func:`deeplab.multiscale.multiscale_logits`; the maximum is taken at the size
-    of the first of ``scales``, the only one at which an auxiliary head has a part in the sum.
+    of the first scale. An auxiliary head contributes at the first scale only.
 
     Returns:
         ``{"loss": their sum, "loss_max": ..., "loss_1x": ..., "loss_0.75x": ..., "loss_0.5x": ...}``, scalars; with an
@@ -174,14 +173,14 @@ def multi_scale_loss(
 
 
 def _check_sizes(images: Tensor, labels: Tensor) -> None:
-    """Raise :class:`ValueError` for labels that are not those of the images, which would be resized without a word."""
+    """Raise :class:`ValueError` for labels that do not fit the images; the loss would silently resize them."""
     if labels.shape != (len(images), *images.shape[-2:]):
         found = f"images {tuple(images.shape)} and labels {tuple(labels.shape)}"
         raise ValueError(f"{found} do not match; expected (N, 3, H, W) and (N, H, W)")
 
 
 def _both(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """What a net gives in training: its logits, and those of an auxiliary head if it has one."""
+    """A net's training output as (logits, the auxiliary head's logits or None)."""
     return output if isinstance(output, tuple) else (output, None)
 
 
@@ -189,7 +188,7 @@ LossFunction = Callable[..., dict[str, Tensor]]
 
 
 class Objective(nn.Module):
-    """The net and its loss as one module, so that DistributedDataParallel sees one forward pass whatever the scales."""
+    """The net and its loss as one module, so that DistributedDataParallel sees one forward pass for all scales."""
 
     def __init__(self, net: nn.Module, loss_function: LossFunction, **options: object) -> None:
         super().__init__()

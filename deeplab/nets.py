@@ -1,4 +1,4 @@
-"""The nets by their names."""
+"""The nets by name."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +17,6 @@ NETS: dict[str, type[Net]] = {
 
 
 def make_net(config: Mapping[str, Any], batch_norm: str = "frozen") -> Net:
-    """The net of a ``net.config``; where that names none, as in older snapshots, a DeepLab-v2."""
+    """Build the net that a ``net.config`` describes; a config without a name, as in older snapshots, is a DeepLab-v2's."""
     options = dict(config)
     return NETS[options.pop("net", "deeplabv2")](**options, batch_norm=batch_norm)

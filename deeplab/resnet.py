@@ -1,9 +1,9 @@
 """Dilated ResNet backbones at output stride 8 (He et al., arXiv:1512.03385; Chen et al., arXiv:1606.00915).
 
 The parameter names are the published ones (``conv1``, ``bn1``, ``layer{1..4}.{i}.conv1`` ...), so published DeepLab-ResNet
-weights load unchanged. Three things differ from torchvision's ResNet, each because the Caffe net that the published weights
-come from differs: the pool rounds its output size up, the stride of a stage sits in the first 1x1 convolution, and every
-block of a dilated stage uses that stage's dilation (torchvision gives the first block the previous one's).
+weights load unchanged. Three things differ from torchvision's ResNet, because the published weights come from a Caffe net:
+the pool rounds its output size up, the stride of a stage sits in the first 1x1 convolution, and every block of a dilated
+stage uses that stage's dilation (torchvision's first block uses the previous stage's).
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ MARK = "deeplab"
 
 
 Norm = Callable[[int], nn.Module]
-"""A number of channels -> their batch norm."""
+"""Makes the batch norm of a number of channels."""
 
 
 class BasicBlock(nn.Module):
@@ -91,16 +91,16 @@ class Bottleneck(nn.Module):
 
 
 def _recomputed(block: nn.Module, x: Tensor, folded: Folded) -> Tensor:
-    """``block(x, folded)`` whose activations are computed again in the backward pass instead of being kept."""
+    """``block(x, folded)``; its activations are not stored but computed again in the backward pass."""
     folded.multiply(block)
-    if torch.compiler.is_compiling():  # compiled code moves the statistics once, whatever it recomputes
+    if torch.compiler.is_compiling():  # compiled code updates the statistics once, even if it recomputes
         return checkpoint(block, x, folded, use_reentrant=False, preserve_rng_state=False)
-    contexts = lambda: (nullcontext(), kept_statistics(block))  # noqa: E731 (of the first pass, of the second)
+    contexts = lambda: (nullcontext(), kept_statistics(block))  # noqa: E731 (first pass, recomputation)
     return checkpoint(block, x, folded, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 def _shortcut(inplanes: int, outplanes: int, stride: int, norm: Norm) -> Any:
-    """The projection of a block's input (published name ``downsample``); None where the input fits as it is."""
+    """The projection of a block's input (published name ``downsample``); None if the input already fits."""
     if stride == 1 and inplanes == outplanes:
         return None
     return nn.Sequential(nn.Conv2d(inplanes, outplanes, 1, stride, bias=False), norm(outplanes))
@@ -110,10 +110,10 @@ class Backbone(NamedTuple):
     """An entry of ``BACKBONES``, the table that commands and weights files read.
 
     Attributes:
-        block: of which the stages are built, a subclass of one of the two counts as well.
+        block: the class of the blocks; subclasses of the two work as well.
         depths: blocks in each of the four stages.
-        groups, width: of the inner convolutions, in torchvision's words: in the first stage ``groups`` groups of ``width``
-            channels, in each further stage twice as many channels.
+        groups, width: torchvision's ``groups`` and ``width_per_group``. In the first stage the inner convolutions have
+            ``groups`` groups of ``width`` channels; each later stage doubles the channels.
     """
 
     block: type[BasicBlock] | type[Bottleneck]
@@ -132,25 +132,25 @@ BACKBONES = {
 
 
 def check_classes(num_classes: int) -> None:
-    """Raise :class:`ValueError` for a number of classes that labels of one byte cannot tell."""
+    """Raise :class:`ValueError` for a number of classes that labels of one byte cannot hold."""
     if not 1 <= num_classes <= 255:
-        raise ValueError(f"num_classes is {num_classes}; expected 1..255 (255 is the void label)")
+        raise ValueError(f"num_classes is {num_classes}; expected 1..255 (255 is the ignore label)")
 
 
 class DilatedResNet(nn.Module):
     """A ResNet backbone at output stride 8: stage 3 has stride 1 and dilation 2, stage 4 stride 1 and dilation 4.
 
-    An input side of 8k + 1 pixels gives k + 1 positions, 8 pixels apart: 321 -> 41, 505 -> 64. Other sides work as well and
-    round as the pool does: 320 -> 41, 512 -> 65.
+    An input side of 8k + 1 pixels gives k + 1 positions, 8 pixels apart: 321 -> 41, 505 -> 64. Other sides work as well;
+    the pool rounds up: 320 -> 41, 512 -> 65.
 
     Args:
         backbone: one of ``BACKBONES``.
-        batch_norm: ``"frozen"`` (``FrozenBatchNorm2d``: nothing in it can change, whatever ``.train()`` says), ``"stats"``
-            (running statistics move in training, weight and bias are fixed) or ``"full"`` (everything learns).
-        batch_norm_eps: added to the variance; 1e-5 in all published nets but those trained with TensorFlow-Slim (1e-3).
+        batch_norm: ``"frozen"`` (``FrozenBatchNorm2d``: nothing in it changes, not even after ``.train()``), ``"stats"``
+            (training updates the running statistics; weight and bias are fixed) or ``"full"`` (everything is trained).
+        batch_norm_eps: added to the variance; 1e-5 in all published nets except those trained with TensorFlow-Slim (1e-3).
         stride_in_3x3: the stride of a bottleneck stage sits in its 3x3 (torchvision) instead of its first 1x1 (published).
-        stem: ``"7x7"``, one convolution, or ``"deep"``: three 3x3 convolutions of 64, 64 and 128 channels, as MIT's scene
-            parsing nets and pytorch-segmentation-toolbox have.
+        stem: ``"7x7"``: one convolution; ``"deep"``: three 3x3 convolutions of 64, 64 and 128 channels, as in MIT's scene
+            parsing nets and pytorch-segmentation-toolbox.
 
     Raises:
         ValueError: an unknown ``backbone``, ``batch_norm`` or ``stem``.
@@ -168,14 +168,14 @@ class DilatedResNet(nn.Module):
         if backbone not in BACKBONES:
             raise ValueError(
                 f"backbone {backbone!r} is unknown; choose one of {', '.join(BACKBONES)}"
-                "; a weights file is opened by deeplab.load_net(path)"
+                "; to open a weights file, use deeplab.load_net(path)"
             )
         if batch_norm not in BATCH_NORM_MODES:
             raise ValueError(f"batch_norm {batch_norm!r} is unknown; choose one of {', '.join(BATCH_NORM_MODES)}")
         if stem not in STEMS:
             raise ValueError(f"stem {stem!r} is unknown; choose one of {', '.join(STEMS)}")
         block, depths, groups, width = BACKBONES[backbone]
-        self.config: dict[str, Any] = {}  # a net's own says how to build it again
+        self.config: dict[str, Any] = {}  # set by each net; make_net builds the same net from it
         self.norm = partial(make_norm, batch_norm=batch_norm, eps=batch_norm_eps)
         self.grad_checkpoint = False
 
@@ -207,19 +207,19 @@ class DilatedResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if batch_norm == "full" and isinstance(module, (BasicBlock, Bottleneck)):
-                # Each block starts as its shortcut, which allows higher rates from scratch: Goyal et al., arXiv:1706.02677.
+                # Each block starts as its shortcut, for higher learning rates from scratch (Goyal et al., arXiv:1706.02677).
                 last: Any = module.bn3 if isinstance(module, Bottleneck) else module.bn2
                 nn.init.zeros_(last.weight)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """As torch does; the metadata of the state_dict, which ``torch.save`` keeps, say which net it is."""
+        """As in torch; also puts ``config`` into the metadata of the state_dict, which ``torch.save`` keeps."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if hasattr(destination, "_metadata"):
             destination._metadata[prefix[:-1]][MARK] = dict(self.config)
 
     def features(self, x: Tensor, folded: Folded) -> tuple[Tensor, Tensor]:
-        """(N, 3, H, W) mean-subtracted BGR images -> what stages 3 and 4 give: (N, out_channels / 2, h, w) and
-        (N, out_channels, h, w), h and w about an eighth of H and W.
+        """(N, 3, H, W) mean-subtracted BGR images -> the outputs of stages 3 and 4: (N, out_channels / 2, h, w)
+        and (N, out_channels, h, w), h and w about an eighth of H and W.
 
         ``folded`` is :func:`deeplab.batch_norm.fold` of the net.
         """
@@ -237,10 +237,10 @@ class DilatedResNet(nn.Module):
 
 
 def fold_batch_norm(net: DilatedResNet) -> nn.Module:
-    """Fold every batch norm of a net into its convolution for good, for prediction; changes and returns ``net``.
+    """Fold every batch norm of a net into its convolution permanently, for prediction; changes and returns ``net``.
 
-    Each convolution gets the product as its weight and a bias, each batch norm becomes ``nn.Identity``. Running statistics are
-    used, whatever kind of batch norm it was. The net can no longer be trained as it was, nor saved under the published names.
+    Each convolution gets a scaled weight and a bias; each batch norm becomes ``nn.Identity``. The running statistics are used
+    in every batch norm mode. Afterwards the net can be neither trained as before nor saved under the published names.
     """
     names = {module: name for name, module in net.named_modules()}
     for conv, bn in conv_bn_pairs(net):

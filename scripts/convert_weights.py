@@ -1,25 +1,25 @@
-"""Convert a weights file: any scheme that the project reads into our snapshot, and back into others where a way exists.
+"""Convert a weights file: from any scheme that the project reads to a snapshot, or to another scheme that fits the net.
 
     python scripts/convert_weights.py train_iter_20000.caffemodel weights/caffe.pth
     python scripts/convert_weights.py snapshots/VOC12_scenes_20000.pth out.pth --to kazuto
 
-``--to`` takes, for any net:
+``--to`` accepts, for any net:
 
     snapshot           {"model", "meta"}: what train.py writes and every command here reads without flags (the default)
-    safetensors        the canonical names, with the snapshot's meta in the header (the default where OUT is a .safetensors)
+    safetensors        the canonical names, with the snapshot's meta in the header (the default if OUT ends in .safetensors)
 
-for resnet50, 101 and 152 with the stride in the 1x1 convolutions, as all but torchvision's have it, and a head of rates
-6,12,18,24:
+for resnet50, 101 and 152 with the stride in the 1x1 convolutions (as in all published nets except torchvision's) and a head
+of rates 6,12,18,24:
 
     published          a bare state_dict with the published names, for any DeepLab-ResNet code
     kazuto             the names of kazuto1011/deeplab-pytorch
 
-and for resnet18 and 34, and for larger ones with the stride in the 3x3 convolutions, as torchvision's have it:
+and for resnet18 and 34, and for larger ones with the stride in the 3x3 convolutions (as in torchvision's):
 
-    torchvision-trunk  the trunk for RGB input, for torchvision's resnet without its fc
+    torchvision-trunk  the backbone for RGB input, for torchvision's resnet without its fc
 
-``--trunk`` overrides what a ResNet under torchvision's names is taken for; by default its numbers tell. One under another
-net's head, of which only the trunk is used, wants it, since they do not tell where the stride of its stages sits.
+``--trunk`` says how to read a ResNet with torchvision's names; by default its first layer decides. A ResNet with the head of
+another net needs ``--trunk``, since its weights do not show where the stride sits; only its backbone is used.
 ``--atrous-rates 6,12`` keeps the first two of a head's four branches, for weights that were trained with those alone.
 """
 
@@ -42,9 +42,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="IN", type=Path, help="the weights file to read; its scheme is recognised")
     parser.add_argument("target", metavar="OUT", type=Path, help="the file to write")
-    parser.add_argument("--to", choices=SCHEMES, help="the scheme of OUT (default: what its suffix says)")
+    parser.add_argument("--to", choices=SCHEMES, help="the scheme of OUT (default: by its suffix)")
     parser.add_argument(
-        "--trunk", choices=TRUNKS, default="auto", help="what a ResNet is taken for (default: what its first layer tells)"
+        "--trunk", choices=TRUNKS, default="auto", help="how to read a bare ResNet (default: by its first layer)"
     )
     add_file_options(parser)
     parser.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
@@ -73,7 +73,7 @@ def check_target(source: Path, target: Path, scheme: str, force: bool) -> None:
     """Refuse a target that cannot be written or read again, before any work is done.
 
     Raises:
-        UserError: it is the source, it exists, its folder does not, or its name is that of another format.
+        UserError: it is the source, it exists, its folder does not exist, or its suffix is that of another format.
     """
     if target.is_dir():
         raise UserError(f"{target} is a folder; name the file to write in it")
@@ -89,7 +89,7 @@ def check_target(source: Path, target: Path, scheme: str, force: bool) -> None:
 
 
 def snapshot_meta(meta: dict, args: argparse.Namespace) -> dict:
-    """A snapshot's meta with all the entries that train.py writes, and how a file was read that does not tell."""
+    """A snapshot's meta with all entries that train.py writes; ``args`` records the options that IN was read with."""
     from dataset import MEAN_BGR
     from deeplab.weights import VERSION
 

@@ -26,7 +26,7 @@ def test_untrained_heads_are_dropped_with_a_line(tmp_path):
         weights = load_weights(save(tmp_path / name, narrow_state()))
         assert "num_classes" not in weights.config
         assert sorted(weights.skipped) == sorted(HEAD)
-        assert "the head of this initial file was never trained, so it is left out" in weights.notes
+        assert "the head of these pretrained weights was never trained, so it is left out" in weights.notes
     state = {f"Scale.{key}": tensor.zero_() if "layer5" in key else tensor for key, tensor in narrow_state().items()}
     weights = load_weights(save(tmp_path / "renamed.pth", state))
     assert any("all zeros" in note for note in weights.notes)
@@ -65,11 +65,11 @@ def test_historic_two_branch_head(tmp_path):
     report = apply_weights(net, weights)
     assert report.notes == ["the branches of the file's head at rates 18, 24 are left out"]
     assert sorted(report.skipped) == sorted(HEAD[4:])
-    picture = torch.rand(1, 3, 33, 33)
+    image = torch.rand(1, 3, 33, 33)
     with torch.no_grad():
-        features = source.features(picture, fold(source))[1]
+        features = source.features(image, fold(source))[1]
         first, second = source.layer5.conv2d_list[:2]
-        torch.testing.assert_close(net(picture), first(features) + second(features), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(net(image), first(features) + second(features), rtol=1e-4, atol=1e-4)
 
     _, two = small_weights(tmp_path, atrous_rates=(6, 12))
     assert two.config["atrous_rates"] == [6, 12]
@@ -104,7 +104,7 @@ def test_nothing_is_half_loaded(tmp_path):
         assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
     lost = weights.state.pop("layer4.1.conv2.weight")
-    refused(r"lacks 1 of the trunk's tensors \(layer4\.1\.conv2\.weight\); nothing was loaded")
+    refused(r"lacks 1 of the backbone's tensors \(layer4\.1\.conv2\.weight\); nothing was loaded")
     weights.state["layer4.1.conv2.weight"] = lost[:, :, :1]
     refused(r"layer4\.1\.conv2\.weight is \(512, 512, 1, 3\) in the file and \(512, 512, 3, 3\) in the net; nothing")
     weights.state["bn1.weight"] = (scale := weights.state["bn1.weight"])[:3]
@@ -136,15 +136,15 @@ def test_nets_that_are_built_differently(tmp_path):
 
 @pytest.mark.parametrize("branches", [1, 2, 3, 4])
 def test_the_rates_of_a_bare_head(tmp_path, branches):
-    """Four branches are the published rates, two the first of them (AdaptSegNet); others do not tell."""
+    """Four branches are the published rates, two the first of them (AdaptSegNet); the rates of others are unknown."""
     state = {key: value for key, value in narrow_state("resnet18").items() if not re.search(rf"list\.[{branches}-9]", key)}
     weights = load_weights(save(tmp_path / "x.pth", state))
     assert weights.config.get("atrous_rates") == {2: [6, 12], 4: [6, 12, 18, 24]}.get(branches)
-    assert (f"its head has {branches} convolutions and does not tell" in "".join(weights.notes)) == (branches in (1, 3))
+    assert (f"its head has {branches} convolutions and does not say" in "".join(weights.notes)) == (branches in (1, 3))
 
 
 @pytest.mark.parametrize("depth", [6, 7])
-def test_how_deep_a_net_may_lie_in_dictionaries(tmp_path, depth):
+def test_how_deeply_a_net_may_be_nested(tmp_path, depth):
     content = narrow_state("resnet18")
     for _ in range(depth):
         content = {"net": content}
@@ -162,8 +162,8 @@ def test_every_key_is_accounted_for(tmp_path):
     _, weights, report = load_into_new_net(save(tmp_path / "x.pth", state))
     assert report.unexpected == ["layer6.weight"]
     assert report.skipped == {"epoch": "no tensor (int)"}
-    told = {*report.loaded, *report.skipped, *report.unexpected}
-    assert told == {key for key in state if "num_batches" not in key}
+    listed = {*report.loaded, *report.skipped, *report.unexpected}
+    assert listed == {key for key in state if "num_batches" not in key}
     assert "unexpected in the file: layer6.weight" in report.lines()
     assert len(weights.state) + len(weights.skipped) == len(state)
 

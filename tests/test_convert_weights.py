@@ -99,22 +99,22 @@ def test_torchvision_there_and_back(tmp_path, backbone, form):
     net.load_state_dict(back, strict=True)
 
 
-def test_our_trained_trunk_to_torchvision_and_back(tmp_path):
+def test_our_trained_backbone_to_torchvision_and_back(tmp_path):
     path, state, _ = snapshot(tmp_path, stride_in_3x3=True)
-    there = convert(path, tmp_path / "trunk.pth", "--to", "torchvision-trunk")
+    there = convert(path, tmp_path / "backbone.pth", "--to", "torchvision-trunk")
     net = torchvision.models.resnet50(weights=None)
     net.fc = torch.nn.Identity()
     net.load_state_dict(load(there), strict=True)
     back = load(convert(there, tmp_path / "back.pth"))
-    trunk = {key: value for key, value in state.items() if not key.startswith("layer5.")}
-    assert_same_bits(back["model"], trunk, rounded=STEM)
+    backbone = {key: value for key, value in state.items() if not key.startswith("layer5.")}
+    assert_same_bits(back["model"], backbone, rounded=STEM)
 
 
-@pytest.mark.parametrize("form", ["snapshot", "safetensors", "trunk"])
+@pytest.mark.parametrize("form", ["snapshot", "safetensors", "backbone"])
 def test_files_that_carry_the_unrounded_stem_still_load(tmp_path, form):
-    """They were written until the first layer's last bit was let go: beside the model, or in the state_dict's _metadata."""
+    """Earlier versions wrote the exact first layer too: beside the model, or in the state_dict's _metadata."""
     path, state, meta = snapshot(tmp_path, backbone="resnet18")
-    trunk = {key: value for key, value in state.items() if not key.startswith("layer5.")}
+    backbone = {key: value for key, value in state.items() if not key.startswith("layer5.")}
     stem = {key: state[key] * 2 for key in STEM}
     if form == "snapshot":
         torch.save({"model": state, "meta": meta, "origin": stem}, path)
@@ -123,12 +123,12 @@ def test_files_that_carry_the_unrounded_stem_still_load(tmp_path, form):
         origin = {f"origin.{key}": value for key, value in stem.items()}
         save_file(state | origin, path, {"meta": json.dumps(meta)})
     else:
-        content = OrderedDict(trunk)
+        content = OrderedDict(backbone)
         content._metadata = OrderedDict(deeplab=stem)
         torch.save(content, path)
     weights = load_weights(path)
     assert weights.skipped == {}
-    if form != "trunk":
+    if form != "backbone":
         assert_same_bits(weights.state, dict(state))
 
 
@@ -143,11 +143,11 @@ def test_a_contaminated_file_stays_marked(tmp_path):
 
 
 def test_ways_back_from_tensorflow(tmp_path):
-    """What TensorFlow trained has an epsilon that the other nets do not know; Caffe's own arrays go everywhere."""
+    """Weights trained by TensorFlow have an epsilon that no other scheme allows; Caffe's own arrays fit all schemes."""
     state = random_net("resnet50", 3).state_dict()
     layers = tensorflow_arrays(state, "resnet50")
     np.savez(tmp_path / "x.npz", **{f"{layer}/{leaf}": v for layer, entry in layers.items() for leaf, v in entry.items()})
-    with pytest.raises(WeightsError, match=r"no way to kazuto: its batch-norm epsilon is 0\.001, there it is 1e-05"):
+    with pytest.raises(WeightsError, match=r"cannot be converted to kazuto: its batch-norm epsilon is 0\.001, not 1e-05"):
         convert(tmp_path / "x.npz", tmp_path / "y.pth", "--to", "kazuto")
     assert load(convert(tmp_path / "x.npz", tmp_path / "y.pth"))["meta"]["batch_norm_eps"] == 1e-3
     np.save(tmp_path / "x.npy", layers)
@@ -192,7 +192,7 @@ def test_the_choices_are_those_of_the_package():
 def test_command_line(tmp_path, monkeypatch, capsys):
     path, _, _ = snapshot(tmp_path, backbone="resnet18")
     monkeypatch.chdir(tmp_path)
-    convert(path, "out.safetensors")  # the suffix says which scheme
+    convert(path, "out.safetensors")  # the suffix sets the scheme
     lines = capsys.readouterr().out
     assert "snapshot: 128 tensors; net deeplabv2, backbone resnet18, num_classes 3" in lines
     assert "do not evaluate it on val: it saw val" in lines
@@ -201,6 +201,6 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     failed = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert failed.returncode == 2
     assert failed.stderr.startswith("convert_weights.py: error: ")
-    assert "built of bottleneck blocks, resnet18 is not" in failed.stderr
+    assert "is for bottleneck blocks, which resnet18 does not have" in failed.stderr
     assert failed.stderr.count("\n") == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ours.pth", "out.safetensors"]

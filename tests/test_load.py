@@ -127,9 +127,9 @@ def test_npz_of_tensorflow_variables(tmp_path):
 @pytest.mark.parametrize(
     ("name", "nested", "eps"), [("x.npz", True, 1e-5), ("x.npy", False, 1e-3), ("deeplab_resnet.npz", False, 1e-5)]
 )
-def test_epsilon_by_what_the_arrays_are(tmp_path, name, nested, eps):
-    """Nested dictionaries are the converter's in either container, flat names a checkpoint's; one checkpoint is known to be
-    the converter's output."""
+def test_epsilon_by_the_form_of_the_arrays(tmp_path, name, nested, eps):
+    """Nested dictionaries come from the converter in either container, flat names from a checkpoint; one checkpoint is known
+    to be the converter's output."""
     layers = tensorflow_arrays(narrow_state("resnet50"), "resnet50")
     flat = {f"{layer}/{leaf}:0": value for layer, entry in layers.items() for leaf, value in entry.items()}
     if name.endswith(".npy"):
@@ -177,7 +177,7 @@ def test_numpy_pickle_of_python_2(tmp_path):
     path = tmp_path / "deeplab_resnet_init.npy"
     path.write_bytes(b"\x93NUMPY\x01\0" + struct.pack("<H", len(header) + 1) + header + b"\n" + pickled)
     weights = load_weights(path)
-    assert len(weights.state) == len(net_shapes("resnet101"))  # its head is random by what is known of the file
+    assert len(weights.state) == len(net_shapes("resnet101"))  # a file of this name is known to have a random head
     conv = torch.from_numpy(arrays["res4b22_branch2b"]["weights"]).permute(3, 2, 0, 1)
     assert torch.equal(weights.state["layer3.22.conv2.weight"], conv)
     assert weights.seen_voc_val == ""
@@ -239,7 +239,7 @@ def test_snapshot_checkpoint_and_safetensors(tmp_path):
 
 @pytest.mark.parametrize("form", ["snapshot", "bare", "half", "frozen"])
 def test_our_own_files_go_straight(tmp_path, form, monkeypatch):
-    """In a wrapper the same net takes the way of foreign files, and comes out alike."""
+    """Inside a wrapper the same net is read as a foreign file, with the same result."""
     source = random_net("resnet18", 3, atrous_rates=(2, 4), batch_norm="frozen" if form == "frozen" else "full")
     state = source.state_dict()
     if form == "half":
@@ -272,7 +272,7 @@ def torchvision_resnet(name):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_torchvision_trunk_answers_alike_to_the_same_picture(tmp_path, name):
+def test_torchvision_backbone_gives_the_same_features(tmp_path, name):
     source = torchvision_resnet(name)
     net, weights, report = load_into_new_net(save(tmp_path / f"{name}.pth", source.state_dict()))
     net.eval()
@@ -283,9 +283,9 @@ def test_torchvision_trunk_answers_alike_to_the_same_picture(tmp_path, name):
     assert report.missing == HEAD
 
     side = 225
-    picture = np.random.default_rng(1).integers(0, 256, (side, side, 3), dtype=np.uint8)  # RGB
-    rgb = (torch.from_numpy(picture).double() / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
-    bgr = torch.from_numpy(picture[:, :, ::-1].copy()).double() - torch.tensor(MEAN_BGR)
+    image = np.random.default_rng(1).integers(0, 256, (side, side, 3), dtype=np.uint8)  # RGB
+    rgb = (torch.from_numpy(image).double() / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    bgr = torch.from_numpy(image[:, :, ::-1].copy()).double() - torch.tensor(MEAN_BGR)
     theirs, ours = (x.permute(2, 0, 1)[None].float() for x in (rgb, bgr))
     with torch.no_grad():
         theirs = torch.relu(source.bn1(source.conv1(theirs)))
@@ -297,7 +297,7 @@ def test_torchvision_trunk_answers_alike_to_the_same_picture(tmp_path, name):
         ours, theirs = net.maxpool(ours), source.maxpool(theirs)
         ours, theirs = net.layer2(net.layer1(ours)), source.layer2(source.layer1(theirs))
     assert ours.shape == theirs.shape
-    middle = (..., slice(11, -11), slice(11, -11))  # not reached by the border
+    middle = (..., slice(11, -11), slice(11, -11))  # beyond the reach of the border
     scale = theirs[middle].abs().max()
     torch.testing.assert_close(ours[middle] / scale, theirs[middle] / scale, rtol=0, atol=1e-5)
 
@@ -319,8 +319,8 @@ def test_all_stages_of_torchvision_with_our_dilations(tmp_path):
     torch.testing.assert_close(x / scale, y / scale, rtol=0, atol=1e-5)
 
 
-def test_the_turned_stem_is_rounded_once():
-    """Against exact fractions."""
+def test_the_converted_stem_is_rounded_once():
+    """Compared with exact fractions."""
     from fractions import Fraction
 
     weight = torch.rand(2, 3, 7, 7) - 0.5
@@ -358,12 +358,12 @@ def test_nets_that_cannot_fit(tmp_path):
     refuse_net(tmp_path, headless, r"lacks layer5\.conv2d_list\.2\.bias")
     uneven = narrow_state() | {"layer5.conv2d_list.2.bias": torch.rand(20)}
     refuse_net(tmp_path, uneven, r"disagree on the number of classes \(20, 21\)")
-    lying = {"model": narrow_state(), "meta": {"backbone": "resnet101", "num_classes": 5}}
-    refuse_net(tmp_path, lying, "its meta says num_classes 5, but its tensors are those of num_classes 21")
-    lying["meta"] = {"backbone": "resnet50"}
-    refuse_net(tmp_path, lying, "its meta says backbone resnet50")
-    lying["meta"] = {"backbone": "resnet101", "atrous_rates": [6, 12]}
-    refuse_net(tmp_path, lying, r"rates \[6, 12\], but its head has 4 convolutions")
+    wrong = {"model": narrow_state(), "meta": {"backbone": "resnet101", "num_classes": 5}}
+    refuse_net(tmp_path, wrong, "its meta says num_classes 5, but its tensors are those of num_classes 21")
+    wrong["meta"] = {"backbone": "resnet50"}
+    refuse_net(tmp_path, wrong, "its meta says backbone resnet50")
+    wrong["meta"] = {"backbone": "resnet101", "atrous_rates": [6, 12]}
+    refuse_net(tmp_path, wrong, r"rates \[6, 12\], but its head has 4 convolutions")
 
 
 class Evil:
@@ -447,7 +447,7 @@ def test_truncated_files_of_every_kind(tmp_path):
             assert str(caught.value).count("\n") == 0, caught.value
 
 
-def test_trunk_names_and_shapes_are_those_of_torchvision():
+def test_backbone_names_and_shapes_are_those_of_torchvision():
     for backbone in ("resnet18", "resnet50", "resnet101", "resnet152"):
         with torch.device("meta"):
             theirs = getattr(torchvision.models, backbone)().state_dict()
@@ -468,13 +468,13 @@ def test_exports_are_refused_in_words(tmp_path):
     with torch.device("meta"):
         real = deeplabv2("resnet50").state_dict()
     real = {key: torch.zeros(()).expand(value.shape) for key, value in real.items()}
-    trunk = {key: value for key, value in real.items() if "layer5" not in key}
+    backbone = {key: value for key, value in real.items() if "layer5" not in key}
     for scheme in ("published", "kazuto"):
-        assert "epsilon is 0.001, there it is 1e-05" in reason(scheme, real, batch_norm_eps=1e-3)
+        assert "epsilon is 0.001, not 1e-05" in reason(scheme, real, batch_norm_eps=1e-3)
         assert "stride sits in the 3x3" in reason(scheme, real, stride_in_3x3=True)
-        assert "it has no head" in reason(scheme, trunk)
-        assert "rates [1, 2, 3, 4], there [6, 12, 18, 24]" in reason(scheme, real, atrous_rates=[1, 2, 3, 4])
-    assert "first 1x1 convolutions, there in the 3x3" in reason("torchvision-trunk", real)
+        assert "it has no head" in reason(scheme, backbone)
+        assert "rates [1, 2, 3, 4], not [6, 12, 18, 24]" in reason(scheme, real, atrous_rates=[1, 2, 3, 4])
+    assert "first 1x1 convolutions, not in the 3x3" in reason("torchvision-trunk", real)
     assert "missing or misshapen, such as" in reason("published", narrow_state("resnet50"))
     real["layer5.conv2d_list.3.weight"] = torch.zeros(()).expand(21, 512, 3, 3)
-    assert "layer5.conv2d_list.3.weight takes 512 channels, the trunk gives 2048" in reason("published", real)
+    assert "layer5.conv2d_list.3.weight takes 512 channels, the backbone gives 2048" in reason("published", real)

@@ -16,9 +16,9 @@ from utils import options
 
 
 def naive_cross_entropy(logits: np.ndarray, labels: np.ndarray, ignore_label: int = 255, weights=None) -> float:
-    """Per picture the mean of -log softmax over its labelled pixels, then the mean over the pictures; one pixel at a time.
+    """Per image the mean of -log softmax over its labelled pixels, then the mean over the images; one pixel at a time.
 
-    With weights of the classes, the mean is sum(weight * loss) / sum(weight).
+    With class weights, the mean is sum(weight * loss) / sum(weight).
     """
     losses = []
     for scores, label in zip(logits, labels):
@@ -50,13 +50,13 @@ def test_labels_shrink_to_the_nearest_pixel_of_the_aligned_grid(source, target):
 
 
 def test_hand_worked_loss():
-    """Two classes, logits (0, log 3): probabilities 1/4 and 3/4. One pixel of each class, one void."""
+    """Two classes, logits (0, log 3): probabilities 1/4 and 3/4. One pixel of each class, one ignored."""
     logits = torch.zeros(1, 2, 1, 3)
     logits[:, 1] = math.log(3)
     labels = torch.tensor([[[0, 1, 255]]])
     expected = (math.log(4) + math.log(4 / 3)) / 2
     assert float(cross_entropy(logits, labels)) == pytest.approx(expected, rel=1e-6)
-    labels[0, 0, 1] = 255  # one labelled pixel is a mean of its own
+    labels[0, 0, 1] = 255  # the mean over one labelled pixel
     assert float(cross_entropy(logits, labels)) == pytest.approx(math.log(4), rel=1e-6)
 
 
@@ -73,7 +73,7 @@ def test_single_scale_loss_against_a_naive_loop(size):
     if size == "output":
         expected = naive_cross_entropy(logits, labels[:, ::8, ::8].numpy())
     else:
-        large = np.stack([[naive_bilinear(plane, (33, 41)) for plane in picture] for picture in logits])
+        large = np.stack([[naive_bilinear(plane, (33, 41)) for plane in image] for image in logits])
         expected = naive_cross_entropy(large, labels.numpy())
     assert float(loss["loss"]) == pytest.approx(expected, rel=1e-5)
 
@@ -86,10 +86,10 @@ def test_multi_scale_loss_is_the_sum_of_four():
     losses = multi_scale_loss(EveryEighth(), images, labels)
     expected, at_full_scale = {}, []
     for scale, side, grid in ((1.0, 33, 5), (0.75, 25, 4), (0.5, 17, 3)):
-        planes = [[naive_bilinear(plane, (side, side))[::8, ::8] for plane in picture] for picture in images.numpy()]
+        planes = [[naive_bilinear(plane, (side, side))[::8, ::8] for plane in image] for image in images.numpy()]
         rows = [math.floor(i * 32 / (grid - 1) + 0.5) for i in range(grid)]
         expected[f"loss_{scale:g}x"] = naive_cross_entropy(np.array(planes), labels.numpy()[:, rows][:, :, rows])
-        at_full_scale.append([[naive_bilinear(plane, (5, 5)) for plane in picture] for picture in planes])
+        at_full_scale.append([[naive_bilinear(plane, (5, 5)) for plane in image] for image in planes])
     expected["loss_max"] = naive_cross_entropy(np.maximum.reduce(np.array(at_full_scale)), labels[:, ::8, ::8].numpy())
     for name, value in expected.items():
         assert float(losses[name]) == pytest.approx(value, rel=1e-5), name
@@ -102,11 +102,11 @@ WEIGHTS = torch.tensor([0.25, 3.0, 0.0])
 
 @pytest.mark.parametrize("size", LOSS_SIZES)
 def test_class_weights_against_a_naive_loop(size):
-    """Of every term: each scale, the maximum and the auxiliary head; a class of weight 0 has no part."""
+    """In every term: each scale, the maximum and the auxiliary head; a class of weight 0 counts for nothing."""
     torch.manual_seed(0)
     images, labels = torch.randn(3, 3, 17, 25), torch.randint(0, 3, (3, 17, 25))
     labels[torch.rand(labels.shape) < 0.3] = 255
-    labels[1] = torch.where(labels[1] == 255, 255, 2)  # nothing but weight 0
+    labels[1] = torch.where(labels[1] == 255, 255, 2)  # only weight 0
     labels[2] = 255
     net = TwoHeads()
     main, aux = net(images)
@@ -132,7 +132,7 @@ def test_class_weights_against_a_naive_loop(size):
         assert float(several[f"loss_{scale}"]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_class_weights_of_one_are_none_and_those_of_nothing_are_harmless():
+def test_class_weights_of_one_change_nothing_and_weights_of_zero_give_zero():
     torch.manual_seed(0)
     logits, labels = torch.randn(2, 3, 9, 9, requires_grad=True), torch.randint(0, 3, (2, 9, 9))
     labels[0, 3:] = 255
@@ -140,12 +140,12 @@ def test_class_weights_of_one_are_none_and_those_of_nothing_are_harmless():
         plain, ones = (cross_entropy(logits, labels, ohem=ohem, class_weights=w) for w in (None, torch.ones(3)))
         assert torch.equal(plain, ones)
         nothing = cross_entropy(logits, torch.full_like(labels, 2), ohem=ohem, class_weights=WEIGHTS)
-        nothing.backward(torch.tensor(2.0**16))  # as fp16's loss scaling
+        nothing.backward(torch.tensor(2.0**16))  # as with fp16 loss scaling
         assert float(nothing.detach()) == 0
         assert not logits.grad.any()
 
 
-def test_nothing_but_void_gives_zero_with_a_gradient():
+def test_only_ignored_pixels_give_zero_with_a_gradient():
     net = nn.Conv2d(3, 4, 1, stride=8)
     labels = torch.full((2, 17, 17), 255)
     for loss_function in (single_scale_loss, multi_scale_loss):
@@ -158,7 +158,7 @@ def test_nothing_but_void_gives_zero_with_a_gradient():
 
 
 def test_one_batch_of_four_equals_four_accumulated_batches_of_one():
-    """Also where the pictures have different shares of void."""
+    """Also if the images have different shares of ignored pixels."""
     torch.manual_seed(0)
     net = nn.Conv2d(3, 4, 3, stride=8, padding=1).double()
     images, labels = torch.randn(4, 3, 33, 33, dtype=torch.float64), torch.randint(0, 4, (4, 33, 33))
@@ -202,9 +202,9 @@ def test_one_scale_at_a_time_is_the_same_step(batch_norm, grad_checkpoint):
 
 
 def test_one_scale_at_a_time_keeps_one_scale():
-    """The bytes of activations that autograd holds after the forward pass: the single-scale loss's and little more.
+    """Bytes of activations that autograd holds after the forward pass: little more than with the single-scale loss.
 
-    The folded weights are there once in any case.
+    The folded weights are held once in any case, and not counted.
     """
 
     def kept(loss_function, **options) -> int:
@@ -232,7 +232,7 @@ def test_one_scale_at_a_time_keeps_one_scale():
 
 
 def naive_ohem(logits: np.ndarray, labels: np.ndarray, threshold: float, keep: int) -> float:
-    """By probabilities, all labelled pixels of the batch sorted, as the toolbox describes it."""
+    """By sorting the probabilities of all labelled pixels of the batch, as the toolbox describes it."""
     z = np.moveaxis(logits.astype(np.float64), 1, -1)[labels != 255]
     classes = labels[labels != 255]
     if not len(classes):
@@ -249,7 +249,7 @@ def test_ohem_against_sorted_probabilities(threshold, keep):
     torch.manual_seed(0)
     logits, labels = 3 * torch.randn(2, 4, 17, 23), torch.randint(0, 4, (2, 17, 23))
     labels[0, :9] = 255
-    for mask in (labels, torch.full_like(labels, 255)):  # some pixels are void, or all
+    for mask in (labels, torch.full_like(labels, 255)):  # some pixels are ignored, or all
         found = cross_entropy(logits, mask, ohem=Ohem(threshold, keep))
         assert float(found) == pytest.approx(naive_ohem(logits.numpy(), mask.numpy(), threshold, keep), rel=1e-5)
     everything = F.cross_entropy(logits, labels, ignore_index=255)
@@ -257,7 +257,7 @@ def test_ohem_against_sorted_probabilities(threshold, keep):
 
 
 def test_ohem_hand_worked():
-    """Logits (0, log a) give the second class a / (1 + a): 1/2, 3/4, 9/10 at three pixels, and a void one."""
+    """Logits (0, log a) give the second class a / (1 + a): 1/2, 3/4, 9/10 at three pixels; the fourth is ignored."""
     logits = torch.zeros(1, 2, 1, 4)
     logits[0, 1, 0] = torch.tensor([1.0, 3.0, 9.0, 0.01]).log()
     labels = torch.tensor([[[1, 1, 1, 255]]])
@@ -280,11 +280,11 @@ def test_ohem_gradient_is_that_of_the_chosen_pixels():
     assert bool(logits.grad.isfinite().all())
     broken = logits.detach().clone()
     broken[0, 0, 2, 2] = math.nan
-    assert math.isnan(float(cross_entropy(broken, labels, ohem=Ohem(0.01, 6))))  # never dropped in silence
+    assert math.isnan(float(cross_entropy(broken, labels, ohem=Ohem(0.01, 6))))  # never dropped silently
 
 
-def test_ohem_chooses_pixels_without_their_weights():
-    """Hand-worked: probabilities 1/2, 1/4, 9/10 of the true classes 1, 0, 1; the two hard ones count, by their weights."""
+def test_ohem_chooses_pixels_regardless_of_weights():
+    """Hand-worked: the true classes 1, 0, 1 have probabilities 1/2, 1/4, 9/10; the two hard pixels count, weighted."""
     logits = torch.zeros(1, 2, 1, 3)
     logits[0, 1, 0] = torch.tensor([1.0, 3.0, 9.0]).log()
     labels = torch.tensor([[[1, 0, 1]]])
@@ -293,7 +293,7 @@ def test_ohem_chooses_pixels_without_their_weights():
 
 
 class TwoHeads(nn.Module):
-    """A net with an auxiliary head, of which only the first scale may be asked."""
+    """A net with an auxiliary head, which may be used at the first scale only."""
 
     def __init__(self):
         super().__init__()
@@ -324,7 +324,7 @@ def test_auxiliary_loss_and_ohem_at_three_scales():
     single = single_scale_loss(net, images, labels, ohem=ohem, aux_weight=0.4)
     assert float(single["loss"]) == pytest.approx(naive + 0.4 * float(aux), rel=1e-5)
     net.asked.clear()
-    for loss in (single_scale_loss, multi_scale_loss):  # without a weight the auxiliary head is not even computed
+    for loss in (single_scale_loss, multi_scale_loss):  # without a weight the auxiliary head is not computed
         found, expected = loss(net, images, labels), loss(net.main, images, labels)
         assert found.keys() == expected.keys()
         assert float(found["loss"]) == float(expected["loss"])

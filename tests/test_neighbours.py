@@ -121,7 +121,7 @@ def test_batch_norms_of_semseg_are_plain(semseg, tmp_path):
     state = {key: value for key, value in semseg[1]["state_dict"].items() if not key.endswith("num_batches_tracked")}
     path = save(tmp_path / "semseg.pth", state)
     assert torch.equal(load_weights(path).state["bn2.weight"], state["module.layer0.4.weight"])
-    with pytest.raises(WeightsError, match="take their weights as they are; leave --abn out"):
+    with pytest.raises(WeightsError, match="use their weights unchanged; leave --abn out"):
         load_weights(path, abn="abs")
 
 
@@ -202,7 +202,7 @@ def test_every_reader_of_weights_accepts_two_rates(tmp_path, monkeypatch):
     rgb = torch.randn(1, 3, 33, 41)
     path, expected = two_rates(tmp_path / "x.pth", rgb)
     (note,) = [note for note in load_weights(path).notes if "--atrous-rates 6,12" in note]
-    assert "sums only the first two" in note
+    assert "sum only the first two" in note
     net = load_net(path, atrous_rates=(6, 12))
     assert net.config["atrous_rates"] == [6, 12]
     assert difference(net(rgb), expected) < 1e-5
@@ -234,7 +234,7 @@ def test_rates_that_a_head_does_not_have(rates, words, tmp_path):
     with pytest.raises(WeightsError, match=words):
         load_net(path, atrous_rates=rates)
     backbone = {key: value for key, value in torch.load(path).items() if not key.startswith("layer5")}
-    with pytest.raises(WeightsError, match="no head of a DeepLab-v2, whose rates --atrous-rates says; leave the option out"):
+    with pytest.raises(WeightsError, match="--atrous-rates are those of a DeepLab-v2's head, and it has none"):
         load_weights(save(path, backbone), atrous_rates=rates)
 
 
@@ -380,7 +380,7 @@ def test_a_snapshot_names_its_backbone(entry, wrapped, tmp_path, monkeypatch):
     net = load_net(path)
     assert net.config == source.config
     assert difference(net(rgb), source(rgb)) < 1e-5
-    assert "that net is a plain ResNet, own is not" in reason_against(path) or entry is not RESNEXT
+    assert "the scheme is for plain ResNets, which own is not" in reason_against(path) or entry is not RESNEXT
     monkeypatch.delitem(BACKBONES, "own")
     expected = "128 channels in 32 groups" if entry is RESNEXT else "its meta says backbone own"
     with pytest.raises(WeightsError, match=expected):

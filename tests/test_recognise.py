@@ -143,12 +143,14 @@ def test_the_option_does_not_override_a_recognised_file(tmp_path):
     path = save(tmp_path / "x.pth", narrow_state("resnet50"))
     assert load_weights(path, trunk="caffe").config["stride_in_3x3"] is False
     refused(
-        path, "it is a DeepLab-ResNet, which is caffe's in kind and not torchvision's; leave --trunk out", trunk="torchvision"
+        path,
+        "it is a DeepLab-ResNet, which is built as caffe's and not as torchvision's; leave --trunk out",
+        trunk="torchvision",
     )
     meta = {"backbone": "resnet50", "stride_in_3x3": True}
     path = save(tmp_path / "x.pth", {"model": narrow_state("resnet50"), "meta": meta})
     assert load_weights(path, trunk="torchvision").config["stride_in_3x3"] is True
-    refused(path, "a snapshot, which is torchvision's in kind", trunk="caffe")
+    refused(path, "a snapshot, which is built as torchvision's", trunk="caffe")
 
 
 def test_convert_weights_has_the_option(tmp_path):
@@ -501,4 +503,4 @@ def test_a_bare_state_dict_of_ours_keeps_its_stride_and_rates(tmp_path):
     net = load_net(save(tmp_path / "x.pth", source.state_dict()))
     assert net.config == source.config
     assert torch.equal(logits(net), logits(source))
-    refused(tmp_path / "x.pth", "it is a snapshot, which is torchvision's in kind and not rgb-1x1's", trunk="rgb-1x1")
+    refused(tmp_path / "x.pth", "it is a snapshot, which is built as torchvision's and not as rgb-1x1's", trunk="rgb-1x1")

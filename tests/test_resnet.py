@@ -50,7 +50,7 @@ def test_conv_bn_leaves_other_norms_alone():
     torch.testing.assert_close(conv_bn(x, conv, frozen, folded), frozen(y))
 
 
-def test_statistics_are_kept_where_there_are_any():
+def test_statistics_are_kept_if_there_are_any():
     net = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3, track_running_stats=False)).train()
     before = {key: value.clone() for key, value in net.state_dict().items()}
     x = torch.randn(2, 3, 5, 5)
@@ -63,7 +63,7 @@ def test_statistics_are_kept_where_there_are_any():
 
 
 @pytest.mark.parametrize("mode", BATCH_NORM_MODES)
-def test_folding_for_good_gives_the_same_logits(mode):
+def test_permanent_folding_gives_the_same_logits(mode):
     net = randomise_batch_norm(deeplabv2("resnet18", 3, batch_norm=mode).double()).eval()
     x = torch.randn(1, 3, 33, 40, dtype=torch.float64)
     with torch.no_grad():
@@ -83,20 +83,20 @@ def test_output_sizes(side, expected):
 def test_resnet101_has_the_published_keys_and_size():
     with torch.device("meta"):
         frozen, full = deeplabv2(), deeplabv2(batch_norm="full")
-        trunk = torchvision.models.resnet101().state_dict()
-    trunk = {key: tuple(value.shape) for key, value in trunk.items() if not key.startswith("fc.")}
+        backbone = torchvision.models.resnet101().state_dict()
+    backbone = {key: tuple(value.shape) for key, value in backbone.items() if not key.startswith("fc.")}
     head = {f"layer5.conv2d_list.{k}.{name}" for k in range(4) for name in ("weight", "bias")}
     keys = {key: tuple(value.shape) for key, value in full.state_dict().items()}
     assert len(keys) == 632
-    assert keys.keys() - trunk.keys() == head
-    assert all(keys[key] == shape for key, shape in trunk.items())
+    assert keys.keys() - backbone.keys() == head
+    assert all(keys[key] == shape for key, shape in backbone.items())
     assert len(frozen.state_dict()) == 528
     assert keys["layer5.conv2d_list.3.weight"] == (21, 2048, 3, 3)
     assert sum(p.numel() for p in full.parameters()) == 44_048_532
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_trunks_have_torchvisions_names_and_shapes(backbone):
+def test_backbones_have_torchvisions_names_and_shapes(backbone):
     with torch.device("meta"):
         ours = deeplabv2(backbone, batch_norm="full").state_dict()
         theirs = getattr(torchvision.models, backbone)().state_dict()
@@ -108,7 +108,7 @@ def test_trunks_have_torchvisions_names_and_shapes(backbone):
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
 def test_geometry(backbone):
-    """Strides and dilations: stage 2 has stride 2, stages 3 and 4 dilation 2 and 4 in every block, the first among them."""
+    """Stage 2 has stride 2; stages 3 and 4 have dilations 2 and 4 in every block, the first included."""
     with torch.device("meta"):
         published, shifted = deeplabv2(backbone), deeplabv2(backbone, stride_in_3x3=True)
     for net in (published, shifted):
@@ -153,7 +153,7 @@ def test_initial_values():
     weight = net.layer3[0].conv2.weight  # Kaiming, fan out, rectifier: variance 2 / (256 * 3 * 3)
     assert abs(weight.std().item() - (2 / (256 * 9)) ** 0.5) < 1e-3
     for backbone, last in (("resnet18", "bn2"), ("resnet50", "bn3")):
-        for mode in BATCH_NORM_MODES:  # a block that learns all of its batch norm starts as its shortcut
+        for mode in BATCH_NORM_MODES:  # a block with trainable batch norm starts as its shortcut
             norms = [getattr(block, last) for block in blocks_of(DilatedResNet(backbone, mode))]
             assert all(bool((norm.weight == (0 if mode == "full" else 1)).all()) for norm in norms)
 
@@ -164,7 +164,7 @@ def test_the_stride_sits_where_the_published_nets_have_it():
 
 
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
-def test_blocks_are_computed_again_only_where_asked_and_needed(grad_checkpoint):
+def test_blocks_are_recomputed_only_when_asked_and_needed(grad_checkpoint):
     net = deeplabv2("resnet18", 3)
     net.grad_checkpoint = grad_checkpoint
     passes = []
@@ -187,7 +187,7 @@ def test_grad_checkpoint_gives_the_same_gradients():
     assert all(torch.equal(a, b) for a, b in zip(plain, recomputed))
 
 
-def test_wrong_arguments_are_refused_in_words():
+def test_wrong_arguments_are_refused_with_a_sentence():
     with pytest.raises(ValueError, match=r"resnet99.*resnet101"):
         deeplabv2("resnet99")
     with pytest.raises(ValueError, match=r"thawed.*frozen, stats, full"):
@@ -215,12 +215,14 @@ def test_the_command_line_offers_what_the_net_has(capsys):
         with pytest.raises(SystemExit):
             parser.parse_args([option, "vgg16"])
         assert f"'vgg16' is unknown; choose one of {', '.join(names)}" in capsys.readouterr().err
-        help_text = " ".join(parser.format_help().split())
-        assert all(name in help_text for name in names)
+        (entry,) = re.findall(rf" {option} NAME (.*?)\(default", " ".join(parser.format_help().split()))
+        assert re.findall(r"\w+", entry.replace(" or ", " ").replace("resnet", "")) == [
+            name.removeprefix("resnet") for name in names
+        ]
 
 
 def test_grouped_and_wide_blocks_are_torchvisions(monkeypatch):
-    """Names, shapes and numbers of groups of a ResNeXt and of a wide ResNet, which are an entry each."""
+    """A ResNeXt and a wide ResNet are one entry each: the names, shapes and groups."""
     entries = {
         "resnext50_32x4d": Backbone(Bottleneck, (3, 4, 6, 3), groups=32, width=4),
         "resnext101_64x4d": Backbone(Bottleneck, (3, 4, 23, 3), groups=64, width=4),
@@ -234,5 +236,5 @@ def test_grouped_and_wide_blocks_are_torchvisions(monkeypatch):
         differ = [{key.split(".")[0] for key, _ in one.items() - other.items()} for one, other in (shapes, shapes[::-1])]
         assert differ == [{"layer5"}, {"fc"}]
         groups = [[m.groups for m in net.modules() if isinstance(m, torch.nn.Conv2d)] for net in (ours, theirs)]
-        assert groups[0][:-4] == groups[1]  # of all but the head's four
+        assert groups[0][:-4] == groups[1]  # except in the head's four
         assert find_backbone(ours.state_dict()) == name

@@ -237,7 +237,7 @@ def test_export_to_published_names(toolbox, tmp_path):
     assert back.keys() == deep.state_dict().keys()
     for key, value in deep.state_dict().items():
         assert torch.allclose(back[key].double().abs(), value.abs(), atol=2e-7), key  # ABN takes the absolute value
-    with pytest.raises(WeightsError, match="that net is a DeepLab-v2"):
+    with pytest.raises(WeightsError, match="the scheme is for DeepLab-v2"):
         export(weights, "kazuto")
 
 
@@ -314,7 +314,7 @@ def test_reset_head_equals_construction():
             lambda s: s.update({"head.0.bottleneck.0.weight": torch.zeros(512, 3, 1, 1)}),
             "head.0.bottleneck.0.weight is .512, 3, 1, 1. in the file",
         ),
-        (lambda s: s.pop("conv2.weight"), "lacks 1 of the trunk's tensors"),
+        (lambda s: s.pop("conv2.weight"), "lacks 1 of the backbone's tensors"),
         (lambda s: s.pop("conv3.weight"), "its first convolution is 64x3x3x3"),
     ],
 )
@@ -370,7 +370,7 @@ def test_a_state_dict_of_ours_describes_itself(tmp_path, wrap):
     saved = {"state": content, "epoch": 3} if wrap == "dictionary" else content
     torch.save(saved, path, _use_new_zipfile_serialization=wrap != "dictionary")
     assert same_logits(path, net)
-    with pytest.raises(WeightsError, match="a snapshot, whose batch norms take their weights as they are; leave --abn out"):
+    with pytest.raises(WeightsError, match="a snapshot, whose batch norms use their weights unchanged; leave --abn out"):
         load_weights(path, abn="abs")
 
 

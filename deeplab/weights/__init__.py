@@ -1,4 +1,4 @@
-"""Every published DeepLab-ResNet weights file: recognised, brought to the canonical names, put into a net, and written back."""
+"""Published DeepLab-ResNet weights files: recognise, rename to the canonical names, load into a net, and write back."""
 
 from deeplab.weights.apply import LoadReport, apply_weights, build_net, load_net
 from deeplab.weights.load import ABN, TRUNKS, load_weights

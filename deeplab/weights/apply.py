@@ -1,4 +1,4 @@
-"""Putting weights into a net: checked as a whole before anything is copied, and every key accounted for."""
+"""Load weights into a net: everything is checked before anything is copied, and every key is accounted for."""
 
 import math
 import re
@@ -14,22 +14,22 @@ from deeplab.weights.load import load_weights
 from deeplab.weights.names import IN_HEAD
 from deeplab.weights.weights import NO_PLACE, OF_HEAD, Weights, WeightsError, group_by_reason, some
 
-_BUILD: dict[str, tuple[str, dict[Any, str]]] = {  # what a file may say of its net that no name and no shape shows
+_BUILD: dict[str, tuple[str, dict[Any, str]]] = {  # what a file may say of its net that names and shapes do not show
     "backbone": ("backbone", {}),
     "stem": ("stem", {"7x7": "one 7x7 convolution", "deep": "three 3x3 convolutions"}),
     "stride_in_3x3": ("stride", {True: "in the 3x3 convolutions", False: "in the first 1x1 convolutions"}),
     "batch_norm_eps": ("batch-norm epsilon", {}),
-    "negative_slope": ("heads' leaky ReLU's slope", {}),
+    "negative_slope": ("heads' leaky ReLU slope", {}),
     "auxiliary_channels": ("auxiliary head's number of channels", {}),
 }
 
 
 @dataclass
 class LoadReport:
-    """What became of every key of a file and of a net; the batch counters of batch norm are not told.
+    """What became of every key of a file and of a net, except the batch counters of batch norm.
 
     Attributes:
-        loaded: names in the net that got the file's numbers.
+        loaded: names in the net that got the file's values.
         skipped: key in the file -> why it was left out.
         missing: names in the net that keep their initial values.
         unexpected: keys in the file that fit nothing in the net.
@@ -62,15 +62,16 @@ def load_net(
     """The net that a weights file describes, with its weights, in evaluation mode on the CPU.
 
     Args:
-        path: any file that :func:`deeplab.weights.load_weights` reads, which says what ``abn`` and ``atrous_rates`` are.
+        path: any file that :func:`deeplab.weights.load_weights` reads.
         batch_norm: one of ``deeplab.BATCH_NORM_MODES``.
+        abn, atrous_rates: see :func:`deeplab.weights.load_weights`.
 
     Raises:
         WeightsError: the file cannot be used, or holds no trained head.
     """
     net, report = build_net(load_weights(path, abn=abn, atrous_rates=atrous_rates), batch_norm=batch_norm)
     if report.missing:
-        raise WeightsError(f"{path}: it gives no trained head, so its net has no classes to tell; train one from it first")
+        raise WeightsError(f"{path}: it gives no trained head, so its net cannot predict classes; train a net from it first")
     return net.eval()
 
 
@@ -98,10 +99,10 @@ def build_net(
     asked = {"net": net, "backbone": backbone, "num_classes": num_classes, "atrous_rates": atrous_rates}
     config |= {name: value for name, value in asked.items() if value is not None}
     if config.get("net", "deeplabv2") != "deeplabv2" and atrous_rates is not None:
-        raise WeightsError(f"--atrous-rates are those of DeepLab-v2's head; a {config['net']} has none to choose")
+        raise WeightsError(f"--atrous-rates are those of DeepLab-v2's head; leave the option out for a {config['net']}")
     if weights is None:
         return make_net(config, batch_norm), LoadReport(notes=["initial weights: random"])
-    with torch.device("meta"):  # no time is spent on initial values that the file replaces
+    with torch.device("meta"):  # spend no time on initial values that the file replaces
         built = make_net(config, batch_norm)
     built.to_empty(device="cpu")
     built.reset_head()
@@ -112,15 +113,15 @@ def build_net(
 
 
 def apply_weights(net: Net, weights: Weights, restore_last: bool = True) -> LoadReport:
-    """Copy weights into a net, in place and on any device: all that the report names, or nothing.
+    """Copy weights into a net in place, on any device: all that the report lists, or nothing.
 
-    A head for another number of classes or other branches is left out with one line; the first branches of a longer head
-    are used where the net's rates are the first of the file's. Everything else must fit. ``restore_last=False`` leaves the head
+    A head with another number of classes or other branches is left out, and the report says so. If the net's rates are the
+    first of the file's, those branches are used. Everything else must fit. ``restore_last=False`` leaves the head
     out in any case.
 
     Raises:
-        WeightsError: the net is built differently, a shape differs, or a part of the trunk is not in the file. The net is
-            as it was.
+        WeightsError: the net is built differently, a shape differs, or the file lacks a part of the backbone. The net is then
+            unchanged.
     """
     _check_build(net, weights)
     head, head_line = _choose_head(net, weights, restore_last)
@@ -146,7 +147,7 @@ def apply_weights(net: Net, weights: Weights, restore_last: bool = True) -> Load
         )
     if lost := [key for key in report.missing if not IN_HEAD.match(key)]:
         raise WeightsError(
-            f"{weights.path}: it lacks {len(lost)} of the trunk's tensors ({some(lost)}); "
+            f"{weights.path}: it lacks {len(lost)} of the backbone's tensors ({some(lost)}); "
             "nothing was loaded, fetch or save the file again"
         )
     with torch.no_grad():
@@ -158,7 +159,7 @@ def apply_weights(net: Net, weights: Weights, restore_last: bool = True) -> Load
 
 
 def _check_build(net: Net, weights: Weights) -> None:
-    """Refuse a net whose layers mean something else than the file's although the names are the same."""
+    """Refuse a net that is built differently from the file's although the names agree."""
     ours: Mapping[str, Any] = net.config
     for name, (what, words) in _BUILD.items():
         if name in OF_HEAD and (name not in ours or weights.config.get("net") != ours["net"]):  # the file's head is left out
@@ -173,7 +174,7 @@ def _check_build(net: Net, weights: Weights) -> None:
 
 
 def _choose_head(net: Net, weights: Weights, restore_last: bool) -> tuple[set[str], str]:
-    """Which tensors of the file's head are used, and the line that says why not all of them."""
+    """The tensors of the file's head that are used, and the line that says why some are not."""
     classes, theirs = weights.config.get("num_classes"), weights.config.get("net")
     if classes is None:
         return set(), ""

@@ -1,4 +1,4 @@
-"""From a weights file to :class:`Weights`: read, recognised, brought to the canonical names and checked."""
+"""From a weights file to :class:`Weights`: read, recognised, renamed to the canonical names and checked."""
 
 import fnmatch
 import math
@@ -41,11 +41,11 @@ from deeplab.weights.recognise import (
 from deeplab.weights.weights import NO_PLACE, OF_HEAD, SNAPSHOT, Weights, WeightsError, printable, some
 
 TRUNKS = ("auto", *TRUNK_KINDS)
-"""What a bare ResNet can be taken for."""
+"""How a bare ResNet can be read."""
 ABN = ("abs", "signed")
-"""What its batch norms may do with a weight below zero."""
+"""How its batch norms can use weights below zero."""
 
-_SEEN_VOC_VAL = (  # copies of the official train2 model; kazuto1011's release ...-vocaug-20000.pth is another, honest one
+_SEEN_VOC_VAL = (  # copies of the official train2 model; kazuto1011's ...-vocaug-20000.pth is another, without val
     "train2_iter_20000.caffemodel",
     "deeplabv2_resnet101_msc-vocaug.pth",
     "deeplab_resnet.ckpt",
@@ -58,36 +58,36 @@ _UNTRAINED_HEADS = (
     "DeepLab_resnet_pretrained_init-*.pth",
     "deeplab_resnet_init.*",
 )
-_DEPTH = 6  # of dictionaries in dictionaries
-_LARGEST_HEAD = 255 * 2048 * 9  # numbers in one branch
+_DEPTH = 6  # of nested dictionaries
+_LARGEST_HEAD = 255 * 2048 * 9  # values in one branch
 
 
 def load_weights(
     path: str | Path, trunk: str = "auto", abn: str | None = None, atrous_rates: Sequence[int] | None = None
 ) -> Weights:
-    """Read a weights file of any known scheme, which its keys and shapes show.
+    """Read a weights file of any known scheme, recognised by its keys and shapes.
 
-    Known are: bare or prefixed DeepLab-ResNet state dictionaries, the two-level ones of AdaptSegNet and ADVENT, kazuto1011's,
+    Known schemes: bare or prefixed DeepLab-ResNet state_dicts, the two-level ones of AdaptSegNet and ADVENT, kazuto1011's,
     hszhao/semseg's PSPNet, ResNets under torchvision's names (torchvision's own, Caffe's, and those in segmentation nets of
     torchvision, VainF and jfzhang95), official caffemodels, caffe-tensorflow's ``.npy`` and ``.npz``, our snapshots and
     checkpoints, and any of the PyTorch ones as ``.safetensors``.
 
     Args:
-        trunk: what to take a bare ResNet under torchvision's names for, one of ``TRUNKS``: ``"torchvision"`` (normalised RGB,
+        trunk: how to read a bare ResNet with torchvision's names, one of ``TRUNKS``: ``"torchvision"`` (normalised RGB,
             stride in the 3x3 convolutions), ``"caffe"`` (mean-subtracted BGR of 0..255, stride in the first 1x1), the other
-            two pairs, or ``"auto"``: what its first layer shows. A file that says what it is takes that alone.
-        abn: what the batch norms of a trunk with a deep stem make of their weights: ``"abs"`` (|weight| + 1e-5, as
-            InPlace-ABN), ``"signed"`` (the weight as it is) or None: what the file says; refused where that matters and it
-            says nothing.
-        atrous_rates: those of a DeepLab-v2's head, or the first of them: its other branches are left out then.
+            two combinations, or ``"auto"``: by its first layer. A file that says what it is accepts only that.
+        abn: how the batch norms of a backbone with a deep stem use their weights: ``"abs"`` (|weight| + 1e-5, as
+            InPlace-ABN), ``"signed"`` (the weight itself) or None: as the file says. A file that does not say is refused
+            if it matters.
+        atrous_rates: the rates of a DeepLab-v2's head, or the first of them; the other branches are then left out.
 
     Raises:
-        WeightsError: missing, damaged, no weights, numbers that are none, or weights that fit no net of ours; one sentence with
-            the path.
+        WeightsError: the file is missing, damaged or no weights file, holds values that are not finite, or fits no net of
+            ours; one sentence with the path.
     """
     path = Path(path)
     if trunk not in TRUNKS or abn not in (None, *ABN):
-        raise ValueError(f"trunk {trunk!r} or abn {abn!r} is unknown; choose of {', '.join(TRUNKS)} and {', '.join(ABN)}")
+        raise ValueError(f"trunk {trunk!r} or abn {abn!r} is unknown; choose from {', '.join(TRUNKS)} and {', '.join(ABN)}")
     try:
         kind, sums = file_kind(path), check_sums(path)
         if kind == "caffe":
@@ -106,11 +106,11 @@ def load_weights(
         config = weights.config
         style = "torchvision" if config["stride_in_3x3"] else "caffe"
         if trunk not in ("auto", style) and not weights.bare:
-            raise WeightsError(f"it is a {weights.scheme}, which is {style}'s in kind and not {trunk}'s; leave --trunk out")
+            raise WeightsError(f"it is a {weights.scheme}, which is built as {style}'s and not as {trunk}'s; leave --trunk out")
         if weights.scheme != SNAPSHOT and config["stem"] == "deep" and not weights.signed:
             settle_abn(weights, abn)
         elif abn == "abs":
-            raise WeightsError(f"it is a {weights.scheme}, whose batch norms take their weights as they are; leave --abn out")
+            raise WeightsError(f"it is a {weights.scheme}, whose batch norms use their weights unchanged; leave --abn out")
         if issubclass(BACKBONES[config["backbone"]].block, BasicBlock):
             del config["stride_in_3x3"]  # a basic block has no 1x1 convolution, so there is no choice
         _refuse_bad_numbers(weights)
@@ -124,13 +124,13 @@ def load_weights(
 
 
 def _read_state(path: Path, kind: str) -> tuple[Mapping[Any, Any], Mapping[str, Any]]:
-    """The one state_dict in a torch or safetensors file, however deep, and the meta that goes with it in our own files.
+    """The only state_dict in a torch or safetensors file, at any depth, and its meta if the file is ours.
 
-    A bare state_dict of our nets has that meta in its ``_metadata``, which ``torch.save`` keeps.
+    A bare state_dict of our nets has its meta in its ``_metadata``, which ``torch.save`` keeps.
     """
     if kind == "safetensors":
         tensors, meta = read_safetensors(path)
-        # "origin." was written until the stem's rounding was let go
+        # earlier versions also wrote the stem before its rounding, as "origin."
         return {key: value for key, value in tensors.items() if not key.startswith("origin.")}, meta
     content = read_tar_torch(path) if kind == "tar torch" else read_torch(path, old=kind == "old torch")
     if not isinstance(content, (Mapping, list, tuple)):
@@ -148,7 +148,7 @@ def _read_state(path: Path, kind: str) -> tuple[Mapping[Any, Any], Mapping[str, 
         names = [".".join(map(str, where)) or "the outermost" for where, _ in found]
         index = "".join(f"[{key!r}]" for key in next(where for where, _ in found if where))
         raise WeightsError(
-            f"it holds {len(found)} state_dicts ({some(names)}), and which is meant only you can say; save that one alone, "
+            f"it holds {len(found)} state_dicts ({some(names)}); save the one that you want alone, "
             f"as in torch.save(torch.load(PATH){index}, OUT)"
         )
     state = found[0][1]
@@ -159,7 +159,7 @@ def _read_state(path: Path, kind: str) -> tuple[Mapping[Any, Any], Mapping[str, 
 
 
 def _state_dicts(where: tuple[Any, ...], value: Any) -> Iterator[tuple[tuple[Any, ...], Mapping[Any, Any]]]:
-    """The dictionaries in ``value`` that hold tensors under dotted names, an optimiser's left out, and the way to each."""
+    """Yield (path, dictionary) of each dictionary in ``value`` with tensors under dotted names, except an optimiser's."""
     if isinstance(value, Mapping):
         if any(torch.is_tensor(entry) and is_name(key) for key, entry in value.items()):
             yield where, value
@@ -173,10 +173,10 @@ def _state_dicts(where: tuple[Any, ...], value: Any) -> Iterator[tuple[tuple[Any
 
 
 def _settled(weights: Weights, filename: str, rates: Sequence[int] | None) -> Weights:
-    """Weights with nothing in ``state`` but what a net of ours has a place for, as float32, and with that net in ``config``."""
+    """Keep only the tensors of one of our nets in ``state``, as float32, and record that net in ``config``."""
     state = weights.state
     if not state:
-        raise WeightsError("none of its entries has a name that is known here; expected the layers of a DeepLab-ResNet")
+        raise WeightsError("none of its entries has a known name; expected the layers of a DeepLab-ResNet")
     backbone = find_backbone(state, said=weights.config.get("backbone", ""))
     net, stem, classes = find_net(state), find_stem(state), 1
     if net in TOOLBOX:
@@ -194,7 +194,7 @@ def _settled(weights: Weights, filename: str, rates: Sequence[int] | None) -> We
         del state[key]
     for key, tensor in state.items():
         most = math.prod(shapes[key]) if key in shapes else _LARGEST_HEAD if HEAD_KEY.match(key) else 1
-        if tensor.numel() > most:  # views of one number can be of any size
+        if tensor.numel() > most:  # a view of one value can have any size
             raise WeightsError(f"its {key} is {tuple(tensor.shape)}; expected at most {most} numbers")
         if tensor.is_floating_point():
             state[key] = tensor.float()
@@ -212,7 +212,7 @@ def _settled(weights: Weights, filename: str, rates: Sequence[int] | None) -> We
 
 
 def _refuse_other_width(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], backbone: str) -> None:
-    """Raise :class:`WeightsError` for the blocks of a ResNeXt or a wide ResNet that has no entry among the backbones."""
+    """Raise :class:`WeightsError` for the blocks of a ResNeXt or a wide ResNet that is not in ``BACKBONES``."""
     inner, last = (state.get(f"layer1.0.conv{n}.weight", torch.empty(0)) for n in (2, 3))
     expected = shapes.get("layer1.0.conv3.weight", last.shape)
     if inner.ndim != 4 or last.ndim != 4 or last.shape[0] != expected[0] or last.shape[1] == expected[1]:
@@ -220,13 +220,13 @@ def _refuse_other_width(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[
     groups = inner.shape[0] // max(inner.shape[1], 1)
     raise WeightsError(
         f"its blocks have {inner.shape[0]} channels in {groups} groups, those of {backbone} {expected[1]} in one, so it is a "
-        "ResNeXt, a wide ResNet or another net: give it an entry in the table BACKBONES of deeplab/resnet.py, as "
+        "ResNeXt, a wide ResNet or another net: add it to the table BACKBONES of deeplab/resnet.py, as "
         f"Backbone(Bottleneck, {BACKBONES[backbone].depths}, groups={groups}, width={inner.shape[1]})"
     )
 
 
 def _judge_head(weights: Weights, filename: str, asked: Sequence[int] | None) -> int:
-    """The classes of a DeepLab-v2's head; 0 without one, or where it was never trained or gives no rates and is left out."""
+    """The number of classes of a DeepLab-v2's head; 0 without a head, or if it is left out (untrained, or of unknown rates)."""
     count, classes = head_shape(weights.state)
     if count and not 1 <= classes <= 255:
         raise WeightsError(f"its head has {classes} classes; expected 1..255")
@@ -234,15 +234,15 @@ def _judge_head(weights: Weights, filename: str, asked: Sequence[int] | None) ->
     reason = ""
     if count and weights.scheme != SNAPSHOT:
         if any(fnmatch.fnmatchcase(filename, pattern) for pattern in _UNTRAINED_HEADS):
-            reason = "the head of this initial file was never trained"
+            reason = "the head of these pretrained weights was never trained"
         elif not any(weights.state[key].any() for key in head):
             reason = "its head is all zeros (never trained)"
         elif count not in (4, 2) and (asked is None or len(asked) != count):
-            reason = f"its head has {count} convolutions and does not tell their rates"
+            reason = f"its head has {count} convolutions and does not say their rates"
         elif count == 4 and asked is None and weights.scheme.startswith("DeepLab-ResNet"):
             weights.notes.append(
-                "its head has four branches; the code of AdaptSegNet, and others' of before October 2017, saves all of them "
-                "and sums only the first two: weights that it trained want --atrous-rates 6,12"
+                "its head has four branches; AdaptSegNet and other code from before October 2017 save all four but sum only "
+                "the first two: weights trained by such code need --atrous-rates 6,12"
             )
     if reason:
         weights.skipped.update((key, reason) for key in head)
@@ -256,27 +256,29 @@ def _judge_head(weights: Weights, filename: str, asked: Sequence[int] | None) ->
     usual = ATROUS_RATES[:count] if count in (4, 2) else asked or ()
     rates = weights.config["atrous_rates"] = list(weights.config.get("atrous_rates", usual))
     if len(rates) != count:
-        raise WeightsError(f"its meta tells of the rates {rates}, but its head has {count} convolutions")
+        raise WeightsError(f"its meta says rates {rates}, but its head has {count} convolutions")
     return classes
 
 
 def _keep_branches(weights: Weights, rates: list[int]) -> None:
-    """Leave out the branches of a DeepLab-v2's head behind the first ones, which have ``rates``."""
+    """Keep only the first branches of a DeepLab-v2's head, those with ``rates``."""
     found = weights.config.get("atrous_rates")
     if found is None:
-        raise WeightsError("it has no head of a DeepLab-v2, whose rates --atrous-rates says; leave the option out")
+        raise WeightsError("--atrous-rates are those of a DeepLab-v2's head, and it has none; leave the option out")
     found = list(found)
     if not rates or found[: len(rates)] != rates:
-        raise WeightsError(f"the rates of its head are {found}, and {rates} are not the first of them: give those, or none")
+        raise WeightsError(
+            f"the rates of its head are {found}, and {rates} are not the first of them; give those, or leave --atrous-rates out"
+        )
     rest = [key for key in weights.state if (match := HEAD_KEY.match(key)) and int(match[1]) >= len(rates)]
     for key in rest:
-        weights.skipped[key] = f"a branch of the head at none of the rates {rates}"
+        weights.skipped[key] = f"a branch of the head at another rate than {rates}"
         del weights.state[key]
     weights.config["atrous_rates"] = rates
 
 
 def _refuse_bad_numbers(weights: Weights) -> None:
-    """Every weight is a finite number, and every variance has a root. A sum is quick, and not finite if one number is not."""
+    """Raise :class:`WeightsError` for values that are not finite, found by one sum per tensor, and for variances below zero."""
     eps = weights.config["batch_norm_eps"]
     bad = {}
     for key, tensor in weights.state.items():

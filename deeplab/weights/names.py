@@ -1,7 +1,7 @@
-"""The published naming schemes of DeepLab-ResNet weights, in one table, and what names and shapes alone say about a net.
+"""The published naming schemes of DeepLab-ResNet weights, in one table, and what names and shapes alone show of a net.
 
 Canonical are the names of the published PyTorch files: torchvision's for the backbone (``conv1``, ``bn1``, ``layer1.0.conv1``,
-``layer1.0.downsample.0`` ...) and ``layer5.conv2d_list.0`` to ``.3`` for the head. No file is read here, no number looked at.
+``layer1.0.downsample.0`` ...) and ``layer5.conv2d_list.0`` to ``.3`` for the head. This module reads no files and no values.
 """
 
 import re
@@ -18,21 +18,21 @@ from deeplab.weights.weights import WeightsError, some
 TOOLBOX = ("deeplabv3", "pspnet")
 """The nets of pytorch-segmentation-toolbox."""
 HEAD_KEY = re.compile(r"layer5\.conv2d_list\.(\d+)\.(weight|bias)$")
-"""In a DeepLab-v2's head."""
+"""Keys of a DeepLab-v2's head."""
 IN_HEAD = re.compile(rf"{HEAD_KEY.pattern}|(head|dsn)\.")
-"""In the head of any of the nets, auxiliary ones included."""
+"""Keys of the heads of all nets, auxiliary heads included."""
 IN_BACKBONE = re.compile(r"(conv[123]|bn[123]|layer[1-4])\.")
 IN_CAFFE_BACKBONE = re.compile(r"(res|bn|scale)[2-5][a-z]\d*_?\w*$")
-"""Caffe's layers inside the stages, whether or not our nets have them."""
+"""Caffe's layers inside the stages, also those that our nets do not have."""
 
 _WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
-"""What torch's own wrappers (DataParallel, compile, checkpoint_wrapper, FSDP) put before the names of what is in them."""
+"""Prefixes that torch's own wrappers (DataParallel, compile, checkpoint_wrapper, FSDP) add to names."""
 _FIRST_BLOCK = re.compile(r"(.*\.)(?:layer1\.0\.conv1|layer2\.block1\.reduce\.conv)\.weight$")
 
 _MODULES = (
-    # s and t: the stage, from 1 and from 2; n and m: the block or branch, from 0 and from 1; x: Caffe's name of the block:
-    # a, b, c ... in short stages, and a, b1, b2 ... in ResNet-101's and -152's
-    # canonical                   kazuto1011/deeplab-pytorch           Caffe (its Scale layers are called as its batch norms)
+    # s, t: the stage, counted from 1 and from 2; n, m: the block or branch, counted from 0 and from 1; x: Caffe's name of
+    # the block: a, b, c ... in short stages; a, b1, b2 ... in those of ResNet-101 and -152
+    # canonical                   kazuto1011/deeplab-pytorch           Caffe (Scale layers are named like batch norms)
     ("conv1",                     "layer1.conv1.conv",                 "conv1"),
     ("bn1",                       "layer1.conv1.bn",                   "bn_conv1"),
     ("layer{s}.{n}.conv1",        "layer{t}.block{m}.reduce.conv",     "res{t}{x}_branch2a"),
@@ -67,14 +67,14 @@ FROM_SEMSEG = {row[0]: row[0] for row in _ALL if re.match(r"layer[1-4]\.", row[0
     "cls.0": "head.0.bottleneck.0", "cls.1": "head.0.bottleneck.1", "cls.4": "head.1",
     "aux.0": "dsn.0", "aux.1": "dsn.1", "aux.4": "dsn.3",
 }  # fmt: skip
-"""hszhao/semseg's names (``model/pspnet.py``), whose stages have torchvision's."""
+"""hszhao/semseg's names (``model/pspnet.py``); its stages are named as in torchvision."""
 
 
 def strip_wrappers(keys: Iterable[str], loose: Container[str] = ()) -> dict[str, str]:
-    """Remove what keys begin with because the net was saved inside other modules; {key: bare key}.
+    """Remove the prefixes of modules that the net was wrapped in; returns {key: bare key}.
 
-    Torch's own wrappers are dropped wherever they stand in a name. Another prefix is that of the ResNet's first block, and
-    all keys have it but those in ``loose``.
+    The prefixes of torch's own wrappers are removed anywhere in a name. Any other prefix is read off the ResNet's first block
+    and removed only if all keys have it, except those in ``loose``.
     """
     bare = {key: _WRAPPERS.sub("", key) for key in keys}
     prefixes = {match[1] for name in bare.values() if (match := _FIRST_BLOCK.match(name))}
@@ -90,7 +90,7 @@ def renamed(key: str, names: Mapping[str, str]) -> str | None:
 
 
 def kazuto_from_canonical(key: str) -> str:
-    """The way back, with the ``base.`` of the released files."""
+    """The inverse; the released files have the prefix ``base.``."""
     return f"base.{renamed(key, _TO_KAZUTO)}"
 
 
@@ -111,10 +111,10 @@ def canonical_from_tensorflow(variable: str) -> str | None:
 
 
 def refuse_extras(keys: Iterable[str]) -> None:
-    """Raise :class:`WeightsError` for parameters inside the backbone that a plain ResNet has no place for."""
+    """Raise :class:`WeightsError` for parameters inside the backbone that a plain ResNet does not have."""
     if extras := list(keys):
         raise WeightsError(
-            f"its trunk holds tensors that a plain ResNet lacks ({some(extras)}), so it is another net "
+            f"its backbone holds tensors that a plain ResNet lacks ({some(extras)}), so it is another net "
             "(squeeze-and-excitation, instance normalisation, biases ...); use the weights of a plain ResNet"
         )
 
@@ -126,10 +126,10 @@ def is_counter(key: str, names: Iterable[str]) -> bool:
 
 
 def find_backbone(state: Mapping[str, Tensor], said: str = "") -> str:
-    """The name in ``BACKBONES`` whose stages fit the canonical state best, by names, then by shapes.
+    """The name in ``BACKBONES`` that fits the stages of the canonical state best, by names, then by shapes.
 
     Args:
-        said: the name that the file gives, which decides between entries that fit alike.
+        said: the name that the file gives; it decides between equally good fits.
 
     Raises:
         WeightsError: no backbone has this number of blocks.
@@ -155,17 +155,17 @@ def find_backbone(state: Mapping[str, Tensor], said: str = "") -> str:
 
 
 def find_net(keys: Iterable[str]) -> str:
-    """Whose head the canonical keys describe: ``"deeplabv2"``, ``"deeplabv3"`` or ``"pspnet"``; ``""`` where there is none."""
+    """The net whose head has these canonical keys: ``"deeplabv2"``, ``"deeplabv3"`` or ``"pspnet"``; ``""`` without a head."""
     starts = {"layer5.conv2d_list.": "deeplabv2", "head.0.conv5.": "deeplabv3", "head.0.stages.": "pspnet"}
     keys = list(keys)
     return next((net for start, net in starts.items() if any(key.startswith(start) for key in keys)), "")
 
 
 def other_head(state: Mapping[str, Tensor]) -> list[str]:
-    """What lies outside the backbone and belongs to a head that none of our nets has; one of ours with more in it is none.
+    """The keys of a head that none of our nets has; empty without such a head. Extra keys make one of ours such a head.
 
     Examples are ProDA's ``layer5.conv2d_list.0.0.weight``, CCNet's ``head.conva.0.weight``, and ``bn_pretrain``, a batch norm
-    that ProDA puts before the head. Numbers of no layer, such as those of a loss, make none.
+    that ProDA puts before the head. Tensors of no layer, such as those of a loss, are no head.
     """
     outside = [key for key in state if not IN_BACKBONE.match(key)]
     net = find_net(outside)
@@ -185,16 +185,16 @@ def is_layer(key: str, tensor: Tensor) -> bool:
 
 
 def find_stem(keys: Iterable[str]) -> str:
-    """``"deep"`` where there are three convolutions before the pool, else ``"7x7"``."""
+    """``"deep"`` if there are three convolutions before the pool, else ``"7x7"``."""
     return "deep" if "conv3.weight" in keys else "7x7"
 
 
 def net_shapes(
     backbone: str, stem: str = "7x7", net: str = "", num_classes: int = 1, **of_head: Any
 ) -> dict[str, tuple[int, ...]]:
-    """Every parameter and running statistic of a backbone and of a DeepLabv3's or PSPNet's heads: canonical name -> shape.
+    """The parameters and running statistics of a backbone and of a DeepLabv3's or PSPNet's heads: canonical name -> shape.
 
-    Without the batch counters, and without a DeepLab-v2's head, which may have any number of branches. ``of_head`` are more
+    Batch counters are left out, and so is a DeepLab-v2's head, which may have any number of branches. ``of_head`` are further
     options of the net.
     """
     with torch.device("meta"):
