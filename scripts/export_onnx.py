@@ -1,14 +1,14 @@
-"""Write a net for use without this project: as ONNX, or as a torch.export program.
+"""Export a net for use without this project: to ONNX, or as a torch.export program.
 
     python scripts/export_onnx.py snapshots/VOC12_scenes_20000.pth net.onnx
     python scripts/export_onnx.py snapshots/VOC12_scenes_20000.pth net.pt2 --with-preprocessing
 
-By the suffix, .onnx or .pt2. Batch and size are free, and batch norm is folded into the convolutions. Without
---with-preprocessing the net takes (N, 3, H, W) float32, BGR 0..255 minus the mean colour, and gives (N, C, h, w) logits at an
-eighth of the size: position (i, j) lies at pixel (8i, 8j) where the sides are 8k + 1. With it, (N, H, W, 3) uint8 RGB pictures
-become (N, H, W) uint8 class indices, as scripts/predict.py gives them for one scale. An ONNX model has the input ``images`` and
-the output ``logits`` or ``classes``, with the axes ``batch``, ``height`` and ``width``. The file says so itself, with the mean,
-the order of the channels, the names of the classes and the net: in the metadata of an ONNX model, in contract.json of a .pt2.
+The suffix, .onnx or .pt2, chooses the format. Batch size, height and width are dynamic, and batch norm is folded into the
+convolutions. Without --with-preprocessing the input is (N, 3, H, W) float32, BGR 0..255 minus the mean colour, and the output
+is (N, C, h, w) logits at stride 8: position (i, j) is at pixel (8i, 8j) if height and width are 8k + 1. With it, the input is
+(N, H, W, 3) uint8 RGB and the output (N, H, W) uint8 class indices, as from scripts/predict.py at one scale. An ONNX model has
+the input ``images`` and the output ``logits`` or ``classes``, with the axes ``batch``, ``height`` and ``width``. The file
+describes itself, with mean, channel order, class names and net: in the metadata of an ONNX model, or in a .pt2's contract.json.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="IN", type=Path, help="a snapshot or published weights")
     parser.add_argument("target", metavar="OUT", type=Path, help="the file to write: .onnx or .pt2")
-    parser.add_argument("--with-preprocessing", action="store_true", help="uint8 RGB pictures in, class indices out")
+    parser.add_argument("--with-preprocessing", action="store_true", help="input: uint8 RGB images; output: class indices")
     add_file_options(parser)
     return parser.parse_args(argv)
 
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     weights = load_weights(args.source, abn=args.abn, atrous_rates=args.atrous_rates)
     net, report = build_net(weights)
     if report.missing:
-        raise UserError(f"{args.source} ({weights.scheme}) holds no usable head, so there is no net to write")
+        raise UserError(f"{args.source} ({weights.scheme}) holds no usable head; train it first with train.py")
     print(f"{args.source}: {weights.scheme}", *report.lines(), sep="\n")
     module = fold_batch_norm(net.eval())
     facts = contract(net.config, weights.meta, args.with_preprocessing)
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def contract(config: dict[str, Any], meta: dict[str, Any], with_preprocessing: bool) -> dict[str, Any]:
-    """What goes in and what comes out, in words, the classes, and the net's ``config``."""
+    """The description stored in the file: input, output, mean, channel order, class names, and the net's ``config``."""
     from dataset import MEAN_BGR
     from utils.visualize import class_names
 
@@ -83,11 +83,11 @@ def contract(config: dict[str, Any], meta: dict[str, Any], with_preprocessing: b
     names = class_names(num_classes, meta.get("classes"))
     facts = {"input": given, "output": result, "mean_bgr": list(MEAN_BGR), "classes": names, "opset": OPSET, "net": config}
     facts["channel_order"] = "RGB" if with_preprocessing else "BGR"
-    return facts | {"made_by": OUTPUT_MARK}  # by which a later export knows that it may replace the file
+    return facts | {"made_by": OUTPUT_MARK}  # marks the file as output, so that a later export may overwrite it
 
 
 def with_preprocessing(net: "torch.nn.Module") -> "torch.nn.Module":
-    """``net`` between pictures as files hold them and classes; the same numbers as ``deeplab.inference.predict_classes``."""
+    """``net`` from (N, H, W, 3) uint8 RGB to (N, H, W) uint8 classes, equal to ``deeplab.inference.predict_classes``."""
     import torch.nn.functional as F
     from torch import Tensor, arange, nn, uint8
 
@@ -95,7 +95,7 @@ def with_preprocessing(net: "torch.nn.Module") -> "torch.nn.Module":
     from deeplab.multiscale import resize
 
     def cut(x: Tensor, height: int, width: int) -> Tensor:
-        """The upper left corner; slices would tie the program to sizes for which they are, or are not, the whole."""
+        """The upper left corner. Slices would specialise the program on whether they cover the whole tensor."""
         return x.index_select(2, arange(height, device=x.device)).index_select(3, arange(width, device=x.device))
 
     class WithPreprocessing(nn.Module):
@@ -103,29 +103,29 @@ def with_preprocessing(net: "torch.nn.Module") -> "torch.nn.Module":
             super().__init__()
             self.net = net
 
-        def forward(self, pictures: Tensor) -> Tensor:
-            height, width = pictures.shape[1:3]
-            # canvas_size(), which is exact for one kind of division
+        def forward(self, images: Tensor) -> Tensor:
+            height, width = images.shape[1:3]
+            # canvas_size(), without its division of negative numbers
             canvas = ((height + 6) // 8 * 8 + 1, (width + 6) // 8 * 8 + 1)
-            images = cut(F.pad(to_input(pictures.flip(-1)), (0, 7, 0, 7)), *canvas)  # N3HW
-            logits = resize(self.net(images), canvas)
+            x = cut(F.pad(to_input(images.flip(-1)), (0, 7, 0, 7)), *canvas)  # N3HW
+            logits = resize(self.net(x), canvas)
             return cut(logits, height, width).argmax(dim=1).to(uint8)
 
     return WithPreprocessing()
 
 
 def export(module: "torch.nn.Module", with_preprocessing: bool) -> "torch.export.ExportedProgram":
-    """``module`` traced for pictures of any number and size; a torch.export program wants 9 pixels a side.
+    """``module`` traced for any batch size, height and width; a torch.export program needs at least 9 pixels per side.
 
     Raises:
-        UserError: this torch is too old for it.
+        UserError: this torch version is too old.
     """
     import torch
     from torch.export import Dim
 
     example = torch.zeros(2, 71, 93, 3, dtype=torch.uint8) if with_preprocessing else torch.zeros(2, 3, 71, 93)
     if not hasattr(Dim, "AUTO"):
-        raise UserError(f"torch {torch.__version__} cannot leave the sizes of pictures open; install torch 2.6 or newer")
+        raise UserError(f"torch {torch.__version__} cannot export dynamic image sizes; install torch 2.6 or newer")
     free = dict.fromkeys((0, 1, 2) if with_preprocessing else (0, 2, 3), Dim.AUTO)
     with torch.no_grad():
         return torch.export.export(module, (example,), dynamic_shapes=(free,))
@@ -150,7 +150,7 @@ def write_onnx(target: Path, program: "torch.export.ExportedProgram", facts: dic
 
 
 def name_axes(graph: Any) -> None:
-    """Call the free sizes batch, height and width, which torch numbers (s77); those of the logits logits_height and so on."""
+    """Name the dynamic axes batch, height and width, which torch names s77 and so on; those of the logits logits_height, ..."""
 
     def axes(value: Any) -> list[Any]:
         return [dim for dim in value.type.tensor_type.shape.dim if dim.dim_param]

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log, without a line that is still being written.
+    """The lines of a run's log, without an incomplete last line.
 
     Raises:
         UserError: the log is missing or empty.
@@ -57,7 +57,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} cannot be read ({error.strerror}); expected the log.jsonl of a training run") from None
     lines = [entry for _, entry in log_entries(text)]
     if not lines:
-        raise UserError(f"{path} holds no step; expected the log.jsonl of a training run that has logged a step")
+        raise UserError(f"{path} holds no step; expected the log.jsonl of a training run with at least one logged step")
     return lines
 
 
@@ -82,7 +82,7 @@ def points(lines: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], output: Path) -> None:
-    """Draw one plot for each curve that occurs in any run, one below the other.
+    """Draw one plot per curve that occurs in any run, one below the other.
 
     Raises:
         UserError: there is nothing to draw, or matplotlib is not installed.
@@ -98,7 +98,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], output: Path) -> None:
     for axes, name in zip(figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0], shown):
         for run, lines in runs.items():
             steps, values = points(lines, name)
-            label = " " + run.replace("$", r"\$")  # matplotlib hides labels that start with _ and reads $...$ as a formula
+            label = " " + run.replace("$", r"\$")  # matplotlib hides labels that start with _ and parses $...$ as a formula
             axes.plot(steps, values, label=label, marker="." if len(steps) < 40 else "")
         axes.set_ylabel(CURVES[name][0])
         axes.grid(alpha=0.3)

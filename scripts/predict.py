@@ -1,12 +1,12 @@
-"""Segment pictures and videos of your own: masks as indexed PNGs, and pictures to look at. No labels are needed.
+"""Segment your own images and videos: masks as indexed PNGs, optionally overlays and panels. No labels are needed.
 
     python scripts/predict.py --restore-from snapshots/VOC12_scenes_20000.pth --save-dir predictions photo.jpg folder/
     python scripts/predict.py --overlays "holiday/**/*.jpg" film.mp4
-    torchrun --nproc_per_node=4 scripts/predict.py --skip-existing --batch-size 8 a_million_pictures/
+    torchrun --nproc_per_node=4 scripts/predict.py --skip-existing --batch-size 8 a_million_images/
 
-A folder stands for the pictures in it, without those in its sub-folders; a pattern in quotes for all that fits it, and their
-masks keep the sub-folders. A video becomes <name>.mp4, with the classes over it, and a folder <name> of masks, one a frame. The
-net is rebuilt from the weights file; no option has to be repeated. Under torchrun the files are shared out.
+A folder stands for the images in it, without its sub-folders. A pattern in quotes stands for all files that match it, and their
+masks keep the sub-folders. A video gives <name>.mp4, with the classes as an overlay, and a folder <name> with one mask per
+frame. The net is rebuilt from the weights file, without further options. Under torchrun the processes share the files.
 """
 
 import argparse
@@ -45,7 +45,7 @@ VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpe
 
 
 class Source(NamedTuple):
-    """A picture or video, and the name of what is made of it: a path below ``--save-dir``, without suffix."""
+    """An image or video, and the name of its outputs: a path below ``--save-dir``, without suffix."""
 
     path: Path
     name: str
@@ -57,40 +57,40 @@ class Source(NamedTuple):
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__.split(":")[0])
-    parser.add_argument("pictures", nargs="+", help="picture and video files, folders of them, patterns in quotes")
+    parser.add_argument("pictures", nargs="+", metavar="IMAGE", help="images, videos, folders of them, patterns in quotes")
     parser.add_argument(
         "--restore-from", default=trained_weights(), help="a snapshot or published weights (default: %(default)s)"
     )
     parser.add_argument("--save-dir", type=target, default=Path("predictions"), help="default: %(default)s")
     parser.add_argument("--num-classes", type=positive, help="default: that of the weights file")
     parser.add_argument(
-        "--dataset", choices=DATASETS, help="whose names and colours the classes have (default: those in the weights file)"
+        "--dataset", choices=DATASETS, help="data set for class names and colours (default: those in the weights file)"
     )
     add_prediction_options(parser)
-    parser.add_argument("--panels", action="store_true", help="also save <name>_panel.png: picture | prediction, and a legend")
-    parser.add_argument("--overlays", action="store_true", help="also save <name>_overlay.png: the classes over the picture")
+    parser.add_argument("--panels", action="store_true", help="also save <name>_panel.png: image | prediction, with a legend")
+    parser.add_argument("--overlays", action="store_true", help="also save <name>_overlay.png: the classes over the image")
     text = "write class names into the regions of panels, overlays and videos, where they fit"
     parser.add_argument("--names", action="store_true", help=text)
     parser.add_argument(
         "--probabilities",
         action="store_true",
-        help="also save <name>.npz: probabilities (C, H, W) float16 of the net, without CRF, and classes, their names",
+        help="also save <name>.npz: the net's probabilities, (C, H, W) float16, without the CRF, and the class names",
     )
-    parser.add_argument("--skip-existing", action="store_true", help="leave out what has all its outputs: go on after a stop")
+    parser.add_argument("--skip-existing", action="store_true", help="skip files whose outputs exist (after an interruption)")
     parser.add_argument(
-        "--num-workers", type=helpers, default=default_processes(4), help="processes that read (default: %(default)s)"
+        "--num-workers", type=helpers, default=default_processes(4), help="processes that read images (default: %(default)s)"
     )
     add_net_options(parser)
     add_device_options(parser)
-    parser.set_defaults(input_size=None)  # each picture's own size
-    return parser.parse_intermixed_args(argv)  # pictures before and after the options
+    parser.set_defaults(input_size=None)  # the size of each image
+    return parser.parse_intermixed_args(argv)  # images before and after the options
 
 
 def find_sources(arguments: Iterable[str]) -> tuple[list[Source], list[str]]:
-    """The pictures and videos that the arguments stand for, and a line for each folder or pattern that holds more.
+    """The images and videos that the arguments stand for, and a line for each folder or pattern with other files.
 
     Raises:
-        UserError: a path does not exist, or a folder or pattern stands for no picture.
+        UserError: a path does not exist, or a folder or pattern holds no image.
     """
     from dataset.lists import IMAGE_SUFFIXES
 
@@ -107,30 +107,30 @@ def find_sources(arguments: Iterable[str]) -> tuple[list[Source], list[str]]:
             root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
             entries = sorted(map(Path, glob.glob(argument, recursive=True)))
         else:
-            raise UserError(f"the picture {path} does not exist")
+            raise UserError(f"the image {path} does not exist")
         kinds = {entry: _kind(entry, IMAGE_SUFFIXES) for entry in entries if not entry.name.startswith(".")}  # ._a.jpg: macOS
-        inside = [entry for entry, kind in kinds.items() if kind == "picture"]
-        left_out = ", ".join(f"{count} {kind}" for kind, count in Counter(kinds.values()).items() if kind != "picture")
+        inside = [entry for entry, kind in kinds.items() if kind == "image"]
+        left_out = ", ".join(f"{count} {kind}" for kind, count in Counter(kinds.values()).items() if kind != "image")
         if not inside:
             more = f" (only {left_out})" if left_out else ""
-            what = f"the folder {path} holds" if path.is_dir() else f"the pattern {path} fits"
-            raise UserError(f"{what} no picture{more}; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+            what = f"the folder {path} holds" if path.is_dir() else f"the pattern {path} matches"
+            raise UserError(f"{what} no image{more}; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
         if left_out:
-            lines.append(f"{path}: {len(inside)} pictures; left out: {left_out}")
+            lines.append(f"{path}: {len(inside)} images; left out: {left_out}")
         for entry in inside:
             found.setdefault(entry, Source(entry, entry.relative_to(root).with_suffix("").as_posix()))
     return list(found.values()), lines
 
 
 def _kind(entry: Path, suffixes: tuple[str, ...]) -> str:
-    """What an entry of a folder is: ``"picture"``, or a word for the count of what is left out."""
+    """The kind of a folder's entry: ``"image"``, or a word for the count of entries left out."""
     if entry.is_dir():
         return "sub-folder"
-    return "picture" if entry.suffix.lower() in (*suffixes, *VIDEO_SUFFIXES) else entry.suffix or "without suffix"
+    return "image" if entry.suffix.lower() in (*suffixes, *VIDEO_SUFFIXES) else entry.suffix or "without suffix"
 
 
 def planned_outputs(source: Source, options: Options) -> list[Output]:
-    """Every file that is made of a source; of a video, the last one to be finished, the first mask and those that are there."""
+    """The output files of a source; for a video its .mp4 (finished last), its first mask, and all masks that already exist."""
     if source.is_video:
         there = (options.save_dir / source.name).glob("[0-9]*.png")
         numbers = sorted({"000000", *(path.stem for path in there if path.stem.isdecimal())})
@@ -156,13 +156,13 @@ def main(argv: list[str] | None = None) -> int:
     with ExitStack() as stack:
         pool = open_crf(args, stack)
         work = distributed.everywhere(lambda: open_work(args))
-        pictures = [f"{source.name}{source.path.suffix}" for source in work.sources]
-        check_same_work(work.options, work.device, work.weights, {"images": pictures})
+        images = [f"{source.name}{source.path.suffix}" for source in work.sources]
+        check_same_work(work.options, work.device, work.weights, {"images": images})
         outputs = distributed.everywhere(lambda: {source: planned_outputs(source, work.options) for source in work.sources})
         read = [*(source.path for source in work.sources), args.restore_from]
-        distributed.everywhere(lambda: check_outputs(chain.from_iterable(outputs.values()), read))  # before any of them writes
+        distributed.everywhere(lambda: check_outputs(chain.from_iterable(outputs.values()), read))  # before any process writes
         distributed.everywhere(lambda: to_device(work.net, work.device, args.compile))
-        # Shared out before anything is skipped: the processes do not all find the same files to be there.
+        # Divided before any file is skipped: the processes may not all find the same existing files.
         mine = work.sources[distributed.rank() :: distributed.world_size()]
         done = [source for source in mine if args.skip_existing and all(output.path.exists() for output in outputs[source])]
         left = [source for source in mine if source not in set(done)]
@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     broken = list(chain.from_iterable(distributed.gather(broken)))
     if distributed.is_main():
         there, made = (sum(numbers) for numbers in zip(*counts))
-        print(f"masks of {made} files in {args.save_dir}/" + (f"; {there} were there already" if there else ""))
+        print(f"masks of {made} files in {args.save_dir}/" + (f"; {there} existed already" if there else ""))
         if broken:
             print(f"{len(broken)} of {made + len(broken)} files were left out:", *broken, sep="\n", file=sys.stderr)
     distributed.stop()
@@ -181,10 +181,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Work(NamedTuple):
-    """What a process predicts, and with what.
+    """The files that all processes predict, and everything that they need for it.
 
     Attributes:
-        lines: what to print before.
+        lines: lines to print before predicting.
     """
 
     options: Options
@@ -197,7 +197,7 @@ class Work(NamedTuple):
 
 
 def open_work(args: argparse.Namespace) -> Work:
-    """Everything that the command line names, before anything is predicted; talks to no other process.
+    """Open everything that the command line names, without communication.
 
     Raises:
         UserError, WeightsError, DatasetError: something is missing, or does not fit.
@@ -207,7 +207,7 @@ def open_work(args: argparse.Namespace) -> Work:
 
     sources, lines = find_sources(args.pictures)
     if args.probabilities and (videos := [source.path for source in sources if source.is_video]):
-        raise UserError(f"--probabilities of a video ({videos[0]}) would fill the disk; leave it out, or take single frames")
+        raise UserError(f"--probabilities of a video ({videos[0]}) would fill the disk; leave it out, or extract single frames")
     if args.names and not (args.panels or args.overlays or any(source.is_video for source in sources)):
         raise UserError("--names writes into panels, overlays and videos; add --overlays or --panels, or leave it out")
     net, weights, device, loaded = open_trained_net(args)
@@ -222,7 +222,7 @@ def open_work(args: argparse.Namespace) -> Work:
 
 
 def segment(work: Work, sources: list[Source], pool: "CRFPool | DeviceCRF | None") -> list[str]:
-    """Predict images and videos, and write what is asked for; why some could not be read."""
+    """Predict images and videos, and write their outputs; returns the error messages of those that could not be read."""
     from tqdm import tqdm
 
     from utils import distributed
@@ -240,10 +240,10 @@ def segment(work: Work, sources: list[Source], pool: "CRFPool | DeviceCRF | None
     bar = tqdm(total=len(sources), unit="file", disable=None if distributed.is_main() else True, dynamic_ncols=True)
     with bar:
         with reading(images, range(len(images)), workers, device) as stream:
-            for picture in predictions(net, readable(stream, broken), device, keep_logits=options.probabilities, **prediction):
-                target, image, mask = targets[picture.id], picture.image[:, :, ::-1], picture.mask
+            for item in predictions(net, readable(stream, broken), device, keep_logits=options.probabilities, **prediction):
+                target, image, mask = targets[item.id], item.image[:, :, ::-1], item.mask
                 if options.probabilities:
-                    write_probabilities(Path(f"{target}.npz"), picture, classes.names, logits_stride(options.window))
+                    write_probabilities(Path(f"{target}.npz"), item, classes.names, logits_stride(options.window))
                 if options.panels:
                     save_panel(Path(f"{target}_panel.png"), image, None, mask, classes, options.names)
                 if options.overlays:
@@ -267,16 +267,16 @@ def segment(work: Work, sources: list[Source], pool: "CRFPool | DeviceCRF | None
             except BrokenVideo as error:
                 broken.append(str(error))
                 with suppress(OSError):
-                    Path(target).rmdir()  # the folder for masks, if there are none
+                    Path(target).rmdir()  # the folder of the masks, if it is empty
             bar.update()
     return broken
 
 
-def write_probabilities(path: Path, picture: "NamedImage", names: Sequence[str], stride: int) -> None:
-    """Save the softmax of an image's (C, h, w) logits, ``stride`` pixels apart, at its own size, in blocks of rows."""
+def write_probabilities(path: Path, item: "NamedImage", names: Sequence[str], stride: int) -> None:
+    """Save the softmax of an image's (C, h, w) logits (their stride is ``stride``) at the image's size, in blocks of rows."""
     from deeplab.inference import enlarge_rows
 
-    size, logits = picture.image.shape[:2], picture.logits
+    size, logits = item.image.shape[:2], item.logits
     probabilities = np.empty((len(logits), *size), dtype=np.float16)
     for rows, block in enlarge_rows(logits[None], size, stride=stride):
         probabilities[:, rows] = block[0].softmax(dim=0).half().cpu().numpy()

@@ -1,4 +1,4 @@
-"""Captions against a search through all places; what is drawn stays in the region."""
+"""The places of captions against an exhaustive search; the text stays inside its region."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def blobs(seed: int, shape: tuple[int, int]) -> np.ndarray:
 
 
 def regions_of(mask: np.ndarray) -> list[np.ndarray]:
-    """The parts of a mask that hang together over their sides, as masks."""
+    """The 4-connected regions of a mask, as masks."""
     left, found = mask.copy(), []
     while left.any():
         region = np.zeros_like(mask)
@@ -42,7 +42,7 @@ def regions_of(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def best_distance(region: np.ndarray, width: int, height: int) -> float:
-    """The largest distance to what is not of the region, of all pixels around which a box lies in it; 0 where none does."""
+    """The largest distance from the region's edge among the centres of all boxes inside the region; 0 if no box fits."""
     outside = np.argwhere(~np.pad(region, 1)) - 1
     best = 0.0
     for top in range(region.shape[0] - height + 1):
@@ -59,7 +59,7 @@ def test_captions_are_where_the_region_is_deepest(seed):
     captions = place_captions(labels, NAMES)
     for label in NAMES:
         mine = [caption for caption in captions if caption.label == label]
-        left, top, right, bottom = font(11).getbbox(NAMES[label], stroke_width=1)  # of 91 pixels the smallest size is left
+        left, top, right, bottom = font(11).getbbox(NAMES[label], stroke_width=1)  # at 91 pixels only the smallest size remains
         width, height = round(right) - round(left), round(bottom) - round(top)
         for region in regions_of(labels == label):
             inside = [caption for caption in mine if region[caption.top, caption.left]]
@@ -72,11 +72,11 @@ def test_captions_are_where_the_region_is_deepest(seed):
                 assert np.sqrt(((outside - center) ** 2).sum(axis=1).min()) == pytest.approx(best, abs=1e-3)
 
 
-def test_the_largest_size_that_fits_is_taken_and_the_text_stays_in_its_region():
+def test_the_largest_size_that_fits_is_used_and_the_text_stays_in_its_region():
     labels = np.zeros((300, 400), np.uint8)
     labels[10:90, 10:390] = 1
     labels[150:166, 20:60] = 1  # lower, and narrower
-    labels[200:204, 20:300] = 1  # too low for any
+    labels[200:204, 20:300] = 1  # too low for any size
     labels[220:290, 10:50] = 2  # too narrow
     captions = place_captions(labels, NAMES)
     assert [(caption.label, caption.size) for caption in captions] == [(1, 20), (1, 14)]  # 0.05 and 0.036 of 400 pixels
@@ -88,7 +88,7 @@ def test_the_largest_size_that_fits_is_taken_and_the_text_stays_in_its_region():
         for caption in captions:
             boxes[caption.top : caption.top + caption.height, caption.left : caption.left + caption.width] = True
             part = written[caption.top : caption.top + caption.height, caption.left : caption.left + caption.width]
-            assert {0, 255} <= set(part.ravel().tolist())  # white letters, black outlines, whatever lies behind
+            assert {0, 255} <= set(part.ravel().tolist())  # white letters, black outlines, on any background
         assert not changed[~boxes].any()
         assert (image == color).all()
 

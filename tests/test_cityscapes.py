@@ -316,7 +316,7 @@ def test_the_crf_uses_the_sums_of_the_tiles(city, run, tmp_path):
 def test_options_that_exclude_each_other(city, run, toy_voc, capsys):
     with pytest.raises(SystemExit):
         evaluate(city, run, "--window", "33,33", "--input-size", "505,505")
-    assert "--window has tiles of one size; leave --input-size out" in capsys.readouterr().err
+    assert "--window cuts images into tiles of one size; leave --input-size out" in capsys.readouterr().err
     for words in (("--overlap", "1"), ("--overlap", "1/0"), ("--window", "33")):
         with pytest.raises(SystemExit):
             evaluate(city, run, *words)
@@ -376,7 +376,7 @@ def test_what_the_server_would_refuse_is_never_packed(city, run, tmp_path):
         Image.fromarray(values).save(file, "PNG")  # train ids
         with pytest.raises(UserError, match=message):
             pack(tmp_path / "a.zip", {"berlin": file.getvalue()}, files, server)
-    with pytest.raises(UserError, match=r"the server of Cityscapes takes zip files; end the name in \.zip"):
+    with pytest.raises(UserError, match=r"the Cityscapes server accepts zip files; end the name in \.zip"):
         evaluate(city, run, "--submission", tmp_path / "a.tgz")
     with zipfile.ZipFile(tmp_path / "mine.zip", "w") as packed:
         packed.writestr("a.txt", "mine")

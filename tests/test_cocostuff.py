@@ -184,7 +184,7 @@ def test_the_lists_of_the_10k_are_found(run, tmp_path, capsys):
 
 
 def test_no_server_accepts_masks(coco, run, tmp_path):
-    with pytest.raises(UserError, match="--submission: COCO-Stuff has no server that takes masks"):
+    with pytest.raises(UserError, match="--submission: COCO-Stuff has no server that accepts masks"):
         evaluate(coco, run / "COCO_scenes_2.pth", "--submission", tmp_path / "a.zip")
     assert not (tmp_path / "a.zip").exists()
 

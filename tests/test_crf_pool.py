@@ -42,7 +42,7 @@ def test_a_killed_process_is_one_sentence():
     with CRFPool(2) as pool:
         for process in pool.processes:
             process.kill()
-        with pytest.raises(UserError, match=r"CRF was killed at \w+ \d+; .* --crf-workers"):
+        with pytest.raises(UserError, match=r"CRF was killed at image \d+; .* --crf-workers"):
             list(pool.refine(samples_with_logits(4)))
 
 

@@ -231,11 +231,11 @@ def test_a_label_that_one_process_cannot_read_ends_both_evaluations(two_ranks):
     ("name", "sentence"),
     [
         ("evaluate, lists", r"different images: number 2 is .*toy_1\.png in process 0 and .*toy_2\.png in process 1"),
-        ("evaluate, weights", r"different weights, by their check sum: it is \w{16} in process 0 and \w{16} in process 1"),
+        ("evaluate, weights", r"different weights, by their checksum: it is \w{16} in process 0 and \w{16} in process 1"),
         ("evaluate, options", "different --mirror: it is False in process 0 and True in process 1"),
         ("submission, lists", r"different images: number 2 is toy_1 toy_1\.jpg in process 0 and toy_2 toy_2\.jpg in"),
         ("predict, images", r"different images: number 3 is toy_2\.jpg in process 0 and missing in process 1"),
-        ("predict, weights", "different weights, by their check sum"),
+        ("predict, weights", "different weights, by their checksum"),
         ("train, validation lists", "different validation images: number 2 is"),
         ("train, options", "different --num-steps: it is 2 in process 0 and 3 in process 1"),
     ],

@@ -1,4 +1,4 @@
-"""``scripts/environment.sh`` with a made-up ``python`` that writes down what pip is asked for."""
+"""``scripts/environment.sh`` with a fake ``python`` that logs the calls of pip."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not BASH, reason="a script for bash")
 
 @pytest.fixture
 def environment(tmp_path):
-    """Calls ``environment FILE...`` in a folder of its own; ``failing`` is the part of a command line that fails."""
+    """Calls ``environment FILE...`` in a new folder; commands that contain ``failing`` fail."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / "scripts/environment.sh", tmp_path / "scripts")

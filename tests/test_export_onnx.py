@@ -1,4 +1,4 @@
-"""Exported nets give what the project's own give, at any size; where onnx is not installed there is a sentence."""
+"""Exported nets predict the same as the project's own at any size; without onnx installed, a sentence says so."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ from utils.command import UserError
 SIZES = [(1, 65, 130), (3, 33, 47), (2, 64, 64), (1, 9, 17), (1, 129, 90), (2, 3, 5)]
 
 
-def pictures(count: int, height: int, width: int) -> np.ndarray:
+def random_images(count: int, height: int, width: int) -> np.ndarray:
     return np.random.default_rng(height).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
@@ -41,7 +41,7 @@ def test_torch_export(with_preprocessing, snapshot, tmp_path):
     assert json.loads(extra["contract.json"])["classes"] == ["ground", "red", "green", "blue"]
     net = load_net(snapshot)
     for size in SIZES if with_preprocessing else SIZES[:-1]:
-        batch = pictures(*size)
+        batch = random_images(*size)
         logits, classes = logits_and_classes(net, batch)
         if with_preprocessing:
             assert (program(torch.from_numpy(batch)) == classes).float().mean() > 0.999
@@ -73,7 +73,7 @@ def test_onnx_runtime(with_preprocessing, snapshot, tmp_path):
     assert json.loads(facts["mean_bgr"]) == list(MEAN_BGR)
     assert json.loads(facts["net"]) == net.config
     for size in SIZES:
-        batch = pictures(*size)
+        batch = random_images(*size)
         logits, classes = logits_and_classes(net, batch)
         given = batch if with_preprocessing else to_input(np.ascontiguousarray(batch[..., ::-1])).contiguous().numpy()
         found = torch.from_numpy(session.run(None, {"images": given})[0])
@@ -87,7 +87,7 @@ def test_onnx_runtime(with_preprocessing, snapshot, tmp_path):
 @pytest.mark.parametrize("with_preprocessing", [False, True])
 @pytest.mark.parametrize("name", sorted(NETS.keys() - {"deeplabv2"}))
 def test_every_net_at_sizes_that_were_not_traced(name, with_preprocessing, tmp_path, monkeypatch):
-    """In onnxruntime and in torch.export, on maps smaller and larger than PSPNet's bins, and as large; DeepLab-v2 is above."""
+    """In onnxruntime and torch.export, on maps smaller than, larger than and as large as PSPNet's bins. DeepLab-v2: above."""
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     monkeypatch.setitem(BACKBONES, "resnet18", Backbone(BasicBlock, (1, 1, 1, 1)))
@@ -97,7 +97,7 @@ def test_every_net_at_sizes_that_were_not_traced(name, with_preprocessing, tmp_p
     export_onnx.write_onnx(tmp_path / "net.onnx", program, {"made_by": "a test"}, with_preprocessing)
     session = runtime.InferenceSession(str(tmp_path / "net.onnx"))
     for size in [(1, 65, 130), (3, 41, 17), (2, 64, 90)]:
-        batch = pictures(*size)
+        batch = random_images(*size)
         logits, classes = logits_and_classes(net, batch)
         given = torch.from_numpy(batch) if with_preprocessing else to_input(np.ascontiguousarray(batch[..., ::-1])).contiguous()
         for found in (session.run(None, {session.get_inputs()[0].name: given.numpy()})[0], program.module()(given)):
@@ -107,7 +107,7 @@ def test_every_net_at_sizes_that_were_not_traced(name, with_preprocessing, tmp_p
                 torch.testing.assert_close(torch.as_tensor(found), logits, rtol=1e-4, atol=1e-4 * float(logits.std()))
 
 
-def test_what_cannot_be_exported_is_a_sentence(snapshot, tmp_path, monkeypatch):
+def test_wrong_files_are_refused(snapshot, tmp_path, monkeypatch):
     for source, target, message in (
         (snapshot, tmp_path / "net.tflite", r"ends in \'\.tflite\'; expected \.onnx, or \.pt2"),
         (snapshot, tmp_path / "net.pth", "expected .onnx"),
@@ -126,8 +126,8 @@ def test_what_cannot_be_exported_is_a_sentence(snapshot, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("a.*"))
 
 
-def test_a_torch_that_is_too_old_is_a_sentence(snapshot, tmp_path, monkeypatch):
+def test_a_torch_that_is_too_old_is_refused(snapshot, tmp_path, monkeypatch):
     monkeypatch.delattr("torch.export.Dim.AUTO")
-    with pytest.raises(UserError, match=r"cannot leave the sizes of pictures open; install torch 2\.6"):
+    with pytest.raises(UserError, match=r"cannot export dynamic image sizes; install torch 2\.6"):
         export_onnx.main([str(snapshot), str(tmp_path / "net.pt2")])
     assert not (tmp_path / "net.pt2").exists()

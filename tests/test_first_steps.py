@@ -173,7 +173,7 @@ def test_the_void_label_is_remembered(toy_voc, tmp_path, capsys):
         assert evaluation.run(evaluation_parser("").parse_args([*words, *options])) == 0
         text = capsys.readouterr().out
         assert re.findall(r"(\d) class \d \(void\)", text) == [void]
-        assert ("--ignore-label 3, as it was trained with" in text) == (not options)
+        assert ("--ignore-label 3, as in training" in text) == (not options)
 
 
 def test_a_label_error_names_the_command_that_finds_them_all(toy_voc, tmp_path, capsys):

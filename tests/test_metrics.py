@@ -1,4 +1,4 @@
-"""The scores against a pixel-by-pixel count with fractions, and against numbers worked by hand."""
+"""The scores against a pixel-by-pixel count in fractions, and against hand-worked numbers."""
 
 import json
 import math
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 
 def naive_scores(labels, predictions, num_classes, ignore_label=255):
-    """The six scores as exact fractions (None for "absent"), counted one pixel at a time, with sets rather than a matrix."""
+    """The six scores as exact fractions (None if absent), counted pixel by pixel and without a matrix."""
     pairs = [(int(a), int(b)) for a, b in zip(labels.reshape(-1), predictions.reshape(-1)) if int(a) != ignore_label]
     class_iou, class_accuracy, weighted = [], [], Fraction(0)
     for c in range(num_classes):
@@ -101,7 +101,7 @@ def test_non_contiguous_inputs_are_not_changed():
 
 
 def test_absent_classes_are_left_out():
-    # class 2 is only predicted: IoU 0, accuracy unknown; class 3 is nowhere: both unknown; class 1 is never predicted: both 0
+    # class 2 is only predicted: IoU 0, accuracy NaN; class 3 is absent: both NaN; class 1 is never predicted: both 0
     labels, predictions = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 2, 0])
     confusion = ConfusionMatrix(4)
     confusion.update(labels, predictions)
@@ -149,27 +149,27 @@ def test_another_ignore_label_and_predictions_under_it():
     assert confusion.present() == [0, 1, 255]
 
 
-@pytest.mark.parametrize("void", [0, 2])
-def test_a_class_that_is_declared_void_is_no_class(void):
-    """Its pixels are not counted, its predictions are errors of the others, and no mean knows it."""
-    generator = torch.Generator().manual_seed(void)
+@pytest.mark.parametrize("ignored", [0, 2])
+def test_an_ignored_class_is_not_counted(ignored):
+    """Its pixels are not counted, predictions of it are errors of the other classes, and no mean includes it."""
+    generator = torch.Generator().manual_seed(ignored)
     labels, predictions = torch.randint(0, 3, (2, 40, 30), generator=generator)
-    confusion = ConfusionMatrix(3, ignore_label=void)
+    confusion = ConfusionMatrix(3, ignore_label=ignored)
     confusion.update(labels, predictions)
-    classes = [i for i in range(3) if i != void]
-    counted = (labels != void).numpy()
+    classes = [i for i in range(3) if i != ignored]
+    counted = (labels != ignored).numpy()
     true, predicted = labels.numpy()[counted], predictions.numpy()[counted]
     ious = [((true == i) & (predicted == i)).sum() / ((true == i) | (predicted == i)).sum() for i in classes]
     accuracies = [(predicted[true == i] == i).mean() for i in classes]
     scores = confusion.scores()
     np.testing.assert_allclose(scores.class_iou[classes], ious)
-    assert math.isnan(scores.class_iou[void])
-    assert math.isnan(scores.class_accuracy[void])
+    assert math.isnan(scores.class_iou[ignored])
+    assert math.isnan(scores.class_accuracy[ignored])
     assert scores.mean_iou == pytest.approx(np.mean(ious))
     assert scores.mean_accuracy == pytest.approx(np.mean(accuracies))
     assert scores.pixel_accuracy == pytest.approx((true == predicted).mean())
-    assert scores.as_dict("abc")["classes"][void] == {"id": void, "name": "abc"[void], "iou": None, "accuracy": None}
-    assert scores.table("abc").splitlines()[2 + void].split() == [str(void), "abc"[void], "-", "-"]
+    assert scores.as_dict("abc")["classes"][ignored] == {"id": ignored, "name": "abc"[ignored], "iou": None, "accuracy": None}
+    assert scores.table("abc").splitlines()[2 + ignored].split() == [str(ignored), "abc"[ignored], "-", "-"]
     assert confusion.present() == [*classes, 255]
 
 
@@ -179,8 +179,8 @@ def test_a_class_that_is_declared_void_is_no_class(void):
         ([0, 3, 1], [0, 0, 1], "1 pixels have a label and 0 a prediction outside 0..2"),
         ([-1, 254, 1], [0, 0, 1], "2 pixels have a label and 0"),
         ([0, 2, 1], [0, 255, -1], "0 pixels have a label and 2 a prediction"),
-        ([0, 1, 3], [3, 1, 0], "1 pixels have a label and 1 a prediction"),  # the first number that is no class
-        # these two would land inside the matrix if only label * C + prediction were looked at
+        ([0, 1, 3], [3, 1, 0], "1 pixels have a label and 1 a prediction"),  # 3 is the first invalid index
+        # for these two, label * C + prediction alone would be inside the matrix
         ([1, 1], [-1, -2], "0 pixels have a label and 2"),
         ([-1, 3], [5, -4], "2 pixels have a label and 0"),
     ],
@@ -210,7 +210,7 @@ def test_refused_inputs():
         confusion.scores().as_dict("abcd")
 
 
-def test_counts_of_two_processes_add_up_in_place():
+def test_counts_of_two_processes_are_summed_in_place():
     first, second, whole = ConfusionMatrix(3), ConfusionMatrix(3), ConfusionMatrix(3)
     batches = torch.tensor([[0, 1, 2, 255]]), torch.tensor([[2, 2, 1, 0]])
     predictions = torch.tensor([[0, 1, 1, 1]])
@@ -246,7 +246,7 @@ def test_table_and_dict():
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_update_does_not_wait_for_the_device():
+def test_update_has_no_host_sync():
     labels, predictions = torch.randint(0, 21, (2, 65, 97), device="cuda"), torch.randint(0, 21, (2, 65, 97), device="cuda")
     confusion = ConfusionMatrix(21, "cuda")
     mode = torch.cuda.get_sync_debug_mode()
@@ -272,10 +272,10 @@ def test_mean_iou_of_arrays_and_tensors():
     assert math.isnan(mean_iou(np.full((2, 2), 255), np.zeros((2, 2), int), 3))
 
 
-def test_what_is_no_pair_of_class_indices_is_refused():
+def test_wrong_arrays_are_refused():
     labels = np.zeros((2, 3), np.uint8)
     for wrong, words in ((labels[:1], "differ in shape"), (labels / 2, "expected integer"), (labels + 9, "outside 0..2")):
         with pytest.raises(ValueError, match=words):
             mean_iou(labels, wrong, 3)
-    with pytest.raises(TypeError, match=r"labels are a ndarray; expected a tensor .mean_iou takes arrays"):
+    with pytest.raises(TypeError, match=r"labels are a ndarray; expected a tensor .mean_iou accepts arrays"):
         ConfusionMatrix(3).update(labels, torch.zeros(2, 3, dtype=torch.uint8))

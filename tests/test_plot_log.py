@@ -1,4 +1,4 @@
-"""The curves of runs: what a log holds is what is drawn; what is no log is a sentence."""
+"""The curves of runs: the plots show the values of the logs, and other files are refused."""
 
 import json
 import shutil
@@ -35,13 +35,13 @@ def test_points_of_each_curve(run):
 def test_curves_are_drawn(run, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert plot_log.main([str(run), str(run / "log.jsonl"), "-o", str(tmp_path / "curves.png")]) == 0
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert min(picture.size) > 500
-        assert len(picture.convert("RGB").getcolors(100000)) > 10
+    with Image.open(tmp_path / "curves.png") as image:
+        assert min(image.size) > 500
+        assert len(image.convert("RGB").getcolors(100000)) > 10
     assert "to step 4" in capsys.readouterr().out
     assert plot_log.main([str(run), "-o", str(tmp_path / "curves.svg")]) == 0
     assert "<svg" in (tmp_path / "curves.svg").read_text()
-    for suffix in ("png", "svg", "pdf", "pdf"):  # what it drew it draws anew
+    for suffix in ("png", "svg", "pdf", "pdf"):  # overwrites its own outputs
         assert plot_log.main([str(run), "-o", str(tmp_path / f"curves.{suffix}")]) == 0
     Image.new("RGB", (2, 2)).save(tmp_path / "mine.png")
     with pytest.raises(UserError, match="over a file that is no earlier output"):
@@ -58,13 +58,13 @@ def test_curves_are_drawn(run, tmp_path, capsys):
         (["x/log.1.jsonl", "x"], ["log.1.jsonl", "x"]),
     ],
 )
-def test_runs_are_called_by_the_shortest_ends_that_differ(runs, names):
+def test_runs_are_named_by_the_shortest_unique_path_endings(runs, names):
     paths = [Path("/data", run) if run.endswith("l") else Path("/data", run, "log.jsonl") for run in runs]
     assert plot_log.short_names(paths) == [str(Path(name)) for name in names]
 
 
 def test_the_legend_and_the_axes(run, tmp_path, monkeypatch):
-    """Folder names as they are, and mean IoU in percent."""
+    """Folder names are unchanged, and mean IoU is in percent."""
     figure = pytest.importorskip("matplotlib.figure")
     drawn = []
     monkeypatch.setattr(figure.Figure, "savefig", lambda self, *args, **options: drawn.append(self))
@@ -78,7 +78,7 @@ def test_the_legend_and_the_axes(run, tmp_path, monkeypatch):
     assert axes[2].lines[0].get_xydata().tolist() == [[2, 25.0]]
 
 
-def test_what_is_no_log_is_a_sentence(run, tmp_path, monkeypatch):
+def test_files_that_are_no_logs_are_refused(run, tmp_path, monkeypatch):
     (tmp_path / "empty.jsonl").write_text("[1]\nno json\n")
     before = (run / "log.jsonl").read_bytes()
     for options, message in (
@@ -94,8 +94,8 @@ def test_what_is_no_log_is_a_sentence(run, tmp_path, monkeypatch):
     assert (run / "log.jsonl").read_bytes() == before
 
 
-def test_damaged_lines_are_left_out(tmp_path):
-    """Whatever they hold; what is left is drawn, and nothing at all is a sentence."""
+def test_damaged_lines_are_skipped(tmp_path):
+    """The other lines are drawn; a log without any valid value is refused."""
     pytest.importorskip("matplotlib")
     path, output = tmp_path / "log.jsonl", str(tmp_path / "a.png")
     steps = [

@@ -1,4 +1,4 @@
-"""The report of an evaluation, read as a browser would: its links, its numbers, and names that are no HTML."""
+"""The report of an evaluation, parsed as in a browser: its links, its numbers, and names that contain HTML."""
 
 import json
 import math
@@ -58,7 +58,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def nasty(snapshot, tmp_path_factory) -> Path:
-    """A net whose classes have names that a page could take for something else."""
+    """A net with class names that contain HTML and template code."""
     content = torch.load(snapshot, weights_only=True)
     content["meta"].update(classes=NASTY, colors=[[1, 2, 3], [200, 0, 0], [0, 200, 0], [0, 0, 200]], args={"note": "<i>"})
     torch.save(content, path := tmp_path_factory.mktemp("nasty") / "a&b.pth")
@@ -70,7 +70,7 @@ def percent(value: float | None) -> str:
 
 
 @pytest.mark.parametrize("crf", [False, True])
-def test_the_page_stands_alone_and_tells_the_saved_scores(toy_voc, nasty, tmp_path, crf):
+def test_the_page_needs_no_other_site_and_shows_the_saved_scores(toy_voc, nasty, tmp_path, crf):
     for folder, suffix in (("JPEGImages", "jpg"), ("SegmentationClassAug", "png")):
         (toy_voc / folder / f"toy_5.{suffix}").rename(toy_voc / folder / f"it's #5 & <b>.{suffix}")
     (tmp_path / "list.txt").write_text("toy_0\ntoy_1\ntoy_2\ntoy_3\ntoy_4\nit's #5 & <b>\n")
@@ -91,11 +91,11 @@ def test_the_page_stands_alone_and_tells_the_saved_scores(toy_voc, nasty, tmp_pa
         for layer in anchor["data-layers"].split()[1:]:
             Image.open(out / anchor["href"].replace(".jpg", f"_{layer}.png")).verify()
     assert {tag for tag, _ in page.tags} & {"link", "iframe", "object", "base"} == set()
-    assert [tag for tag, _ in page.tags].count("b") == 6  # one a picture
+    assert [tag for tag, _ in page.tags].count("b") == 6  # one per image
     assert page.find("script", "src") == []
     assert not re.search(r"https?://|url\(|@import", (out / "index.html").read_text(encoding="utf-8"))
 
-    assert [tag for tag, _ in page.tags].count("script") == 1  # none came in by a name
+    assert [tag for tag, _ in page.tags].count("script") == 1  # none from a class name
     assert not page.find("th", "onload")
     assert page.find("option", "value")[-4:] == ["0", "1", "2", "3"]
     assert page.text.count(NASTY[0]) >= 3
@@ -107,7 +107,7 @@ def test_the_page_stands_alone_and_tells_the_saved_scores(toy_voc, nasty, tmp_pa
     assert rows["frequency-weighted IoU %"] == [percent(part["frequency_weighted_iou"]) for part in parts]
     counts = np.array(parts[-1]["confusion_matrix"])
     present = np.flatnonzero(counts.sum(0) + counts.sum(1)).tolist()
-    named = [row for row in page.rows if row and row[0] in NASTY]  # first of the table of classes, then of the heat map
+    named = [row for row in page.rows if row and row[0] in NASTY]  # of the table of classes, then of the confusion matrix
     for i, row in enumerate(named[:TOY_CLASSES]):
         assert row[2 : 2 + len(parts)] == [percent(part["classes"][i]["iou"]) for part in parts]
         assert (row[0], row[-1]) == (NASTY[i], f"{counts[i].sum():,}")
@@ -119,8 +119,8 @@ def test_the_page_stands_alone_and_tells_the_saved_scores(toy_voc, nasty, tmp_pa
     assert f"torch {torch.__version__.split('+')[0]}" in page.text
 
 
-def test_the_counts_of_the_pictures_add_up(toy_voc, snapshot, tmp_path):
-    """A picture's IoU is that of its own pixels; the small matrices together are the large one."""
+def test_the_counts_of_the_images_sum_to_those_of_the_set(toy_voc, snapshot, tmp_path):
+    """The IoU of an image is over its own pixels; the small matrices sum to the large one."""
     result = scores(toy_voc, snapshot, tmp_path, "--report", str(tmp_path / "r"), "--save-dir", str(tmp_path / "masks"))
     data = json.loads((tmp_path / "r/report.json").read_text())
     assert data["scores"] == result
@@ -142,7 +142,7 @@ def test_the_counts_of_the_pictures_add_up(toy_voc, snapshot, tmp_path):
 
 
 def test_two_evaluations_side_by_side(toy_voc, snapshot, tmp_path, capsys):
-    """One has five pictures, the other six: differences are over those that both have. What differs in settings is said."""
+    """One has five images, the other six: differences are over the common ones. Differing settings are reported."""
     five = toy_voc / "five.txt"
     five.write_text("".join(f"toy_{i}\n" for i in range(5)))
     evaluate(toy_voc, snapshot, "--report", str(tmp_path / "a"), "--scales", "0.5")
@@ -157,7 +157,7 @@ def test_two_evaluations_side_by_side(toy_voc, snapshot, tmp_path, capsys):
         (x["name"], x["iou"], y["iou"]) for x, y in zip(there["classes"], here["classes"])
     ]:
         assert rows[name] == [percent(a), percent(b), f"{100 * (b - a):+.2f}"]
-    assert "over the 5 pictures that both have" in page.text
+    assert "over the 5 images in both reports" in page.text
     assert ["scales", "0.5", "1.0"] in page.rows
     ious = [{a["data-id"]: float(a["data-iou"]) for tag, a in Page(tmp_path / x).tags if tag == "a"} for x in ("a", "b")]
     for attributes in (a for tag, a in page.tags if tag == "a"):
@@ -169,7 +169,7 @@ def test_two_evaluations_side_by_side(toy_voc, snapshot, tmp_path, capsys):
 
 
 def test_settings_that_differ(tmp_path):
-    """Of the evaluation, the net and its training; JSON's lists are tuples, and of an earlier report its scores are known."""
+    """Settings of the evaluation, the net and its training; JSON has lists for tuples; old reports only hold the scores."""
     args = {"learning_rate": 0.1, "num_workers": 4, "input_size": [33, 41], "num_steps": 7}
     weights = Weights({}, "x", {"backbone": "resnet18"}, {"step": 7, "args": args})
     options = evaluation_parser("").parse_args(["--scales", "0.5,1", "--crf", "--restore-from", "a.pth"])
@@ -192,8 +192,8 @@ def test_settings_that_differ(tmp_path):
     assert OtherReport(tmp_path, earlier, {}).differing(now) == [("scales", "0.5,1.0", "1.0"), ("crf", "no", "yes")]
 
 
-def test_what_was_given_comes_before_the_defaults(toy_voc, snapshot, tmp_path):
-    """Options of the training run; a resumed run keeps those that it was begun with."""
+def test_given_options_come_before_the_defaults(toy_voc, snapshot, tmp_path):
+    """The options of the training run; a resumed run keeps those of its start."""
     words = ["--restore-from", str(snapshot), "--num-steps", "1", "--random-mirror", "--random-seed", "7"]
     used = {word[2:].replace("-", "_") for word in [*SMALL, *words] if word.startswith("--")} | {"data_dir", "snapshot_dir"}
     train(toy_voc, tmp_path / "s", *words)
@@ -201,7 +201,7 @@ def test_what_was_given_comes_before_the_defaults(toy_voc, snapshot, tmp_path):
     for number in (1, 2):
         evaluate(toy_voc, tmp_path / f"s/VOC12_scenes_{number}.pth", "--report", str(tmp_path / "r"))
         text = " ".join(Page(tmp_path / "r").text.split())
-        given, defaults = re.search("trained with(--.*) other options(.*) pictures6 of", text).groups()
+        given, defaults = re.search("trained with(--.*) other options(.*) images6 of", text).groups()
         parsed = training_parser("", batch_size=1, iter_size=1, snapshot_dir="").parse_args(shlex.split(given))
         assert parsed.given == used
         assert (parsed.restore_from, parsed.random_seed, parsed.input_size) == (str(snapshot), 7, (33, 41))
@@ -209,7 +209,7 @@ def test_what_was_given_comes_before_the_defaults(toy_voc, snapshot, tmp_path):
         assert not {entry.split()[0] for entry in defaults.split(", ")} & parsed.given
 
 
-def test_what_cannot_be_reported_or_compared_is_a_sentence(toy_voc, snapshot, nasty, tmp_path):
+def test_reports_that_cannot_be_written_or_compared_are_refused(toy_voc, snapshot, nasty, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.txt").write_text("mine")
     evaluate(toy_voc, snapshot, "--report", str(tmp_path / "a"))
@@ -226,9 +226,9 @@ def test_what_cannot_be_reported_or_compared_is_a_sentence(toy_voc, snapshot, na
         with pytest.raises(UserError, match=message):
             evaluate(toy_voc, net, *options)
     assert (tmp_path / "full/thesis.txt").read_text() == "mine"
-    evaluate(toy_voc, snapshot, "--report", a, "--data-list", str(first))  # over an earlier report, whose pictures go
+    evaluate(toy_voc, snapshot, "--report", a, "--data-list", str(first))  # over an earlier report, whose images are deleted
     assert {path.name[:6] for path in (tmp_path / "a/pictures").iterdir()} == {"000000"}
-    mine = tmp_path / "a/pictures/000001.jpg"  # put there since
+    mine = tmp_path / "a/pictures/000001.jpg"  # added by the user afterwards
     mine.write_bytes((toy_voc / "JPEGImages/toy_0.jpg").read_bytes())
     with pytest.raises(UserError, match=r"a holds other files \(pictures/000001\.jpg\)"):
         evaluate(toy_voc, snapshot, "--report", a)
@@ -238,12 +238,12 @@ def test_what_cannot_be_reported_or_compared_is_a_sentence(toy_voc, snapshot, na
     with pytest.raises(UserError, match=r"index\.html, over a file that is no earlier output"):
         evaluate(toy_voc, snapshot, "--report", a)
     first.write_text("toy_5\n")
-    with pytest.raises(UserError, match="has none of the 1 pictures of this evaluation"):
+    with pytest.raises(UserError, match="has none of the 1 images of this evaluation"):
         evaluate(toy_voc, snapshot, "--report", b, "--compare", a, "--data-list", str(first))
 
 
-def test_pictures_keep_to_their_bytes(tmp_path, monkeypatch):
-    """All have one size, by their number: sqrt(160,000 bytes / 0.4 / 4) = 316; of very many every second one is shown."""
+def test_the_images_of_a_report_have_a_total_size(tmp_path, monkeypatch):
+    """Their side depends on their number: sqrt(160,000 bytes / 0.4 / 4) = 316; a large set shows every second image."""
     monkeypatch.setattr(report, "BYTES", 160_000)
     monkeypatch.setattr(report, "MOST_IMAGES", 4)
     report.prepare_folder(tmp_path)
@@ -262,8 +262,8 @@ def test_pictures_keep_to_their_bytes(tmp_path, monkeypatch):
     assert len(page.records) == 8
 
 
-def test_names_are_shown_in_their_regions_if_asked_for(toy_voc, snapshot, tmp_path):
-    """In thousandths of the image's width, so that they scale with it; without --names the page has no word of it."""
+def test_class_names_are_shown_in_their_regions(toy_voc, snapshot, tmp_path):
+    """In thousandths of the image's width, so that they scale with it; without --names the page does not mention them."""
     evaluate(toy_voc, snapshot, "--report", str(tmp_path / "r"), "--names", "--save-panels", str(tmp_path / "p"))
     page = Page(tmp_path / "r")
     assert page.find("input", "id") == ["opacity", "captions"]
@@ -281,7 +281,7 @@ def test_names_are_shown_in_their_regions_if_asked_for(toy_voc, snapshot, tmp_pa
     assert 80 < width < 150
 
 
-def test_names_want_something_to_write_into(capsys):
+def test_names_without_report_or_panels_are_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         evaluate_script.main(["--names"])
     assert stop.value.code == 2
@@ -290,7 +290,7 @@ def test_names_want_something_to_write_into(capsys):
 
 @pytest.mark.parametrize("names", [["background", "cat"], ["road", "cat"]])
 def test_the_background_shows_the_image(tmp_path, names):
-    """In the masks of the viewer, whose values are the classes all the same, and in the thumbnail."""
+    """In the masks of the viewer, which still hold class indices, and in the thumbnail."""
     report.prepare_folder(tmp_path)
     label = np.zeros((16, 24), np.uint8)
     label[4:12, 4:12] = 1
@@ -305,7 +305,7 @@ def test_the_background_shows_the_image(tmp_path, names):
     assert (abs(thumbnail[:, 20:] - 200).max() < 10) == (names[0] == "background")
 
 
-def test_a_picture_of_void_has_no_iou(toy_voc, snapshot, tmp_path):
+def test_an_image_without_labelled_pixels_has_no_iou(toy_voc, snapshot, tmp_path):
     Image.fromarray(np.full(TOY_SIZES[2], 255, np.uint8)).save(toy_voc / "SegmentationClassAug/toy_2.png")
     evaluate(toy_voc, snapshot, "--report", str(tmp_path / "r"))
     ious = Page(tmp_path / "r").find("a", "data-iou")
@@ -314,8 +314,8 @@ def test_a_picture_of_void_has_no_iou(toy_voc, snapshot, tmp_path):
     assert VOCSegmentation(toy_voc, ["toy_2"], num_classes=TOY_CLASSES).load(0)[1].min() == 255
 
 
-def test_a_damaged_report_is_not_compared_with(tmp_path):
-    """Whatever its JSON holds: negative classes would be counted as others, and numbers become names of files."""
+def test_comparing_with_a_damaged_report_is_refused(tmp_path):
+    """Whatever its JSON holds: negative classes would be counted as other classes, and numbers are used in file names."""
     record = {"id": "a", "matrix": [[0, 1, 5]], "number": 3, "layers": ["crf"]}
     whole = {"scores": {"restore_from": "x"}, "names": ["a", "b"], "pictures": [record]}
     folder, classes = tmp_path / "r", Classes(["a", "b"], np.zeros((256, 3), np.uint8))
@@ -337,5 +337,5 @@ def test_a_damaged_report_is_not_compared_with(tmp_path):
         {"pictures": 5}, {"pictures": [5]}, {"pictures": [{"id": "a"}]},
     )]  # fmt: skip
     for text in [*map(json.dumps, damaged), "[]", "7", "null", "[" * 100000, "{", "\x00"]:
-        with pytest.raises(UserError, match=r"is no report|report\.json is damaged at the picture"):
+        with pytest.raises(UserError, match=r"is no report|report\.json is damaged at image"):
             opened(text)

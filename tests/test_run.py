@@ -35,7 +35,7 @@ def test_scores_and_masks_against_a_naive_evaluation(toy_voc, snapshot, tmp_path
         label = np.array(Image.open(toy_voc / "SegmentationClassAug" / f"toy_{i}.png"))
         mask = Image.open(tmp_path / "masks" / f"toy_{i}.png")
         assert mask.mode == "P"
-        prediction = read_label(tmp_path / "masks" / f"toy_{i}.png", TOY_CLASSES)  # ready to be read back as labels
+        prediction = read_label(tmp_path / "masks" / f"toy_{i}.png", TOY_CLASSES)  # masks can be read back as labels
         assert prediction.shape == size
         ordered = np.sort(logits, axis=0)
         clear = ordered[-1] - ordered[-2] > 1e-3 * np.abs(logits).max()
@@ -55,8 +55,8 @@ def test_scores_and_masks_against_a_naive_evaluation(toy_voc, snapshot, tmp_path
     "options",
     [("--batch-size", "4"), ("--num-workers", "2"), ("--batch-size", "3", "--input-size", "65,65"), ("--input-size", "65,65")],
 )
-def test_batches_workers_and_canvas_give_every_picture_once(toy_voc, snapshot, tmp_path, options):
-    """Pictures of mixed sizes score in batches as they do one by one."""
+def test_batches_workers_and_canvas_predict_every_image_once(toy_voc, snapshot, tmp_path, options):
+    """Images of mixed sizes have the same scores in batches as one by one."""
     canvas = options[-2:] if "--input-size" in options else ()
     one = scores(toy_voc, snapshot, tmp_path, *canvas)["scores"]
     other = scores(toy_voc, snapshot, tmp_path, *options)["scores"]
@@ -64,7 +64,7 @@ def test_batches_workers_and_canvas_give_every_picture_once(toy_voc, snapshot, t
     assert other["pixel_accuracy"] == pytest.approx(one["pixel_accuracy"], abs=2e-3)
 
 
-def test_many_sizes_wait_in_bounded_memory(monkeypatch):
+def test_the_number_of_waiting_images_is_bounded(monkeypatch):
     monkeypatch.setattr(samples, "MAX_WAITING", 5)
     taken = 0
 
@@ -97,20 +97,20 @@ def test_crf_scores_before_and_after_in_one_run(toy_voc, snapshot, tmp_path, wor
     assert result["after_crf"]["mean_iou"] == pytest.approx(naive_scores(list(zip(labels, refined)))[1], abs=1e-12)
 
 
-def test_scales_and_mirror_have_an_effect(toy_voc, snapshot, tmp_path):
+def test_scales_and_flip_have_an_effect(toy_voc, snapshot, tmp_path):
     results = [
         scores(toy_voc, snapshot, tmp_path, *o)["scores"]["pixel_accuracy"] for o in ((), ("--mirror",), ("--scales", "1,0.5"))
     ]
     assert len(set(results)) == 3
 
 
-def test_what_cannot_be_evaluated_is_refused(toy_voc, snapshot, tmp_path):
+def test_wrong_sizes_classes_and_heads_are_refused(toy_voc, snapshot, tmp_path):
     with pytest.raises(UserError, match=r"toy_0 of 40x55 does not fit --input-size 41x41"):
         evaluate(toy_voc, snapshot, "--input-size", "41,41")
     with pytest.raises(UserError, match="net for 4 classes, which --num-classes 21 cannot change"):
         evaluate(toy_voc, snapshot, "--num-classes", "21")
     (toy_voc / "classes.txt").write_text("one\ntwo\n")
-    with pytest.raises(UserError, match=r"net for 4 classes, but .*classes\.txt names 2; it can be scored only on data"):
+    with pytest.raises(UserError, match=r"net for 4 classes, but .*classes\.txt names 2; evaluate it on data"):
         evaluate(toy_voc, snapshot)
     (toy_voc / "classes.txt").unlink()
     headless = {key: value for key, value in torch.load(snapshot, weights_only=True)["model"].items() if "layer5" not in key}
@@ -120,7 +120,7 @@ def test_what_cannot_be_evaluated_is_refused(toy_voc, snapshot, tmp_path):
 
 
 class Picky(torch.nn.Module):
-    """Logits that are the picture itself, and infinite for a picture whose first pixel is white."""
+    """Returns the image itself as logits; they are infinite if its first pixel is white."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         white = (x[:, :1, :1, :1] > 120).float()  # the mean colour is subtracted
@@ -128,21 +128,21 @@ class Picky(torch.nn.Module):
 
 
 @pytest.mark.parametrize("crf", [False, True])
-def test_logits_that_are_not_finite_are_an_error_that_names_the_picture(toy_voc, crf):
+def test_logits_that_are_not_finite_are_an_error_that_names_the_image(toy_voc, crf):
     image = cv2.imread(str(toy_voc / "JPEGImages/toy_3.jpg"))
     image[:16, :16] = 255
     cv2.imwrite(str(toy_voc / "JPEGImages/toy_3.jpg"), image)
     data = VOCSegmentation(toy_voc, [f"toy_{i}" for i in range(6)], num_classes=TOY_CLASSES)
     finished = []
-    with CRFPool(1) if crf else nullcontext() as pool, pytest.raises(NotFinite, match="not finite for picture toy_3"):
+    with CRFPool(1) if crf else nullcontext() as pool, pytest.raises(NotFinite, match="not finite for image toy_3"):
         score(Picky(), data, torch.device("cpu"), pool=pool, finish=lambda sample, prediction: finished.append(sample.id))
-    assert finished == ["toy_0", "toy_1", "toy_2"][: len(finished)]  # some may still be with the CRF
+    assert finished == ["toy_0", "toy_1", "toy_2"][: len(finished)]  # some may still be in the CRF
     assert len(finished) == 3 or crf
     assert NotFinite.exit_status == 1
 
 
-def test_score_is_called_without_a_command_line(toy_voc):
-    """As training does for its validation: matrices, and each picture's classes where they are asked for."""
+def test_score_without_a_command_line(toy_voc):
+    """As in validation during training: the matrices, and the classes of each image through ``finish``."""
     data = VOCSegmentation(toy_voc, ["toy_0", "toy_4"], num_classes=TOY_CLASSES, ignore_label=2)
     kept = {}
     matrices = score(Picky(), data, torch.device("cpu"), finish=lambda sample, classes: kept.update({sample.id: classes}))
@@ -156,7 +156,7 @@ def test_score_is_called_without_a_command_line(toy_voc):
     assert np.isnan(matrices[""].scores().class_iou[2])
 
 
-def test_pictures_are_padded_with_the_mean_colour_to_the_canvas():
+def test_images_are_padded_with_the_mean_colour_to_the_canvas():
     seen = []
 
     def net(x: torch.Tensor) -> torch.Tensor:
@@ -173,17 +173,17 @@ def test_pictures_are_padded_with_the_mean_colour_to_the_canvas():
         torch.testing.assert_close(seen[0][:, channel], filled * (200 - torch.tensor(mean, dtype=torch.float32)))
 
 
-def test_nothing_is_scored_with_a_parameter_that_no_file_gave(toy_voc, snapshot, tmp_path):
+def test_nothing_is_evaluated_with_a_parameter_that_no_file_gave(toy_voc, snapshot, tmp_path):
     torch.manual_seed(0)
     net = deeplabv2("resnet18", TOY_CLASSES, atrous_rates=(6, 12))
     save_snapshot(tmp_path / "two.pth", net, make_meta(net, None, 7, {}, seen_voc_val=""))
     evaluate(toy_voc, tmp_path / "two.pth")
     with pytest.raises(WeightsError, match=r"two\.pth: the rates of its head are \[6, 12\], and \[6, 12, 18, 24\] are not"):
         evaluate(toy_voc, tmp_path / "two.pth", "--atrous-rates", "6,12,18,24")
-    evaluate(toy_voc, snapshot, "--atrous-rates", "6,12")  # a choice among what the file has
+    evaluate(toy_voc, snapshot, "--atrous-rates", "6,12")  # a subset of the file's rates
 
 
-def test_outputs_never_replace_what_was_brought(toy_voc, snapshot, tmp_path):
+def test_outputs_never_replace_the_users_files(toy_voc, snapshot, tmp_path):
     def contents() -> dict[str, bytes]:
         return {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
@@ -196,7 +196,7 @@ def test_outputs_never_replace_what_was_brought(toy_voc, snapshot, tmp_path):
     both = ["--save-dir", str(tmp_path / "out"), "--save-panels", str(tmp_path / "out")]
     for options, message in (
         (["--save-dir", str(toy_voc / "SegmentationClassAug")], "among the data"),
-        (["--save-dir", str(toy_voc / "SegmentationClass")], "among the data"),  # would be read as labels from then on
+        (["--save-dir", str(toy_voc / "SegmentationClass")], "among the data"),  # later runs would read them as labels
         (["--save-dir", str(tmp_path / "labels")], "among the data"),
         (["--save-panels", str(toy_voc / "JPEGImages")], "among the data"),
         (both, r"the mask of .*toy_0\.jpg .* and the panel of .*toy_0\.jpg .* both"),
@@ -229,12 +229,12 @@ def test_ids_keep_their_folders(toy_voc, snapshot, tmp_path):
         assert sorted(files) == ["city/toy_1.png", "toy_1.png"]
 
 
-def test_a_void_class_is_marked_in_the_report(toy_voc, snapshot, tmp_path, capsys):
+def test_an_ignored_class_is_marked_in_the_scores(toy_voc, snapshot, tmp_path, capsys):
     result = scores(toy_voc, snapshot, tmp_path, "--ignore-label", "0")["scores"]
     assert result["classes"][0] == {"id": 0, "name": "ground (void)", "iou": None, "accuracy": None}
     assert result["mean_iou"] == pytest.approx(np.mean([entry["iou"] for entry in result["classes"][1:]]))
     assert sum(result["confusion_matrix"][0]) == 0
-    assert sum(row[0] for row in result["confusion_matrix"]) > 0  # wrong all the same
+    assert sum(row[0] for row in result["confusion_matrix"]) > 0  # predictions of it are errors
     assert "ground (void)" in capsys.readouterr().out
 
 
@@ -242,7 +242,7 @@ def palette_of(path: Path) -> list[list[int]]:
     return np.array(Image.open(path).getpalette()).reshape(-1, 3).tolist()
 
 
-def test_colours_are_those_of_the_data_else_of_the_snapshot(toy_voc, snapshot, tmp_path):
+def test_colours_come_from_the_data_or_else_from_the_snapshot(toy_voc, snapshot, tmp_path):
     content = torch.load(snapshot, weights_only=True)
     content["meta"]["colors"] = [[1, 1, 1], [2, 2, 2], [3, 3, 3], [4, 4, 4]]
     torch.save(content, tmp_path / "net.pth")
@@ -255,21 +255,21 @@ def test_colours_are_those_of_the_data_else_of_the_snapshot(toy_voc, snapshot, t
 
 
 @pytest.mark.parametrize("tf32", [True, False])
-def test_rounded_factors_can_be_refused(toy_voc, snapshot, monkeypatch, tf32):
-    """torch takes the setting without a GPU too."""
+def test_no_tf32_turns_tf32_off(toy_voc, snapshot, monkeypatch, tf32):
+    """torch accepts the setting without a GPU, too."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not tf32)
     evaluate(toy_voc, snapshot, *([] if tf32 else ["--no-tf32"]))
     assert torch.backends.cudnn.allow_tf32 == tf32
 
 
-def test_the_bar_is_shown_in_a_terminal_only(toy_voc, snapshot, monkeypatch, capsys):
+def test_the_progress_bar_is_shown_only_in_a_terminal(toy_voc, snapshot, monkeypatch, capsys):
     for terminal in (True, False):
         monkeypatch.setattr("sys.stderr.isatty", lambda terminal=terminal: terminal, raising=False)
         evaluate(toy_voc, snapshot)
         assert ("6/6 [" in capsys.readouterr().err) == terminal
 
 
-def test_the_table_shows_the_colours_in_a_terminal_only(toy_voc, snapshot, monkeypatch, capsys):
+def test_the_table_shows_colours_only_in_a_terminal(toy_voc, snapshot, monkeypatch, capsys):
     patch = "\033[48;2;0;128;0m  \033[0m   2 blue"
     for terminal, no_color in ((True, False), (True, True), (False, False)):
         monkeypatch.setattr("sys.stdout.isatty", lambda terminal=terminal: terminal, raising=False)
@@ -278,8 +278,8 @@ def test_the_table_shows_the_colours_in_a_terminal_only(toy_voc, snapshot, monke
         assert (patch.replace("blue", "green") in capsys.readouterr().out) == (terminal and not no_color)
 
 
-def test_labels_of_one_class_are_told(toy_voc, snapshot, capsys):
-    """Binary masks of 0 and 255: whatever is not void is class 0, and every net that says so scores 100."""
+def test_labels_with_a_single_class_give_a_warning(toy_voc, snapshot, capsys):
+    """Binary masks of 0 and 255: all pixels are ignored or of class 0, so a net that always predicts class 0 gets 100 %."""
     evaluate(toy_voc, snapshot)
     assert "warning" not in capsys.readouterr().out
     for path in (toy_voc / "SegmentationClassAug").iterdir():
@@ -288,8 +288,8 @@ def test_labels_of_one_class_are_told(toy_voc, snapshot, capsys):
     assert "warning: these scores mean little: the labels are binary masks 0/255" in capsys.readouterr().out
 
 
-def test_what_travels_from_the_workers(toy_voc, monkeypatch):
-    """Arrays, which come through a pipe: tensors would need shared memory, which containers lack. Pinned on arrival."""
+def test_workers_send_arrays_which_are_pinned_on_arrival(toy_voc, monkeypatch):
+    """Arrays go through a pipe; tensors would need shared memory, of which containers have little."""
     pinned = []
 
     def pin(tensor: torch.Tensor) -> torch.Tensor:
@@ -314,7 +314,7 @@ def test_crf_processes_share_the_cores(monkeypatch):
         assert evaluation_parser("").parse_args([]).crf_workers == expected
 
 
-def test_the_command_line(toy_voc, snapshot):
+def test_the_command(toy_voc, snapshot):
     result = command("evaluate.py", "--data-dir", toy_voc, "--restore-from", snapshot, "--device", "cpu")
     assert result.returncode == 0, result.stderr
     assert "mean IoU" in result.stdout
@@ -329,7 +329,7 @@ def test_the_command_line(toy_voc, snapshot):
         assert "Traceback" not in result.stderr
 
 
-def test_weights_that_have_seen_voc_val_are_named(toy_voc, snapshot, tmp_path, capsys):
+def test_weights_trained_on_voc_val_give_a_warning(toy_voc, snapshot, tmp_path, capsys):
     content = torch.load(snapshot, weights_only=True)
     content["meta"]["seen_voc_val"] = "it was trained on train and val"
     torch.save(content, tmp_path / "seen.pth")

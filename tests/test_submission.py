@@ -1,4 +1,4 @@
-"""What goes to the VOC server: names, sizes, labels; and nothing that it would refuse."""
+"""Submissions to the VOC server: names, sizes, labels; what the server would refuse is not packed."""
 
 import io
 import shutil
@@ -33,7 +33,7 @@ def voc_net(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def test_set(toy_voc) -> Path:
-    """Pictures and a list; no labels at all."""
+    """Images and a list, without labels."""
     shutil.rmtree(toy_voc / "SegmentationClassAug")
     lists = toy_voc / "ImageSets/Segmentation"
     (lists / "val.txt").rename(lists / "test.txt")
@@ -46,8 +46,8 @@ def submit(data: Path, net: Path, target: Path, *options: str) -> None:
 
 
 @pytest.mark.parametrize("options", [("--scales", "1,0.5"), ("--crf", "--crf-workers", "1"), ("--batch-size", "4")])
-def test_the_archive_is_as_the_server_expects(test_set, voc_net, tmp_path, options):
-    """The masks are those of predict.py."""
+def test_the_archive_has_the_servers_format(test_set, voc_net, tmp_path, options):
+    """The masks equal those of predict.py."""
     submit(test_set, voc_net, tmp_path / "a.tgz", *options)
     common = [test_set / "JPEGImages", "--restore-from", voc_net, "--save-dir", tmp_path / "masks", "--device", "cpu"]
     predict.main([*map(str, common), "--num-workers", "0", *options])
@@ -63,17 +63,17 @@ def test_the_archive_is_as_the_server_expects(test_set, voc_net, tmp_path, optio
             assert np.asarray(mask).max() <= 20
 
 
-def test_what_the_server_would_refuse_is_never_packed(test_set, voc_net, snapshot, tmp_path, capsys):
+def test_masks_that_the_server_would_refuse_are_not_packed(test_set, voc_net, snapshot, tmp_path, capsys):
     files = {"toy_0": test_set / "JPEGImages/toy_0.jpg"}
     good = np.zeros(TOY_SIZES[0], np.uint8)
     for masks, message in (
-        ({}, "1 pictures have no mask, toy_0 among them"),
+        ({}, "1 images have no mask, for example toy_0"),
         ({"toy_0": indexed_png(good[1:])}, r"is \(55, 39\) P; expected \(55, 40\)"),
         ({"toy_0": indexed_png(good + 21)}, r"with the labels 0, 1, .*, 20"),
     ):
         with pytest.raises(UserError, match=message):
             pack(tmp_path / "a.tgz", masks, files, VOCSegmentation.SERVER)
-    with pytest.raises(UserError, match=r"a\.zip: the server of PASCAL VOC takes gzipped tar files"):
+    with pytest.raises(UserError, match=r"a\.zip: the PASCAL VOC server accepts gzipped tar files"):
         submit(test_set, voc_net, tmp_path / "a.zip")
     with pytest.raises(UserError, match="has 4 classes; the server expects PASCAL VOC's 21"):
         submit(test_set, snapshot, tmp_path / "a.tgz")
@@ -81,8 +81,8 @@ def test_what_the_server_would_refuse_is_never_packed(test_set, voc_net, snapsho
         submit(test_set, voc_net, test_set / "JPEGImages/a.tgz")
     with pytest.raises(SystemExit):
         submit(test_set, voc_net, tmp_path / "a.tgz", "--save-json", "x.json")
-    assert "--submission packs the masks" in capsys.readouterr().err
+    assert "--submission packs predictions" in capsys.readouterr().err
     (test_set / "JPEGImages/toy_3.jpg").unlink()
-    with pytest.raises(DatasetError, match=r"toy_3\.jpg does not exist; the test pictures are a download"):
+    with pytest.raises(DatasetError, match=r"toy_3\.jpg does not exist; the test images are a separate download"):
         submit(test_set, voc_net, tmp_path / "a.tgz")
     assert not (tmp_path / "a.tgz").exists()

@@ -1,4 +1,4 @@
-"""Label files read back index by index, masks and panels compared pixel by pixel."""
+"""Label files are read back and compared by index; overlays and panels are compared pixel by pixel."""
 
 import os
 
@@ -28,12 +28,12 @@ def test_indexed_png_reads_back_exactly(tmp_path, shape):
     labels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     path = tmp_path / "new" / "folder" / "2007_000033.png"
     save_indexed_png(path, labels)
-    with Image.open(path) as picture:
-        assert picture.format == "PNG"
-        assert picture.mode == "P"
-        np.testing.assert_array_equal(np.array(picture), labels)
-        np.testing.assert_array_equal(np.array(picture.convert("RGB")), voc_palette()[labels])
-        assert picture.getpalette() == voc_palette().reshape(-1).tolist()
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert image.mode == "P"
+        np.testing.assert_array_equal(np.array(image), labels)
+        np.testing.assert_array_equal(np.array(image.convert("RGB")), voc_palette()[labels])
+        assert image.getpalette() == voc_palette().reshape(-1).tolist()
     assert os.listdir(path.parent) == ["2007_000033.png"]
 
 
@@ -62,8 +62,8 @@ def naive_outline(labels, y, x):
     ("name", "clear"),
     [("background", True), ("_Background_", True), ("background (void)", True), ("road", False), ("background wall", False)],
 )
-def test_colours_lie_over_the_image_with_outlines(shape, name, clear):
-    """A background shows the image; without this photographs of little else go dark."""
+def test_an_overlay_has_class_colours_and_outlines(shape, name, clear):
+    """The background shows the image: in black, images of mostly background would be dark."""
     rng = np.random.default_rng(2)
     image = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
     labels = rng.choice(np.array([0, 3, 3, 3, 255], np.uint8), shape)
@@ -84,7 +84,7 @@ def test_colours_lie_over_the_image_with_outlines(shape, name, clear):
 def test_own_colours_and_the_rest_of_voc():
     palette = make_palette({0: (1, 2, 3), 255: (9, 9, 9)})
     assert palette[[0, 1, 15, 255]].tolist() == [[1, 2, 3], [128, 0, 0], [192, 128, 128], [9, 9, 9]]
-    assert (voc_palette()[0] == 0).all()  # the table itself is as it was
+    assert (voc_palette()[0] == 0).all()  # the table itself is unchanged
 
 
 def test_names_of_classes():
@@ -93,7 +93,7 @@ def test_names_of_classes():
     assert class_names(21)[15] == "person"
 
 
-def test_errors_are_red_and_void_is_never_wrong():
+def test_errors_are_red_and_ignored_pixels_are_never_wrong():
     image = np.full((2, 3, 3), 100, np.uint8)
     label, prediction = np.array([[0, 1, 255], [2, 2, 255]], np.uint8), np.array([[0, 2, 1], [2, 0, 255]], np.uint8)
     tile = draw_errors(image, label, prediction).astype(int)
@@ -104,7 +104,7 @@ def test_errors_are_red_and_void_is_never_wrong():
 
 
 @pytest.mark.parametrize("with_label", [True, False])
-def test_a_panel_holds_its_tiles_and_a_legend_of_the_classes_that_occur(with_label, monkeypatch):
+def test_a_panel_has_its_parts_and_a_legend_of_the_classes_that_occur(with_label, monkeypatch):
     monkeypatch.setattr(visualize, "TILE_SIDES", (1, 1024))
     rng = np.random.default_rng(2)
     image = rng.integers(0, 256, (50, 90, 3), dtype=np.uint8)
@@ -125,7 +125,7 @@ def test_a_panel_holds_its_tiles_and_a_legend_of_the_classes_that_occur(with_lab
     assert shown == ({0, 3, 7, 255} if with_label else {0, 7})
 
 
-def test_small_pictures_are_enlarged_and_large_ones_shrunk():
+def test_small_images_are_enlarged_and_large_ones_shrunk():
     classes = Classes(["a"] * 255)
     for size, expected in (((9, 7), (153, 119)), ((100, 60), (100, 60)), ((2048, 5), (1024, 2)), ((1, 3000), (1, 1024))):
         labels = np.zeros(size, np.uint8)
@@ -137,7 +137,7 @@ def test_small_pictures_are_enlarged_and_large_ones_shrunk():
 
 
 def test_a_legend_of_many_and_of_unreadable_names():
-    """Long lists take several lines; a name that no font knows still has its number."""
+    """A long legend has several lines; a name that no font can show still has its number."""
     labels = np.arange(200, dtype=np.uint8).reshape(10, 20)
     names = [f"a rather long name of class {i} " * 9 for i in range(199)] + ["\u65e5\u672c"]
     result = panel(np.zeros((10, 20, 3), np.uint8), labels, labels, Classes(names))
@@ -154,14 +154,14 @@ def test_saved_panels(tmp_path):
     np.testing.assert_array_equal(np.array(Image.open(tmp_path / "a.png")), expected)
     for name in ("a.jpg", "a.JPEG"):
         save_panel(tmp_path / "step_1" / name, image, None, prediction, CLASSES)
-        with Image.open(tmp_path / "step_1" / name) as picture:
-            assert picture.format == "JPEG"
-            read = np.array(picture.convert("RGB")).astype(int)
+        with Image.open(tmp_path / "step_1" / name) as saved:
+            assert saved.format == "JPEG"
+            read = np.array(saved.convert("RGB")).astype(int)
         assert np.abs(read[30:100, :120] - (200, 60, 30)).max() <= 4  # RGB, not BGR
     assert sorted(os.listdir(tmp_path / "step_1")) == ["a.JPEG", "a.jpg"]
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_only_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     save_indexed_png(path, np.zeros((3, 4), np.uint8))
     before = path.read_bytes()
@@ -183,23 +183,23 @@ IMAGE, LABELS = np.zeros((4, 6, 3), np.uint8), np.zeros((4, 6), np.uint8)
 @pytest.mark.parametrize(
     ("image", "label", "prediction", "message"),
     [
-        (IMAGE, LABELS, LABELS[:3], r"prediction is 3x6 and the picture 4x6 \(height x width\)"),
-        (IMAGE, LABELS.T, LABELS, "label is 6x4 and the picture 4x6"),
+        (IMAGE, LABELS, LABELS[:3], r"prediction is 3x6 and the image 4x6 \(height x width\)"),
+        (IMAGE, LABELS.T, LABELS, "label is 6x4 and the image 4x6"),
         (IMAGE, LABELS, None, "prediction to draw is NoneType"),
         (IMAGE, LABELS.astype(np.int64), LABELS, r"label to draw is int64 of shape \(4, 6\); expected"),
         (IMAGE, None, IMAGE, r"prediction to draw is uint8 of shape \(4, 6, 3\)"),
-        (IMAGE.transpose(2, 0, 1), LABELS, LABELS, r"picture is uint8 of shape \(3, 4, 6\); expected"),
-        (IMAGE.astype(np.float32), LABELS, LABELS, "picture is float32"),
-        (IMAGE[:0], None, LABELS[:0], r"picture is uint8 of shape \(0, 6, 3\)"),
+        (IMAGE.transpose(2, 0, 1), LABELS, LABELS, r"image is uint8 of shape \(3, 4, 6\); expected"),
+        (IMAGE.astype(np.float32), LABELS, LABELS, "image is float32"),
+        (IMAGE[:0], None, LABELS[:0], r"image is uint8 of shape \(0, 6, 3\)"),
     ],
 )
-def test_wrong_panels_are_refused_in_words(tmp_path, image, label, prediction, message):
+def test_wrong_inputs_of_panels_are_refused(tmp_path, image, label, prediction, message):
     with pytest.raises(ValueError, match=message):
         save_panel(tmp_path / "a.png", image, label, prediction, CLASSES)
     assert os.listdir(tmp_path) == []
 
 
-def test_wrong_files_and_labels_are_refused_in_words(tmp_path):
+def test_wrong_files_and_labels_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"a\.jpg: labels are saved as \.png only"):
         save_indexed_png(tmp_path / "a.jpg", LABELS)
     with pytest.raises(ValueError, match=r"a\.gif: a panel is saved as"):

@@ -1,4 +1,4 @@
-"""Class names written into the regions of a mask, where they fit."""
+"""Writes class names into the regions of a mask, where they fit."""
 
 import functools
 import math
@@ -9,17 +9,17 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-SIZES = (0.05, 0.036, 0.026)  # of the font, as shares of the longer side; the largest that fits is taken
+SIZES = (0.05, 0.036, 0.026)  # font sizes as fractions of the longer side; the largest that fits is used
 SMALLEST_SIZE = 11  # pixels
 
 
 class Caption(NamedTuple):
-    """A class name in one of its regions, in pixels.
+    """The place of a class name in one of the regions of the class, in pixels.
 
     Attributes:
         label: the class index.
         left, top, width, height: the box of the text with its outline.
-        size: of the font.
+        size: the font size.
     """
 
     label: int
@@ -31,14 +31,14 @@ class Caption(NamedTuple):
 
 
 def place_captions(labels: np.ndarray, names: Mapping[int, str]) -> list[Caption]:
-    """A place for the name of each connected region into which it fits.
+    """The place of the class name in each connected region that it fits into.
 
-    The box of the text lies in the region as a whole. Its centre is, of all such places, the one farthest from the region's
-    edge, by the distance transform.
+    The whole box of the text is inside the region. Of all such places, the centre of the box is the one farthest from the
+    region's edge, by the distance transform.
 
     Args:
         labels: (H, W) uint8.
-        names: class index -> name, of the classes that get captions.
+        names: class index -> name, for the classes that get captions.
     """
     sizes = sorted({max(SMALLEST_SIZE, round(share * max(labels.shape))) for share in SIZES}, reverse=True)
     captions = []
@@ -56,10 +56,10 @@ def place_captions(labels: np.ndarray, names: Mapping[int, str]) -> list[Caption
 
 
 def _deepest(region: np.ndarray, boxes: Sequence[tuple[int, int, int]]) -> tuple[int, int, int, int, int] | None:
-    """The first of the (size, width, height) boxes that fits into a region (uint8, 0 at its border) and where it does.
+    """The first of the (size, width, height) boxes that fits into a region (uint8, 0 at its border), and its place.
 
     Returns:
-        left, top, width, height, size; None where none fits.
+        left, top, width, height, size; None if no box fits.
     """
     distance = cv2.distanceTransform(region, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     for size, width, height in boxes:
@@ -67,14 +67,14 @@ def _deepest(region: np.ndarray, boxes: Sequence[tuple[int, int, int]]) -> tuple
             fits = cv2.erode(region, np.ones((height, width), np.uint8))  # 1 where the box around a pixel is in the region
             if fits.any():
                 depth = distance * fits
-                deepest = np.argwhere(depth > depth.max() - 1e-3)  # many in a rectangle: take the one in their middle
+                deepest = np.argwhere(depth > depth.max() - 1e-3)  # several in a rectangle: use the middle one
                 y, x = min(deepest.tolist(), key=lambda place: math.dist(place, deepest.mean(axis=0)))
                 return x - width // 2, y - height // 2, width, height, size
     return None
 
 
 def write_captions(image_rgb: np.ndarray, labels: np.ndarray, names: Mapping[int, str]) -> np.ndarray:
-    """A copy of an image, (H, W, 3) uint8 RGB, with the names of the classes in their regions: white with a black outline."""
+    """A copy of an image, (H, W, 3) uint8 RGB, with class names in their regions, white with a black outline."""
     sheet = Image.fromarray(image_rgb)
     draw = ImageDraw.Draw(sheet)
     for label, left, top, _, _, size in place_captions(labels, names):
@@ -85,7 +85,7 @@ def write_captions(image_rgb: np.ndarray, labels: np.ndarray, names: Mapping[int
 
 
 def _box(text: str, size: int) -> tuple[int, int, int, int]:
-    """Left, top, width and height of a text with its outline, as it is drawn at (0, 0)."""
+    """Left, top, width and height of a text with its outline, if drawn at (0, 0)."""
     left, top, right, bottom = map(round, font(size).getbbox(text, stroke_width=_stroke(size)))
     return left, top, right - left, bottom - top
 
@@ -96,5 +96,5 @@ def _stroke(size: int) -> int:
 
 @functools.cache
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font."""
+    """Pillow's default font."""
     return ImageFont.load_default(size)

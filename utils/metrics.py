@@ -1,4 +1,4 @@
-"""Segmentation scores from one integer confusion matrix over the whole set."""
+"""Segmentation scores from one integer confusion matrix over a whole data set."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from dataset.classes import IGNORE_LABEL
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of a whole set, as fractions 0..1.
+    """The scores over a whole data set, as fractions 0..1.
 
     With n_ij pixels of class i predicted as class j, t_i = sum_j n_ij labelled and p_i = sum_j n_ji predicted pixels
     (Long et al., arXiv:1411.4038, section 5; the IoU is also that of the VOC development kit, ``VOCevalseg``):
@@ -23,8 +23,8 @@ class Scores:
       ``mean_iou``: its mean.
     - ``frequency_weighted_iou``: sum_i t_i class_iou_i / sum_i t_i
 
-    The means leave NaN out; where nothing was counted, every score is NaN. A class that is the ignore label is no class: NaN
-    in both arrays, while predictions of it are errors of the classes that were labelled.
+    The means leave NaN out; if nothing was counted, every score is NaN. A class that is the ignore label is NaN in both
+    arrays; predictions of it are errors of the labelled classes.
     """
 
     pixel_accuracy: float
@@ -36,17 +36,17 @@ class Scores:
 
     @property
     def labelled_mean_iou(self) -> float:
-        """The mean IoU of the classes in the labels; one that is only predicted counts in ``mean_iou`` with 0, and not here."""
+        """The mean IoU of the labelled classes; ``mean_iou`` also counts classes that were only predicted, with 0."""
         return _mean(self.class_iou[~np.isnan(self.class_accuracy)])
 
     def as_dict(self, class_names: Sequence[str], labelled: bool = False) -> dict[str, object]:
-        """The scores as plain values for JSON, NaN as None; one entry a class under ``"classes"``.
+        """The scores as plain values for JSON, NaN as None; one entry per class under ``"classes"``.
 
         Args:
-            labelled: with ``labelled_mean_iou``.
+            labelled: add ``labelled_mean_iou``.
 
         Raises:
-            ValueError: not one name a class.
+            ValueError: the number of names is not the number of classes.
         """
         _check_names(class_names, len(self.class_iou))
         names = ("pixel_accuracy", "mean_accuracy", "mean_iou", "frequency_weighted_iou", *["labelled_mean_iou"] * labelled)
@@ -58,15 +58,15 @@ class Scores:
         }
 
     def table(self, class_names: Sequence[str], palette: np.ndarray | None = None, labelled: bool = False) -> str:
-        """A table for the terminal: one line a class in percent (``-`` for NaN), then the four scores of the set.
+        """A table for the terminal: one line per class in percent (``-`` for NaN), then the four scores of the data set.
 
         Args:
-            palette: (256, 3) uint8 RGB; a patch of its colour then begins each class's line, for terminals with 24-bit colours
-                (ISO 8613-6).
-            labelled: with ``labelled_mean_iou``.
+            palette: (256, 3) uint8 RGB; if given, the line of each class begins with a patch of its colour, for terminals with
+                24-bit colours (ISO 8613-6).
+            labelled: add ``labelled_mean_iou``.
 
         Raises:
-            ValueError: not one name a class.
+            ValueError: the number of names is not the number of classes.
         """
         _check_names(class_names, len(self.class_iou))
         summary = {
@@ -93,16 +93,16 @@ class Scores:
 
 
 class ConfusionMatrix:
-    """Counts of (label, prediction) pixel pairs over a whole set, held on one device.
+    """Counts of (label, prediction) pixel pairs over a whole data set, on one device.
 
     ``matrix`` is a (C, C) int64 tensor, rows = label, columns = prediction. It is a view of ``counts`` (C*C + 3, int64),
-    which goes on with the number of ignored pixels, of wrong labels and of wrong predictions; adding up the ``counts`` of
-    several processes in place adds up everything.
+    whose last three values are the numbers of ignored pixels, invalid labels and invalid predictions. To sum several
+    processes, sum their ``counts`` in place.
 
     Args:
         num_classes: C, at least 1.
-        device: where the counts are kept; labels and predictions must be there too.
-        ignore_label: a label of pixels that are not counted, whatever their prediction, beside 255.
+        device: the device of the counts, labels and predictions.
+        ignore_label: pixels with this label, or 255, are not counted, whatever their prediction.
 
     Raises:
         ValueError: ``num_classes`` below 1.
@@ -117,26 +117,26 @@ class ConfusionMatrix:
         self.matrix = self.counts[: num_classes * num_classes].view(num_classes, num_classes)
 
     def update(self, labels: Tensor, predictions: Tensor) -> None:
-        """Count one batch, without making the host wait for the device.
+        """Count one batch, without a host sync.
 
-        Each pixel becomes the number of its bin, label * C + prediction, or one of the three bins behind the matrix;
-        selecting the counted pixels instead, or ``torch.bincount``, would have the host wait for a size on CUDA. Values
-        out of range are therefore reported by :meth:`scores`, not here.
+        Each pixel is counted in bin label * C + prediction, or in one of the three bins behind the matrix. Selecting the
+        valid pixels, or ``torch.bincount``, would cause a host sync on CUDA, for the size of the result. For the same reason
+        values out of range are reported by :meth:`scores`, not here.
 
         Args:
-            labels, predictions: integer tensors of one shape, any number of dimensions, also empty.
+            labels, predictions: integer tensors of one shape, with any number of dimensions, possibly empty.
 
         Raises:
-            TypeError: no tensors; :func:`mean_iou` takes arrays.
+            TypeError: not a tensor; :func:`mean_iou` accepts arrays.
             ValueError: the shapes differ, or a tensor does not hold integers.
         """
         for name, tensor in (("labels", labels), ("predictions", predictions)):
             if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name} are a {type(tensor).__name__}; expected a tensor (mean_iou takes arrays as well)")
+                raise TypeError(f"{name} are a {type(tensor).__name__}; expected a tensor (mean_iou accepts arrays as well)")
         if labels.shape != predictions.shape:
             raise ValueError(
                 f"labels of shape {tuple(labels.shape)} and predictions of shape {tuple(predictions.shape)} differ in shape; "
-                "expected one class index a pixel in both"
+                "expected one class index per pixel in both"
             )
         for name, tensor in (("labels", labels), ("predictions", predictions)):
             if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
@@ -146,12 +146,12 @@ class ConfusionMatrix:
         bins = labels * classes + predictions
         bins = bins.masked_fill((predictions < 0) | (predictions >= classes), classes * classes + 2)
         bins = bins.masked_fill((labels < 0) | (labels >= classes), classes * classes + 1)
-        for void in {IGNORE_LABEL, self.ignore_label}:
-            bins = bins.masked_fill(labels == void, classes * classes)
+        for ignored in {IGNORE_LABEL, self.ignore_label}:
+            bins = bins.masked_fill(labels == ignored, classes * classes)
         self.counts.index_add_(0, bins, self.counts.new_ones(()).expand_as(bins))
 
     def present(self) -> list[int]:
-        """The label values that occurred, 255 for void; copies the counts to the host."""
+        """The label values that occurred, 255 for ignored pixels; copies the counts to the host."""
         values = self.matrix.sum(dim=1).nonzero().flatten().tolist()
         return values + [IGNORE_LABEL] * (int(self.counts[-3]) > 0)
 
@@ -159,7 +159,7 @@ class ConfusionMatrix:
         """The scores of everything counted so far; copies the counts to the host.
 
         Raises:
-            ValueError: labels or predictions outside 0..C-1 were met.
+            ValueError: labels or predictions outside 0..C-1 were counted.
         """
         counts = self.counts.cpu().numpy()
         wrong_labels, wrong_predictions = int(counts[-2]), int(counts[-1])
@@ -174,7 +174,7 @@ class ConfusionMatrix:
         class_iou = _ratio(correct, labelled + predicted - correct)
         class_accuracy = _ratio(correct, labelled)
         if 0 <= self.ignore_label < self.num_classes:
-            class_iou[self.ignore_label] = np.nan  # it can only have been predicted
+            class_iou[self.ignore_label] = np.nan  # it occurs only in predictions
         present = labelled > 0
         return Scores(
             pixel_accuracy=float(_ratio(correct.sum(), labelled.sum())),
@@ -187,13 +187,13 @@ class ConfusionMatrix:
 
 
 def mean_iou(labels: Tensor | np.ndarray, predictions: Tensor | np.ndarray, num_classes: int) -> float:
-    """The mean IoU, 0..1, of two arrays of class indices, see :class:`Scores`; NaN where no pixel is labelled.
+    """The mean IoU, 0..1, of two arrays of class indices, see :class:`Scores`; NaN if no pixel is labelled.
 
     Args:
-        labels, predictions: integers of one shape; labels of 255 are not counted, whatever their prediction.
+        labels, predictions: integers of one shape; pixels with label 255 are not counted, whatever their prediction.
 
     Raises:
-        ValueError: the shapes differ, no integers, or a class outside 0..num_classes - 1.
+        ValueError: the shapes differ, the values are not integers, or a class is outside 0..num_classes - 1.
     """
     confusion = ConfusionMatrix(num_classes)
     arrays = (a if isinstance(a, Tensor) else torch.from_numpy(np.array(a)) for a in (labels, predictions))
@@ -202,12 +202,12 @@ def mean_iou(labels: Tensor | np.ndarray, predictions: Tensor | np.ndarray, num_
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """float64 numerator / denominator, NaN where the denominator is 0."""
+    """numerator / denominator in float64; NaN where the denominator is 0."""
     return np.divide(numerator, denominator, out=np.full(np.shape(denominator), np.nan), where=np.asarray(denominator) > 0)
 
 
 def _mean(values: np.ndarray) -> float:
-    """The mean of what is not NaN; NaN where nothing is left."""
+    """The mean of the values that are not NaN; NaN if there are none."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else float("nan")
 
@@ -222,4 +222,4 @@ def _percent(value: float) -> str:
 
 def _check_names(class_names: Sequence[str], num_classes: int) -> None:
     if len(class_names) != num_classes:
-        raise ValueError(f"{len(class_names)} class names for {num_classes} classes; expected one name a class")
+        raise ValueError(f"{len(class_names)} class names for {num_classes} classes; expected one name per class")

@@ -1,4 +1,4 @@
-"""Two evaluations of the same pictures side by side, from the small matrix a picture that a report keeps."""
+"""Compares two evaluations of the same images: a report keeps a small confusion matrix per image."""
 
 import json
 import math
@@ -11,40 +11,40 @@ from utils.command import UserError
 from utils.metrics import ConfusionMatrix, Scores
 from utils.visualize import Classes
 
-MOST_IMAGES, MOST_PIXELS = 10**9, 2**40  # of a report, of a picture
-DATA = "report.json"  # in a report's folder: the scores and a small matrix a picture
+MOST_IMAGES, MOST_PIXELS = 10**9, 2**40  # of a report, of an image
+DATA = "report.json"  # in a report's folder: the scores and a small matrix per image
 
 
 @dataclass
 class OtherReport:
-    """A report that was written before, to compare with.
+    """An earlier report to compare with.
 
     Attributes:
-        folder: where it lies.
-        content: of its ``report.json``.
-        pictures: its records by their ids.
+        folder: its folder.
+        content: the content of its ``report.json``.
+        records: its records by image id.
     """
 
     folder: Path
     content: dict[str, Any]
-    pictures: dict[str, dict[str, Any]]
+    records: dict[str, dict[str, Any]]
 
     def mask(self, id: str) -> bytes | None:
-        """The file of a picture's prediction, where there is one."""
-        record = self.pictures.get(id, {})
+        """The PNG file of an image's prediction; None if the report does not show the image."""
+        record = self.records.get(id, {})
         layer = "crf" if "crf" in record.get("layers", ()) else "prediction"
         path = self.folder / "pictures" / f"{record.get('number', -1):06d}_{layer}.png"
         return path.read_bytes() if path.is_file() else None
 
     def iou(self, id: str, ignore_label: int) -> float | None:
-        """A picture's mean IoU; None where it has none."""
-        if id not in self.pictures:
+        """An image's mean IoU; None if the image is missing or has no labelled pixel."""
+        if id not in self.records:
             return None
-        value = scores_of([self.pictures[id]["matrix"]], len(self.content["names"]), ignore_label).mean_iou
+        value = scores_of([self.records[id]["matrix"]], len(self.content["names"]), ignore_label).mean_iou
         return None if math.isnan(value) else value
 
     def differing(self, settings: Mapping[str, str]) -> list[tuple[str, str, str]]:
-        """The settings that differ: (name, there, here); a report of an earlier version has fewer to compare."""
+        """The settings that differ: (name, there, here); reports of earlier versions hold fewer settings."""
         scores, found = self.content["scores"], self.content.get("settings")
         there = found if isinstance(found, dict) else {**scores, "crf": "after_crf" in scores}
         values = {name: setting_text(there[name]) for name in settings if name in there}
@@ -53,9 +53,9 @@ class OtherReport:
     def compare(
         self, records: Sequence[dict[str, Any]], classes: Classes, ignore_label: int, colors: Sequence[str]
     ) -> dict[str, Any]:
-        """The IoU of each class there and here, over the pictures that both have."""
-        common = [record for record in records if record["id"] in self.pictures]
-        sides = ([self.pictures[record["id"]]["matrix"] for record in common], [record["matrix"] for record in common])
+        """The IoU of each class there and here, over the images in both reports."""
+        common = [record for record in records if record["id"] in self.records]
+        sides = ([self.records[record["id"]]["matrix"] for record in common], [record["matrix"] for record in common])
         there, here = (scores_of(matrices, len(classes.names), ignore_label) for matrices in sides)
         rows = [
             {"name": name, "color": color, "there": a, "here": b, "change": b - a}
@@ -66,10 +66,10 @@ class OtherReport:
                 (here.mean_iou, *here.class_iou.tolist()),
             )
         ]
-        text = f"{self.content['scores'].get('restore_from')}; over the {len(common):,} pictures that both have."
+        text = f"{self.content['scores'].get('restore_from')}; over the {len(common):,} images in both reports."
         moved = sum(_labelled(a) != _labelled(b) for a, b in zip(*sides))
         if moved:
-            text += f" The labels of {moved:,} of them are not the same in both."
+            text += f" The labels of {moved:,} of them differ."
         return {"name": self.folder, "text": text, "rows": rows}
 
 
@@ -77,17 +77,17 @@ def open_other(folder: str, report: Path, ids: Sequence[str], classes: Classes) 
     """The report in ``folder``, for ``--compare``.
 
     Raises:
-        UserError: there is none, it is the one to be written, or it has other classes or other pictures.
+        UserError: the folder holds no report, is also ``--report``, or the report has other classes or other images.
     """
     path = Path(folder) / DATA
     try:
         content = json.loads(path.read_bytes())
-        pictures = {record["id"]: record for record in content["pictures"]}
+        records = {record["id"]: record for record in content["pictures"]}
         names, _ = content["names"], content["scores"].get("restore_from")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise TypeError(names)
-        if damaged := [id for id, record in pictures.items() if not _is_record(id, record, len(names))]:
-            raise UserError(f"--compare {folder}: its {DATA} is damaged at the picture {damaged[0]!r}; write that report again")
+        if damaged := [id for id, record in records.items() if not _is_record(id, record, len(names))]:
+            raise UserError(f"--compare {folder}: its {DATA} is damaged at image {damaged[0]!r}; write that report again")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"--compare {folder} is no report: expected a folder that evaluate.py wrote with --report") from None
     if report.exists() and report.samefile(folder):
@@ -95,22 +95,22 @@ def open_other(folder: str, report: Path, ids: Sequence[str], classes: Classes) 
     if names != list(classes.names):
         raise UserError(
             f"--compare {folder} has other classes ({', '.join(names[:4])}, ...; {len(names)} of them) than this evaluation "
-            f"({', '.join(classes.names[:4])}, ...; {len(classes.names)}); only the same can be compared"
+            f"({', '.join(classes.names[:4])}, ...; {len(classes.names)}); compare reports with the same classes"
         )
-    if not pictures.keys() & set(ids):
-        raise UserError(f"--compare {folder} has none of the {len(ids)} pictures of this evaluation; compare the same list")
-    return OtherReport(Path(folder), content, pictures)
+    if not records.keys() & set(ids):
+        raise UserError(f"--compare {folder} has none of the {len(ids)} images of this evaluation; compare the same list")
+    return OtherReport(Path(folder), content, records)
 
 
 def setting_text(value: object) -> str:
-    """A setting as reports keep and compare it: 1,0.75 for a tuple, and for the list that JSON makes of it."""
+    """A setting as reports store and compare it: 1,0.75 for a tuple or a list, since JSON stores tuples as lists."""
     if isinstance(value, tuple | list):
         return ",".join(map(str, value))
     return "none" if value is None else {"True": "yes", "False": "no"}.get(str(value), str(value))
 
 
 def _is_record(id: object, record: dict[str, Any], num_classes: int) -> bool:
-    """Whether a report can have written this of a picture: counts of its classes, and, where it is shown, number and layers."""
+    """Whether an image's record is valid: counts of the report's classes and, for a shown image, its number and layers."""
     number, layers, matrix = record.get("number", 0), record.get("layers", []), record["matrix"]
     return (
         isinstance(id, str)
@@ -128,7 +128,7 @@ def _is_record(id: object, record: dict[str, Any], num_classes: int) -> bool:
 
 
 def scores_of(matrices: Sequence[Sequence[Sequence[int]]], num_classes: int, ignore_label: int) -> Scores:
-    """The scores of pictures together, from their (label, prediction, count) entries."""
+    """The scores over all given images, from their (label, prediction, count) entries."""
     total = ConfusionMatrix(num_classes, ignore_label=ignore_label)
     for entries in matrices:
         for label, prediction, count in entries:
@@ -137,7 +137,7 @@ def scores_of(matrices: Sequence[Sequence[Sequence[int]]], num_classes: int, ign
 
 
 def _labelled(entries: Sequence[Sequence[int]]) -> dict[int, int]:
-    """The labelled pixels of each class of a picture."""
+    """The number of labelled pixels per class of an image."""
     counts: dict[int, int] = {}
     for label, _, count in entries:
         counts[label] = counts.get(label, 0) + count

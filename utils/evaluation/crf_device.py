@@ -1,4 +1,4 @@
-"""The dense CRF where the net is: no processes, and no logits that travel to the host."""
+"""The dense CRF on the net's device: no helper processes, and the logits are not copied to the host."""
 
 import importlib.util
 import sys
@@ -21,17 +21,17 @@ from utils.device import to_host
 from utils.evaluation.crf_pool import CRFPool, logits_stride
 from utils.evaluation.images import AnyImage
 
-MOST = 1e-3  # by how much a probability may differ from pydensecrf's; rounding makes 1e-4 of it
+MOST = 1e-3  # the largest allowed difference from pydensecrf's probabilities; rounding alone causes 1e-4
 
 
 class DeviceCRF:
-    """Refines predictions by torch operations on the net's device; used like :class:`CRFPool`.
+    """Refines predictions by torch operations on the net's device, with the interface of :class:`CRFPool`.
 
     Args:
-        batch_size: images of one size that are refined at once, of about 0.4 GB each for PASCAL VOC.
+        batch_size: the number of images of one size refined at once; each needs about 0.4 GB for PASCAL VOC.
         prune, stride: see :func:`utils.evaluation.crf_pool.refine`.
-        check: compute the first image by pydensecrf as well; where the two differ, a warning is printed, and pydensecrf
-            computes all images, in ``workers`` processes.
+        check: compute the first image with pydensecrf as well; if the two differ, print a warning and let pydensecrf
+            compute all images, in ``workers`` processes.
     """
 
     on_host = False
@@ -41,25 +41,25 @@ class DeviceCRF:
     ) -> None:
         self.batch_size, self.prune, self.stride, self.check, self.workers = batch_size, prune, stride, check, workers
 
-    def refine(self, pictures: Iterable[tuple[AnyImage, Tensor]]) -> Iterator[tuple[AnyImage, np.ndarray]]:
-        """Images with their (C, k_h + 1, k_w + 1) logits on the device -> with their (H, W) uint8 classes; in order.
+    def refine(self, items: Iterable[tuple[AnyImage, Tensor]]) -> Iterator[tuple[AnyImage, np.ndarray]]:
+        """(image, (C, k_h + 1, k_w + 1) logits on the device) -> (image, (H, W) uint8 classes on the host), in order.
 
         Raises:
             UserError: the images do not fit into the device's memory.
         """
         if self.check:
-            first = list(islice(pictures := iter(pictures), 1))
-            pictures = chain(first, pictures)
+            first = list(islice(items := iter(items), 1))
+            items = chain(first, items)
             if first and (difference := self.difference(*first[0])) > MOST:
                 text = (
                     f"warning: the CRF on this device differs from pydensecrf's by {difference:.2g} in image {first[0][0].id}"
                 )
                 put(sys.stderr, f"{text}; pydensecrf computes it, in {self.workers} processes")
                 with CRFPool(self.workers, self.prune, self.stride) as pool:
-                    yield from pool.refine((picture, logits.cpu()) for picture, logits in pictures)
+                    yield from pool.refine((item, logits.cpu()) for item, logits in items)
                 return
         ahead: deque[tuple[list[tuple[AnyImage, Tensor]], Callable[[], Tensor]]] = deque()  # on their way to the host
-        for _, same in groupby(pictures, key=lambda pair: pair[0].image.shape):
+        for _, same in groupby(items, key=lambda pair: pair[0].image.shape):
             while batch := list(islice(same, self.batch_size)):
                 ahead.append((batch, to_host(self.classes(batch))))
                 if len(ahead) > 1:
@@ -76,36 +76,36 @@ class DeviceCRF:
             count, classes, height, width = probabilities.shape
             raise UserError(
                 f"the CRF of {count} images of {width}x{height} pixels and {classes} classes does not fit into the memory of "
-                f"{images.device}; take fewer with --batch-size, or --crf-backend pydensecrf"
+                f"{images.device}; lower --batch-size, or use --crf-backend pydensecrf"
             ) from None
         return refined.argmax(dim=1).byte()
 
-    def difference(self, picture: AnyImage, logits: Tensor) -> float:
-        """The largest difference of a probability between both ways for an image."""
-        images, probabilities = self._inputs([(picture, logits)])
+    def difference(self, item: AnyImage, logits: Tensor) -> float:
+        """The largest difference between the probabilities of torch and of pydensecrf for one image."""
+        images, probabilities = self._inputs([(item, logits)])
         refined = dense_crf(images, probabilities, prune=self.prune, backend="torch")
         return float((refined - dense_crf(images, probabilities, prune=self.prune)).abs().max())
 
     def _inputs(self, batch: list[tuple[AnyImage, Tensor]]) -> tuple[Tensor, Tensor]:
         """(N, H, W, 3) uint8 RGB and (N, C, H, W) probabilities, on the device."""
-        images = np.stack([picture.image[:, :, ::-1] for picture, _ in batch])
+        images = np.stack([item.image[:, :, ::-1] for item, _ in batch])
         logits = torch.stack([logits for _, logits in batch])
         probabilities = enlarge(logits, images.shape[1:3], self.stride).softmax(dim=1)
         return torch.from_numpy(images).to(logits.device, non_blocking=True), probabilities
 
 
 def _arrived(batch: list[tuple[AnyImage, Tensor]], classes: Callable[[], Tensor]) -> Iterator[tuple[AnyImage, np.ndarray]]:
-    return zip((picture for picture, _ in batch), classes().numpy())
+    return zip((item for item, _ in batch), classes().numpy())
 
 
 CRF: TypeAlias = CRFPool | DeviceCRF
 
 
 def open_crf(args: Namespace, stack: ExitStack) -> CRF | None:
-    """Join the other processes, once what ``--crf`` asks for is open: a pool's processes, forked, are copies of a small one.
+    """Open the CRF of ``--crf``, then join the other processes. Forked first, the processes of a pool are small copies.
 
     Args:
-        stack: ends the pool.
+        stack: closes the pool.
     """
     stride = logits_stride(args.window)
     on_gpu = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())

@@ -1,4 +1,4 @@
-"""The dense CRF on a net's logits, and processes for it that work while the net goes on."""
+"""The dense CRF on a net's logits, in helper processes that work while the net continues."""
 
 import ctypes
 import multiprocessing
@@ -27,7 +27,7 @@ def refine(image: np.ndarray, logits: Tensor, prune: float = 0.0, stride: int = 
         image: (H, W, 3) uint8 BGR.
         logits: (C, k_h + 1, k_w + 1) float32 on the CPU, on the stride-8 grid.
         prune: see :func:`deeplab.dense_crf`.
-        stride: of the logits, see :func:`deeplab.inference.enlarge`.
+        stride: the stride of the logits, see :func:`deeplab.inference.enlarge`.
 
     Returns:
         (H, W) uint8.
@@ -41,14 +41,14 @@ def refine(image: np.ndarray, logits: Tensor, prune: float = 0.0, stride: int = 
 
 
 class CRFPool:
-    """Processes that refine predictions: pydensecrf holds Python's lock, so threads of one process would take turns.
+    """Processes that refine predictions: pydensecrf holds the GIL, so threads of one process could not run in parallel.
 
-    Each process has a thread here that hands it a picture and its logits and waits for the classes. They travel through a pipe,
-    and the logits on their small grid: containers have little shared memory. Use it as a context; leaving it ends the processes
-    whatever they are at.
+    Each process has a thread here that sends it an image and its logits and waits for the classes. They go through a pipe,
+    because containers have little shared memory; the logits are sent on their small grid. Use the pool as a context manager;
+    its exit kills the processes at once.
 
     Args:
-        workers: the number of processes, of about 0.5 GB each for PASCAL VOC.
+        workers: the number of processes; each needs about 0.5 GB for PASCAL VOC.
         prune, stride: see :func:`refine`.
 
     Raises:
@@ -59,14 +59,14 @@ class CRFPool:
 
     def __init__(self, workers: int, prune: float = 0.0, stride: int = OUTPUT_STRIDE) -> None:
         find_densecrf()
-        self.capacity = workers + 2  # pictures that are on their way at a time
+        self.capacity = workers + 2  # images in flight
         self.idle: SimpleQueue[Connection] = SimpleQueue()
         self.threads = ThreadPoolExecutor(workers)
         self.processes: list[multiprocessing.Process] = []
         try:
             for _ in range(workers):
                 self._start_process(prune, stride)
-        except BaseException:  # a stop request among them: Python's end would wait for those that are there
+        except BaseException:  # also a stop request: Python's exit would wait for the processes already started
             self.close()
             raise
 
@@ -74,7 +74,7 @@ class CRFPool:
         ours, theirs = multiprocessing.Pipe()
         process = multiprocessing.Process(target=_serve, args=(theirs, prune, stride), daemon=True)
         process.start()
-        theirs.close()  # so that reading from ours ends with the process
+        theirs.close()  # so that a read from ours fails once the process is gone
         self.processes.append(process)
         self.idle.put(ours)
 
@@ -85,47 +85,47 @@ class CRFPool:
         self.close()
 
     def close(self) -> None:
-        """End the processes."""
+        """Kill the processes."""
         self.threads.shutdown(wait=False, cancel_futures=True)
         for process in self.processes:
             process.kill()  # it ignores the signal of terminate()
         for process in self.processes:
             process.join()
 
-    def refine(self, pictures: Iterable[tuple[AnyImage, Tensor]]) -> Iterator[tuple[AnyImage, np.ndarray]]:
-        """Pictures with their (C, k_h + 1, k_w + 1) logits, see :func:`refine` -> with their (H, W) uint8 classes; in order.
+    def refine(self, items: Iterable[tuple[AnyImage, Tensor]]) -> Iterator[tuple[AnyImage, np.ndarray]]:
+        """(image, (C, k_h + 1, k_w + 1) logits) -> (image, (H, W) uint8 classes), in order; see :func:`refine`.
 
         Raises:
             UserError: a process was killed.
         """
         running: deque[tuple[AnyImage, Future[np.ndarray]]] = deque()
-        for picture, logits in pictures:
-            running.append((picture, self.threads.submit(self._refine, picture, logits.numpy())))
+        for item, logits in items:
+            running.append((item, self.threads.submit(self._refine, item, logits.numpy())))
             while running and (len(running) > self.capacity or running[0][1].done()):
                 done, future = running.popleft()
                 yield done, future.result()
         for done, future in running:
             yield done, future.result()
 
-    def _refine(self, picture: NamedImage, logits: np.ndarray) -> np.ndarray:
+    def _refine(self, item: NamedImage, logits: np.ndarray) -> np.ndarray:
         connection = self.idle.get()
         try:
-            connection.send((picture.image, logits))
+            connection.send((item.image, logits))
             return connection.recv()
         except (EOFError, OSError):
-            advice = "if memory ran out, take fewer with --crf-workers"
-            raise UserError(f"a process of the CRF was killed at picture {picture.id}; {advice}") from None
+            advice = "if memory ran out, lower --crf-workers"
+            raise UserError(f"a process of the CRF was killed at image {item.id}; {advice}") from None
         finally:
             self.idle.put(connection)
 
 
 def logits_stride(window: tuple[int, int] | None) -> int:
-    """How many pixels a prediction's logits are apart: 8, or 1 with a sliding window, whose tiles are summed at full size."""
+    """The stride of a prediction's logits in pixels: 8, or 1 with a sliding window, which sums its tiles at full size."""
     return 1 if window else OUTPUT_STRIDE
 
 
 def _serve(connection: Connection, prune: float, stride: int) -> None:
-    """What a process of the pool does. The package of the CRF brings torch, which also enlarges the logits."""
+    """The loop of a pool process. It imports torch anyway (through ``deeplab.crf``), so it also enlarges the logits."""
     start_helper()
     torch.set_num_threads(1)
     _keep_memory()
@@ -133,15 +133,15 @@ def _serve(connection: Connection, prune: float, stride: int) -> None:
         try:
             image, logits = connection.recv()
             connection.send(refine(image, torch.from_numpy(logits), prune, stride))
-        except (EOFError, OSError, MemoryError):  # the main process is gone, or will be told by the end of this one
+        except (EOFError, OSError, MemoryError):  # the main process is gone, or notices that this one exits
             return
 
 
 def _keep_memory() -> None:
-    """Have glibc keep the large blocks that the CRF allocates again for each picture.
+    """Make glibc keep the large blocks that the CRF allocates again for each image.
 
-    Returned to the system each time, they are mapped and zeroed again, which takes a sixth of the time (mallopt(3): M_MMAP_MAX
-    is -4, M_TRIM_THRESHOLD -1).
+    Otherwise they return to the system each time and are mapped and zeroed again, which takes a sixth of the time
+    (mallopt(3): M_MMAP_MAX is -4, M_TRIM_THRESHOLD -1).
     """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None:
         mallopt(-4, 0)

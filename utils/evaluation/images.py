@@ -1,4 +1,4 @@
-"""Images, with or without labels, on their way to a prediction: from the loader's workers into batches of one padded size."""
+"""Images, with or without labels, to predict: read by the loader's workers and grouped into batches of one padded size."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -17,20 +17,20 @@ from deeplab.inference import OUTPUT_STRIDE, canvas_size
 from utils.command import UserError
 from utils.loader import make_loader, running
 
-MAX_WAITING = 64  # pictures that may wait for others of their padded size
+MAX_WAITING = 64  # images that may wait for others of their padded size
 AnyImage = TypeVar("AnyImage", bound="NamedImage")
 Item = TypeVar("Item")
 
 
 @dataclass
 class NamedImage:
-    """An image on its way to a prediction. As an array it comes through a worker's pipe, not through shared memory.
+    """An image and its prediction. The image is a numpy array: workers send it through a pipe, not through shared memory.
 
     Attributes:
-        classes: (H, W) uint8 of the net, on its device.
+        classes: (H, W) uint8, the net's prediction, on its device.
         prediction: the same on the host.
-        mask: (H, W) uint8 on the host: ``prediction``, after the CRF where there is one.
-        logits: (C, h, w) float32, where they are asked for.
+        mask: (H, W) uint8 on the host: the final prediction, after the CRF if there is one.
+        logits: (C, h, w) float32, if requested.
     """
 
     id: str
@@ -41,7 +41,7 @@ class NamedImage:
     logits: Tensor = field(init=False)
 
     def pin_memory(self: AnyImage) -> AnyImage:
-        """The same in memory from which a GPU copies while the host goes on; called by the loader."""
+        """A copy in pinned memory, from which a GPU copies asynchronously; called by the loader."""
         arrays = [value for name, value in vars(self).items() if name != "id"]
         return type(self)(self.id, *(torch.from_numpy(array).pin_memory().numpy() for array in arrays))
 
@@ -50,7 +50,7 @@ class NamedImage:
 class Sample(NamedImage):
     """An image with its label."""
 
-    label: np.ndarray  # H W uint8, 255 void
+    label: np.ndarray  # H W uint8, 255 ignored
 
 
 class Samples(Dataset[Sample]):
@@ -85,7 +85,7 @@ class ImageFiles(Dataset[NamedImage]):
 
 
 class ReadableImageFiles(ImageFiles):
-    """:class:`ImageFiles` in which a broken one is the sentence that says why, and does not end the work on the others."""
+    """:class:`ImageFiles` that returns the error message in place of an unreadable image, so that the others go on."""
 
     def __getitem__(self, index: int) -> Any:
         try:
@@ -94,44 +94,42 @@ class ReadableImageFiles(ImageFiles):
             return str(error)
 
 
-def readable(pictures: Iterable[NamedImage | str], broken: list[str]) -> Iterator[NamedImage]:
-    """The pictures that could be read; why the others could not is added to ``broken``."""
-    for picture in pictures:
-        if isinstance(picture, str):
-            broken.append(picture)
+def readable(items: Iterable[NamedImage | str], broken: list[str]) -> Iterator[NamedImage]:
+    """The images that could be read; the error messages of the others are appended to ``broken``."""
+    for item in items:
+        if isinstance(item, str):
+            broken.append(item)
         else:
-            yield picture
+            yield item
 
 
 def reading(
     data: Dataset[Item], order: Iterable[int], num_workers: int, device: torch.device
 ) -> AbstractContextManager[Iterator[Item]]:
-    """The items of ``data`` one by one in ``order``, read ahead by workers; a context, see :func:`utils.loader.running`."""
+    """The items of ``data`` in ``order``, prefetched by workers; a context manager, see :func:`utils.loader.running`."""
     return running(make_loader(data, [[index] for index in order], num_workers, device, collate_fn=itemgetter(0)))
 
 
 def group_by_canvas(
-    pictures: Iterable[AnyImage], fixed: tuple[int, int] | None, batch_size: int, stride: int = OUTPUT_STRIDE
+    items: Iterable[AnyImage], fixed: tuple[int, int] | None, batch_size: int, stride: int = OUTPUT_STRIDE
 ) -> Iterator[tuple[list[AnyImage], tuple[int, int]]]:
-    """Gather pictures of one padded size, with ``stride`` 1 of one size, so that pictures of mixed sizes run in batches.
+    """Group images by padded size (by size if ``stride`` is 1), so that images of mixed sizes run in batches.
 
     Yields:
-        Up to ``batch_size`` pictures and their canvas (H, W).
+        Up to ``batch_size`` images and their canvas (H, W).
 
     Raises:
-        UserError: a picture does not fit the fixed canvas.
+        UserError: an image does not fit the fixed canvas.
     """
     waiting: dict[tuple[int, int], list[AnyImage]] = {}
     count_waiting = 0
-    for picture in pictures:
-        size = picture.image.shape[:2]
+    for item in items:
+        size = item.image.shape[:2]
         if fixed and (size[0] > fixed[0] or size[1] > fixed[1]):
-            advice = "enlarge --input-size, or leave it out to use each picture's own size"
-            raise UserError(
-                f"picture {picture.id} of {size[0]}x{size[1]} does not fit --input-size {fixed[0]}x{fixed[1]}; {advice}"
-            )
+            advice = "enlarge --input-size, or leave it out to use the size of each image"
+            raise UserError(f"image {item.id} of {size[0]}x{size[1]} does not fit --input-size {fixed[0]}x{fixed[1]}; {advice}")
         canvas = canvas_size(fixed or size, stride)
-        waiting.setdefault(canvas, []).append(picture)
+        waiting.setdefault(canvas, []).append(item)
         count_waiting += 1
         if len(waiting[canvas]) == batch_size or count_waiting == MAX_WAITING:
             fullest = max(waiting, key=lambda key: len(waiting[key]))

@@ -1,4 +1,4 @@
-"""The command line of evaluate.py, and the options that it comes to."""
+"""The command line of evaluate.py, and the options that it results in."""
 
 from argparse import Namespace
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from utils.options import (
     trained_weights,
 )
 
-if TYPE_CHECKING:  # --help need not wait for torch
+if TYPE_CHECKING:  # not imported at run time: --help is fast without torch
     from deeplab.weights import Weights
 
 
@@ -73,11 +73,10 @@ def evaluation_parser(description: str) -> GivenParser:
 
 
 def settled(args: Namespace, weights: "Weights") -> Options:
-    """The options of an evaluation or a submission: the data set and the ignore label, where the command line does not give
-    them, are those that the net was trained with.
+    """The options of an evaluation or a submission: data set and ignore label default to those of the net's training.
 
     Raises:
-        UserError: ``--num-classes`` is not that of the data set.
+        UserError: ``--num-classes`` does not fit the data set.
     """
     from dataset import IGNORE_LABEL
     from utils.checkpoint import dataset_of

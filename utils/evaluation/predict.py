@@ -1,4 +1,4 @@
-"""How evaluate.py and scripts/predict.py make a trained net's predictions: the same pictures give them the same classes."""
+"""Predictions of a trained net. evaluate.py and scripts/predict.py both use them, so the same images give the same classes."""
 
 import hashlib
 from argparse import Namespace
@@ -27,17 +27,17 @@ from utils.options import TRAINED_WEIGHTS, Options, shared_options
 
 
 class NotFinite(UserError):
-    """The net's logits are no numbers."""
+    """The net's logits are infinite or NaN."""
 
     exit_status = 1
 
 
 def open_trained_net(args: Namespace) -> tuple[Net, Weights, torch.device, list[str]]:
-    """The net of ``--restore-from``, ready to predict, its weights file, the device for it and lines that say what was loaded.
+    """The net of ``--restore-from``, ready to predict, its weights file, its device, and lines that say what was loaded.
 
     Raises:
-        UserError: there is no such device or file, no head in it, or one that does not fit: nothing is predicted with a
-            parameter that no file gave.
+        UserError: the device or the file does not exist, or the file has no head or one that does not fit: nothing is
+            predicted with a parameter that no file gave.
     """
     device = select_device(args.device, args.gpu, not args.no_tf32, args.deterministic)
     path = args.restore_from
@@ -61,10 +61,10 @@ def open_trained_net(args: Namespace) -> tuple[Net, Weights, torch.device, list[
 
 
 def check_same_work(options: Options, device: torch.device, weights: Weights, data: Mapping[str, Any]) -> None:
-    """Make sure that all processes have the same options, net and ``data``, see :func:`utils.distributed.check_same`.
+    """Check that all processes have the same options, net and ``data``, see :func:`utils.distributed.check_same`.
 
     Raises:
-        UserError: on all of them, with the first difference.
+        UserError: on all processes, with the first difference.
     """
     if distributed.world_size() == 1:
         return
@@ -72,27 +72,27 @@ def check_same_work(options: Options, device: torch.device, weights: Weights, da
     for name, tensor in weights.state.items():
         total.update(name.encode())
         total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    found = {"kinds of device": device.type, "weights, by their check sum": total.hexdigest()[:16]}
+    found = {"kinds of device": device.type, "weights, by their checksum": total.hexdigest()[:16]}
     distributed.check_same({**shared_options(options), **found, **data})
 
 
 def to_device(net: nn.Module, device: torch.device, compiled: bool) -> None:
-    """Bring a net to where it predicts, and compile it if asked for."""
+    """Move a net to the device on which it predicts; compile it if ``compiled``."""
     net.to(device).to(memory_format=torch.channels_last)
     if compiled:
         check_compiler(device)
-        # On a CPU for images of any size at once, and with the weights as constants.
+        # On a CPU: compile once for all image sizes, with the weights as constants.
         net.compile(**({"dynamic": True, "options": {"freezing": True}} if device.type == "cpu" else {}))
 
 
 def snapshot_colors(weights: Weights) -> dict[int, Color]:
-    """The colours of the classes of the data set that a snapshot was trained on; empty where the file does not tell."""
+    """The class colours of the data set that a snapshot was trained on; empty if the file does not give them."""
     colors = weights.meta.get("colors") or []
     return {label: (red, green, blue) for label, (red, green, blue) in enumerate(colors)}
 
 
 def prediction_options(options: Options) -> dict[str, Any]:
-    """What the options say of :func:`predictions`."""
+    """The options that :func:`predictions` takes."""
     names = ("scales", "fuse", "mirror", "window", "overlap", "batch_size", "amp")
     return {name: getattr(options, name) for name in names} | {"canvas": options.input_size}
 
@@ -100,28 +100,28 @@ def prediction_options(options: Options) -> dict[str, Any]:
 @torch.inference_mode()
 def predictions(
     net: Callable[[Tensor], Tensor],
-    pictures: Iterable[AnyImage],
+    items: Iterable[AnyImage],
     device: torch.device,
     *,
     pool: CRFPool | DeviceCRF | None = None,
     **options: Any,
 ) -> Iterator[AnyImage]:
-    """The one prediction loop: evaluation, validation, submission and scripts/predict.py go over what it yields.
+    """The one prediction loop, which evaluation, validation, submission and scripts/predict.py share.
 
-    The device is a batch ahead: it computes the next one while this one is copied, refined, counted or saved. The host waits
-    for nothing but the copy of what is yielded next.
+    The device is a batch ahead: it computes the next batch while this one is copied, refined, counted or saved. The host waits
+    only for the copy of the image that is yielded next.
 
     Args:
         net: on ``device``, in eval mode; (N, 3, H, W) -> (N, C, h, w).
-        pool: refines the net's predictions by the CRF.
-        batch_size: images of one padded size at once; with a sliding window, of one size.
-        canvas: (H, W) to which every image is padded; None takes each image's own size.
-        window: (H, W) of the tiles that images are cut into; None predicts them whole.
-        keep_logits: for probabilities; they are :func:`logits_stride` pixels apart.
+        pool: refines the net's predictions with the CRF.
+        batch_size: the number of images of one padded size (with a sliding window: of one size) predicted at once.
+        canvas: (H, W) to which every image is padded; None uses the size of each image.
+        window: (H, W) of the tiles of the sliding window; None predicts whole images.
+        keep_logits: keep the logits, for probabilities; their stride is :func:`logits_stride`.
         scales, fuse, mirror, overlap, amp: see :func:`predict_batch`.
 
     Yields:
-        The pictures, with ``classes``, ``prediction``, ``mask`` and, with a pool or where they are asked for, ``logits``.
+        The images with ``classes``, ``prediction``, ``mask`` and, with a pool or ``keep_logits``, ``logits``.
 
     Raises:
         UserError: an image does not fit ``canvas``.
@@ -130,19 +130,19 @@ def predictions(
     logits_to: Callable[[Tensor], Callable[[], Tensor]] | None = None
     if pool:
         logits_to = to_host if pool.on_host else lambda logits: lambda: logits
-    predicted = _predicted(net, pictures, device, logits_to=logits_to, **options)
+    predicted = _predicted(net, items, device, logits_to=logits_to, **options)
     if pool:
-        pairs = pool.refine((picture, picture.logits) for picture in predicted)
+        pairs = pool.refine((item, item.logits) for item in predicted)
     else:
-        pairs = ((picture, picture.prediction) for picture in predicted)
-    for picture, mask in pairs:
-        picture.mask = mask
-        yield picture
+        pairs = ((item, item.prediction) for item in predicted)
+    for item, mask in pairs:
+        item.mask = mask
+        yield item
 
 
 def _predicted(
     net: Callable[[Tensor], Tensor],
-    pictures: Iterable[AnyImage],
+    items: Iterable[AnyImage],
     device: torch.device,
     *,
     logits_to: Callable[[Tensor], Callable[[], Tensor]] | None,
@@ -152,36 +152,36 @@ def _predicted(
     keep_logits: bool = False,
     **options: Any,
 ) -> Iterator[AnyImage]:
-    """:func:`predictions` up to the CRF, for which ``logits_to`` brings the logits to where it computes."""
+    """:func:`predictions` up to the CRF; ``logits_to`` copies the logits to the CRF's device."""
     stride = logits_stride(window)
-    ahead: deque[tuple[AnyImage, Callable[[], Tensor], Callable[[], Tensor] | None]] = deque()  # on the way to the host
-    for group, size in group_by_canvas(pictures, canvas, batch_size, stride):
-        images = [picture.image for picture in group]
-        for picture, logits in zip(group, predict_batch(net, images, size, device, window=window, **options)):
-            picture.classes = enlarge_to_classes(logits, picture.image.shape[:2], stride)
+    ahead: deque[tuple[AnyImage, Callable[[], Tensor], Callable[[], Tensor] | None]] = deque()  # being copied to the host
+    for group, size in group_by_canvas(items, canvas, batch_size, stride):
+        images = [item.image for item in group]
+        for item, logits in zip(group, predict_batch(net, images, size, device, window=window, **options)):
+            item.classes = enlarge_to_classes(logits, item.image.shape[:2], stride)
             if keep_logits:
-                picture.logits = logits
-            ahead.append((picture, to_host(picture.classes), logits_to(logits) if logits_to else None))
+                item.logits = logits
+            ahead.append((item, to_host(item.classes), logits_to(logits) if logits_to else None))
             if len(ahead) > batch_size:
                 yield arrived(*ahead.popleft())
     yield from (arrived(*entry) for entry in ahead)
 
 
-def arrived(picture: AnyImage, classes: Callable[[], Tensor], logits: Callable[[], Tensor] | None) -> AnyImage:
-    """A picture whose results are on their way (:func:`to_host`), with them.
+def arrived(item: AnyImage, classes: Callable[[], Tensor], logits: Callable[[], Tensor] | None) -> AnyImage:
+    """Wait for the copies of an image's results (:func:`to_host`) and store them in it.
 
     Raises:
-        NotFinite: its logits were not finite, for which :func:`deeplab.inference.enlarge_to_classes` gives NO_CLASS.
+        NotFinite: its logits were not finite: :func:`deeplab.inference.enlarge_to_classes` then returns NO_CLASS.
     """
-    picture.prediction = classes().numpy()
-    if picture.prediction[0, 0] == NO_CLASS:
+    item.prediction = classes().numpy()
+    if item.prediction[0, 0] == NO_CLASS:
         raise NotFinite(
-            f"the net's logits are not finite for picture {picture.id}: its numbers overflow; leave --amp out if it was given, "
-            "or take weights that are not damaged"
+            f"the net's logits are not finite for image {item.id}: its numbers overflow; leave --amp out if it was given, "
+            "or use weights that are not damaged"
         )
     if logits:
-        picture.logits = logits()
-    return picture
+        item.logits = logits()
+    return item
 
 
 def predict_batch(
@@ -197,11 +197,11 @@ def predict_batch(
     overlap: Fraction = OVERLAP,
     amp: str = "off",
 ) -> Tensor:
-    """The logits of pictures on the stride-8 grid of one canvas, with a window at each of its pixels: (N, C, h, w) float32.
+    """The logits of images padded to one canvas, at stride 8, or at stride 1 with a sliding window: (N, C, h, w) float32.
 
     Args:
         images: (H, W, 3) uint8 BGR each.
-        canvas: (H, W) to which they are padded; with a window their size.
+        canvas: (H, W) to which they are padded; with a sliding window, their own size.
         scales, fuse, mirror: see :func:`deeplab.inference.predict_grid`.
         window, overlap: see :func:`deeplab.predict_windows`.
         amp: ``"off"``, ``"bf16"`` or ``"fp16"``.

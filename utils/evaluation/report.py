@@ -1,4 +1,4 @@
-"""The report of an evaluation: a folder with a page, its pictures and the counts that another report is compared with."""
+"""The report of an evaluation: a folder with a page, its images, and the counts that a later report can be compared with."""
 
 import json
 import math
@@ -28,27 +28,27 @@ from utils.outputs import OUTPUT_MARK, Output, is_output, marked_jpeg
 from utils.visualize import PALETTE, WRONG, Classes, blend, indexed_png, marked_png, scale, wrong_pixels
 
 PREDICTED = ("scales", "fuse", "mirror", "window", "overlap", "crf", "amp", "input_size")  # the options on the page
-BYTES = 150e6  # of all images together, about
-PIXEL_BYTES = 0.4  # that a photo with its masks takes per pixel of its square, about
-MOST_IMAGES = 5000  # of larger sets every second, third, ... is shown
+BYTES = 150e6  # the size of all images together, about
+PIXEL_BYTES = 0.4  # the size of a photo and its masks per pixel of the square around it, about
+MOST_IMAGES = 5000  # larger sets show every second, third, ... image
 MOST_SIDE = 1000  # pixels
 THUMBNAIL_SIDE = 240
-ERROR_COLORS = np.array([(255, 255, 255), WRONG, PALETTE[IGNORE_LABEL]], dtype=np.uint8)  # right, wrong, void
+ERROR_COLORS = np.array([(255, 255, 255), WRONG, PALETTE[IGNORE_LABEL]], dtype=np.uint8)  # right, wrong, ignored
 
 
 class Report:
-    """Writes the pictures of a report while they are predicted, and in the end its page.
+    """Writes the images of a report as they are predicted, and its page at the end.
 
-    Under torchrun each process writes the pictures of its share, and the main one the page.
+    Under torchrun each process writes the images of its share, and the main process the page.
 
     Args:
-        folder: made if it is missing.
-        ids: of all pictures; their place is the number of their files.
-        classes: their names and colours.
-        ignore_label: a class that is void.
-        crf: predictions come refined, and as they were before.
+        folder: created if missing.
+        ids: the ids of all images; the index of an id is the number in its file names.
+        classes: the names and colours of the classes.
+        ignore_label: a class that is ignored.
+        crf: show the predictions before and after the CRF.
         other: the report to compare with.
-        names: class names are shown in their regions.
+        names: write class names into their regions.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Report:
         self.records: list[dict[str, Any]] = []
 
     def add(self, sample: Sample, prediction: np.ndarray) -> None:
-        """Count a picture and write its files; ``prediction`` is (H, W) uint8, after the CRF where there is one."""
+        """Count an image and write its files; ``prediction`` is (H, W) uint8, after the CRF if there is one."""
         counted = ConfusionMatrix(len(self.classes.names), ignore_label=self.ignore_label)
         counted.update(torch.from_numpy(sample.label), torch.from_numpy(prediction))
         matrix = counted.matrix.numpy()
@@ -86,7 +86,7 @@ class Report:
         self.records.append(record)
 
     def _write_images(self, number: int, sample: Sample, masks: Mapping[str, np.ndarray], prediction: np.ndarray) -> list[str]:
-        """Write the image, its thumbnail and the masks to lay over it; the names of the masks."""
+        """Write the image, its thumbnail and the masks that the page lays over it; returns the names of the masks."""
         errors = wrong_pixels(sample.label, prediction).astype(np.uint8)
         errors[sample.label == IGNORE_LABEL] = 2
         image = sample.image[:, :, ::-1]
@@ -112,14 +112,14 @@ class Report:
         """Write the page and its data.
 
         Args:
-            records: those of all processes.
-            result: what ``--save-json`` saves.
+            records: the records of all processes.
+            result: the content of ``--save-json``.
             head: title, subtitle, notes and facts of the page.
             settings: see :func:`settings_of`.
         """
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-        unique = {record["id"]: record for record in records}  # a list may hold an id twice
+        unique = {record["id"]: record for record in records}  # a list may contain an id twice
         records = [unique[id] for id in sorted(unique)]
         colors = self.classes.palette[: len(self.classes.names)].tolist()
         saved = {"made_by": OUTPUT_MARK, "scores": result, "names": list(self.classes.names), "colors": colors}
@@ -136,7 +136,7 @@ class Report:
         write_atomically(self.folder / "index.html", lambda file: file.write(page.encode()))
 
     def _content(self, records: list[dict[str, Any]], result: dict[str, Any]) -> dict[str, Any]:
-        """What the page shows of the scores and the pictures."""
+        """The scores and images for the page."""
         titles = [title for title in ("scores", "before_crf", "after_crf") if title in result]
         parts = [result[title] for title in titles]
         matrix = np.array(parts[-1]["confusion_matrix"])
@@ -145,12 +145,12 @@ class Report:
         names["frequency_weighted_iou"] = "frequency-weighted IoU %"
         if "labelled_mean_iou" in parts[0]:
             names["labelled_mean_iou"] = "mean IoU of labelled classes %"
-        pictures = [self._image(record) for record in records if "number" in record]
-        pictures.sort(key=lambda picture: (picture["iou"] is None, picture["iou"], picture["number"]))
-        text = "Worst mean IoU first, of a picture's own classes. Click one to enlarge it; then the arrow keys go on, and the "
-        text += "digits switch what lies over it."
-        if len(pictures) < len(records):
-            text += f" {len(pictures):,} of the {len(records):,} pictures are shown; all are counted."
+        images = [self._image(record) for record in records if "number" in record]
+        images.sort(key=lambda image: (image["iou"] is None, image["iou"], image["number"]))
+        text = "Lowest mean IoU first, over the classes of each image. Click an image to enlarge it; then the arrow keys show "
+        text += "the next one, and the digits switch the overlay."
+        if len(images) < len(records):
+            text += f" {len(images):,} of the {len(records):,} images are shown; all are counted."
         return {
             "columns": [title.replace("_", " ").replace("crf", "CRF") for title in titles] if len(titles) > 1 else ["score"],
             "totals": [{"name": name, "numbers": [part[key] for part in parts]} for key, name in names.items()],
@@ -166,12 +166,12 @@ class Report:
             ],
             "matrix": _heat_map(matrix, self.classes.names),
             "comparison": self.other and self.other.compare(records, self.classes, self.ignore_label, colors),
-            "pictures": pictures,
+            "images": images,
             "images_text": text,
         }
 
     def _image(self, record: dict[str, Any]) -> dict[str, Any]:
-        """A picture as the page shows it."""
+        """An image as the page shows it."""
         scores = scores_of([record["matrix"]], len(self.classes.names), self.ignore_label)
         known = [(i, iou) for i, iou in enumerate(scores.class_iou.tolist()) if not math.isnan(iou)]
         iou = None if math.isnan(scores.mean_iou) else scores.mean_iou
@@ -184,9 +184,9 @@ class Report:
             "change": None if iou is None or before is None else iou - before,
             "ious": " ".join(f"{i}:{value:.4f}" for i, value in known),
             "ratio": round(record["size"][1] / record["size"][0], 4),
-            "layers": " ".join(("picture", *record["layers"])),
+            "layers": " ".join(("image", *record["layers"])),
             "captions": json.dumps(record["captions"], separators=(",", ":")) if "captions" in record else "",
-            "files": {"picture": f"{stem}.jpg", "thumbnail": f"{stem}_thumbnail.jpg"},
+            "files": {"image": f"{stem}.jpg", "thumbnail": f"{stem}_thumbnail.jpg"},
         }
 
 
@@ -202,17 +202,17 @@ def captions_of(labels: np.ndarray, names: Mapping[int, str]) -> list[list[float
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the folder of a report, and clear the pictures of an earlier report from it.
+    """Create the folder of a report, and delete the images of an earlier report from it.
 
     Raises:
-        UserError: it holds something else, or nothing can be written there.
+        UserError: the folder holds other files, or cannot be written.
     """
     try:
         files = [path for path in folder.rglob("[!.]*") if not path.is_dir() or path.is_symlink()]
         if foreign := next((path for path in files if not is_output(path)), None):
             raise UserError(
                 f"--report {folder} holds other files ({foreign.relative_to(folder)}); choose an empty or new folder, or move "
-                "what no report has written"
+                "the files that no report has written"
             )
         (folder / "pictures").mkdir(parents=True, exist_ok=True)
         for path in (folder / "pictures").glob("[0-9]*"):
@@ -222,12 +222,12 @@ def prepare_folder(folder: Path) -> None:
 
 
 def planned(folder: Path) -> list[Output]:
-    """The files of a report, one of the pictures for all."""
+    """The files of a report, with one image standing for all."""
     return [Output("--report", folder, name, f"the report's {name}") for name in ("index.html", DATA, "pictures/000000.jpg")]
 
 
 def settings_of(options: Options, weights: Weights, data_list: Path) -> dict[str, str]:
-    """What an evaluation and its net were made with, for :meth:`utils.evaluation.comparison.OtherReport.differing`."""
+    """The settings of an evaluation and of its net, for :meth:`utils.evaluation.comparison.OtherReport.differing`."""
     places = OF_A_MACHINE - {"data_dir", "data_list", "restore_from"} | {"resume"} | weights.config.keys()
     args = weights.meta.get("args") or {}
     trained = {f"trained with {name}": value for name, value in args.items() if name not in places}
@@ -237,7 +237,7 @@ def settings_of(options: Options, weights: Weights, data_list: Path) -> dict[str
 
 
 def head_of(options: Options, weights: Weights, data_list: Path, count: int, notes: Sequence[str]) -> dict[str, Any]:
-    """The head of the page, and how its numbers were made."""
+    """The head of the page, and the facts of "How it was made"."""
     packages = ("torch", "torchvision", "numpy", "opencv-python-headless", "pillow", "pydensecrf2")
     versions = [f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in packages), platform.platform()]
     hidden = ("args", "classes", "colors", "given", "mean")
@@ -252,20 +252,20 @@ def head_of(options: Options, weights: Weights, data_list: Path, count: int, not
         ("net", ", ".join(f"{name} {value}" for name, value in {**weights.config, **meta}.items() if value not in (None, ""))),
         ("trained with", " ".join(map(shlex.join, options_given))),
         ("other options" if options_given else "trained with", ", ".join(defaults)),
-        ("pictures", f"{count:,} of {data_list}"),
+        ("images", f"{count:,} of {data_list}"),
         ("predicted", ", ".join(f"{name} {getattr(options, name)}" for name in PREDICTED)),
         ("versions", ", ".join(versions)),
     ]
     return {
         "title": f"{Path(options.restore_from).name} on {data_list.name}",
-        "subtitle": f"{count:,} pictures of {options.data_dir}",
+        "subtitle": f"{count:,} images of {options.data_dir}",
         "notes": list(notes),
         "facts": [(name, value) for name, value in facts if value],
     }
 
 
 def _heat_map(matrix: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of the confusion matrix, of the classes that occur in labels or predictions."""
+    """The rows of the confusion matrix for the classes that occur in labels or predictions."""
     present = np.flatnonzero(matrix.sum(axis=0) + matrix.sum(axis=1)).tolist()
     totals = np.maximum(matrix.sum(axis=1), 1)
     return [
@@ -286,7 +286,7 @@ def _jpeg(image_rgb: np.ndarray, quality: int) -> bytes:
 def _version(package: str) -> str:
     try:
         return version(package)
-    except Exception:  # not installed, or by another way
+    except Exception:  # not installed, or not as a package
         return "?"
 
 

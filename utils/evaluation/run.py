@@ -1,4 +1,4 @@
-"""The run of evaluate.py: from the command line to the scores, and to the masks and the report that were asked for."""
+"""The run of evaluate.py: from the command line to the scores, masks and report."""
 
 import os
 import sys
@@ -35,12 +35,12 @@ from utils.visualize import Classes, class_names, make_palette, save_panel, save
 
 
 def run(args: Namespace) -> int:
-    """Evaluate as ``args`` say (see :mod:`utils.evaluation.options`), print the scores and save what was asked for."""
+    """Evaluate with the options ``args`` (see :mod:`utils.evaluation.options`), print the scores and save the outputs."""
     with ExitStack() as stack:
         pool = open_crf(args, stack)
         options, net, weights, device, data, data_list, classes, lines = distributed.everywhere(lambda: open_work(args))
         check_same_work(options, device, weights, what_is_compared(data))
-        # Nobody writes before all have looked.
+        # No process writes before all have checked the outputs.
         distributed.everywhere(lambda: check_outputs(planned_outputs(options, data), *what_is_read(options, data, data_list)))
         page = open_report(options, data, classes)
         distributed.everywhere(lambda: to_device(net, device, options.compile))
@@ -52,7 +52,7 @@ def run(args: Namespace) -> int:
             print(*lines, images_of(data, data_list), *notes, sep="\n")
         printed = len(notes)
 
-        hidden = None if distributed.is_main() else True  # None: shown in a terminal only
+        hidden = None if distributed.is_main() else True  # None: shown only in a terminal
         bar = stack.enter_context(tqdm(total=len(share(len(data))), unit="image", disable=hidden, dynamic_ncols=True))
 
         def finish(sample: Sample, mask: np.ndarray) -> None:
@@ -101,7 +101,7 @@ def run(args: Namespace) -> int:
 def open_work(
     args: Namespace,
 ) -> tuple[Options, Net, Weights, torch.device, VOCSegmentation, Path, Classes, list[str]]:
-    """Everything that the command line names, before anything is predicted, and lines for the user; talks to no other process.
+    """Open everything that the command line names, without communication; the last item is lines to print.
 
     Raises:
         UserError, WeightsError, DatasetError: something is missing, or does not fit.
@@ -114,13 +114,13 @@ def open_work(
     if count != net.num_classes:
         raise UserError(
             f"{options.restore_from} is a net for {net.num_classes} classes, but {file.path if file else kind.TITLE} names "
-            f"{count}; it can be scored only on data of the classes that it was trained on, and train.py makes a net for "
-            "these, from this file as well"
+            f"{count}; evaluate it on data with the classes that it was trained on, or train a net for these classes: train.py "
+            "can start from this file"
         )
     if args.ignore_label is None and options.ignore_label != IGNORE_LABEL:
-        lines.append(f"--ignore-label {options.ignore_label}, as it was trained with")
+        lines.append(f"--ignore-label {options.ignore_label}, as in training")
     if file and file.rows is None and not weights.meta.get("args") and (text := other_dataset(options, net.num_classes)):
-        lines.append(f"warning: nothing says that these labels have the {net.num_classes} classes of the net; {text}")
+        lines.append(f"warning: no file says that these labels have the {net.num_classes} classes of the net; {text}")
     data, data_list = open_dataset(options, "val", net.num_classes, classes=file)
     names = class_names(net.num_classes, weights.meta.get("classes"), data.names)
     if 0 <= options.ignore_label < net.num_classes:
@@ -144,16 +144,16 @@ def planned_outputs(options: Options, data: VOCSegmentation) -> list[Output]:
 
 
 def what_is_read(options: Options, data: VOCSegmentation, data_list: Path) -> tuple[list[str | Path], list[Path]]:
-    """The files that the evaluation reads, and the folders of the data, for :func:`utils.outputs.check_outputs`."""
+    """The files that the evaluation reads, and the data folders, for :func:`utils.outputs.check_outputs`."""
     files = [options.restore_from, data_list, data.root / "classes.txt"]
     files += [path(id) for id in data.ids for path in (data.image_path, data.label_path)]
     return files, [data.image_dir, *data.label_dirs, *(data.root / name for name in data.LABEL_DIRS)]
 
 
 def print_scores(classes: Classes, matrices: dict[str, ConfusionMatrix], labelled: bool) -> dict[str, dict]:
-    """Print a table for each matrix, with the mean over ``labelled`` classes alone if asked for; return the same for JSON."""
+    """Print a table for each matrix, with the mean IoU of labelled classes if ``labelled``; return the scores for JSON."""
     palette = classes.palette if sys.stdout.isatty() and "NO_COLOR" not in os.environ else None
-    stream = getattr(sys.stdout, "stream", sys.stdout)  # colours are escapes of our own
+    stream = getattr(sys.stdout, "stream", sys.stdout)  # unfiltered: the escape sequences of the colours are ours
     names = list(map(shown, classes.names))
     result = {}
     for title, matrix in matrices.items():
@@ -165,7 +165,7 @@ def print_scores(classes: Classes, matrices: dict[str, ConfusionMatrix], labelle
 
 
 def open_report(options: Options, data: VOCSegmentation, classes: Classes) -> Report | None:
-    """What ``--report`` asks for; it is compared with what ``--compare`` names."""
+    """The report of ``--report``, compared with that of ``--compare``; None without ``--report``."""
     if not options.report:
         return None
     folder = Path(options.report)

@@ -1,4 +1,4 @@
-"""Evaluation and validation: the prediction loop over labelled images, and what is counted."""
+"""Evaluation and validation: the prediction loop over labelled images, and its confusion matrices."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,14 +25,14 @@ def score(
     finish: Callable[[Sample, np.ndarray], None] = lambda sample, mask: None,
     **options: Any,
 ) -> dict[str, ConfusionMatrix]:
-    """Predict this process's share of a data set and count; the caller adds up the counts of several processes.
+    """Predict this process's share of a data set and count the pixels; the caller sums the counts over the processes.
 
     Args:
         net: on ``device``, in eval mode.
-        num_workers: processes that read images.
-        pool: refines the predictions; they are counted before and after.
-        finish: called with each image and its (H, W) uint8 classes, refined where there is a pool.
-        options: the others of :func:`utils.evaluation.predict.predictions`.
+        num_workers: the number of processes that read images.
+        pool: refines the predictions with the CRF; they are counted before and after.
+        finish: called with each image and its (H, W) uint8 classes, after the CRF if there is a pool.
+        options: the other options of :func:`utils.evaluation.predict.predictions`.
 
     Returns:
         ``{"": matrix}``, or with a pool ``{"before CRF": matrix, "after CRF": matrix}``.
@@ -52,5 +52,5 @@ def score(
 
 
 def share(count: int) -> range:
-    """Which of ``count`` images this process predicts, by their indices."""
+    """The indices of those of ``count`` images that this process predicts."""
     return range(distributed.rank(), count, distributed.world_size())

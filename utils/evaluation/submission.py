@@ -1,4 +1,4 @@
-"""What the evaluation servers of the data sets take: the masks of the test pictures, packed as they say."""
+"""Submissions to the evaluation servers of the data sets: the masks of the test images, packed as the servers require."""
 
 import io
 import tarfile
@@ -32,10 +32,10 @@ from utils.visualize import indexed_png
 
 
 def run(args: Namespace) -> int:
-    """Predict the test list and pack the masks as ``--submission``; no labels are needed.
+    """Predict the images of the test list and pack the masks into the ``--submission`` file; no labels are needed.
 
     Raises:
-        UserError: the net has other classes than the server, or the name is that of another kind of file.
+        UserError: the net has other classes than the server, or the file name has another suffix than the server expects.
     """
     path = Path(args.submission)
     with ExitStack() as stack:
@@ -49,14 +49,14 @@ def run(args: Namespace) -> int:
         distributed.everywhere(lambda: to_device(net, device, options.compile))
         order = share(len(files))
         if distributed.is_main():
-            print(*lines, f"{len(files)} pictures of {data_list}", sep="\n")
+            print(*lines, f"{len(files)} images of {data_list}", sep="\n")
         bar = stack.enter_context(tqdm(total=len(order), unit="image", disable=not distributed.is_main(), dynamic_ncols=True))
 
         def predict() -> dict[str, bytes]:
             masks = {}
-            with reading(ImageFiles(list(files.items())), order, options.num_workers, device) as pictures:
-                for picture in predictions(net, pictures, device, pool=pool, **prediction_options(options)):
-                    masks[picture.id] = encode(picture.mask, server)
+            with reading(ImageFiles(list(files.items())), order, options.num_workers, device) as images:
+                for image in predictions(net, images, device, pool=pool, **prediction_options(options)):
+                    masks[image.id] = encode(image.mask, server)
                     bar.update()
             return masks
 
@@ -65,7 +65,7 @@ def run(args: Namespace) -> int:
 
     def write() -> None:
         pack(path, {id: mask for part in parts for id, mask in part.items()}, files, server)
-        print(f"{path}: {len(files)} masks, each of its picture's size; {server.advice}")
+        print(f"{path}: {len(files)} masks, each of the size of its image; {server.advice}")
 
     distributed.from_main(write)
     distributed.stop()
@@ -75,7 +75,7 @@ def run(args: Namespace) -> int:
 def open_work(
     args: Namespace, path: Path
 ) -> tuple[Options, Net, Weights, torch.device, Server, Path, dict[str, Path], list[str]]:
-    """Everything that the command line names, before anything is predicted, and lines for the user; talks to no other process.
+    """Open everything that the command line names, without communication; the last item is lines to print.
 
     Raises:
         UserError, WeightsError, DatasetError: something is missing, or does not fit.
@@ -84,41 +84,41 @@ def open_work(
     options = settled(args, weights)
     title, server = DATASETS[options.dataset].TITLE, DATASETS[options.dataset].SERVER
     if server is None:
-        raise UserError(f"--submission: {title} has no server that takes masks; evaluate.py without it compares with labels")
+        raise UserError(f"--submission: {title} has no server that accepts masks; leave it out to evaluate against labels")
     if net.num_classes != (count := len(server.classes)):
         raise UserError(
             f"{options.restore_from} has {net.num_classes} classes; the server expects {title}'s {count}; see --dataset"
         )
     if not path.name.endswith(server.suffixes):
         kind = "zip" if server.mode == "L" else "gzipped tar"
-        raise UserError(f"--submission {path}: the server of {title} takes {kind} files; end the name in {server.suffixes[0]}")
+        raise UserError(f"--submission {path}: the {title} server accepts {kind} files; end the name in {server.suffixes[0]}")
     data_list = list_of(options, "test")
     return options, net, weights, device, server, data_list, test_files(options, data_list), lines
 
 
 def test_files(options: Options, data_list: Path) -> dict[str, Path]:
-    """The pictures of the list by their ids.
+    """The image files of the list by id.
 
     Raises:
-        DatasetError: a picture is not there; an id that the server's layout has no place for.
+        DatasetError: an image is missing, an id has a folder, which the server does not accept, or an id has two images.
     """
     root = Path(options.data_dir)
     files: dict[str, Path] = {}
     for id, image, _ in DATASETS[options.dataset].read_list(data_list, options.image_dir):
         if "/" in id:
-            raise DatasetError(f"the list of image ids {data_list} holds {id}; the server takes ids without folders")
+            raise DatasetError(f"the list of image ids {data_list} holds {id}; the server accepts only ids without folders")
         place = root / image if image else root / options.image_dir / f"{id}.jpg"
         if files.setdefault(id, place) != place:
             raise DatasetError(
                 f"the list of image ids {data_list} holds {id} twice, for {files[id]} and {place}; leave one out"
             )
         if not files[id].is_file():
-            raise DatasetError(f"the picture {files[id]} does not exist; the test pictures are a download of their own")
+            raise DatasetError(f"the image {files[id]} does not exist; the test images are a separate download")
     return files
 
 
 def encode(labels: np.ndarray, server: Server) -> bytes:
-    """The PNG file of an image's (H, W) uint8 classes: its values are the server's ids."""
+    """The PNG file of an image's (H, W) uint8 classes, with the server's ids as values."""
     ids = np.array([row.id for row in server.classes], dtype=np.uint8)[labels]
     if server.mode == "P":
         return indexed_png(ids)
@@ -128,19 +128,19 @@ def encode(labels: np.ndarray, server: Server) -> bytes:
 
 
 def pack(path: Path, masks: Mapping[str, bytes], files: Mapping[str, Path], server: Server) -> None:
-    """Write the archive, once every id and size is as the server checks them.
+    """Write the archive after checking ids and sizes as the server does.
 
     Raises:
-        UserError: a mask is missing, or has another size than its picture or a value that is no class's id.
+        UserError: a mask is missing, or has another size than its image, or a value that is not the id of a class.
     """
     if missing := files.keys() - masks.keys():
-        raise UserError(f"{len(missing)} pictures have no mask, {min(missing)} among them; run all processes again")
+        raise UserError(f"{len(missing)} images have no mask, for example {min(missing)}; run all processes again")
     ids = {row.id for row in server.classes}
     for id in sorted(files):
-        with Image.open(files[id]) as picture, Image.open(io.BytesIO(masks[id])) as mask:
-            if mask.size != picture.size or mask.mode != server.mode or not ids.issuperset(np.unique(mask).tolist()):
+        with Image.open(files[id]) as image, Image.open(io.BytesIO(masks[id])) as mask:
+            if mask.size != image.size or mask.mode != server.mode or not ids.issuperset(np.unique(mask).tolist()):
                 raise UserError(
-                    f"the mask of {files[id]} is {mask.size} {mask.mode}; expected {picture.size} {server.mode} with the "
+                    f"the mask of {files[id]} is {mask.size} {mask.mode}; expected {image.size} {server.mode} with the "
                     f"labels {', '.join(map(str, sorted(ids)))}"
                 )
     archive = io.BytesIO()

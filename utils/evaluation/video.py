@@ -1,4 +1,4 @@
-"""Video files as pictures, and pictures as a video file."""
+"""Reads the frames of video files, and writes frames to a video file."""
 
 import os
 from collections.abc import Iterator
@@ -16,24 +16,24 @@ from utils.evaluation.images import NamedImage
 from utils.files import DiskError, temporary_beside
 from utils.outputs import mark_mp4
 
-LARGEST_RATE = 240.0  # frames per second; a header with more gives the unit of its clock
-USUAL_RATE = 25.0  # where the header has none
+LARGEST_RATE = 240.0  # frames per second; a header with more holds the unit of its clock instead
+USUAL_RATE = 25.0  # if the header holds no frame rate
 LONGEST_GAP = 3600.0  # seconds between two frames
 
 
 class BrokenVideo(UserError):
-    """A video that cannot be read or written, or not to its end."""
+    """A video that cannot be read or written completely."""
 
 
 @dataclass
 class Frame(NamedImage):
-    """A frame, shown from ``time`` seconds on; None where the container does not say."""
+    """A frame, shown from ``time`` (in seconds) on; None if the container does not give it."""
 
     time: float | None
 
 
 def open_video(path: Path) -> tuple[cv2.VideoCapture, float]:
-    """A video file and its frames per second, as its header says.
+    """The opened video file and the frames per second of its header.
 
     Raises:
         BrokenVideo: OpenCV cannot read it, or it is cut off.
@@ -53,7 +53,7 @@ def open_video(path: Path) -> tuple[cv2.VideoCapture, float]:
 
 
 def read_frames(video: cv2.VideoCapture) -> Iterator[Frame]:
-    """The frames, whose ids are their numbers from 000000; decoded as they are asked for."""
+    """The frames, decoded one at a time; the id of a frame is its number, from 000000."""
     number, before = 0, -1.0
     while True:
         more, image = video.read()
@@ -65,41 +65,41 @@ def read_frames(video: cv2.VideoCapture) -> Iterator[Frame]:
 
 
 def check_frames(path: Path, video: cv2.VideoCapture, decoded: int) -> None:
-    """Make sure that a video of which ``decoded`` frames came had no more of them.
+    """Check that all frames of a video were among the ``decoded`` ones.
 
     Raises:
-        BrokenVideo: its container counts more, or none came at all.
+        BrokenVideo: its container counts more, or no frame was decoded.
     """
     expected = max(1, round(video.get(cv2.CAP_PROP_FRAME_COUNT))) if describe(path)[1] else 1
     if decoded < expected:
         raise BrokenVideo(
             f"the video {path} is damaged: {decoded} of {expected} frames can be decoded; fetch it again, or if a player shows "
-            f"all of it, convert it: ffmpeg -i {path.name} new.mp4"
+            f"all frames, convert it: ffmpeg -i {path.name} new.mp4"
         )
 
 
 def cut_off(path: Path) -> str:
-    """ "900 of its 1000 bytes are there", for a video file that its own header says to be longer; "" for others."""
-    promised, size = describe(path)[0], path.stat().st_size
-    return f"{size} of its {promised} bytes are there" if promised > size else ""
+    """``"it has 900 of its 1000 bytes"`` for a video file that is shorter than its header states; "" for others."""
+    stated, size = describe(path)[0], path.stat().st_size
+    return f"it has {size} of its {stated} bytes" if stated > size else ""
 
 
 def describe(path: Path) -> tuple[int, bool]:
-    """The bytes that the container of a video says to have, 0 where it says nothing, and whether it counts its frames.
+    """The number of bytes that a video's container states (0 if none), and whether the container counts its frames.
 
-    MP4 and MOV are boxes of a size and a name (ISO/IEC 14496-12, section 4.2), and count unless they come in fragments. AVI
-    counts. Matroska and WebM are a header and a segment (RFC 8794, RFC 9559), whose frames OpenCV guesses from the time they
-    take, as it does for other kinds.
+    MP4 and MOV consist of boxes with a size and a name (ISO/IEC 14496-12, section 4.2); they count their frames unless they
+    are fragmented. AVI counts its frames. Matroska and WebM consist of a header and a segment (RFC 8794, RFC 9559); for them
+    and other kinds OpenCV estimates the number of frames from the duration.
     """
     with open(path, "rb") as file:
         head = file.read(12)
         if head.startswith(b"\x1a\x45\xdf\xa3"):
             file.seek(4)
             file.seek(_ebml_size(file) + 4, os.SEEK_CUR)  # the segment's id
-            return _ebml_size(file) + file.tell(), False
+            return _ebml_size(file) + file.seek(0, os.SEEK_CUR), False
         if head[4:8] not in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
             return 0, head.startswith(b"RIFF") and head.endswith(b"AVI ")
-        start, promised, names, total = 0, 0, set(), os.fstat(file.fileno()).st_size
+        start, stated, names, total = 0, 0, set(), os.fstat(file.fileno()).st_size
         while start < total:
             file.seek(start)
             box = file.read(16).ljust(16, b"\0")
@@ -107,16 +107,16 @@ def describe(path: Path) -> tuple[int, bool]:
             size = int.from_bytes(box[8:], "big") if size == 1 else size
             start += size
             names.add(name)
-            if name in (b"mdat", b"moov", b"moof"):  # there may be anything behind the last one
-                promised = start
+            if name in (b"mdat", b"moov", b"moof"):  # anything may follow the last one
+                stated = start
             if size < 8:  # 0: to the end of the file
                 break
-        return promised, b"moof" not in names
+        return stated, b"moof" not in names
 
 
 def _ebml_size(file: IO[bytes]) -> int:
-    """A size of EBML, whose first byte begins with as many zeros as bytes follow, then a 1; 0 where all other bits are set,
-    which stands for a size that is not known.
+    """An EBML size: its first byte begins with one zero per byte that follows, then a 1; 0 for an unknown size (all other
+    bits set).
     """
     first = file.read(1)
     length = 8 - (first or b"\1")[0].bit_length()
@@ -126,39 +126,39 @@ def _ebml_size(file: IO[bytes]) -> int:
 
 
 class VideoFile:
-    """A context that writes frames of one size to an .mp4 file, which is there whole or not at all. Sound is not kept.
+    """A context manager that writes frames of one size to an .mp4 file, whole or not at all, without sound.
 
-    The file has one rate. Where the frames' own times depart from it by more than a frame, the frame before is repeated, or
-    one is left out.
+    The file has a constant frame rate. If the time of a frame differs from it by more than one frame, the previous frame is
+    repeated, or the frame is left out.
 
     Args:
-        path: of the file.
-        frames_per_second: as a header says; 0, or more than a camera takes, is replaced by 25.
+        path: the file.
+        frames_per_second: the frame rate of a header; 0, or more than cameras record, is replaced by 25.
 
     Attributes:
-        count: the frames that are in the file.
+        count: the number of frames in the file.
 
     Raises:
         BrokenVideo: the frames change their size, or OpenCV cannot write such a video here.
-        DiskError: not all frames are in the file, of which OpenCV says nothing.
+        DiskError: the file lacks frames, which OpenCV does not report.
     """
 
     def __init__(self, path: Path, frames_per_second: float) -> None:
         usual = 0 < frames_per_second <= LARGEST_RATE
         self.path, self.stated = path, frames_per_second
-        # MPEG-4 counts time in up to 65535 parts of a second, for which OpenCV takes as many decimals as a rate has.
+        # MPEG-4 divides a second into at most 65535 parts; OpenCV uses as many decimals as the rate has, so round it.
         self.rate = (round(frames_per_second, 2) or frames_per_second) if usual else USUAL_RATE
-        self.timed = usual  # times that come with another rate are wrong as well
+        self.timed = usual  # if the rate is wrong, so are the times
         self.repeated, self.left_out = 0, 0
-        self.last: np.ndarray | None = None  # the frame that was written last
+        self.last: np.ndarray | None = None  # the frame written last
         self.temporary = temporary_beside(path, ".mp4")
         self.writer: cv2.VideoWriter | None = None
         self.size, self.count = (0, 0), 0  # width and height, and the number of frames written
 
     def write(self, image_rgb: np.ndarray, time: float | None = None) -> None:
-        """Append a frame, (H, W, 3) uint8 RGB, shown from ``time`` seconds on, or right after the one before it.
+        """Append a frame, (H, W, 3) uint8 RGB, shown from ``time`` (in seconds) on, or right after the previous frame.
 
-        An odd side gets another row or column, as the format asks for even ones.
+        An odd height or width is padded by one pixel, because the format requires even ones.
         """
         late = (time * self.rate if time is not None and self.timed else self.count) - self.count  # in frames
         if late < -1:
@@ -174,7 +174,7 @@ class VideoFile:
         self._append(image_rgb)
 
     def note(self) -> str:
-        """What is said of the rate of the file; "" where it is the video's own."""
+        """A sentence about the file's frame rate; "" if it is that of the video."""
         if not self.timed:
             return f"its header says {self.stated:g} frames per second, so {self.path} has {self.rate:g}"
         if not self.repeated and not self.left_out:
@@ -193,7 +193,7 @@ class VideoFile:
             self.size = size
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                self.temporary.touch(exist_ok=False)  # a new file, through no link
+                self.temporary.touch(exist_ok=False)  # a new file; never follows a link
             except OSError as error:
                 raise DiskError(f"{self.path} cannot be written ({error.strerror}); choose another folder") from None
             self.writer = cv2.VideoWriter(str(self.temporary), cv2.VideoWriter.fourcc(*"mp4v"), self.rate, size)
@@ -225,12 +225,12 @@ class VideoFile:
                 self.temporary.unlink()
 
     def _finish(self) -> None:
-        """Mark the written file; raise :class:`DiskError` unless it holds all its frames."""
+        """Mark the written file as our output; raise :class:`DiskError` unless it holds all frames."""
         video = cv2.VideoCapture(str(self.temporary))
         count = round(video.get(cv2.CAP_PROP_FRAME_COUNT))
         video.set(cv2.CAP_PROP_POS_FRAMES, self.count - 1)
         if count != self.count or not video.grab() or cut_off(self.temporary):
-            text = f"it was written with {max(count, 0)} of {self.count} frames; free space or choose another folder"
+            text = f"the file holds {max(count, 0)} of {self.count} frames; free space or choose another folder"
             raise DiskError(f"{self.path} cannot be written: {text}")
         video.release()
-        mark_mp4(self.temporary)  # which brings it to the disk
+        mark_mp4(self.temporary)  # also syncs it to the disk
