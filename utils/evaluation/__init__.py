@@ -1,1 +1,1 @@
-"""Trained nets at work: evaluation, submission and prediction, over one loop (:mod:`utils.evaluation.predict`)."""
+"""Evaluation, submission and prediction with trained nets, over one loop (:mod:`utils.evaluation.predict`)."""
