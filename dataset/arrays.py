@@ -76,7 +76,7 @@ class ArraySegmentation(VOCSegmentation):
         return image, label
 
     def load_label(self, index: int) -> np.ndarray:
-        """The label alone, (H, W) uint8."""
+        """Only the label, (H, W) uint8."""
         return self.load(index)[1]
 
 

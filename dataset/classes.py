@@ -166,7 +166,7 @@ def read_classes(path: str | Path) -> list[tuple[str, Color | None]]:
             raise DatasetError(f"{path} holds no class in line {number}, {line[:60]!r}: {problem}; {_ONE_NAME}")
         if name in first:
             raise DatasetError(
-                f"{path} names {name} twice, in lines {first[name]} and {number}; each class has a name of its own"
+                f"{path} names {name} twice, in lines {first[name]} and {number}; expected a different name for each class"
             )
         first[name] = number
         rows.append((name, (red, green, blue) if found else None))
@@ -285,7 +285,7 @@ def one_class_warning(present: Iterable[int]) -> str | None:
     if len(classes) > 1:
         return None
     if not classes:
-        return "all labels are ignored: they hold 255 alone" if values else "there are no labels"
+        return "all labels are ignored: they hold only 255" if values else "there are no labels"
     if classes == [0] and IGNORE_LABEL in values:
         return (
             "the labels are binary masks 0/255, and 255 is the ignore label, so only class 0 is learnt: "

@@ -222,10 +222,10 @@ def _jpeg_damage(data: bytes) -> str:
 def _orientation(data: bytes) -> int:
     """The EXIF orientation 1..8 of an image file, read by Pillow; 1 if it has none or it cannot be read."""
     tags = Image.Exif()
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # OpenCV has a limit of its own
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # OpenCV has its own limit
     try:
         if not data.startswith(PNG_SIGNATURE) or b"eXIf" in data or b"Raw profile type exif" in data:
-            # In a PNG without either, Pillow would decode the pixels to search after them.
+            # In a PNG without either, Pillow would decode the pixels to read the chunks after them.
             with Image.open(io.BytesIO(data)) as image:
                 tags = image.getexif()
         value = tags.get(_ORIENTATION)

@@ -75,7 +75,7 @@ def decode_label(data: bytes) -> tuple[np.ndarray, np.ndarray]:
 def single_channel(pixels: np.ndarray, mode: str) -> None:
     """BadLabel if pixels of :func:`read_png` cannot be class indices: colours, or more than 8 bits."""
     if pixels.ndim != 2 or pixels.dtype != np.uint8:
-        advice = f"; {TO_INDICES} turns colours into indices" if mode in ("RGB", "RGBA") else ""
+        advice = f"; {TO_INDICES} converts colours to indices" if mode in ("RGB", "RGBA") else ""
         advice = f"; {TO_INDICES} saves 16 bits as 8 if the values fit" if pixels.ndim == 2 else advice
         raise BadLabel(
             f"has Pillow mode {mode} with shape {pixels.shape} and type {pixels.dtype}; "

@@ -20,7 +20,7 @@ class Tiff(NamedTuple):
     """The first image of a TIFF file.
 
     Attributes:
-        bands, dtype: such as 4 and ``"uint8"``, or ``"uint16 in planes of their own"``, which OpenCV mixes up.
+        bands, dtype: such as 4 and ``"uint8"``, or ``"uint16 in separate planes"``, which OpenCV mixes up.
         readable: grey, grey and alpha, or RGB with at most one more band, unsigned, of up to 8 or of 16 bits.
         orientation: as EXIF's.
         data: the file with tags that OpenCV reads correctly: grey, or RGB and its further band, not multiplied or rotated.
@@ -77,5 +77,5 @@ def open_tiff(data: bytes) -> Tiff:
     if rgb or grey:
         put(EXTRA, 0, EXTRA if bands in (2, 4) else UNUSED)
     orientation = values.get(ORIENTATION, (1,))[0]
-    dtype = f"{FORMATS.get(form, 'uint')}{bits}" + " in planes of their own" * (bits == 16 and not whole)
+    dtype = f"{FORMATS.get(form, 'uint')}{bits}" + " in separate planes" * (bits == 16 and not whole)
     return Tiff(bands, dtype, readable, orientation if 1 <= orientation <= 8 else 1, bytes(changed))

@@ -181,7 +181,7 @@ class VOCSegmentation:
             entry = Entry(entry.id, _image(listing, entry, image_dir, label), label)
             if (first := self.entries.setdefault(entry.id, entry)) != entry:
                 files = f"{first.image} {first.label}, then {entry.image} {entry.label}"
-                raise DatasetError(f"the list holds the id {entry.id} twice, for other files ({files}); leave one out")
+                raise DatasetError(f"the list holds the id {entry.id} twice, with different files ({files}); remove one")
 
     @classmethod
     def lists(cls, split: str, image_dir: str) -> tuple[str, ...]:
@@ -192,7 +192,7 @@ class VOCSegmentation:
     def read_list(cls, path: str | Path, image_dir: str) -> list[Entry]:
         """The entries of a list or of a folder of images, see :func:`dataset.lists.read_list` and ``read_folder``.
 
-        A folder with sub-folders alone means the images in those.
+        A folder that has only sub-folders means the images in those.
         """
         if not os.path.isdir(path):
             return read_list(path, image_dir)
@@ -266,7 +266,7 @@ class VOCSegmentation:
         return image, label
 
     def load_label(self, index: int) -> np.ndarray:
-        """The mask alone, (H, W) uint8."""
+        """Only the mask, (H, W) uint8."""
         path = self.label_path(self.ids[index])
         return read_label(path, self.num_classes, self.ignore_label, self.colors, self.classes_of(path))
 

@@ -132,7 +132,7 @@ def summarize(
     causes = {name: causes_of(list(found.values()), sets[name]) for name, found in lists.items()}
     if examples["palettes differ"]:
         text = (
-            "palettes that differ were re-ordered by a tool, so that their indices are wrong, or come from several programs: "
+            "palettes that differ were re-ordered by a tool, so their indices are wrong, or come from several programs: "
             "write the colours into classes.txt (`name r g b` per line) to find the re-ordered files"
         )
         causes = {name: [*found, text] for name, found in causes.items()}

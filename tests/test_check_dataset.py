@@ -36,7 +36,7 @@ def put(root, image_id, label, size=None, mode=None):
 
 
 def check(root, capsys, *options):
-    """(exit status, what was printed)."""
+    """Run the script: (exit status, output)."""
     status = check_dataset.main(["--data-dir", str(root), "--workers", "0", *map(str, options)])
     return status, capsys.readouterr().out
 
@@ -253,7 +253,7 @@ def test_re_ordered_palettes(tmp_path, capsys):
     status, text = check(tmp_path, capsys, "--num-classes", 4)
     assert status == 1
     assert "index 1: (0, 128, 0) in 1, as bad; (128, 0, 0) in 1, as good" in text
-    assert "index 2" not in text  # one file alone has it
+    assert "index 2" not in text  # only one file has it
     (tmp_path / "classes.txt").write_text("ground 0 0 0\nred 128 0 0\ngreen 0 128 0\nblue 0 0 128\n")
     assert line(check(tmp_path, capsys, "--num-classes", 4)[1], "re-ordered palette")[-1] == "1"
     (tmp_path / "classes.txt").unlink()
@@ -403,7 +403,7 @@ def test_several_lists(tmp_path, capsys):
     names = ["ImageSets/Segmentation/train.txt", "ImageSets/Segmentation/val.txt"]
     report = tmp_path / "report.json"
     status, text = check(tmp_path, capsys, "--data-list", *names, "--json", report)
-    assert status == 1  # for the id that is twice on one list
+    assert status == 1  # for the id that is twice in one list
     assert f"{folder / 'train.txt'}, {folder / 'val.txt'}: 5 ids, 4 classes" in text
     assert "b (2 times)" in text
     assert f"warning: 1 ids are on both {folder / 'train.txt'} and {folder / 'val.txt'}: b" in text

@@ -406,7 +406,7 @@ def test_check_dataset(city, capsys):
     assert check(city, "--data-list", "leftImg8bit/train", "leftImg8bit/val")[1] == report
 
 
-def test_check_dataset_finds_what_is_wrong(city):
+def test_check_dataset_finds_faults(city):
     paths = [city / place(LABEL, "train", id) for id in CITIES["train"]]
     save(paths[0], np.full(SIZE, 200, np.uint8))
     save(paths[1], np.zeros((*SIZE, 3), np.uint8))

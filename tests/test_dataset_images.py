@@ -127,7 +127,7 @@ def test_a_small_jpeg_that_claims_to_be_large_is_not_decoded(tmp_path, monkeypat
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True}])
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_a_jpeg_of_one_colour_holds_all_its_pixels(tmp_path, mode, options):
+def test_a_jpeg_of_one_colour_is_not_truncated(tmp_path, mode, options):
     """The smallest possible files for their size."""
     grey = np.full((3000, 3000), 128, np.uint8)
     data = encoded(array=grey if mode == "L" else np.stack([grey] * 3, axis=-1), quality=1, **options)
@@ -418,7 +418,7 @@ def test_sixteen_bits_that_would_be_nearly_black_are_refused(values, kind, tmp_p
         read_image(write(tmp_path, data, "a.png"))
 
 
-def test_running_out_of_memory_is_a_sentence(capsys):
+def test_running_out_of_memory_is_one_sentence(capsys):
     for fill in (
         lambda: torch.empty(1 << 52),
         lambda: torch.empty(1 << 32, 1 << 32),

@@ -147,7 +147,7 @@ def test_every_command_uses_them_without_options(tmp_path, capsys, folders, trai
     assert "1 images of" in capsys.readouterr().out
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_missing_folders_are_named(tmp_path):
     root = make(tmp_path, "photos:truth")
     words = ["--data-dir", str(root), "--workers", "0"]
     expected = r"photos/ with .png files, truth/ with .png files, `python .* NEW` makes a data set .*`--image-dir images "

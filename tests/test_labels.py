@@ -56,7 +56,7 @@ def encoded(kind, **options):
     ],
     ids="jpeg webp bmp gif tiff html empty 16-bit rgb rgba grey-alpha huge".split(),  # noqa: SIM905
 )
-def test_other_files_are_refused_by_what_they_are(tmp_path, data, message):
+def test_other_files_are_refused_by_format(tmp_path, data, message):
     with pytest.raises(DatasetError, match=rf"^the label .*label\.png {message}") as error:
         read(tmp_path, data, 21)
     assert "\n" not in str(error.value)

@@ -36,7 +36,7 @@ def save_image(folder, name, size=(2, 4)):
 def run(source, out, *options):
     before = contents(source)
     assert masks_to_indices.main([str(source), str(out), "--workers", "0", *map(str, options)]) == 0
-    assert contents(source) == before  # it is only read
+    assert contents(source) == before  # the source does not change
     return out
 
 
@@ -239,7 +239,7 @@ def test_masks_beside_images_become_a_data_set(tmp_path, mask, image, id):
         ("truth/m{}.png", "photos/i{}.jpg", "pass their endings with --suffix and --image-suffix"),
     ],
 )
-def test_masks_whose_images_have_other_names_are_refused(tmp_path, mask, image, message):
+def test_images_with_other_names_than_masks_are_refused(tmp_path, mask, image, message):
     masks_and_images(tmp_path / "in", mask, image)
     with pytest.raises(UserError, match=message):
         run(tmp_path / "in", tmp_path / "out")
@@ -274,7 +274,7 @@ def test_lists_beside_the_folders_are_kept(tmp_path):
     assert sorted(train + val) == list("01234")
 
 
-def test_masks_alone_say_that_there_are_no_images(tmp_path, capsys):
+def test_masks_without_images_are_reported(tmp_path, capsys):
     """No failing command is printed; with images in place the printed command succeeds."""
     for k in range(5):
         put(tmp_path / "in", f"{k}.png", png([[0, 1, 2]], 8, GREY))

@@ -216,13 +216,13 @@ def test_a_list_of_pairs_needs_none_of_the_usual_folders(toy_voc):
 
 def test_one_id_cannot_mean_two_pairs(toy_voc):
     line = "/JPEGImages/toy_0.jpg /SegmentationClassAug/toy_{}.png\n"
-    with pytest.raises(DatasetError, match="holds the id toy_0 twice, for other files"):
+    with pytest.raises(DatasetError, match="holds the id toy_0 twice, with different files"):
         label_of(toy_voc, line.format(0) + line.format(1))
     assert label_of(toy_voc, line.format(0) * 2) in (3, 255)
     assert label_of(toy_voc, "toy_0\n" + line.format(0)) in (3, 255)  # in two spellings
 
 
-def test_a_missing_label_is_reported_where_labels_are(toy_voc):
+def test_a_missing_label_is_reported_with_its_folder(toy_voc):
     (toy_voc / "SegmentationClassAug").rename(toy_voc / "SegmentationClass")
     (toy_voc / "SegmentationClass/toy_0.png").unlink()
     with pytest.raises(DatasetError, match=r"SegmentationClass/toy_0\.png does not exist"):

@@ -86,7 +86,7 @@ def test_bands_are_read_as_they_are_stored(dtype, bands, photometric, extra, lay
     (tmp_path / "a.tif").write_bytes(tiff(pixels, photometric, extra, **layout))
     if dtype == np.uint16 and (bands == 2 or (bands > 1 and layout.get("planar"))):  # OpenCV does not read these
         # The message for two bands has no values, as OpenCV does not return them as stored.
-        apart = " in planes of their own" if layout.get("planar") else "; expected"
+        apart = " in separate planes" if layout.get("planar") else "; expected"
         with pytest.raises(DatasetError, match=rf"a\.tif holds {bands} bands of uint16{apart}.*gdal_translate"):
             read_image(tmp_path / "a.tif")
     else:

@@ -38,7 +38,7 @@ class Inspection:
 
 @contextmanager
 def complaints() -> Iterator[list[str]]:
-    """A context that collects libjpeg's warnings about damaged data, which it prints to file descriptor 2 alone."""
+    """A context that collects libjpeg's warnings about damaged data, which it can only print to file descriptor 2."""
     lines: list[str] = []
     try:
         kept = os.dup(2)

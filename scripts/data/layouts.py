@@ -36,9 +36,9 @@ class Labelled(NamedTuple):
 
     Attributes:
         masks: id -> mask; an id is a path below the folder of the masks, without suffixes (x.jpg.png is x).
-        images: id -> image, for ids that have one; None for a folder of masks alone.
+        images: id -> image, for ids that have one; None for a folder of masks only.
         lists: the folder with the lists of ids, which need not exist.
-        others: number of files other than PNGs in a folder of masks alone.
+        others: number of files other than PNGs in a folder of masks only.
         layers: id -> [(label, mask of 0 and 255, or region)], if the labels of an image are separate.
         labels: of all layers, in the order of their classes.
     """
@@ -233,7 +233,7 @@ def _layers(pngs: Iterable[Path]) -> dict[str, list[tuple[str, Path]]]:
             if annotation.setdefault(task, number) != number:
                 raise UserError(
                     f"{path.parent} holds two annotations of {task}, {annotation[task]} and {number}; expected one: "
-                    "move the masks of the other away"
+                    "move the masks of the other to another folder"
                 )
             layers[task].append((label, path))
     return dict(layers)
