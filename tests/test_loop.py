@@ -231,7 +231,7 @@ MISTAKES = {
         "`python scripts/download.py list`",
     ),
     "other weights": (["--restore-from", "lost.pth"], "lost.pth"),
-    "too few classes": (["--num-classes", "2"], "class indices 0..1 and 255"),
+    "too few classes": (["--num-classes", "2"], "class indices 0..1; 255"),
     "no GPU 99": (["--device", "cuda:99"], "CUDA device 99"),
     "no device": (["--device", "gpu"], "is not a torch device"),
     "sync-bn on the CPU": (["--sync-bn"], "between CUDA devices only"),
