@@ -1,4 +1,4 @@
-"""The commands of the README, and the Python and the changes that it and the READMEs beside the code hold."""
+"""The commands, the Python and the changes in README.md and in the READMEs beside the code."""
 
 import re
 import shlex
@@ -6,7 +6,11 @@ from pathlib import Path
 
 from tests.helpers import ROOT
 
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+FOLDERS = ("", "utils", "scripts", "dataset", "deeplab", "deeplab/weights", "tests")
+READMES = {f"{folder}/README.md".lstrip("/"): (ROOT / folder / "README.md").read_text(encoding="utf-8") for folder in FOLDERS}
+# What commands hold that work after a change which the text describes; test_changes.py makes it and runs them.
+AFTER_A_CHANGE = ("--backbone resnext50", "--net fcn", "--dataset streets")
+TEXT = "\n\n".join(READMES.values())
 
 
 def commands(text: str = TEXT) -> list[str]:
@@ -27,8 +31,7 @@ def script_and_options(command: str) -> tuple[str, list[str]]:
 
 def section(readme: str, title: str) -> str:
     """What stands under ``## title`` in a README."""
-    text = (ROOT / readme).read_text(encoding="utf-8")
-    (found,) = [part for part in re.split(r"^## ", text, flags=re.MULTILINE) if part.startswith(title + "\n")]
+    (found,) = [part for part in re.split(r"^## ", READMES[readme], flags=re.MULTILINE) if part.startswith(title + "\n")]
     return found
 
 
