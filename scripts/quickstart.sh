@@ -28,7 +28,7 @@ fi
 python scripts/make_shapes.py --kind landscapes --size 193,257 --out "$out/landscapes"
 python train.py --data-dir "$out/landscapes" --restore-from none "${net[@]}" \
     --input-size 129,129 --random-mirror --random-scale \
-    --save-pred-every 100 --snapshot-dir "$out/snapshots"
+    --save-pred-every 100 --val-every 40 --snapshot-dir "$out/snapshots"
 snapshot=$(ls -t "$out"/snapshots/*_scenes_*.pth | head -n 1)
 python evaluate.py --data-dir "$out/landscapes" --restore-from "$snapshot" --scales 1,0.75,0.5 --crf \
     --save-dir "$out/masks" --save-panels "$out/panels" --save-json "$out/scores.json" --report "$out/report"
