@@ -90,7 +90,7 @@ def renamed(key: str, names: Mapping[str, str]) -> str | None:
 
 
 def kazuto_from_canonical(key: str) -> str:
-    """The inverse; the released files have the prefix ``base.``."""
+    """``layer2.1.conv1.weight`` -> ``base.layer3.block2.reduce.conv.weight``, as in the released files."""
     return f"base.{renamed(key, _TO_KAZUTO)}"
 
 
@@ -162,7 +162,7 @@ def find_net(keys: Iterable[str]) -> str:
 
 
 def other_head(state: Mapping[str, Tensor]) -> list[str]:
-    """The keys of a head that none of our nets has; empty without such a head. Extra keys make one of ours such a head.
+    """The keys of a head that none of our nets has; empty without such a head. One of ours with extra keys is such a head.
 
     Examples are ProDA's ``layer5.conv2d_list.0.0.weight``, CCNet's ``head.conva.0.weight``, and ``bn_pretrain``, a batch norm
     that ProDA puts before the head. Tensors of no layer, such as those of a loss, are no head.

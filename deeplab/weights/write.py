@@ -26,7 +26,7 @@ def export(weights: Weights, scheme: str) -> dict[str, Any]:
             or ``"torchvision-trunk"`` (RGB input, no head; to load it, remove ``fc`` or pass ``strict=False``).
 
     Returns:
-        The argument of ``torch.save`` (or, for ``"safetensors"``, to ``safetensors.torch.save_file``).
+        The argument of ``torch.save`` (or, for ``"safetensors"``, of ``safetensors.torch.save_file``).
 
     Raises:
         WeightsError: the weights are incomplete, or the other program's net is built differently.
