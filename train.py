@@ -1,4 +1,4 @@
-"""Train DeepLab-v2, DeepLabv3 or PSPNet at one scale. The options, with their defaults: ``python train.py --help``."""
+"""Train DeepLab-v2, DeepLabv3 or PSPNet at one scale. Options and their defaults: ``python train.py --help``."""
 
 from utils.command import run_command
 from utils.training.options import training_parser

@@ -1,4 +1,4 @@
-"""Train at three scales and on their maximum. The options, with their defaults: ``python train_msc.py --help``."""
+"""Train at three scales and on their maximum. Options and their defaults: ``python train_msc.py --help``."""
 
 from utils.command import run_command
 from utils.training.options import training_parser

@@ -41,7 +41,7 @@ def pytest_runtest_call():
 
 @pytest.fixture
 def in_a_group():
-    """Start a process in a process group of its own, of which nothing is left when the test is over, however it ends."""
+    """Start processes, each in its own process group; the groups are killed after the test, however it ends."""
     started = []
 
     def start(words: list, **options) -> subprocess.Popen:
@@ -69,7 +69,7 @@ def toy_voc(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def thin_nets():
-    """``resnet18`` is a thin net for a whole test module: for runs in this process, whose way counts and not their net."""
+    """``resnet18`` is a thin net in a whole test module: for runs in this process that do not depend on the size of the net."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(BACKBONES, "resnet18", THIN["resnet18"])
         yield

@@ -1,4 +1,4 @@
-"""The commands, the Python and the changes in README.md and in the READMEs beside the code."""
+"""The commands, the Python code and the diffs in README.md and in the READMEs beside the code."""
 
 import re
 import shlex
@@ -25,12 +25,12 @@ def commands(text: str = TEXT) -> list[str]:
 def script_and_options(command: str) -> tuple[str, list[str]]:
     words = shlex.split(command)
     place = next(i for i, word in enumerate(words) if word.endswith((".py", ".sh")))
-    options = [re.split(r"\|", word)[0].strip("[]") for word in words[place + 1 :]]  # one of the choices
+    options = [re.split(r"\|", word)[0].strip("[]") for word in words[place + 1 :]]  # of several choices the first
     return words[place], [word for word in options if word]
 
 
 def section(readme: str, title: str) -> str:
-    """What stands under ``## title`` in a README."""
+    """The section under ``## title`` in a README."""
     (found,) = [part for part in re.split(r"^## ", READMES[readme], flags=re.MULTILINE) if part.startswith(title + "\n")]
     return found
 
@@ -40,7 +40,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def new_files(text: str) -> dict[str, str]:
-    """The Python blocks that begin with the name of a file: name -> content."""
+    """The Python blocks that begin with a file name: name -> content."""
     return {match[1]: block for block in blocks(text, "python") if (match := re.match(r"# ([\w/]+\.py)\n", block))}
 
 
@@ -50,10 +50,10 @@ def scripts(text: str) -> list[str]:
 
 
 def make_changes(text: str, root: Path) -> tuple[set[str], int]:
-    """Write the new files of a text below ``root``, and apply its diffs, whose context must be there once.
+    """Write the new files of a text below ``root``, and apply its diffs. Their context must occur exactly once.
 
     Returns:
-        The files that were touched, and how many lines were added, blank ones included.
+        The files that were touched, and the number of added lines, blank ones included.
     """
     touched, added = set(), 0
     for name, content in new_files(text).items():

@@ -1,4 +1,4 @@
-"""What tests of whole runs share: the commands called in this process or another, and what they leave behind."""
+"""Helpers for tests of whole runs: the commands in this process or another, and the files that they leave."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from utils.training.options import training_parser
 
 
 def limit(size: int | None) -> None:
-    """How long a file may become in this process from now on, in bytes; None lifts it."""
+    """Limit the size of files that this process writes, in bytes; None lifts the limit."""
     resource = pytest.importorskip("resource")  # POSIX
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size is None else size, hard))
@@ -40,7 +40,7 @@ def scores(toy_voc: Path, snapshot: Path, tmp_path: Path, *options: str) -> dict
 
 
 def stopping(loss, batches: int):
-    """``loss`` that asks for a stop in its ``batches``-th call."""
+    """``loss``, with a SIGTERM in its ``batches``-th call."""
 
     @wraps(loss)
     def wrapped(*args, **kwargs):
@@ -69,7 +69,7 @@ def train(toy_voc: Path, folder: Path, *options: str, loss=single_scale_loss) ->
 
 
 def train_msc(toy_voc: Path, folder: Path, *options: str) -> int:
-    """The real command line of train_msc.py, in this process."""
+    """train_msc.py with its real command line, in this process."""
     arguments = ["--data-dir", str(toy_voc), "--snapshot-dir", str(folder), *SMALL, "--iter-size", "1", *options]
     return train_msc_script.main(arguments)
 
@@ -88,7 +88,7 @@ def log_lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-# Every option that changes how a step is made, alone and in the pairs that meet in one mechanism.
+# Every option that changes how a step is computed, alone and in combinations that share a mechanism.
 STEPS = {
     "plain": [],
     "fp16": ["--amp", "fp16"],
@@ -102,13 +102,13 @@ STEPS = {
     "bf16 grad-checkpoint": ["--amp", "bf16", "--grad-checkpoint"],
     "one-scale grad-checkpoint iter-size": ["--one-scale-at-a-time", "--grad-checkpoint", "--iter-size", "2"],
     "added": ["--class-weights", "balanced", "--warmup-steps", "2", "--color-jitter", "0.4,0.4,0.4,0.1",
-              "--clip-grad-norm", "1", "--learning-rate", "1e-2"],  # at a lower one float32 rounds such short steps away
+              "--clip-grad-norm", "1", "--learning-rate", "1e-2"],  # at a lower one such short steps vanish in float32
     "one-scale loss-size": ["--one-scale-at-a-time", "--loss-size", "input"],
 }  # fmt: skip
 
 
 def at(acts: dict):
-    """The loss, before whose n-th call ``acts[n]()`` is done, with all snapshots before it written."""
+    """A loss that calls ``acts[n]()`` before its n-th call, after all pending snapshots are written."""
 
     @wraps(single_scale_loss)
     def loss(*args, **options):

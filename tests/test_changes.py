@@ -26,7 +26,7 @@ THIN = ["--backbone", "resnet18"]
 
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
-    """The folder of a copy of the project, whose modules stand in for the project's own; ``resnet18`` is a thin net there."""
+    """The folder of a copy of the project. Imports find the copy's modules, and ``resnet18`` is a thin net there."""
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, tmp_path / "copy" / folder)
     for script in SCRIPTS:
@@ -47,7 +47,7 @@ def copy(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(copy, capsys, monkeypatch):
-    """Run a script of the copy as a command does, in this process: (script, *words) -> what it prints."""
+    """Run a script of the copy as a command, but in this process: (script, *words) -> its output."""
 
     def call(script, *words):
         statuses = []
@@ -65,7 +65,7 @@ def run(copy, capsys, monkeypatch):
 
 
 def make(copy, readme, title, end="\n\n\n\n"):
-    """Make the change, and hold it to its size."""
+    """Make the change, and check its size."""
     text = section(readme, title).partition(end)[0]
     touched, added = make_changes(text, copy)
     assert 1 <= len(touched) <= 2
@@ -74,7 +74,7 @@ def make(copy, readme, title, end="\n\n\n\n"):
 
 
 def trained(run, *words, script="train.py", evaluated=("--data-dir", "voc")):
-    """Two steps, a third after --resume, the evaluation; returns the snapshot."""
+    """Train two steps, resume for a third, and evaluate; returns the path of the snapshot."""
     run(script, *STEPS, *words)
     assert "resumed from run/last.ckpt at step 2" in run(script, "--snapshot-dir", "run", "--resume", "--num-steps", "3", *HERE)
     (path,) = Path("run").glob("*_scenes_3.pth")
@@ -92,7 +92,7 @@ def test_a_loss(copy, run):
     loss = runpy.run_path(str(copy / "train_dice.py"))["dice_loss"]
     logits, labels = torch.randn(2, 3, 2, 2), torch.tensor([[[0, 1], [2, 255]], [[1, 1], [0, 0]]])
     p, dice = logits.softmax(1), []
-    for k in range(3):  # one pixel at a time
+    for k in range(3):  # naively, one pixel at a time
         both, each = 0.0, 0.0
         for n, i, j in np.ndindex(2, 2, 2):
             if labels[n, i, j] != 255:
@@ -103,7 +103,7 @@ def test_a_loss(copy, run):
 
 
 def test_a_backbone(copy, run):
-    """A ResNeXt-50 of one block per stage, but otherwise as the README's entry says."""
+    """A ResNeXt-50 with one block per stage, otherwise as in the README's entry."""
     make(copy, "deeplab/README.md", "Adding a backbone")
     backbones = importlib.import_module("deeplab").BACKBONES
     assert backbones["resnext50"].depths == (3, 4, 6, 3)
@@ -184,7 +184,7 @@ class Plain(DilatedResNet):
 
 
 def test_a_net_without_an_auxiliary_head(copy, run):
-    """What deeplab/README.md names is all that is asked of it."""
+    """It needs only what deeplab/README.md names."""
     (copy / "deeplab/plain.py").write_text(PLAIN)
     nets = importlib.import_module("deeplab").NETS
     nets["plain"] = importlib.import_module("deeplab.plain").Plain
@@ -195,7 +195,7 @@ def test_a_net_without_an_auxiliary_head(copy, run):
         importlib.import_module("deeplab").load_net(path)
     nets["plain"] = plain
     user_error = importlib.import_module("utils.command").UserError
-    with pytest.raises(user_error, match="--aux-weight is of an auxiliary head, which plain has none of"):
+    with pytest.raises(user_error, match="--aux-weight is for an auxiliary head, but plain has none"):
         run("train.py", *STEPS, *VOC, *THIN, "--net", "plain", "--aux-weight", "0", "--snapshot-dir", "other")
 
 
@@ -223,7 +223,7 @@ def test_a_dataset_of_arrays(copy, run):
 
 
 def test_a_data_set(copy, run, capsys):
-    """Its folders and its names are the class's, without an option."""
+    """Its folders and class names come from its class, without options."""
     make(copy, "dataset/README.md", "Adding a data set", end="\nPASCAL-Context")
     Path("data/streets").mkdir(parents=True)
     Path("voc/JPEGImages").rename("data/streets/photos")

@@ -28,12 +28,12 @@ def naive_weights(toy_voc) -> list[float]:
 def test_balanced_weights_by_hand():
     assert balanced_weights([2, 6, 0, 4]) == [2.0, 12 / 18, 1.0, 1.0]
     assert balanced_weights([0, 0]) == [1.0, 1.0]
-    assert balanced_weights([1, 999_999])[0] == 500_000  # as much of the loss as the other
+    assert balanced_weights([1, 999_999])[0] == 500_000  # the same share of the loss as the other class
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_labels_are_counted(workers, toy_voc):
-    """Void pixels do not count, and an image that is twice on the list counts twice, as it is drawn."""
+    """Ignored pixels do not count. An image that is twice on the list counts twice, as it is drawn twice."""
     ids = read_ids(toy_voc / "ImageSets/Segmentation/train.txt")
     data = VOCSegmentation(toy_voc, [*ids, ids[0]], num_classes=TOY_CLASSES, ignore_label=2)
     labels = [np.array(Image.open(data.label_path(name))) for name in data.ids]
@@ -63,7 +63,7 @@ def test_a_file_of_weights(tmp_path):
 
 
 @pytest.mark.usefixtures("thin_nets")
-def test_balanced_is_the_file_of_its_weights_and_is_counted_once(toy_voc, tmp_path, monkeypatch, capsys):
+def test_balanced_equals_a_file_of_its_weights_and_is_counted_once(toy_voc, tmp_path, monkeypatch, capsys):
     train(toy_voc, tmp_path / "plain", *SCRATCH, "--num-steps", "3")
     train(toy_voc, tmp_path / "balanced", *BALANCED)
     weights = naive_weights(toy_voc)
@@ -91,12 +91,12 @@ def test_balanced_is_the_file_of_its_weights_and_is_counted_once(toy_voc, tmp_pa
 
 
 @pytest.mark.usefixtures("thin_nets")
-def test_a_loss_of_ones_own(toy_voc, tmp_path):
-    """One that takes **options has the weights or ignores them; one that takes none is refused."""
+def test_class_weights_and_the_users_own_loss(toy_voc, tmp_path):
+    """A loss with **options gets the weights; a loss without a parameter for them is refused."""
     train(toy_voc, tmp_path / "a", *BALANCED, loss=with_options)
     assert with_options.seen == pytest.approx(naive_weights(toy_voc), rel=1e-6)
     assert train(toy_voc, tmp_path / "b", *SCRATCH, "--num-steps", "1", loss=without_weights) == 0
-    with pytest.raises(UserError, match=r"test_class_weights\.without_weights does not take class_weights; add \*\*options"):
+    with pytest.raises(UserError, match=r"test_class_weights\.without_weights has no parameter class_weights; add \*\*options"):
         train(toy_voc, tmp_path / "c", *BALANCED, loss=without_weights)
 
 

@@ -1,6 +1,6 @@
-"""A disk that is full, read-only or gone: a run goes on, says it, and loses nothing that it could save.
+"""A full, read-only or missing disk: a run goes on, warns, and loses nothing that it could save.
 
-The disk is made full by a limit on the size of files (RLIMIT_FSIZE), past which the system itself refuses to write.
+A full disk is simulated by a limit on the size of files (RLIMIT_FSIZE): the system refuses to write more.
 """
 
 import shutil
@@ -37,21 +37,21 @@ def snapshots(folder) -> set[str]:
     return {path.name for path in folder.glob("*.pth")}
 
 
-def test_a_run_goes_on_over_a_full_disk(toy_voc, tmp_path, capsys):
+def test_a_run_goes_on_while_the_disk_is_full(toy_voc, tmp_path, capsys):
     acts = {2: lambda: limit(2**20), 4: lambda: limit(None)}
     assert train(toy_voc, tmp_path, *RUN, loss=at(acts)) == 0
     said = capsys.readouterr().out
     assert all(
         f"WARNING: step {step} is not saved: {tmp_path / 'last.ckpt'} cannot be written (File" in said for step in (2, 3)
     )
-    assert said.count("; training goes on, and tries again at the next snapshot") == 2
+    assert said.count("; training goes on and tries again at the next snapshot") == 2
     assert snapshots(tmp_path) == {"VOC12_scenes_1.pth", "VOC12_scenes_4.pth"}
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["step"] == 4
     assert [line["step"] for line in log_lines(tmp_path)] == [1, 2, 3, 4]
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_disk_that_stays_full_is_an_error_at_the_end_and_the_run_can_go_on(toy_voc, tmp_path):
+def test_a_disk_that_stays_full_is_an_error_at_the_end_and_the_run_can_be_resumed(toy_voc, tmp_path):
     train(toy_voc, tmp_path / "whole", *RUN)
     with pytest.raises(
         DiskError, match=r"ended at step 4, which is not saved: .*last\.ckpt cannot be.*_4\.pth.*add --resume"
@@ -62,13 +62,13 @@ def test_a_disk_that_stays_full_is_an_error_at_the_end_and_the_run_can_go_on(toy
     assert torch.load(tmp_path / "full/last.ckpt", weights_only=True)["step"] == 2
     assert train(toy_voc, tmp_path / "full", "--resume") == 0
     assert equal(*(model(tmp_path / name / "VOC12_scenes_4.pth") for name in ("whole", "full")))
-    (tmp_path / "full/VOC12_scenes_4.pth").unlink()  # the one that did not fit any more
+    (tmp_path / "full/VOC12_scenes_4.pth").unlink()  # the snapshot for which there was no space
     assert train(toy_voc, tmp_path / "full", "--resume") == 0
     assert equal(*(model(tmp_path / name / "VOC12_scenes_4.pth") for name in ("whole", "full")))
 
 
-def test_a_save_that_fails_before_another_error_is_said(toy_voc, tmp_path, capsys):
-    """Once, whether its thread ends before the error or after it."""
+def test_a_failed_save_is_reported_before_another_error(toy_voc, tmp_path, capsys):
+    """Once, whether its thread ends before or after the error."""
 
     def fail():
         raise ValueError("of another kind")
@@ -80,7 +80,7 @@ def test_a_save_that_fails_before_another_error_is_said(toy_voc, tmp_path, capsy
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["step"] == 2
 
 
-def test_a_folder_that_is_removed_comes_back(toy_voc, tmp_path):
+def test_a_deleted_folder_is_created_again(toy_voc, tmp_path):
     assert train(toy_voc, tmp_path / "s", *RUN, "--tensorboard", loss=at({3: lambda: shutil.rmtree(tmp_path / "s")})) == 0
     assert snapshots(tmp_path / "s") == {"VOC12_scenes_3.pth", "VOC12_scenes_4.pth"}
     assert [line["step"] for line in log_lines(tmp_path / "s")] == [3, 4]
@@ -103,7 +103,7 @@ def test_the_best_net_that_cannot_be_saved_is_not_the_best(toy_voc, tmp_path, mo
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own
 def test_lines_of_the_log_wait_for_space(tmp_path, capsys):
-    """Half a line that was written is taken back; TensorBoard gives up."""
+    """An incomplete line is removed again; TensorBoard ends."""
     options = {"num_steps": 9, "batch_size": 1, "iter_size": 1, "tensorboard": True}
     with RunLog(FolderLock(tmp_path), options) as run:
         for step in range(1, 6):
@@ -124,8 +124,8 @@ def test_lines_of_the_log_wait_for_space(tmp_path, capsys):
     assert said.count("TensorBoard's file cannot be written (File too large) and ends here") == 1
 
 
-def test_space_is_looked_at_before_the_first_step(toy_voc, tmp_path, monkeypatch, whole_nets):
-    """By the sizes of the files that a run really leaves."""
+def test_free_space_is_checked_before_the_first_step(toy_voc, tmp_path, monkeypatch, whole_nets):
+    """The expected sizes are those of the files that a run leaves."""
     train(toy_voc, tmp_path / "a", *RUN, "--num-steps", "1")
     last, numbered = ((tmp_path / "a" / name).stat().st_size for name in ("last.ckpt", "VOC12_scenes_1.pth"))
     usage = type(shutil.disk_usage(tmp_path))
@@ -141,15 +141,15 @@ def test_space_is_looked_at_before_the_first_step(toy_voc, tmp_path, monkeypatch
     assert not (tmp_path / "b").exists()
     net = deeplabv2("resnet18", 4, "full")
     room = {keep: partial(Snapshots(tmp_path, keep, []).check_space, net, GuardedSGD(net, 1.0), 4) for keep in (0, 2)}
-    four, three = (2 * last + n * numbered for n in (3, 2))  # the new last.ckpt beside the old one, before the last snapshot
+    four, three = (2 * last + n * numbered for n in (3, 2))  # the new last.ckpt beside the old one, before the last .pth
     free(0.99 * four)
     assert f"this run's 4 snapshots need {four / 1e6:.0f} MB; free space" in room[0]()
     assert room[2]() == ""
-    free(0.99 * three)  # the third, before the first of them goes
+    free(0.99 * three)  # the third is written before the first is deleted
     assert f"this run's 3 snapshots need {three / 1e6:.0f} MB; free space" in room[2]()
     free(1.01 * four)
     assert room[0]() == ""
-    small = nn.Linear(10, 9)  # 99 numbers of 4 bytes, and as many of momentum: to the byte
+    small = nn.Linear(10, 9)  # 99 numbers of 4 bytes, and as many of momentum; exact to the byte
     optimizer = torch.optim.SGD(small.parameters(), momentum=0.9)
     small(torch.ones(10)).sum().backward()
     optimizer.step()
@@ -165,8 +165,8 @@ def test_space_is_looked_at_before_the_first_step(toy_voc, tmp_path, monkeypatch
     assert check(2) == ""
 
 
-def test_where_nothing_can_be_written_no_run_begins(toy_voc, tmp_path, monkeypatch):
-    """A read-only disk, as root would see it, too."""
+def test_no_run_begins_on_a_read_only_disk(toy_voc, tmp_path, monkeypatch):
+    """Simulated, so that the test works for root, too."""
 
     def refuse(dir):
         raise OSError(30, "Read-only file system")
@@ -177,7 +177,7 @@ def test_where_nothing_can_be_written_no_run_begins(toy_voc, tmp_path, monkeypat
 
 
 def test_the_newest_snapshots_stay(toy_voc, tmp_path, capsys):
-    """Over a restart, too; what the run did not write is never deleted, whatever its name. What somebody deleted is no loss."""
+    """Also after a restart. Files that the run did not write are never deleted, whatever their names; a missing one is fine."""
 
     def put() -> None:
         (tmp_path / "VOC12_scenes_1000.pth").write_bytes(b"somebody's")
@@ -196,8 +196,8 @@ def test_the_newest_snapshots_stay(toy_voc, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("size", [0, 100, 20_000])
-def test_a_video_that_does_not_fit_is_a_sentence_and_leaves_nothing(tmp_path, size):
-    """OpenCV says nothing where it cannot write. What was there before stays."""
+def test_a_video_that_does_not_fit_is_one_sentence_and_leaves_nothing(tmp_path, size):
+    """OpenCV does not report failed writes. An earlier video of the same name stays."""
     noise = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
     (tmp_path / "film.mp4").write_bytes(b"of yesterday")
     film = VideoFile(tmp_path / "film.mp4", 5.0)

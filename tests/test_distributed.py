@@ -128,7 +128,7 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_both(two_ranks):
     _, folder, results = two_ranks
     for kind, sentence in (result["nan"] for result in results):
         assert kind == "Diverged"
-        assert re.search(r"step 3, images toy_\d, toy_\d \(--learning-rate .*\): the snapshots are as they were", sentence)
+        assert re.search(r"step 3, images toy_\d, toy_\d \(--learning-rate .*\): the snapshots are unchanged", sentence)
     assert {path.name for path in (folder / "nan").glob("*.pth")} == {"VOC12_scenes_2.pth"}
     state = torch.load(folder / "nan/last.ckpt", weights_only=True)
     assert state["step"] == 2
@@ -217,7 +217,7 @@ def test_an_indivisible_batch_is_refused(two_ranks):
     _, _, results = two_ranks
     for kind, sentence in (result["indivisible"] for result in results):
         assert kind == "UserError"
-        assert "--batch-size 3 does not divide into 2 processes" in sentence
+        assert "--batch-size 3 cannot be divided among 2 processes" in sentence
 
 
 def test_a_label_that_one_process_cannot_read_ends_both_evaluations(two_ranks):

@@ -1,4 +1,4 @@
-"""What a new user meets before, during and after a first run on data of their own."""
+"""What a new user sees before, during and after a first run on their own data."""
 
 import re
 import shlex
@@ -34,7 +34,7 @@ SCRATCH = ["--restore-from", "none"]
 
 
 def bare(toy_voc, folder, *options, loss=single_scale_loss):
-    """A run for which neither the number of classes nor the batch norm is given, unless in ``options``."""
+    """A run without the number of classes and the batch norm on its command line, unless they are in ``options``."""
     words = ["--data-dir", str(toy_voc), "--snapshot-dir", str(folder), *BARE, *options]
     return training.run(training_parser("", batch_size=10, iter_size=1, snapshot_dir="").parse_args(words), loss)
 
@@ -43,7 +43,7 @@ def meta(folder, name="last.ckpt"):
     return torch.load(folder / name, weights_only=True)["meta"]
 
 
-def test_what_is_missing_is_told_before_the_first_step(toy_voc, tmp_path, snapshot):
+def test_missing_files_are_reported_before_the_first_step(toy_voc, tmp_path, snapshot):
     (toy_voc / "JPEGImages/toy_3.jpg").unlink()
     (toy_voc / "SegmentationClassAug/toy_1.png").unlink()
     message = "no image for toy_3 in .*JPEGImages, .*; no label for toy_1 in .*SegmentationClassAug"
@@ -55,7 +55,7 @@ def test_what_is_missing_is_told_before_the_first_step(toy_voc, tmp_path, snapsh
 
 
 def test_where_the_classes_come_from(toy_voc, tmp_path, capsys):
-    """The option, else classes.txt, else the snapshot that is started from, else VOC's 21."""
+    """The option, else classes.txt, else the snapshot in --restore-from, else VOC's 21."""
     bare(toy_voc, tmp_path / "voc", *SCRATCH)
     assert "21 classes, PASCAL VOC's; other data need --num-classes or a classes.txt" in capsys.readouterr().out
     assert (meta(tmp_path / "voc")["num_classes"], meta(tmp_path / "voc")["classes"]) == (21, None)
@@ -76,7 +76,7 @@ def test_where_the_classes_come_from(toy_voc, tmp_path, capsys):
     assert meta(tmp_path / "option")["num_classes"] == 4
 
 
-def test_from_scratch_batch_norm_learns(toy_voc, tmp_path, capsys):
+def test_from_scratch_batch_norm_is_trained(toy_voc, tmp_path, capsys):
     bare(toy_voc, tmp_path / "none", *SCRATCH)
     text = capsys.readouterr().out
     assert "batch norm full (from scratch)" in text
@@ -92,17 +92,17 @@ def test_from_scratch_batch_norm_learns(toy_voc, tmp_path, capsys):
 
 
 def size_of(net) -> str:
-    """Parameters without batch norm's buffers, as the head of a run has them."""
+    """The number of parameters, without batch norm's buffers, as a run prints it."""
     return f"{sum(value.numel() for value in net.parameters()) / 1e6:.2f} M"
 
 
-def test_the_head_of_a_run_says_what_is_trained_and_how_fast(toy_voc, tmp_path, capsys):
-    """The net, what of it learns, batch norm with the reason for its mode; each group's learning rate and weight decay."""
+def test_the_first_lines_of_a_run_name_the_net_and_the_optimiser(toy_voc, tmp_path, capsys):
+    """Net, trainable parameters, mode of batch norm with the reason; each group's learning rate and weight decay."""
     of_four = ["--num-classes", "4", "--learning-rate", "1e-3"]
     bare(toy_voc, tmp_path / "a", *SCRATCH, *of_four)
     net = deeplabv2("resnet18", 4, batch_norm="full")
     said, size = capsys.readouterr().out, size_of(net)
-    assert f"net: deeplabv2 on resnet18, {size} parameters, all of which learn; batch norm full (from scratch)\n" in said
+    assert f"net: deeplabv2 on resnet18, {size} parameters, all trainable; batch norm full (from scratch)\n" in said
     head = sum(conv.weight.numel() for conv in net.layer5.conv2d_list)
     backbone = sum(value.numel() for name, value in net.named_parameters() if not name.startswith("layer5"))
     counts = [f"{count / 1e6:.2f} M" if count >= 10_000 else str(count) for count in (backbone, head)]
@@ -114,21 +114,21 @@ def test_the_head_of_a_run_says_what_is_trained_and_how_fast(toy_voc, tmp_path, 
     assert "batch norm full (from scratch)" in capsys.readouterr().out
     weights = ["--restore-from", str(tmp_path / "a/VOC12_scenes_1.pth")]
     bare(toy_voc, tmp_path / "b", *of_four, *weights)
-    assert "all of which learn; batch norm frozen (default of deeplabv2)" in capsys.readouterr().out
+    assert "all trainable; batch norm frozen (default of deeplabv2)" in capsys.readouterr().out
     bare(toy_voc, tmp_path / "c", *of_four, *weights, "--is-training")
     frozen = size_of(deeplabv2("resnet18", 4))
-    assert f"{size} parameters, of which {frozen} learn; batch norm stats (as asked for)" in capsys.readouterr().out
+    assert f"{size} parameters, {frozen} trainable; batch norm stats (as asked for)" in capsys.readouterr().out
     bare(toy_voc, tmp_path / "d", *SCRATCH, *of_four, "--net", "pspnet", "--aux-weight", "0")
     whole = PSPNet("resnet18", 4)
     whole.dsn.requires_grad_(False)
-    learning = sum(value.numel() for value in whole.parameters() if value.requires_grad) / 1e6
+    trainable = sum(value.numel() for value in whole.parameters() if value.requires_grad) / 1e6
     said = capsys.readouterr().out
-    assert f"net: pspnet on resnet18, {size_of(whole)} parameters, of which {learning:.2f} M learn;" in said
-    assert f"momentum 0.9; {learning:.2f} M parameters at learning rate 0.001, weight decay 0.0005\n" in said
+    assert f"net: pspnet on resnet18, {size_of(whole)} parameters, {trainable:.2f} M trainable;" in said
+    assert f"momentum 0.9; {trainable:.2f} M parameters at learning rate 0.001, weight decay 0.0005\n" in said
 
 
-def test_from_scratch_the_fine_tuning_rate_is_named(toy_voc, tmp_path, capsys):
-    note = "--learning-rate 0.00025, the default, is for fine-tuning pretrained weights; from scratch 5e-3 is better"
+def test_from_scratch_a_note_suggests_a_higher_learning_rate(toy_voc, tmp_path, capsys):
+    note = "the default --learning-rate 0.00025 is for fine-tuning pretrained weights; from scratch 5e-3 is better"
     words = [word for word in BARE if word not in ("--learning-rate", "1e-3")]
     parser = training_parser("", batch_size=10, iter_size=1, snapshot_dir="")
 
@@ -140,7 +140,7 @@ def test_from_scratch_the_fine_tuning_rate_is_named(toy_voc, tmp_path, capsys):
     assert run(tmp_path / "a", *SCRATCH)
     assert not run(tmp_path / "b", "--restore-from", str(tmp_path / "a/VOC12_scenes_1.pth"))
     assert not run(tmp_path / "c", *SCRATCH, "--learning-rate", "2.5e-4")
-    assert not run(tmp_path / "d", *SCRATCH, "--net", "deeplabv3")  # whose own default is higher
+    assert not run(tmp_path / "d", *SCRATCH, "--net", "deeplabv3")  # its own default is higher
 
 
 def test_validation_without_a_list_names_its_option(toy_voc, tmp_path):
@@ -165,14 +165,14 @@ def test_classes_that_no_label_has_are_named_once(toy_voc, tmp_path, capsys, sna
     assert "no label has the classes 2 green" in capsys.readouterr().out
 
 
-def test_the_void_label_is_remembered(toy_voc, tmp_path, capsys):
+def test_the_ignore_label_is_remembered(toy_voc, tmp_path, capsys):
     bare(toy_voc, tmp_path, *SCRATCH, "--num-classes", "4", "--ignore-label", "3")
     words = ["--data-dir", str(toy_voc), "--restore-from", str(tmp_path / "VOC12_scenes_1.pth"), "--num-workers", "0"]
     capsys.readouterr()
-    for options, void in (([], "3"), (["--ignore-label", "2"], "2")):
+    for options, ignored in (([], "3"), (["--ignore-label", "2"], "2")):
         assert evaluation.run(evaluation_parser("").parse_args([*words, *options])) == 0
         text = capsys.readouterr().out
-        assert re.findall(r"(\d) class \d \(void\)", text) == [void]
+        assert re.findall(r"(\d) class \d \(void\)", text) == [ignored]
         assert ("--ignore-label 3, as in training" in text) == (not options)
 
 
@@ -192,15 +192,15 @@ def test_a_label_error_names_the_command_that_finds_them_all(toy_voc, tmp_path, 
     assert "toy_2.png holds the value 9" in text
 
 
-def test_the_last_words_of_a_run(toy_voc, tmp_path, capsys):
-    """What was saved and the command that comes next, which its own parser takes; then that nothing is left."""
+def test_the_last_line_of_a_run(toy_voc, tmp_path, capsys):
+    """It names the saved file and the next command, which its own parser accepts, or says that nothing is left to do."""
     options = [*SCRATCH, "--num-classes", "4", "--num-steps", "4", "--log-every", "2"]
     bare(toy_voc, tmp_path, *options, loss=stopping(single_scale_loss, 2))
     text = capsys.readouterr().out
     assert text.endswith(f"saved {tmp_path / 'last.ckpt'} at step 2 of 4; add --resume to go on\n")
     bare(toy_voc, tmp_path, *options, "--resume")
     text = capsys.readouterr().out
-    assert f"step 4 of 4: loss {log_lines(tmp_path)[-1]['loss']:.4f}, lr " in text  # a line an entry where there is no terminal
+    assert f"step 4 of 4: loss {log_lines(tmp_path)[-1]['loss']:.4f}, lr " in text  # one line per entry without a terminal
     last = text.splitlines()[-1]
     assert last.startswith(f"saved {tmp_path / 'VOC12_scenes_4.pth'}; next: python evaluate.py ")
     args = evaluation_parser("").parse_args(shlex.split(last)[shlex.split(last).index("evaluate.py") + 1 :])
@@ -213,9 +213,9 @@ def test_the_last_words_of_a_run(toy_voc, tmp_path, capsys):
     )
 
 
-def test_broken_pictures_do_not_end_a_prediction(toy_voc, snapshot, tmp_path, capsys):
+def test_broken_images_do_not_end_a_prediction(toy_voc, snapshot, tmp_path, capsys):
     folder = toy_voc / "JPEGImages"
-    (folder / "toy_1.jpg").write_bytes(b"no picture")
+    (folder / "toy_1.jpg").write_bytes(b"no image")
     (folder / "toy_3.jpg").write_bytes((folder / "toy_3.jpg").read_bytes()[:-40])
     (folder / "notes.txt").touch()
     words = [str(folder), "--restore-from", str(snapshot), "--save-dir", str(tmp_path / "out"), "--device", "cpu"]
@@ -229,7 +229,7 @@ def test_broken_pictures_do_not_end_a_prediction(toy_voc, snapshot, tmp_path, ca
     assert {path.stem for path in (tmp_path / "out").iterdir()} == {"toy_0", "toy_2", "toy_4", "toy_5"}
 
 
-def test_a_picture_to_a_mask_in_python(toy_voc, snapshot, tmp_path):
+def test_an_image_to_a_mask_in_python(toy_voc, snapshot, tmp_path):
     net = load_net(snapshot)
     mask = predict_classes(net, to_input(read_image(toy_voc / "JPEGImages/toy_1.jpg")))
     words = [
@@ -242,13 +242,13 @@ def test_a_picture_to_a_mask_in_python(toy_voc, snapshot, tmp_path):
         "cpu",
     ]
     assert predict.main(words) == 0
-    assert (mask.numpy() == np.array(Image.open(tmp_path / "toy_1.png"))).mean() > 0.99  # folded weights round otherwise
+    assert (mask.numpy() == np.array(Image.open(tmp_path / "toy_1.png"))).mean() > 0.99  # folded weights round differently
 
 
-def test_naive_tries_get_an_answer_that_helps():
+def test_common_mistakes_get_a_helpful_answer():
     net = DeepLabV2("resnet18", 3)
-    picture = np.zeros((20, 30, 3), dtype=np.uint8)
-    for given in (picture, torch.from_numpy(picture), torch.zeros(1, 3, 9, 9, dtype=torch.uint8)):
+    image = np.zeros((20, 30, 3), dtype=np.uint8)
+    for given in (image, torch.from_numpy(image), torch.zeros(1, 3, 9, 9, dtype=torch.uint8)):
         for call in (net, lambda x: predict_classes(net, x)):
             with pytest.raises(TypeError, match=r"of (torch\.)?uint8; expected a float tensor .* dataset\.to_input\("):
                 call(given)
@@ -256,7 +256,7 @@ def test_naive_tries_get_an_answer_that_helps():
         DeepLabV2("weights/x.pth")
 
 
-def test_help_names_the_defaults_that_depend_on_something(capsys):
+def test_help_names_the_defaults_that_depend_on_other_options(capsys):
     with pytest.raises(SystemExit):
         train_script.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
@@ -285,7 +285,7 @@ def test_help_has_120_lines_at_most_and_its_examples_are_commands(name, monkeypa
 
 
 def test_help_of_a_script_comes_without_torch():
-    """From another folder than the repository, which Python then does not look in by itself."""
+    """Also from another folder than the repository, in which Python does not look for modules by itself."""
     for name in ("evaluate", "train", "scripts/benchmark", "scripts/convert_weights", "scripts/predict"):
         words = [sys.executable, "-X", "importtime", ROOT / f"{name}.py", "--help"]
         result = subprocess.run(words, capture_output=True, text=True, cwd=ROOT.parent, timeout=60)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("thin_nets")
 
 
 def test_accumulated_batches_equal_one_batch(toy_voc, tmp_path):
-    """The rate changes at step boundaries only, and the first step is as long as the others."""
+    """The learning rate changes only between optimiser steps, and the first step accumulates as many batches as the others."""
     common = ["--restore-from", "none", "--batch-norm", "frozen", "--learning-rate", "1e-4", "--num-steps", "3"]
     train(toy_voc, tmp_path / "one", *common, "--batch-size", "4")
     train(toy_voc, tmp_path / "accumulated", *common, "--batch-size", "1", "--iter-size", "4")
@@ -68,33 +68,33 @@ def test_what_a_run_leaves_behind(toy_voc, tmp_path):
     assert meta["atrous_rates"] == [6, 12, 18, 24]
 
 
-def test_workers_by_the_bytes_of_a_process_batch(toy_voc, tmp_path, monkeypatch):
-    """Three bytes of colour and one of label a pixel."""
+def test_the_number_of_workers_fits_the_bytes_of_a_batch(toy_voc, tmp_path, monkeypatch):
+    """Per pixel three bytes of colour and one of label."""
     asked = []
     monkeypatch.setattr(setup, "fitting_workers", lambda *words: asked.append(words) or (0, ""))
     train(toy_voc, tmp_path, *SCRATCH, "--num-steps", "1", "--num-workers", "5", "--batch-size", "3", "--input-size", "25,33")
     assert asked == [(5, 3 * 25 * 33 * 4)]
-    assert torch.backends.cudnn.benchmark  # all crops are of one size
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["scaler"] == {}  # nothing is scaled but float16
+    assert torch.backends.cudnn.benchmark  # all crops have the same size
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["scaler"] == {}  # only float16 needs loss scaling
 
 
-def test_statistics_of_each_process_are_told(toy_voc, monkeypatch):
+def test_a_note_says_that_each_process_has_its_own_batch_statistics(toy_voc, monkeypatch):
     parser = training_parser("", batch_size=10, iter_size=1, snapshot_dir="snapshots")
-    for processes, options, told in ((1, [], False), (2, [], True), (2, ["--batch-norm", "frozen"], False)):
+    for processes, options, noted in ((1, [], False), (2, [], True), (2, ["--batch-norm", "frozen"], False)):
         args = parser.parse_args(["--data-dir", str(toy_voc), *SMALL, "--batch-norm", "full", "--batch-size", "6", *options])
         data, data_list = setup.open_training_data(args)
         monkeypatch.setattr(setup.distributed, "world_size", lambda processes=processes: processes)
         (note,) = [
             line for line in messages.head_lines(args, data, data_list, "", torch.device("cpu")) if "batch statistics" in line
         ] or [""]
-        assert ("each process takes batch statistics of its own 3 images" in note) == bool(note) == told
+        assert ("each process takes batch statistics of its own 3 images" in note) == bool(note) == noted
 
 
-def test_bf16_is_named_where_the_card_has_it(toy_voc, monkeypatch):
+def test_bf16_is_suggested_if_the_gpu_supports_it(toy_voc, monkeypatch):
     parser = training_parser("", batch_size=10, iter_size=1, snapshot_dir="snapshots")
     args = parser.parse_args(["--data-dir", str(toy_voc), *SMALL])
     data, data_list = setup.open_training_data(args)
-    for device, capability, amp, named in (
+    for device, capability, amp, suggested in (
         ("cuda", (9, 0), "off", True),
         ("cuda", (7, 5), "off", False),
         ("cuda", (9, 0), "fp16", False),
@@ -103,11 +103,11 @@ def test_bf16_is_named_where_the_card_has_it(toy_voc, monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
         args.amp = amp
         said = "\n".join(messages.head_lines(args, data, data_list, "", torch.device(device)))
-        assert ("bf16 is about twice as fast on this card: --amp bf16" in said) == named
+        assert ("bf16 is about twice as fast on this card: --amp bf16" in said) == suggested
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(toy_voc, tmp_path):
-    """The message names the step and the pictures of the batch; the snapshots stay as they were."""
+    """The message names the step and the images of the batch; the snapshots are unchanged."""
 
     def loss(net, images, labels, **options):
         loss.calls += 1
@@ -127,9 +127,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(toy_voc, tmp_path):
 
 
 def test_a_step_that_makes_weights_infinite_is_not_saved(toy_voc, tmp_path):
-    """Its loss was still a number, and no later one has been looked at: neither in the middle of a run nor at its end."""
+    """Its loss was still finite, and no later loss has been checked yet: in the middle of a run or at its end."""
     options = [*SCRATCH, "--learning-rate", "1e38", "--save-pred-every", "1"]
-    with pytest.raises(Diverged, match=r"weights of the net are not finite after step 1: the snapshots are as they were"):
+    with pytest.raises(Diverged, match=r"weights of the net are not finite after step 1: the snapshots are unchanged"):
         train(toy_voc, tmp_path / "a", *options, "--num-steps", "3")
     with pytest.raises(Diverged, match=r"after step 1"):
         train(toy_voc, tmp_path / "b", *options, "--num-steps", "1")
@@ -137,7 +137,7 @@ def test_a_step_that_makes_weights_infinite_is_not_saved(toy_voc, tmp_path):
     assert not list(tmp_path.rglob("last.ckpt"))
 
 
-def test_a_new_run_puts_the_log_of_what_was_there_aside(toy_voc, tmp_path):
+def test_a_new_run_renames_an_earlier_log(toy_voc, tmp_path):
     (tmp_path / "log.jsonl").write_text('{"mine": 1}\n')
     (tmp_path / "args.json").write_text("{}")
     (tmp_path / "args.1.json").write_text("older")
@@ -149,7 +149,7 @@ def test_a_new_run_puts_the_log_of_what_was_there_aside(toy_voc, tmp_path):
 
 
 def test_fine_tuning_starts_from_a_snapshot(toy_voc, tmp_path):
-    """Batch norm frozen by default, the head kept, or dropped for other classes or with --not-restore-last."""
+    """Batch norm is frozen by default. The head is kept, or dropped for other classes or with --not-restore-last."""
     train(toy_voc, tmp_path / "a", *SCRATCH, "--num-steps", "1")
     snapshot = tmp_path / "a/VOC12_scenes_1.pth"
     quiet = ["--restore-from", str(snapshot), "--num-steps", "1", "--learning-rate", "0"]
@@ -164,7 +164,7 @@ def test_fine_tuning_starts_from_a_snapshot(toy_voc, tmp_path):
     assert model(tmp_path / "more/VOC12_scenes_1.pth")["layer5.conv2d_list.0.bias"].shape == (7,)
 
 
-def test_two_branches_of_four_are_used_and_recorded(toy_voc, tmp_path):
+def test_two_of_four_aspp_branches_are_used_and_recorded(toy_voc, tmp_path):
     train(toy_voc, tmp_path / "a", *SCRATCH, "--num-steps", "1")
     snapshot = str(tmp_path / "a/VOC12_scenes_1.pth")
     train(
@@ -186,7 +186,7 @@ def test_two_branches_of_four_are_used_and_recorded(toy_voc, tmp_path):
     assert all(torch.equal(content["model"][key], model(Path(snapshot))[key]) for key in head)
 
 
-def test_is_training_moves_the_statistics_only(toy_voc, tmp_path):
+def test_is_training_updates_only_the_running_statistics(toy_voc, tmp_path):
     train(toy_voc, tmp_path / "a", *SCRATCH, "--num-steps", "1")
     before = model(tmp_path / "a/VOC12_scenes_1.pth")
     train(
@@ -238,8 +238,8 @@ MISTAKES = {
     "crop": (["--input-size", "321"], "write HEIGHT,WIDTH"),
     "scale range": (["--scale-range", "2,1"], "write LOW,HIGH"),
     "steps": (["--num-steps", "0"], "expected at least 1"),
-    "negative rate": (["--learning-rate", "-1"], "-1 is out of range; expected a finite number of at least 0"),
-    "no rate": (["--learning-rate", "nan"], "nan is out of range"),
+    "negative learning rate": (["--learning-rate", "-1"], "-1 is out of range; expected a finite number of at least 0"),
+    "learning rate of nan": (["--learning-rate", "nan"], "nan is out of range"),
     "momentum": (["--momentum", "-1"], "-1 is out of range"),
     "momentum of 1": (["--momentum", "1"], "1 is out of range; expected at least 0 and below 1"),
     "weight decay": (["--weight-decay", "-1"], "-1 is out of range"),
@@ -247,12 +247,12 @@ MISTAKES = {
     "scale": (["--scale-range", "nan,nan"], "not above 0 and finite"),
     "too many classes": (["--num-classes", "300"], "300 is too large; expected at most 255"),
     "one class": (["--num-classes", "1"], "with a single class the loss is always 0"),
-    "void": (["--ignore-label", "256"], "256 is too large"),
+    "ignore label": (["--ignore-label", "256"], "256 is too large"),
     "no mps": (["--device", "mps"], "has no mps device"),
     "no xpu": (["--device", "xpu"], "has no xpu device"),
     "other device": (["--device", "meta"], "--device meta is not supported"),
     "jitter": (["--color-jitter", "0.4,0.4"], "write B,C,S,H"),
-    "hue": (["--color-jitter", "0.4,0.4,0.4,0.6"], "is no colour jitter"),
+    "hue": (["--color-jitter", "0.4,0.4,0.4,0.6"], "is not a colour jitter"),
     "clip": (["--clip-grad-norm", "0"], "0 is out of range; expected a finite number above 0"),
     "class weights": (["--class-weights", "lost.txt"], "lost.txt"),
     "one position": (["--input-size", "6,6", "--batch-size", "1"], "gives one position per image"),
@@ -278,7 +278,7 @@ def test_a_mistake_leaves_no_traceback(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-SAME_STEP = {  # name -> (as which, how far off, as a share of the largest move in a tensor)
+SAME_STEP = {  # name -> (name of the reference, tolerance as a share of the largest change in a tensor)
     "grad-checkpoint": ("plain", 1e-3),
     "one-scale": ("plain", 1e-3),
     "bf16": ("plain", 0.2),
@@ -291,7 +291,7 @@ SAME_STEP = {  # name -> (as which, how far off, as a share of the largest move 
 
 @pytest.mark.parametrize("batch_norm", ["frozen", "stats", "full"])
 def test_every_option_goes_through_the_loop(batch_norm, toy_voc, tmp_path):
-    """Two steps or more each from the same net; what only saves memory or time makes the same step, counters included."""
+    """At least two steps each, from the same net. Options that only save memory or time give the same steps and counters."""
     train(toy_voc, tmp_path / "start", *SCRATCH, "--num-steps", "1")
     start = model(tmp_path / "start/VOC12_scenes_1.pth")
     common = ["--restore-from", str(tmp_path / "start/VOC12_scenes_1.pth"), "--batch-norm", batch_norm,
@@ -299,7 +299,7 @@ def test_every_option_goes_through_the_loop(batch_norm, toy_voc, tmp_path):
     ends = {}
     for name, options in STEPS.items():
         folder = tmp_path / name
-        steps = 5 if "fp16" in name else 2  # loss scaling leaves out the first ones
+        steps = 5 if "fp16" in name else 2  # loss scaling skips the first ones
         small = ["--input-size", "17,17"] if "fp16" in name else []  # CPUs are slow with float16
         assert train_msc(toy_voc, folder, *common, *options, *small, "--num-steps", str(steps)) == 0
         ends[name] = model(folder / f"VOC12_scenes_{steps}.pth")
@@ -307,7 +307,7 @@ def test_every_option_goes_through_the_loop(batch_norm, toy_voc, tmp_path):
         assert not torch.equal(ends[name]["conv1.weight"], start["conv1.weight"]), name
         moved = not torch.equal(ends[name]["bn1.running_mean"], start["bn1.running_mean"])
         assert moved == (batch_norm != "frozen"), name
-        if batch_norm != "frozen":  # three scales a batch, on top of the one of the start
+        if batch_norm != "frozen":  # three scales per batch, after the one batch of the start
             counted = {int(value) for key, value in ends[name].items() if key.endswith("num_batches_tracked")}
             assert counted == {1 + 3 * steps * (2 if "iter-size" in name else 1)}, name
     for name, (other, tolerance) in SAME_STEP.items():
@@ -317,7 +317,7 @@ def test_every_option_goes_through_the_loop(batch_norm, toy_voc, tmp_path):
 
 
 def test_fp16_from_its_first_scale(toy_voc, tmp_path):
-    """The scale of 65536 is too large for the first steps; that they are left out leaves nothing behind in the momentum."""
+    """The scale of 65536 is too large for the first steps. These are skipped, and leave the momentum unchanged."""
     options = [*SCRATCH, "--amp", "fp16", "--iter-size", "1", "--num-steps", "6", "--learning-rate", "1e-3"]
     assert train_msc(toy_voc, tmp_path, *options) == 0
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)
@@ -330,8 +330,8 @@ NEUTRAL = ["--warmup-steps", "1", "--clip-grad-norm", "1e30", "--color-jitter", 
 
 
 @pytest.mark.parametrize("script", [train, train_msc])
-def test_what_is_off_by_default_changes_nothing(script, toy_voc, tmp_path):
-    """The step without the options is, to the bit, the step in which each of them multiplies by one."""
+def test_options_off_by_default_change_nothing(script, toy_voc, tmp_path):
+    """A step without the options equals, bit for bit, a step in which each of them multiplies by one."""
     (tmp_path / "ones.txt").write_text("1 1 1 1")
     script(toy_voc, tmp_path / "default", *SCRATCH, "--num-steps", "2")
     script(toy_voc, tmp_path / "neutral", *SCRATCH, "--num-steps", "2", *NEUTRAL, str(tmp_path / "ones.txt"))
@@ -349,7 +349,7 @@ def test_the_learning_rate_rises_in_the_first_steps(toy_voc, tmp_path, capsys):
 
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 def test_a_step_is_as_long_as_the_clipped_gradient(amp, toy_voc, tmp_path):
-    """Without momentum and decay, what each parameter moved over its learning rate is the gradient, whose norm is X."""
+    """Without momentum and weight decay, a parameter's change over its learning rate is its gradient; the total norm is X."""
     options = ["--restore-from", "none", "--batch-norm", "frozen", "--momentum", "0", "--weight-decay", "0", "--power", "0",
                "--input-size", "17,17", "--save-pred-every", "1", "--learning-rate", "0.01", "--amp", amp]  # fmt: skip
     train(toy_voc, tmp_path, *options, "--num-steps", "4", "--clip-grad-norm", "0.5")
@@ -359,16 +359,16 @@ def test_a_step_is_as_long_as_the_clipped_gradient(amp, toy_voc, tmp_path):
         for name, value in after.items():
             scale = {"layer5": 20 if name.endswith("bias") else 10}.get(name.split(".")[0], 1)
             squares += float(((value - before[name]).double() / (0.01 * scale)).square().sum())
-        if amp == "fp16" and squares == 0:  # loss scaling left the step out
+        if amp == "fp16" and squares == 0:  # loss scaling skipped the step
             continue
         assert squares**0.5 == pytest.approx(0.5, rel=0.02)
     assert squares > 0
 
 
 def test_compiled_steps(toy_voc, tmp_path, monkeypatch):
-    """With recomputation and learning batch norm, the likeliest to disturb the counters: the same steps as without.
+    """The same steps as without, with recomputation and trained batch norm, which are most likely to disturb the counters.
 
-    The graph is captured, split into forward and backward and run as it is; generating C++ for it takes minutes.
+    The graph is captured, split into forward and backward and run without code generation, as C++ would take minutes.
     """
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
     train(toy_voc, tmp_path / "start", *SCRATCH, "--num-steps", "1")
@@ -385,7 +385,7 @@ def test_compiled_steps(toy_voc, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("options", [[], ["--batch-norm", "full"], ["--batch-norm", "full", "--one-scale-at-a-time"]])
 def test_compiled_steps_on_three_scales(options, toy_voc, tmp_path, monkeypatch):
-    """As without, also where blocks, or all of the smaller scales, are computed again."""
+    """The same steps as without, also if blocks or all the smaller scales are recomputed."""
     if "full" in options and TORCH < COUNTS_ONCE:
         pytest.skip(f"refused on torch {TORCH}")
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
@@ -396,8 +396,8 @@ def test_compiled_steps_on_three_scales(options, toy_voc, tmp_path, monkeypatch)
         counters.clear()
         train_msc(toy_voc, tmp_path / name, *common, *options, *more)
     assert not counters["graph_break"]
-    # One graph of net and loss; one scale at a time, those of the net: a size each, the first pass and the second. One more is
-    # that of the trial before the run.
+    # One graph of net and loss. One scale at a time: graphs of the net, per size one for the first pass and one for the
+    # recomputation. One more comes from the trial before the run.
     assert 1 < counters["stats"]["unique_graphs"] <= (6 if "--one-scale-at-a-time" in options else 2)
     plain, compiled = (model(tmp_path / name / "VOC12_scenes_3.pth") for name in ("plain", "compiled"))
     for key, value in plain.items():
@@ -411,13 +411,15 @@ def test_compiled_steps_on_three_scales(options, toy_voc, tmp_path, monkeypatch)
             "2.7.1",
             train,
             ["--grad-checkpoint"],
-            r"--batch-norm full need torch 2\.9: torch 2\.7\.1 would move .* twice a step",
+            r"--batch-norm full need torch 2\.9: torch 2\.7\.1 would update .* twice per step",
         ),
         ("2.8.0+cu128", train_msc, ["--grad-checkpoint", "--one-scale-at-a-time"], r"need torch 2\.9"),
         ("2.4.0", train_msc, ["--one-scale-at-a-time"], r"--one-scale-at-a-time needs torch 2\.5, and this is 2\.4\.0"),
     ],
 )
-def test_what_an_older_torch_compiles_wrong_is_refused(version, script, options, needs, toy_voc, tmp_path, monkeypatch):
+def test_options_that_an_old_torch_compiles_wrongly_are_refused(
+    version, script, options, needs, toy_voc, tmp_path, monkeypatch
+):
     monkeypatch.setattr("torch.__version__", version)
     monkeypatch.setattr(setup, "check_compiler", lambda device: None)
     with pytest.raises(UserError, match=needs):
@@ -425,7 +427,7 @@ def test_what_an_older_torch_compiles_wrong_is_refused(version, script, options,
     assert not list(tmp_path.glob("*.ckpt"))
 
 
-def test_without_a_compiler_there_is_a_sentence(toy_voc, tmp_path):
+def test_a_missing_compiler_is_one_sentence(toy_voc, tmp_path):
     environment = {**os.environ, "CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     options = [*SMALL, *SCRATCH, "--compile"]
     result = command("train.py", "--data-dir", toy_voc, "--snapshot-dir", tmp_path / "s", *options, env=environment)
@@ -435,7 +437,7 @@ def test_without_a_compiler_there_is_a_sentence(toy_voc, tmp_path):
 
 
 def test_losses_of_a_log_line_are_means_that_add_up(toy_voc, tmp_path):
-    """Over all steps since the line before: against the losses of each step, logged one by one."""
+    """Means over all steps since the previous line, compared with the losses logged at each step."""
     common = [*SCRATCH, "--num-steps", "5", "--iter-size", "2"]
     train_msc(toy_voc, tmp_path / "each", *common, "--log-every", "1")
     train_msc(toy_voc, tmp_path / "all", *common, "--log-every", "4")
@@ -449,7 +451,7 @@ def test_losses_of_a_log_line_are_means_that_add_up(toy_voc, tmp_path):
 
 
 def test_binary_masks_are_refused_before_the_first_step(toy_voc, tmp_path):
-    """All labels hold 0 and 255; one that holds a class ends the doubt, and one that cannot be read does not."""
+    """All labels hold only 0 and 255; a single label with another class is enough to start."""
     labels = sorted((toy_voc / "SegmentationClassAug").glob("*.png"))
     for path in labels:
         label = np.array(Image.open(path))
@@ -461,7 +463,7 @@ def test_binary_masks_are_refused_before_the_first_step(toy_voc, tmp_path):
     assert train(toy_voc, tmp_path, *SCRATCH, "--num-steps", "4") == 0
 
 
-def test_two_classes_are_no_single_one(toy_voc, tmp_path, capsys):
+def test_two_classes_are_not_mistaken_for_one(toy_voc, tmp_path, capsys):
     for path in (toy_voc / "SegmentationClassAug").glob("*.png"):
         label = np.array(Image.open(path))
         save_palette_png(path, ((label > 0) & (label < 255)).astype(np.uint8))
@@ -471,45 +473,45 @@ def test_two_classes_are_no_single_one(toy_voc, tmp_path, capsys):
     assert "2 lines such as `background` and `object`, or train with --num-classes 2" in output.out
 
 
-def test_a_broken_picture_loses_nothing(toy_voc, tmp_path):
-    """What was reached is saved before the sentence comes; a run over whole pictures then ends as if nothing had been."""
+def test_a_broken_image_loses_nothing(toy_voc, tmp_path):
+    """The steps done are saved before the run fails. Resumed with the repaired image, it ends like an uninterrupted run."""
     options = [*SCRATCH, "--num-steps", "6", "--save-pred-every", "100"]
     train(toy_voc, tmp_path / "whole", *options)
-    picture = toy_voc / "JPEGImages/toy_1.jpg"
-    content = picture.read_bytes()
+    image = toy_voc / "JPEGImages/toy_1.jpg"
+    content = image.read_bytes()
 
     @wraps(single_scale_loss)  # resuming compares losses by their names
     def loss(*args, **kwargs):
         loss.calls += 1
         if loss.calls == 3:
-            picture.write_bytes(b"broken")
+            image.write_bytes(b"broken")
         return single_scale_loss(*args, **kwargs)
 
     loss.calls = 0
     with pytest.raises(DatasetError, match=r"toy_1\.jpg"):
         train(toy_voc, tmp_path / "broken", *options, loss=loss)
     assert 3 <= torch.load(tmp_path / "broken/last.ckpt", weights_only=True)["step"] < 6
-    picture.write_bytes(content)
+    image.write_bytes(content)
     train(toy_voc, tmp_path / "broken", *options, "--resume")
-    whole, mended = (model(tmp_path / name / "VOC12_scenes_6.pth") for name in ("whole", "broken"))
-    assert all(torch.equal(whole[key], mended[key]) for key in whole)
+    whole, resumed = (model(tmp_path / name / "VOC12_scenes_6.pth") for name in ("whole", "broken"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
-def test_training_on_validation_pictures_is_told_and_marked(toy_voc, tmp_path, capsys):
+def test_training_on_validation_images_gives_a_warning_and_a_mark(toy_voc, tmp_path, capsys):
     (toy_voc / "ImageSets/Segmentation/val.txt").write_text("toy_4\ntoy_5\n")
     (toy_voc / "trainval.txt").write_text("toy_0\ntoy_1\ntoy_4\n")
     train(toy_voc, tmp_path / "honest", *SCRATCH, "--num-steps", "1")
     assert "mean nothing" not in capsys.readouterr().out
     train(toy_voc, tmp_path / "seen", *SCRATCH, "--num-steps", "1", "--data-list", str(toy_voc / "trainval.txt"))
-    told = "warning: 1 of the images that it was trained on are on val.txt, so a mean IoU on that list will mean nothing"
-    assert capsys.readouterr().out.count(told) == 1
+    warning = "warning: 1 of the images that it was trained on are on val.txt, so a mean IoU on that list will mean nothing"
+    assert capsys.readouterr().out.count(warning) == 1
     metas = [torch.load(tmp_path / name / "VOC12_scenes_1.pth", weights_only=True)["meta"] for name in ("honest", "seen")]
     assert metas[0]["seen_voc_val"] == ""
     assert "1 of the images" in metas[1]["seen_voc_val"]
 
 
-def test_images_are_seen_by_their_files(toy_voc):
-    """Bare ids and pairs of the same files are the same; one id may stand for another image on the val list."""
+def test_images_are_compared_by_their_files(toy_voc):
+    """Bare ids and pairs of the same files are the same image; the same id may be another image on the val list."""
     folder = toy_voc / "ImageSets/Segmentation"
     train = VOCSegmentation(toy_voc, ["toy_0", "toy_1"], num_classes=TOY_CLASSES)
     for lines, seen in (("toy_2", 0), ("/JPEGImages/toy_0.jpg /SegmentationClassAug/toy_0.png", 1),
@@ -518,7 +520,7 @@ def test_images_are_seen_by_their_files(toy_voc):
         assert messages.seen_val(train)[:2] == ("1 " if seen else "")
 
 
-def test_crops_larger_than_the_pictures_are_told(toy_voc):
+def test_crops_larger_than_the_images_give_a_warning(toy_voc):
     data = VOCSegmentation(toy_voc, ["toy_0", "toy_1"], num_classes=TOY_CLASSES)  # 40 x 55 and 33 x 47
     (toy_voc / "JPEGImages/toy_1.jpg").write_bytes(b"broken")  # no sizes, no error
     assert (
@@ -531,7 +533,7 @@ def test_crops_larger_than_the_pictures_are_told(toy_voc):
     assert "95% of the crops of 40x1100 will be padding" in messages.crop_warning(data, (40, 1100))
 
 
-def test_panels_of_large_pictures_are_shrunk_and_never_end_a_run(toy_voc, tmp_path, monkeypatch, capsys):
+def test_panels_of_large_images_are_shrunk_and_never_end_a_run(toy_voc, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(visualize, "TILE_SIDES", (10, 20))
     options = [*SCRATCH, "--num-steps", "1", "--save-num-images", "1"]
     train(toy_voc, tmp_path / "small", *options)

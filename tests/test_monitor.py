@@ -26,7 +26,7 @@ class Clock:
                 assert enable_timing
 
             def record(self) -> None:
-                clock.device = max(clock.device, clock.host)  # the stream comes to it when it has done all before
+                clock.device = max(clock.device, clock.host)  # the stream reaches it after all earlier work
                 self.time = clock.device
 
             def elapsed_time(self, other: "Event") -> float:
@@ -37,7 +37,7 @@ class Clock:
 
 
 def steps(wait: DataWait, clock: Clock, reading: float, launching: float, computing: float, count: int = 10) -> float:
-    """The share after ``count`` steps of so many seconds each, and waiting for the device."""
+    """The share after ``count`` steps with these seconds each, followed by a host sync."""
     for _ in range(count):
         with wait.reading():
             clock.host += reading
@@ -48,7 +48,7 @@ def steps(wait: DataWait, clock: Clock, reading: float, launching: float, comput
 
 
 def test_on_cuda_only_an_idle_device_waits(monkeypatch):
-    """The host reads for half of its time, ahead of a device that is always busy; and a device that is not."""
+    """The host loads data for half of its time: ahead of a device that is always busy, and of one that is not."""
     clock = Clock(monkeypatch)
     wait = DataWait(torch.device("cuda", 0), 4)
     steps(wait, clock, 0.01, 0.01, 0.1)
@@ -56,7 +56,7 @@ def test_on_cuda_only_an_idle_device_waits(monkeypatch):
     assert steps(wait, clock, 0.3, 0.01, 0.1) == pytest.approx((0.3 + 9 * 0.21) / (9 * 0.31 + 0.4))
 
 
-def test_elsewhere_the_host_is_the_device(monkeypatch):
+def test_other_devices_wait_when_the_host_does(monkeypatch):
     clock = Clock(monkeypatch)
     wait = DataWait(CPU, 0)
     assert steps(wait, clock, 1.0, 3.0, 0.0) == pytest.approx(0.25)
@@ -78,8 +78,8 @@ def test_the_warning_comes_once_and_names_what_to_raise(monkeypatch):
     assert "more than 8 cores" in wait.warning()
 
 
-def test_a_run_tells_of_slow_reading(toy_voc, tmp_path, monkeypatch, capsys):
-    """In the log, at every line, and once in words."""
+def test_a_run_reports_slow_data_loading(toy_voc, tmp_path, monkeypatch, capsys):
+    """In every line of the log, and once by a warning."""
     read = Ending.read
 
     def slow(*args):
@@ -89,4 +89,4 @@ def test_a_run_tells_of_slow_reading(toy_voc, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Ending, "read", slow)
     assert train(toy_voc, tmp_path, *SCRATCH, "--num-steps", "5") == 0
     assert all(0.1 < line["data_wait"] <= 1 for line in log_lines(tmp_path))
-    assert capsys.readouterr().out.count("warning: the device waits for pictures") == 1
+    assert capsys.readouterr().out.count("warning: the device waits for images") == 1

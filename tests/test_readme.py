@@ -1,4 +1,4 @@
-"""The README's commands go through their program's own parser, the Python of all READMEs is run, so that none rots."""
+"""The commands of the READMEs are parsed by their programs' own parsers, and their Python code is run."""
 
 import argparse
 import re
@@ -18,11 +18,11 @@ from tests.helpers_nets import randomise_batch_norm
 from tests.helpers_readme import AFTER_A_CHANGE, READMES, TEXT, commands, script_and_options, scripts
 from utils.checkpoint import make_meta, save_snapshot
 
-# What is looked up, not run, with the reason.
+# Programs whose commands are not run, with the reason.
 NOT_RUN = {
     "bash": "the two set-up scripts install packages; bash itself reads them",
     "pip": "installs packages",
-    "source": "the shell's own",
+    "source": "a builtin of the shell",
     "torchrun": "its processes wait for one another; the script that it starts goes through its parser",
     "srun": "needs a cluster",
 }
@@ -38,8 +38,8 @@ def test_there_are_commands():
 
 
 @pytest.mark.parametrize("command", [command for command in commands() if command.split()[0] in ("python", "torchrun")])
-def test_a_command_is_understood(command, monkeypatch):
-    """By the parser of its script; what comes after it is not done."""
+def test_a_command_is_parsed(command, monkeypatch):
+    """By the parser of its script; nothing after it is run."""
 
     def ending(method):
         def parse(self, *args):
@@ -62,7 +62,7 @@ def test_a_command_is_understood(command, monkeypatch):
 
 
 @pytest.mark.parametrize("command", [command for command in commands() if command.split()[0] in NOT_RUN])
-def test_what_is_not_run_is_there(command):
+def test_files_in_commands_that_are_not_run_exist(command):
     for name in re.findall(r"[\w./-]+\.(?:sh|py|txt)", command):
         assert (ROOT / name).is_file(), name
     if command.startswith("bash "):
@@ -70,7 +70,7 @@ def test_what_is_not_run_is_there(command):
 
 
 def test_scripts_and_options_that_are_named_exist():
-    """``--option`` anywhere in the text is an option of some program, and what looks like a script is a file."""
+    """Every ``--option`` in the text is an option of some program, and every script is a file."""
     for name in re.findall(r"`((?:scripts/)?\w+\.(?:py|sh))`", TEXT):
         assert name == "labelme2voc.py" or (ROOT / name).is_file() or [*ROOT.glob(f"*/{name}"), *ROOT.glob(f"*/*/{name}")], name
     programs = [*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py"), *(ROOT / "utils").rglob("options.py")]
@@ -81,7 +81,7 @@ def test_scripts_and_options_that_are_named_exist():
     assert named - known - {"--help", "--nproc", "--nnodes", "--rdzv", "--max-restarts", "--version"} == set()
 
 
-def test_pictures_are_small_and_there():
+def test_images_exist_and_are_small():
     for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", TEXT):
         assert Path(ROOT / name).stat().st_size < 300_000
 
@@ -92,7 +92,7 @@ WITH_PYTHON = [name for name, text in READMES.items() if scripts(text)]
 @pytest.mark.usefixtures("thin_nets")
 @pytest.mark.parametrize("readme", WITH_PYTHON)
 def test_python_runs_as_it_stands(readme, tmp_path, monkeypatch, capsys):
-    """One block after another, in a folder with the snapshot, the photograph and the data set that the text uses."""
+    """One block after another, in a folder with the snapshot, the photo and the data set that the text uses."""
     monkeypatch.chdir(tmp_path)
     toy = make_toy_voc(tmp_path / "data/VOCdevkit/VOC2012")
     shutil.copy(toy / "JPEGImages/toy_0.jpg", "photo.jpg")
@@ -114,5 +114,5 @@ def test_python_runs_as_it_stands(readme, tmp_path, monkeypatch, capsys):
     assert scope["refined"].shape == size
     assert Image.open("overlay.png").size == size[::-1]
     assert 0 <= float(capsys.readouterr().out) <= 1
-    before = net.state_dict()  # the net of the loop began as that one
+    before = net.state_dict()  # the training loop starts from this net
     assert any(not torch.equal(value, before[name]) for name, value in scope["net"].state_dict().items())

@@ -1,4 +1,4 @@
-"""The commands of the READMEs, one after another on made-up data and with few steps, in an empty folder."""
+"""The commands of the READMEs, run one after another on toy data and with few steps, in an empty folder."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from utils.checkpoint import make_meta, save_snapshot
 
 HERE = ["--device", "cpu", "--num-workers", "0"]
 STEPS = [*HERE, "--num-steps", "1", "--batch-size", "2", "--iter-size", "1", "--input-size", "33,33", "--save-num-images", "0"]
-SHORTER = {  # what is added, so that a command ends soon
+SHORTER = {  # options that are added, so that a command ends soon
     "train.py": STEPS,
     "train_msc.py": STEPS,
     "evaluate.py": [*HERE, "--crf-workers", "1"],
@@ -62,7 +62,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def empty_folder(tmp_path, monkeypatch):
-    """An empty folder with what the README's reader brings: pictures, exports of labelling tools, a server for downloads."""
+    """An empty folder with the files of the README's reader: images, exports of labelling tools, a server for downloads."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     make_toy_voc(tmp_path / "data/VOCdevkit/VOC2012")
@@ -138,7 +138,7 @@ def test_the_readme_from_top_to_bottom(empty_folder, monkeypatch, capsys):
     assert Image.open(folder / "NEW_FOLDER/SegmentationClass/toy_0.png").mode == "P"
 
 
-def test_what_is_not_run_is_still_in_the_readmes():
+def test_commands_that_are_not_run_are_still_in_the_readmes():
     python = [script_and_options(command) for command in commands() if command.startswith("python ")]
     named = [shlex.join([script, *options]) for script, options in python]
     assert [beginning for beginning in NOT_RUN if not any(command.startswith(beginning) for command in named)] == []

@@ -1,4 +1,4 @@
-"""scripts/reproduce.sh in a copy of the project whose weights lie on a loopback server, on toy data in VOC's place."""
+"""scripts/reproduce.sh in a copy of the project, with weights from a loopback server and toy data in VOC's place."""
 
 import functools
 import os
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="a script f
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory) -> Path:
-    """The project with toy data, and two weights files to fetch."""
+    """A copy of the project with toy data, and a server with weights files."""
     house, shop = tmp_path_factory.mktemp("house"), tmp_path_factory.mktemp("shop")
     for name in ("deeplab", "dataset", "utils", "scripts"):
         shutil.copytree(ROOT / name, house / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -67,21 +67,21 @@ def reproduce(house: Path, *options: str, **environment: str) -> subprocess.Comp
     return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=240)
 
 
-def test_fetched_evaluated_and_held_against_what_is_published(house):
+def test_weights_are_fetched_evaluated_and_compared_with_published_results(house):
     common = ["kazuto", "--device", "cpu", "--num-workers", "0", "--crf-workers", "1"]
     first = reproduce(house, *common)
     assert first.returncode == 0, first.stderr
     assert "without CRF                                 76.65" in first.stdout
     assert (house / "results/kazuto/report/index.html").is_file()
     before = {path: path.stat().st_mtime_ns for path in house.rglob("*.pth")}
-    again = reproduce(house, *common)  # every step is done
+    again = reproduce(house, *common)  # all steps are done already
     assert again.returncode == 0, again.stderr
     assert again.stdout.splitlines()[-4:] == first.stdout.splitlines()[-4:]
     assert "image/s" not in again.stderr
     assert {path: path.stat().st_mtime_ns for path in house.rglob("*.pth")} == before
 
 
-def test_the_authors_model_out_of_its_archive(house):
+def test_the_authors_model_from_its_archive(house):
     result = reproduce(house, "official", "--device", "cpu", "--num-workers", "0", "--crf-workers", "1")
     assert result.returncode == 0, result.stderr
     assert "without CRF                                 76.35" in result.stdout
@@ -89,7 +89,7 @@ def test_the_authors_model_out_of_its_archive(house):
     assert (house / "results/official/report/index.html").is_file()
 
 
-def test_trained_by_the_recipe(house):
+def test_training_with_the_recipe(house):
     options = "--device cpu --num-workers 0 --iter-size 1 --input-size 33,33 --save-num-images 0"
     common = ["train", "--device", "cpu", "--num-workers", "0", "--crf-workers", "1"]
     result = reproduce(house, *common, STEPS="1", TRAIN_OPTIONS=options)
@@ -98,7 +98,7 @@ def test_trained_by_the_recipe(house):
     assert (house / "snapshots_reproduce/VOC12_scenes_1.pth").is_file()
 
 
-def test_a_word_that_it_does_not_know(house):
+def test_an_unknown_argument(house):
     result = reproduce(house, "everything")
     assert result.returncode == 2
     assert "reproduce.sh kazuto" in result.stderr

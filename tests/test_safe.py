@@ -1,4 +1,4 @@
-"""Files that would run a program when they are unpickled: each runs it where it is read without care, and none here."""
+"""Files that run code when they are unpickled: an unsafe reader runs it, the project's readers do not."""
 
 import ast
 import io
@@ -23,7 +23,7 @@ from utils.training.validation import mean_iou_of
 
 
 class Evil:
-    """Makes a file where it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -41,7 +41,7 @@ def tar_file(path, evil, member):
 
 
 def plain(path):
-    """How torch files were loaded before 2.6, and tar ones for a while longer."""
+    """Unsafe loading, as torch did before 2.6, and longer for tar files."""
     if tarfile.is_tarfile(path):
         with tarfile.open(path) as archive:
             return pickle.load(archive.extractfile("pickle"))
@@ -58,7 +58,7 @@ def checkpoint(evil):
     }
 
 
-FILES = {  # name of the file -> how it is made, how it is loaded without care, the readers here
+FILES = {  # file name -> how it is made, how it is loaded unsafely, the project's readers of it
     "zip.pth": (lambda p, evil: torch_file(p, {"conv1.weight": evil}), plain, [load_weights]),
     "legacy.pth": (lambda p, evil: torch_file(p, {"conv1.weight": evil}, zipped=False), plain, [load_weights]),
     "list.pth": (lambda p, evil: torch_file(p, [torch.rand(2), evil]), plain, [load_weights]),
@@ -85,17 +85,17 @@ FILES = {  # name of the file -> how it is made, how it is loaded without care, 
 
 @pytest.mark.parametrize("name", FILES)
 def test_nothing_in_a_file_is_run(tmp_path, name):
-    make, without_care, readers = FILES[name]
+    make, unsafe, readers = FILES[name]
     path, made = tmp_path / name, tmp_path / "made by the file"
     make(path, Evil(made))
     for read in readers:
         with pytest.raises((WeightsError, UserError), match=re.escape(str(path))):
             read(path)
-    assert _step_of(path) == 0  # which stands for a checkpoint that cannot be read
+    assert _step_of(path) == 0  # a checkpoint that cannot be read
     assert not _is_snapshot(path, 1)
     assert not made.exists()
-    without_care(path)
-    assert made.exists()  # so that the test above can fail
+    unsafe(path)
+    assert made.exists()  # proves that the assertion above can fail
 
 
 def tar_of(info, data=b""):
@@ -130,7 +130,7 @@ def zip_of(name):
     ],
     ids=["tgz-up", "tgz-through-a-folder", "tgz-link-to-etc", "tgz-link-up", "zip-up", "zip-through-a-folder", "zip-drive"],
 )
-def test_nothing_leaves_the_folder_of_an_archive(tmp_path, name, data):
+def test_no_member_of_an_archive_is_written_outside_its_folder(tmp_path, name, data):
     place = tmp_path / "place"
     place.mkdir()
     (place / name).write_bytes(data)
@@ -141,7 +141,7 @@ def test_nothing_leaves_the_folder_of_an_archive(tmp_path, name, data):
 
 
 def test_the_code_has_no_unsafe_calls():
-    """No eval, no shell, no unpickling: torch.load with weights_only=True alone."""
+    """No eval, no shell, no unpickling, and torch.load only with weights_only=True."""
     loads = 0
     for path in sorted(ROOT.glob("*.py")) + [
         p for name in ("deeplab", "dataset", "utils", "scripts") for p in ROOT.glob(f"{name}/**/*.py")

@@ -1,4 +1,4 @@
-"""--resume: the run that goes on is the run that was begun, whatever is given with it and however it ended."""
+"""--resume: the resumed run is the run that was begun, whatever options are given and however it ended."""
 
 import json
 import lzma
@@ -39,7 +39,7 @@ def checkpoint(folder) -> dict:
 
 @pytest.mark.parametrize("loss", [single_scale_loss, multi_scale_loss])
 def test_a_resumed_run_is_the_run_that_was_begun(loss, toy_voc, tmp_path):
-    """Bit for bit, with --resume alone: every option, generator and running statistic comes from the checkpoint."""
+    """Bit for bit, with only --resume: every option, generator and running statistic comes from the checkpoint."""
     train(toy_voc, tmp_path / "whole", *RUN, loss=loss)
     assert train(toy_voc, tmp_path / "parts", *RUN, loss=stopping(loss, 6)) == 128 + signal.SIGTERM
     assert checkpoint(tmp_path / "parts")["step"] == 3
@@ -90,7 +90,7 @@ CHANGES = {
 }
 
 
-def test_what_would_make_it_another_run_is_refused(toy_voc, tmp_path):
+def test_options_that_would_change_the_run_are_refused(toy_voc, tmp_path):
     train(toy_voc, tmp_path, *RUN, loss=stopping(single_scale_loss, 2))
     before = (tmp_path / "last.ckpt").read_bytes()
     for name, (value, message) in CHANGES.items():
@@ -101,7 +101,7 @@ def test_what_would_make_it_another_run_is_refused(toy_voc, tmp_path):
     with pytest.raises(UserError, match=r"begun with train\.py, not with train_msc\.py"):
         bare_resume(tmp_path / "other", multi_scale_loss, "--resume", str(begun_by_train(toy_voc, tmp_path / "begun")))
     assert (tmp_path / "last.ckpt").read_bytes() == before
-    assert bare_resume(tmp_path, single_scale_loss, "--batch-size", "2") == 0  # what it was
+    assert bare_resume(tmp_path, single_scale_loss, "--batch-size", "2") == 0  # the value that it had
 
 
 def begun_by_train(toy_voc, folder):
@@ -109,8 +109,8 @@ def begun_by_train(toy_voc, folder):
     return folder
 
 
-def test_what_may_change_is_applied(toy_voc, tmp_path):
-    """And is the same run: other workers, other memory, other places."""
+def test_options_that_may_change_are_applied(toy_voc, tmp_path):
+    """Other workers, other memory use and other paths give the same run."""
     train(toy_voc, tmp_path / "whole", *RUN)
     train(toy_voc, tmp_path / "parts", *RUN, loss=stopping(single_scale_loss, 4))
     moved = tmp_path / "moved"
@@ -135,7 +135,7 @@ def test_more_steps(toy_voc, tmp_path, capsys):
         bare_resume(tmp_path, single_scale_loss, "--num-steps", "5")
     assert bare_resume(tmp_path) == 0  # nothing left to do
     assert bare_resume(tmp_path, single_scale_loss, "--num-steps", "8") == 0
-    assert "with --num-steps 8 the base rate goes on at 0.0005 instead of 0" in capsys.readouterr().out
+    assert "with --num-steps 8 the base learning rate goes on at 0.0005 instead of 0" in capsys.readouterr().out
     assert log_lines(tmp_path)[-1]["lr"] == pytest.approx(1e-3 * (1 - 7 / 8) ** 0.5)
     assert checkpoint(tmp_path)["meta"]["args"]["num_steps"] == 8
 
@@ -154,20 +154,20 @@ def test_another_run_is_never_overwritten(toy_voc, tmp_path):
         train(toy_voc, tmp_path / "b", *one)
     (tmp_path / "kept.ckpt").rename(tmp_path / "b/last.ckpt")
     assert {path: path.read_bytes() for path in (tmp_path / "b").iterdir() if path.is_file()} == before
-    # A path alone goes on in the checkpoint's own folder, another folder of its own begins there.
+    # --resume CKPT alone goes on in the checkpoint's folder; with --snapshot-dir the run writes there instead.
     assert train(toy_voc, tmp_path / "c", "--resume", str(tmp_path / "a/last.ckpt"), "--num-steps", "2") == 0
     assert checkpoint(tmp_path / "a")["step"] == 1
     assert [line["step"] for line in log_lines(tmp_path / "c")] == [2]
     assert train_msc(toy_voc, tmp_path / "d", *one) == 0
 
 
-def test_without_a_checkpoint_it_begins(toy_voc, tmp_path, capsys):
+def test_without_a_checkpoint_a_new_run_begins(toy_voc, tmp_path, capsys):
     assert train(toy_voc, tmp_path, *SCRATCH, "--num-steps", "1", "--resume") == 0
     assert "to resume from: starting at step 0" in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on(toy_voc, tmp_path):
-    """It has no check sum of the ids, nor does it say which snapshots the run has written, and under which prefix."""
+    """It lacks the checksum of the ids, the steps of the snapshots that the run has written, and their prefix."""
     (toy_voc / "classes.txt").write_text("sky\nroad\ncar\ntree\n")
     train(toy_voc, tmp_path, *SCRATCH, "--num-steps", "1")
     content = torch.load(tmp_path / "last.ckpt", weights_only=True)
@@ -179,8 +179,8 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(toy_voc, tmp_path):
     assert (tmp_path / "VOC12_scenes_2.pth").exists()
 
 
-def test_snapshots_of_ones_own_data_are_named_after_its_folder(toy_voc, tmp_path, monkeypatch):
-    """A resumed run keeps its prefix wherever the data lie now, and --keep, the log and the default of evaluate.py know it."""
+def test_snapshots_of_the_users_own_data_are_named_after_its_folder(toy_voc, tmp_path, monkeypatch):
+    """A resumed run keeps its prefix even if the data has moved. --keep, the log and the default of evaluate.py know it."""
     data, moved = tmp_path / "-my data.v2é", tmp_path / "moved"
     toy_voc.rename(data)
     (data / "classes.txt").write_text("sky\nroad\ncar\ntree\n")
@@ -205,12 +205,12 @@ def test_prefixes_of_snapshots(tmp_path, monkeypatch):
     names = {".": tmp_path.name, "/": "data", "a/../my-set_2/": "my-set_2", "a.b c": "a_b_c", "数据": "数据", "...": "___"}
     assert {folder: prefix_of(folder) for folder in names} == names
     assert all(log.is_ours(f"{prefix_of(folder)}_scenes_20000.pth") for folder in names)
-    (tmp_path / f"{prefix_of('数' * 84)}_scenes_20000.pth.1a2b3c4d.5e6f7a8b.tmp").touch()  # not too long for a disk
+    (tmp_path / f"{prefix_of('数' * 84)}_scenes_20000.pth.1a2b3c4d.5e6f7a8b.tmp").touch()  # not too long for a file system
 
 
 @pytest.mark.parametrize(("step", "words"), [(-1, "sees none"), (0, "cannot read its own"), (4, "sees it at step 4")])
-def test_a_newer_checkpoint_in_another_process_is_told(toy_voc, tmp_path, monkeypatch, step, words):
-    # What else is gathered are problems, which no process has here.
+def test_a_newer_checkpoint_in_another_process_is_refused(toy_voc, tmp_path, monkeypatch, step, words):
+    # Everything else that is gathered is an error, and no process has one here.
     monkeypatch.setattr(distributed, "gather", lambda own: [step, 9] if type(own) is int else [own, own])
     with pytest.raises(UserError, match=rf"process 1 sees .*last\.ckpt at step 9, but process 0 {words}; give"):
         train(toy_voc, tmp_path, *RUN, "--resume")
@@ -223,7 +223,7 @@ def test_broken_checkpoints_are_refused(toy_voc, tmp_path):
     with pytest.raises(UserError, match=r"there is no .*nothing\.ckpt"):
         train(toy_voc, tmp_path, "--resume", str(tmp_path / "nothing.ckpt"))
     content = bytearray((tmp_path / "last.ckpt").read_bytes())
-    content[len(content) // 2] ^= 1  # one bit of one number
+    content[len(content) // 2] ^= 1  # one bit of a number
     (tmp_path / "last.ckpt").write_bytes(content)
     with pytest.raises(UserError, match=r"last\.ckpt.*damaged.* or begin another run .*--restore-from and the newest"):
         train(toy_voc, tmp_path, "--resume")
@@ -233,7 +233,7 @@ def test_broken_checkpoints_are_refused(toy_voc, tmp_path):
 
 
 def test_the_log_and_the_folder_of_a_killed_run(toy_voc, tmp_path):
-    """Lines behind the checkpoint, a torn line and torn temporary files go; what is not the run's stays."""
+    """Lines after the checkpoint's step, an incomplete line and temporary files are removed; files of others stay."""
     train(toy_voc, tmp_path, *RUN, loss=stopping(single_scale_loss, 6))
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     later = [json.dumps({**json.loads(lines[-1]), "step": step}) for step in (4, 5)]
@@ -246,15 +246,15 @@ def test_the_log_and_the_folder_of_a_killed_run(toy_voc, tmp_path):
 
 
 def test_the_first_and_the_last_step_are_logged(toy_voc, tmp_path):
-    """Of each start, so that a wrong rate is seen at once."""
+    """The first step after each start, so that a wrong learning rate is seen at once."""
     train(toy_voc, tmp_path, *SCRATCH, "--num-steps", "3", "--log-every", "100")
     assert [line["step"] for line in log_lines(tmp_path)] == [1, 3]
     train(toy_voc, tmp_path, "--resume", "--num-steps", "6", "--log-every", "100")
     assert [line["step"] for line in log_lines(tmp_path)] == [1, 3, 4, 6]
 
 
-def test_tensorboard_forgets_the_steps_that_are_done_again(toy_voc, tmp_path):
-    """An event of the checkpoint's own step stays, the later ones are purged (TensorBoard drops steps >= purge_step)."""
+def test_tensorboard_drops_the_steps_that_are_done_again(toy_voc, tmp_path):
+    """The event of the checkpoint's own step stays; later ones are purged (TensorBoard drops steps >= purge_step)."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     options = {"num_steps": 9, "batch_size": 1, "iter_size": 1, "tensorboard": True}
@@ -266,8 +266,8 @@ def test_tensorboard_forgets_the_steps_that_are_done_again(toy_voc, tmp_path):
     assert [(event.step, event.value) for event in events] == [(1, 1), (2, 2), (3, 23), (4, 24), (5, 25)]
 
 
-def test_labels_are_judged_anew_after_a_restart(toy_voc, tmp_path, capsys):
-    """Not as if those before it had held nothing: three of four pictures hold class 0 alone."""
+def test_labels_are_judged_from_the_start_after_a_restart(toy_voc, tmp_path, capsys):
+    """A restart does not warn because the labels before it are not counted: three of four labels hold only class 0."""
     for name in ("toy_0", "toy_1", "toy_2"):
         path = toy_voc / "SegmentationClassAug" / f"{name}.png"
         label = np.array(Image.open(path))
@@ -280,7 +280,7 @@ def test_labels_are_judged_anew_after_a_restart(toy_voc, tmp_path, capsys):
     assert "only class" not in capsys.readouterr().out
 
 
-def test_is_training_is_another_word_for_stats(toy_voc, tmp_path):
+def test_is_training_is_another_name_for_stats(toy_voc, tmp_path):
     common = ["--restore-from", "none", "--learning-rate", "1e-5", "--num-steps", "2"]
     for number, (begun, resumed) in enumerate(
         [(["--batch-norm", "stats"], "--is-training"), (["--is-training"], "--is-training")]
@@ -294,10 +294,10 @@ def test_is_training_is_another_word_for_stats(toy_voc, tmp_path):
 def version1(tmp_path, whole_nets) -> Path:
     """A folder with the ``last.ckpt`` and the snapshot that the program of format 1 wrote at step 2 of 4, on the toy data.
 
-    They are a ResNet-18's (torch 2.14; ``--val-every 2`` and the options of ``RUN``, crops of 33,41), stopped by SIGTERM. Of
-    each tensor the first 13 numbers then took the places of all, in the order of memory, which stayed as it was (channels
-    last): so the files compress from 135 MB to 49 kB. torch.save wrote them again. What is expected below, that program found
-    when it went on from them.
+    The net is a ResNet-18 (torch 2.14; ``--val-every 2`` and the options of ``RUN``, crops of 33,41); the run was stopped by
+    SIGTERM. Each tensor's first 13 numbers were then repeated over the whole tensor, in memory order (channels last), and
+    saved again with torch.save, so the files compress from 135 MB to 49 kB. The numbers expected below are those of that
+    program, resumed from these files.
     """
     for path in (ROOT / "tests/version1").glob("*.xz"):
         (tmp_path / "s").mkdir(exist_ok=True)
@@ -306,7 +306,7 @@ def version1(tmp_path, whole_nets) -> Path:
 
 
 def test_a_run_of_format_1_goes_on(version1, toy_voc):
-    """Its momentum and its weights are those of the file, and so are its options."""
+    """Its momentum, its weights and its options are those of the file."""
     assert bare_resume(version1, single_scale_loss, "--data-dir", str(toy_voc)) == 0
     lines = log_lines(version1)
     assert [line["step"] for line in lines] == [2, 3, 4, 4]
@@ -323,11 +323,11 @@ def test_a_snapshot_of_format_1_is_evaluated(version1, toy_voc, tmp_path):
     assert result["step"] == 2
     expected = [[443, 4551, 2864, 2307], [247, 113, 280, 60], [138, 46, 662, 114], [310, 113, 626, 127]]
     counted = np.array(result["scores"]["confusion_matrix"])
-    assert np.abs(counted - expected).sum() <= 26  # of 13,001 pixels: other machines round otherwise
+    assert np.abs(counted - expected).sum() <= 26  # of 13,001 pixels: rounding differs between machines
 
 
 def checkpoint_of(options: Options) -> dict:
-    """What a run with these options saves at step 3, but for the numbers in its tensors."""
+    """A checkpoint as a run with these options saves it at step 3, but with other numbers in its tensors."""
     net = make_net({"backbone": "resnet18", "num_classes": 4}, options.batch_norm)
     optimizer = GuardedSGD(net, 0.1, options.momentum)
     args = {name: value for name, value in vars(options).items() if name != "given"}
@@ -348,14 +348,14 @@ def parsed(*options: str) -> Options:
     return settle(parser.parse_args(["--resume", "--batch-norm", "full", *options]))
 
 
-def taken(content, monkeypatch, *options: str):
+def resumed(content, monkeypatch, *options: str):
     """The start of a run that is resumed from ``content``."""
     monkeypatch.setattr(start, "load_checkpoint", lambda path: content)
     return start.resume(parsed(*options), loss_name(single_scale_loss), Path("snapshots/last.ckpt"))
 
 
 def edited(content: dict, place: str, value) -> dict:
-    """A copy of ``content`` with ``value`` in one place, such as ``"meta/step"``; ``GONE`` takes it away."""
+    """A copy of ``content`` with ``value`` in one place, such as ``"meta/step"``; ``GONE`` removes the entry."""
     first, _, rest = place.partition("/")
     key = int(first) if first.isdigit() else first
     copy = list(content) if isinstance(content, list) else dict(content)
@@ -443,28 +443,28 @@ ANOTHER_RUNS = [
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
-def test_what_a_checkpoint_holds_is_compared_before_it_is_loaded(monkeypatch):
-    """Every tensor, every group and every option of the run: what would load as another run, or crash, is a sentence."""
+def test_a_checkpoint_is_compared_with_its_run_before_it_is_loaded(monkeypatch):
+    """Every tensor, group and option: a value that would load as another run, or crash, gives one sentence."""
     content = checkpoint_of(parsed("--momentum", "0.8"))
-    begun = taken(content, monkeypatch)
+    begun = resumed(content, monkeypatch)
     assert (begun.step, begun.run, begun.classes, begun.options.momentum) == (3, "1f", ["a", "b", "c", "d"], 0.8)
     nested = torch.nested.nested_tensor([torch.zeros(3), torch.zeros(5)])
     for place, value in [*ANOTHER_RUNS, (SLOT, nested), (WEIGHT, nested)]:
-        with pytest.raises(UserError, match=r"last\.ckpt does not fit its run: its .*put a whole copy in its place, or begin"):
-            pytest.fail(f"{place}: {taken(edited(content, place, value), monkeypatch)}"[:200])
+        with pytest.raises(UserError, match=r"last\.ckpt does not fit its run: its .*an intact copy in its place, or begin"):
+            pytest.fail(f"{place}: {resumed(edited(content, place, value), monkeypatch)}"[:200])
     with pytest.raises(UserError, match=r"its 'conv1.weight' is torch.float32 of shape \(1,\); the run has .*\(64, 3, 7, 7\)"):
-        taken(edited(content, WEIGHT, torch.zeros(1)), monkeypatch)
+        resumed(edited(content, WEIGHT, torch.zeros(1)), monkeypatch)
 
 
-def test_what_differs_between_versions_of_torch_is_ignored(monkeypatch):
-    """And hyperparameters come from the run: what the groups of the file say has no effect."""
+def test_entries_that_differ_between_versions_of_torch_are_ignored(monkeypatch):
+    """The hyperparameters come from the run; those in the groups of the file have no effect."""
     content = checkpoint_of(parsed("--momentum", "0.8"))
     hostile = {"momentum": 0.0, "weight_decay": 9.0, "nesterov": True, "maximize": True, "lr": 5.0, "dampening": 0.9, "new": 1}
     groups = [{**group, **hostile} for group in content["optimizer"]["param_groups"]]
     for state in content["optimizer"]["state"].values():
         state["momentum_buffer"] = torch.full(state["momentum_buffer"].shape, 0.25)
     content = edited(content, "optimizer/param_groups", groups)
-    begun = taken(content, monkeypatch)
+    begun = resumed(content, monkeypatch)
     net = begun.net.to(memory_format=torch.channels_last)
     optimizer = GuardedSGD(net, 0.5, 0.8, 0.01)
     before = [{**group, "params": None} for group in optimizer.param_groups]
@@ -474,36 +474,36 @@ def test_what_differs_between_versions_of_torch_is_ignored(monkeypatch):
     assert all(state["momentum_buffer"].stride() == parameter.stride() for parameter, state in optimizer.state.items())
     without = checkpoint_of(parsed("--momentum", "0"))
     assert without["optimizer"]["state"] == {}
-    assert taken(without, monkeypatch).options.momentum == 0
+    assert resumed(without, monkeypatch).options.momentum == 0
 
 
-def test_tensors_of_a_file_that_share_memory_become_tensors_of_their_own(monkeypatch):
+def test_tensors_of_a_file_that_share_memory_are_copied(monkeypatch):
     content = checkpoint_of(parsed())
     shared = torch.zeros(1).expand(64)
     for name in ("bn1.weight", "bn1.bias", "layer1.0.bn1.weight"):
         content["model"][name] = shared
-    net = taken(content, monkeypatch).net
+    net = resumed(content, monkeypatch).net
     with torch.no_grad():
         net.bn1.weight[0] = 5.0
     assert [tensor.sum() for tensor in (net.bn1.weight, net.bn1.bias, net.layer1[0].bn1.weight)] == [5.0, 0.0, 0.0]
 
 
 def test_loss_scaling_of_a_checkpoint(monkeypatch):
-    """Its numbers are the file's; how it grows is the run's."""
+    """Its scale comes from the file, its growth from the run."""
     content = edited(
         checkpoint_of(parsed("--amp", "fp16")), "scaler", {"scale": 8.0, "_growth_tracker": 5, "growth_interval": 1}
     )
-    assert taken(content, monkeypatch).checkpoint["scaler"]["scale"] == 8.0
+    assert resumed(content, monkeypatch).checkpoint["scaler"]["scale"] == 8.0
     for scale in (0.0, -1.0, float("inf"), float("nan"), "8", None, torch.ones(1)):
         with pytest.raises(UserError, match="its loss scaling has the scale"):
-            taken(edited(content, "scaler/scale", scale), monkeypatch)
+            resumed(edited(content, "scaler/scale", scale), monkeypatch)
     with pytest.raises(UserError, match="its loss scaling is not that of --amp fp16"):
-        taken(edited(content, "scaler", {}), monkeypatch)
+        resumed(edited(content, "scaler", {}), monkeypatch)
 
 
 @pytest.mark.parametrize("version", [99, 3, 0, "2", None, 2.0, True])
 def test_a_file_of_another_format_is_refused(version, tmp_path):
-    """Of a newer program, which may mean something else by the same names; a snapshot as well as a checkpoint."""
+    """A newer program may mean something else by the same names. Snapshots and checkpoints are both refused."""
     content = {"model": {}, "meta": {"backbone": "resnet18", "version": version}, "optimizer": {}, "scaler": {}, "step": 1}
     torch.save(content, tmp_path / "last.ckpt")
     sentence = rf"last\.ckpt: it is of format {version!r}, and this program knows 1 to 2; use the program that wrote it"
@@ -526,10 +526,10 @@ def test_losses_are_compared_by_their_qualified_names(toy_voc, tmp_path):
         ("single_scale_loss", "lab.single_scale_loss"), ("lab.single_scale_loss", ours), ("lab.mine", "lab.other"),
         ("lab.mine", "lab2.mine"), ("mine", "lab.other"), ("mine", ours), (ours, "lab.mine"),
     ]:  # fmt: skip
-        with pytest.raises(UserError, match=f"was begun with the loss .*{begun}, not with {now}; go on with that one"):
+        with pytest.raises(UserError, match=f"was begun with the loss .*{begun}, not with {now}; go on with .*{begun}"):
             compare_losses(begun, now)
     for loss in (lambda *args: {}, partial(single_scale_loss, size="input"), Namespace()):
-        with pytest.raises(UserError, match=r"the loss function .* has no name, by which --resume could tell it"):
+        with pytest.raises(UserError, match=r"the loss function .* has no name, but --resume compares losses by name"):
             train(toy_voc, tmp_path / "s", *RUN, loss=loss)
     assert not (tmp_path / "s").exists()
 
@@ -545,13 +545,13 @@ def any_loss(net, images, labels, **options):
 
 
 @pytest.mark.parametrize("loss", [smooth_loss, any_loss])
-def test_an_option_of_a_loss_of_ones_own(loss, toy_voc, tmp_path):
-    """Added to the parser, it reaches the parameter of its name, and a resumed run goes on with it."""
+def test_an_option_of_the_users_own_loss(loss, toy_voc, tmp_path):
+    """Added to the parser, it is passed to the parameter of its name, and a resumed run goes on with its value."""
 
     def run(*options):
         parser = training_parser("", batch_size=10, iter_size=1, snapshot_dir="snapshots")
         parser.add_argument("--smooth", type=float, default=1.0)
-        parser.add_argument("--note", default="")  # which nobody passes to a loss that has no such parameter
+        parser.add_argument("--note", default="")  # not passed to a loss without such a parameter
         smooth_loss.seen = []
         words = ["--data-dir", str(toy_voc), "--snapshot-dir", str(tmp_path / "s"), *SMALL, *SCRATCH, *options]
         training.run(parser.parse_args(words), loss)
@@ -563,8 +563,8 @@ def test_an_option_of_a_loss_of_ones_own(loss, toy_voc, tmp_path):
         run("--num-steps", "3", "--resume", "--smooth", "3")
 
 
-def test_a_script_of_ones_own_is_the_module_of_its_loss(monkeypatch):
-    """Whether it is run or imported; another script's loss of the same name is another one."""
+def test_the_users_own_script_is_the_module_of_its_loss(monkeypatch):
+    """The name is the same whether the script is run or imported; another script's loss of that name is another loss."""
 
     def loss():
         pass
@@ -582,12 +582,12 @@ def test_other_class_names_and_another_runs_best_net_are_refused(toy_voc, tmp_pa
     runs = [torch.load(path, weights_only=True)["meta"]["run"] for path in sorted(tmp_path.glob("*/*.[cp]*t*"))]
     assert runs[0] == runs[1] == runs[2] != runs[3] == runs[4] == runs[5]
     (toy_voc / "classes.txt").write_text("sky\ncar\nroad\ntree\n")
-    with pytest.raises(UserError, match=r"begun with the class 'road' where .*toy now names 'car'; resume with the same"):
+    with pytest.raises(UserError, match=r"begun with the class 'road', but .*toy now names it 'car'; resume with the same"):
         train(toy_voc, tmp_path / "a", "--resume", "--num-steps", "2")
     (toy_voc / "classes.txt").unlink()
     best = (tmp_path / "b/best.pth").read_bytes()
     (tmp_path / "a/best.pth").write_bytes(best)
-    with pytest.raises(UserError, match=r"a/best\.pth is another run's, and this one would replace it .*; move it away"):
+    with pytest.raises(UserError, match=r"a/best\.pth is another run's, and this run would replace it; move it away"):
         train(toy_voc, tmp_path / "a", "--resume", "--num-steps", "2")
     assert (tmp_path / "a/best.pth").read_bytes() == best
     (tmp_path / "a/best.pth").unlink()
@@ -603,7 +603,7 @@ def test_a_best_net_without_a_score_is_damaged(score, tmp_path):
         validation.mean_iou_of(tmp_path / "best.pth")
 
 
-def test_a_damaged_log_is_cut_to_what_can_be_read(tmp_path):
+def test_a_damaged_log_keeps_its_readable_lines(tmp_path):
     path, good = tmp_path / "log.jsonl", ['{"step": 1, "loss": 1.0, "seconds": 2.5}', '{"step": 2, "val_mean_iou": 0.5}']
     steps = ["true", "-1", "1.0", '"1"', "[1]", "null", "NaN", "1" + "0" * 5000, '1, "seconds": "x"', '1, "seconds": Infinity']
     bad = ["[" * 100000, "1", "[]", "null", "\xff", "", *(f'{{"step": {step}}}' for step in steps), '{"step": 3}']

@@ -1,4 +1,4 @@
-"""Signals to a training run, to the process alone and to its whole group, with workers under way; output without a reader."""
+"""Signals to a training run, to its process or to its whole process group, with workers running; output without a reader."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="process groups 
 def begin(
     in_a_group, toy_voc: Path, folder: Path, *options: str, runner: tuple = ("train.py",), **streams: int
 ) -> subprocess.Popen:
-    """A run of 100,000 steps with two workers, in a process group of its own, that has made its second step."""
+    """Start a run of 100,000 steps with two workers, in its own process group; returns after its second step."""
     arguments = ["--data-dir", toy_voc, "--snapshot-dir", folder, *SMALL, *SCRATCH, "--num-steps", "100000"]
     process = in_a_group([sys.executable, *runner, *arguments, "--num-workers", "2", *options], **streams)
     for _ in range(1200):
@@ -32,7 +32,7 @@ def begin(
 
 
 def group_is_gone(process: subprocess.Popen) -> bool:
-    """Whether nothing of the process group is left; waits a little for what is just ending."""
+    """Whether the process group has ended; waits up to 5 s for it."""
     for _ in range(100):
         try:
             os.killpg(process.pid, 0)
@@ -59,7 +59,7 @@ def test_a_signal_to_the_whole_group_saves(name, method, in_a_group, toy_voc, tm
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number, errors
-    if name != "SIGHUP":  # which the library's own helper process does not ignore, and its end is told by tracebacks
+    if name != "SIGHUP":  # SIGHUP also ends multiprocessing's helper process, with tracebacks
         assert "Traceback" not in errors
     assert f"{name}: stopping after this step" in errors
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["step"] == log_lines(tmp_path)[-1]["step"]
@@ -79,7 +79,7 @@ def test_a_second_ctrl_c_ends_at_once(in_a_group, toy_voc, tmp_path):
 
 
 def test_an_uncaught_exception_ends(in_a_group, toy_voc, tmp_path):
-    """A bug keeps its traceback, and the workers, which ignore SIGTERM, do not keep the process."""
+    """A bug keeps its traceback, and the workers, although they ignore SIGTERM, do not keep the process alive."""
     (tmp_path / "bug.py").write_text(
         "import sys; sys.path.insert(0, '.')\n"
         "import deeplab, train\n"
@@ -102,7 +102,7 @@ def test_an_uncaught_exception_ends(in_a_group, toy_voc, tmp_path):
 
 
 def test_a_closed_terminal_saves(in_a_group, toy_voc, tmp_path):
-    """It sends SIGHUP, and nothing can be written to it any more: neither the bar nor a sentence."""
+    """It sends SIGHUP, and neither the bar nor a message can be written to it."""
     terminal, name = os.openpty()
     again = "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
     own_terminal = f"import os, sys; os.open(os.ttyname(1), os.O_RDWR); {again}"
@@ -116,11 +116,11 @@ def test_a_closed_terminal_saves(in_a_group, toy_voc, tmp_path):
 
 
 @pytest.mark.parametrize(("handler", "status", "steps"), [(signal.SIG_DFL, 128 + signal.SIGHUP, 1), (signal.SIG_IGN, 0, 3)])
-def test_a_hang_up_is_ignored_where_nohup_has_it_ignored(handler, status, steps, toy_voc, tmp_path):
+def test_sighup_is_ignored_under_nohup(handler, status, steps, toy_voc, tmp_path):
     before = signal.signal(signal.SIGHUP, handler)
     try:
-        hang_up = at({1: lambda: signal.raise_signal(signal.SIGHUP)})
-        assert train(toy_voc, tmp_path, *SCRATCH, "--num-steps", "3", loss=hang_up) == status
+        loss = at({1: lambda: signal.raise_signal(signal.SIGHUP)})
+        assert train(toy_voc, tmp_path, *SCRATCH, "--num-steps", "3", loss=loss) == status
         assert signal.getsignal(signal.SIGHUP) == handler
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -128,8 +128,8 @@ def test_a_hang_up_is_ignored_where_nohup_has_it_ignored(handler, status, steps,
 
 
 @pytest.mark.parametrize(("handler", "status"), [("SIG_DFL", 128 + signal.SIGHUP), ("SIG_IGN", 0)])
-def test_a_hang_up_of_any_command(handler, status, tmp_path):
-    """What stands in a ``finally`` is done; under ``nohup`` the command goes on."""
+def test_sighup_to_any_command(handler, status, tmp_path):
+    """Its ``finally`` clauses run; under ``nohup`` the command goes on."""
     program = f"""
 import signal
 signal.signal(signal.SIGHUP, signal.{handler})
@@ -146,8 +146,8 @@ run_command(main)
 
 
 @pytest.mark.parametrize("both", [False, True])
-def test_a_reader_that_goes_away_ends_no_run(both, in_a_group, toy_voc, tmp_path):
-    """As in ``train.py | tee``, of which tee is killed, with and without ``2>&1``."""
+def test_a_closed_pipe_does_not_end_a_run(both, in_a_group, toy_voc, tmp_path):
+    """As in ``train.py | tee`` after tee is killed, with and without ``2>&1``."""
     arguments = ["--data-dir", toy_voc, "--snapshot-dir", tmp_path, *SMALL, *SCRATCH, "--num-steps", "4", "--val-every", "4"]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT if both else subprocess.PIPE}
     process = in_a_group([sys.executable, "train.py", *arguments], **streams)
@@ -160,8 +160,8 @@ def test_a_reader_that_goes_away_ends_no_run(both, in_a_group, toy_voc, tmp_path
     assert (tmp_path / "best.pth").exists()
 
 
-def test_the_sentence_of_a_stop_needs_no_reader(tmp_path):
-    """Its own status is kept where standard error has none either."""
+def test_the_exit_status_of_a_mistake_needs_no_reader(tmp_path):
+    """Neither of standard output nor of standard error."""
     program = "from utils.command import UserError, run_command\ndef main():\n    raise UserError('x')\nrun_command(main)"
     reader, writer = os.pipe()
     os.close(reader)
@@ -172,7 +172,7 @@ def test_the_sentence_of_a_stop_needs_no_reader(tmp_path):
 
 @pytest.mark.parametrize("validated", [False, True])
 def test_a_stop_in_the_last_save(validated, toy_voc, tmp_path, monkeypatch, capfd):
-    """Everything is saved; what of the last score is still to come is said, and --resume brings it."""
+    """Everything is saved. A missing last evaluation is reported, and --resume does it."""
     save = checkpoint._save
 
     def stopped(path, *args, **options):

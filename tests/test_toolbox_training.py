@@ -1,4 +1,4 @@
-"""DeepLabv3 and PSPNet through the commands: defaults, dropout, resume, evaluation, what is refused."""
+"""DeepLabv3 and PSPNet through the commands: defaults, dropout, resume, evaluation, refused options."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("thin_nets")
 NONE = ["--restore-from", "none", "--num-steps", "2"]
 
 
-def test_the_net_says_its_defaults_and_options_win(toy_voc, tmp_path):
+def test_given_options_override_the_defaults_of_the_net(toy_voc, tmp_path):
     train(toy_voc, tmp_path / "a", "--net", "deeplabv3", *NONE, "--ohem", "--ohem-keep", "50")
     meta = load_weights(tmp_path / "a/VOC12_scenes_2.pth").meta
     args = meta["args"]
@@ -39,14 +39,14 @@ def test_the_net_says_its_defaults_and_options_win(toy_voc, tmp_path):
     args = load_weights(tmp_path / "b/VOC12_scenes_2.pth").meta["args"]
     assert (args["learning_rate"], args["loss_size"], args["batch_norm"], args["aux_weight"]) == (1e-3, "output", "frozen", 0)
     assert not {"loss_main", "loss_aux"} & log_lines(tmp_path / "b")[0].keys()
-    train(toy_voc, tmp_path / "c", *NONE, "--restore-from", str(tmp_path / "a/VOC12_scenes_2.pth"))  # the file says what it is
+    train(toy_voc, tmp_path / "c", *NONE, "--restore-from", str(tmp_path / "a/VOC12_scenes_2.pth"))  # the file says its net
     meta = load_weights(tmp_path / "c/VOC12_scenes_2.pth").meta
     assert (meta["net"], meta["args"]["learning_rate"]) == ("deeplabv3", 1e-2)
 
 
 @pytest.mark.parametrize(("batch_size", "iter_size"), [(10, 1), (1, 10)])
 def test_published_values_for_the_nets_on_cityscapes(batch_size, iter_size):
-    """Facts of the toolbox: batch 8, 40,000 steps, crops of 769, scales 0.7 to 2.1. What is given, or a run's own, wins."""
+    """Those of the toolbox: batch 8, 40,000 steps, crops of 769, scales 0.7 to 2.1. Given or resumed options override them."""
 
     def settled(*words: str) -> Options:
         parser = training_parser("", batch_size=batch_size, iter_size=iter_size, snapshot_dir="snapshots")
@@ -76,7 +76,7 @@ def test_published_values_for_the_nets_on_cityscapes(batch_size, iter_size):
 
 
 def stopping(batches):
-    """A loss that stops the run during its n-th batch."""
+    """A loss that stops the run in its ``batches``-th batch."""
     seen = []
 
     @wraps(single_scale_loss)
@@ -89,7 +89,7 @@ def stopping(batches):
     return loss
 
 
-def test_dropout_of_a_resumed_run_is_that_of_a_whole_one(toy_voc, tmp_path):
+def test_dropout_of_a_resumed_run_is_that_of_an_uninterrupted_run(toy_voc, tmp_path):
     run = ["--net", "pspnet", "--restore-from", "none", "--num-steps", "3", "--iter-size", "2", "--random-mirror"]
     train(toy_voc, tmp_path / "whole", *run)
     assert train(toy_voc, tmp_path / "parts", *run, loss=stopping(3)) == 128 + signal.SIGTERM
@@ -99,7 +99,7 @@ def test_dropout_of_a_resumed_run_is_that_of_a_whole_one(toy_voc, tmp_path):
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
-def test_each_batch_draws_its_own_and_all_processes_the_same(monkeypatch):
+def test_dropout_differs_between_batches_but_not_between_processes(monkeypatch):
     drawn = {}
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
@@ -113,7 +113,7 @@ def test_each_batch_draws_its_own_and_all_processes_the_same(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_of_a_picture_does_not_depend_on_the_number_of_processes(dtype):
+def test_dropout_of_an_image_does_not_depend_on_the_number_of_processes(dtype):
     x, whole = torch.rand(6, 400, 2, 3).to(dtype) + 1, ChannelDropout(0.1)
     torch.manual_seed(5)
     expected = whole(x)
@@ -130,8 +130,8 @@ def test_dropout_of_a_picture_does_not_depend_on_the_number_of_processes(dtype):
             assert mine.eval()(part) is part
 
 
-def test_an_auxiliary_head_without_a_weight_is_left_alone(toy_voc, tmp_path):
-    """Its tensors stay as they began, and a run that began with the head in the optimiser goes on."""
+def test_an_auxiliary_head_with_weight_0_is_not_trained(toy_voc, tmp_path):
+    """Its tensors keep their initial values. They are in the optimiser's state, and the run can be resumed."""
     options = [*NONE, "--net", "pspnet", "--aux-weight", "0", "--save-pred-every", "1"]
     train(toy_voc, tmp_path, *options)
     first, second = (model(tmp_path / f"VOC12_scenes_{step}.pth") for step in (1, 2))
@@ -144,7 +144,7 @@ def test_an_auxiliary_head_without_a_weight_is_left_alone(toy_voc, tmp_path):
 
 
 def test_one_scale_at_a_time_drops_the_same_channels_again():
-    """What is computed again in the backward pass is the same net, whose dropout drew what it drew the first time."""
+    """The recomputation in the backward pass drops the same channels as the forward pass."""
     torch.manual_seed(0)
     net = make_net({"net": "deeplabv3", "backbone": "resnet18", "num_classes": 3}, "frozen").train()
     dropped: dict[tuple, list] = {}
@@ -174,24 +174,24 @@ def test_evaluation_and_prediction_take_the_net_from_the_snapshot(toy_voc, tmp_p
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--aux-weight", "0.4"], "--aux-weight is of an auxiliary head, which deeplabv2 has none of"),
-        (["--ohem-keep", "5"], "--ohem-keep says how --ohem chooses"),
+        (["--aux-weight", "0.4"], "--aux-weight is for an auxiliary head, but deeplabv2 has none"),
+        (["--ohem-keep", "5"], "--ohem-keep does nothing without --ohem"),
         (["--net", "pspnet", "--batch-size", "1"], "give pspnet at least two"),
     ],
 )
-def test_what_does_not_go_together_is_refused(options, words, toy_voc, tmp_path):
+def test_options_that_do_not_go_together_are_refused(options, words, toy_voc, tmp_path):
     with pytest.raises(UserError, match=words):
         train(toy_voc, tmp_path / "run", *NONE, *options)
     assert not (tmp_path / "run").exists()
 
 
-def test_shared_statistics_need_some():
+def test_sync_bn_with_frozen_batch_norm_is_refused():
     args = Options({"sync_bn": True, "batch_norm": "frozen", "net": "deeplabv2", "batch_size": 2})
     with pytest.raises(UserError, match="add --batch-norm full"):
         check_net_options(args)
 
 
-def test_rates_are_those_of_deeplabv2(toy_voc, tmp_path):
+def test_atrous_rates_are_only_for_deeplabv2(toy_voc, tmp_path):
     with pytest.raises(ValueError, match="--atrous-rates are those of DeepLab-v2's head; a pspnet has none"):
         train(toy_voc, tmp_path / "run", *NONE, "--net", "pspnet", "--atrous-rates", "6,12")
     assert (

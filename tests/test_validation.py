@@ -1,4 +1,4 @@
-"""Validation during training: the numbers of evaluate.py, the best snapshot, and a training that does not notice."""
+"""Validation during training: the results of evaluate.py, the best snapshot, and no effect on the training."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ OPTIONS = [*SCRATCH, "--num-steps", "4", "--save-pred-every", "4"]
 
 
 @pytest.mark.parametrize("mode", ["full", "stats", "frozen"])
-def test_weights_are_the_same_with_and_without(mode, toy_voc, tmp_path):
+def test_weights_are_the_same_with_and_without_validation(mode, toy_voc, tmp_path):
     options = [*OPTIONS, "--batch-norm", mode, "--learning-rate", "1e-4"]
     train(toy_voc, tmp_path / "without", *options)
     train(toy_voc, tmp_path / "with", *options, "--val-every", "1", "--num-workers", "1")
@@ -43,7 +43,7 @@ def test_scores_are_those_of_evaluate_and_the_best_is_kept(toy_voc, tmp_path):
 
 
 def test_a_worse_net_never_replaces_the_best(toy_voc, tmp_path):
-    """Not after a resume either; and a new run is not begun over it."""
+    """Not after a resume either, and a new run in its folder is refused."""
     options = [*OPTIONS, "--val-every", "4"]
     train(toy_voc, tmp_path, *options)
     content = torch.load(tmp_path / "best.pth", weights_only=True)
@@ -59,8 +59,8 @@ def test_a_worse_net_never_replaces_the_best(toy_voc, tmp_path):
         train(toy_voc, tmp_path, *options)
 
 
-def test_what_a_killed_run_has_not_scored_is_scored_when_it_goes_on(toy_voc, tmp_path):
-    """Killed between the snapshot of step 2 and its score, or between the score's best.pth and the log."""
+def test_a_missing_validation_of_a_killed_run_is_done_on_resuming(toy_voc, tmp_path):
+    """The run was killed between the snapshot of step 2 and its validation, or between its best.pth and its log line."""
     whole = tmp_path / "whole"
     train(toy_voc, whole, *OPTIONS, "--num-steps", "2", "--val-every", "2")
     for name, best in (("a", False), ("b", True)):
@@ -74,7 +74,7 @@ def test_what_a_killed_run_has_not_scored_is_scored_when_it_goes_on(toy_voc, tmp
         assert torch.equal(*(model(folder / "best.pth")["conv1.weight"] for folder in (whole, tmp_path / name)))
 
 
-def test_a_stop_request_leaves_a_validation(toy_voc, tmp_path, monkeypatch, capsys):
+def test_a_stop_signal_interrupts_a_validation(toy_voc, tmp_path, monkeypatch, capsys):
     score, seen = validation.score, []
 
     def score_and_stop(*args, finish, **options):
@@ -91,24 +91,24 @@ def test_a_stop_request_leaves_a_validation(toy_voc, tmp_path, monkeypatch, caps
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["step"] == 3
     assert not (tmp_path / "best.pth").exists()
     assert "saved" in capsys.readouterr().out.splitlines()[-1]
-    for _ in range(2):  # after the last step as well, and of a run that has nothing else to do
+    for _ in range(2):  # after the last step, too, and in a run that has no more steps
         assert train(toy_voc, tmp_path, "--resume", "--val-every", "4") == 128 + signal.SIGTERM
         assert torch.load(tmp_path / "last.ckpt", weights_only=True)["step"] == 4
         assert not (tmp_path / "best.pth").exists()
-        assert "add --resume, which does that" in capsys.readouterr().out.splitlines()[-1]
+        assert "add --resume to evaluate it" in capsys.readouterr().out.splitlines()[-1]
     monkeypatch.undo()
     assert train(toy_voc, tmp_path, "--resume") == 0
     assert model(tmp_path / "best.pth").keys() == model(tmp_path / "VOC12_scenes_4.pth").keys()
 
 
-def test_what_cannot_be_validated_is_a_sentence_and_loses_nothing(toy_voc, tmp_path):
+def test_a_failed_validation_is_one_sentence_and_loses_nothing(toy_voc, tmp_path):
     with pytest.raises(DatasetError, match="nowhere"):
         train(toy_voc, tmp_path / "a", *OPTIONS, "--val-every", "2", "--val-list", str(tmp_path / "nowhere.txt"))
     assert not (tmp_path / "a/last.ckpt").exists()
-    (toy_voc / "JPEGImages/toy_5.jpg").write_bytes(b"broken")  # on the list of validation only
+    (toy_voc / "JPEGImages/toy_5.jpg").write_bytes(b"broken")  # only on the validation list
     with pytest.raises(DatasetError, match="toy_5"):
         train(toy_voc, tmp_path / "b", *OPTIONS, "--val-every", "2")
     with pytest.raises(DatasetError, match="toy_5"):
-        train(toy_voc, tmp_path / "b", "--resume")  # its score is still to come
+        train(toy_voc, tmp_path / "b", "--resume")  # its validation is still to come
     assert torch.load(tmp_path / "b/last.ckpt", weights_only=True)["step"] == 2
     assert json.loads((tmp_path / "b/args.json").read_text())["val_every"] == 2

@@ -1,4 +1,4 @@
-"""The command line's parser, and its value types: each reads one argument, or says in a sentence what it should have been."""
+"""The command line parser, and its argument types: each reads one value, or says in a sentence what it expects."""
 
 import argparse
 import difflib
@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-LARGEST_NUMBER = 2**31 - 1  # on a command line
-LARGEST_SIDE = 2**16 - 1  # of crops, canvases and tiles, pixels
+LARGEST_NUMBER = 2**31 - 1  # of an option
+LARGEST_SIDE = 2**16 - 1  # of crops, canvases and tiles, in pixels
 
 EPOCHS = ("epochs", "epoch", "num-epochs", "max-epochs")
-# What other programs call an option -> ours, the first that the command has.
+# An option's name in other programs -> our names for it; the first one that the command has is suggested.
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys((*EPOCHS, "steps", "max-steps", "iters", "iterations", "max-iter", "max-iters"), ("--num-steps",)),
     **dict.fromkeys(("lr", "base-lr", "learn-rate"), ("--learning-rate",)),
@@ -40,7 +40,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """argparse's, with the last word of an option as its metavar; text of several lines, such as examples, stays as it is."""
+    """argparse's, with the last word of an option as its metavar; texts of several lines, such as examples, are not wrapped."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if "\n" in text else super()._fill_text(text, width, indent)
@@ -50,7 +50,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, with a short usage line and one sentence per mistake, which names the option that was probably meant.
+    """argparse's, with a short usage line, and one sentence per mistake that names the option probably meant.
 
     It also refuses ``--option=--``, which argparse would read as no value at all.
     """
@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         for word in sys.argv[1:] if args is None else args:
             if word.startswith("-") and word.endswith("=--"):
-                self.error(f"{word}: '--' is no value; put ./ before the name of such a file")
+                self.error(f"{word}: '--' is no value; if it is the name of a file, write ./--")
         return super().parse_known_args(args, namespace)
 
     def format_usage(self) -> str:
@@ -79,11 +79,11 @@ class Parser(argparse.ArgumentParser):
         if words != message:
             word = next((word.partition("=")[0] for word in words.split() if word.startswith("-")), "")
             meant = f"did you mean {near}?" if (near := self.nearest(word)) else "--help lists the options"
-            message = f"{word} is no option of this command; {meant}" if word else f"{words}: nothing is expected here; {meant}"
+            message = f"{word} is not an option of this command; {meant}" if word else f"{words} is not expected here; {meant}"
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def nearest(self, word: str) -> str:
-        """The option that a mistyped one, or one of another program, probably stands for; "" if none is near."""
+        """The option that a mistyped one, or another program's, probably means; "" if none is similar."""
         options = [name for name in self._option_string_actions if name.startswith("--")]
         if not (name := word.strip("-").lower().replace("_", "-")):
             return ""
@@ -93,7 +93,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class GivenParser(Parser):
-    """An argument parser whose namespaces tell which options were on the command line: ``args.given``, a set of names."""
+    """A parser that records which options were on the command line, in ``args.given``: a set of names."""
 
     def parse_args(  # type: ignore[override]  # narrower: no namespace is ever given
         self, args: Sequence[str] | None = None
@@ -108,7 +108,7 @@ class GivenParser(Parser):
 
 
 def target_text(text: str) -> str:
-    """An argparse type: where to write; an empty path, as of a variable that is not set, is refused."""
+    """An argparse type: a path to write to; an empty one, as from an unset shell variable, is refused."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty; name a file or folder, or leave the option out")
     return text
@@ -158,7 +158,7 @@ def number(
     fits: Callable[[float], bool] = lambda value: 0 <= value < math.inf,
     expected: str = "a finite number of at least 0",
 ) -> float:
-    """An argparse type: a number that ``fits``, which ``expected`` says in words."""
+    """An argparse type: a number that ``fits``; ``expected`` describes such numbers in words."""
     try:
         value = float(text)
     except ValueError:
@@ -173,7 +173,7 @@ probability = partial(number, fits=lambda value: 0 < value <= 1, expected="above
 
 
 def share(text: str) -> Fraction:
-    """An argparse type: a share from 0 up to, but without, 1, as in ``"1/3"`` or ``"0.25"``."""
+    """An argparse type: a share of at least 0 and below 1, such as ``"1/3"`` or ``"0.25"``."""
     try:
         value = Fraction(text)
     except (ValueError, ZeroDivisionError):
@@ -205,7 +205,7 @@ helpers = partial(whole, 0, 1024)  # processes
 def known(table: str, text: str) -> str:
     """A name in one of deeplab's tables, as an argparse type: ``partial(known, "BACKBONES")``.
 
-    The table is looked up only where a name is given, as it loads torch, which --help need not wait for.
+    The table is imported only if a name is given: it loads torch, and --help need not wait for that.
     """
     import deeplab
 
@@ -224,5 +224,5 @@ def class_count(text: str) -> int:
     if value == 1:
         raise argparse.ArgumentTypeError("1 is too small: with a single class the loss is always 0; count the background too")
     if value > 255:
-        raise argparse.ArgumentTypeError(f"{value} is too large; expected at most 255, as 255 is the void label")
+        raise argparse.ArgumentTypeError(f"{value} is too large; expected at most 255, as 255 is the ignore label")
     return value

@@ -20,12 +20,12 @@ from deeplab.weights import VERSION, WeightsError, check_sums, check_version
 from utils.command import UserError
 from utils.files import DiskError, check_writable, end_of, write_atomically
 
-PREFIX = r"\w[\w-]*"  # of the names of snapshots
+PREFIX = r"\w[\w-]*"  # of snapshot names
 ANEW = "or begin another run in a new folder, with --restore-from and the newest numbered snapshot"
 
 
 def make_meta(net: Net, classes: Sequence[str] | None, step: int, args: dict, **more: Any) -> dict:
-    """What a snapshot says of itself; ``evaluate.py`` rebuilds the net from it without flags."""
+    """The meta of a snapshot: ``evaluate.py`` rebuilds the net from it without options."""
     return {
         **net.config,
         "classes": list(classes) if classes else None,
@@ -38,7 +38,7 @@ def make_meta(net: Net, classes: Sequence[str] | None, step: int, args: dict, **
 
 
 def dataset_of(meta: dict) -> str:
-    """The data set that a snapshot's net was trained on; ``"voc"`` where its meta does not tell."""
+    """The data set that a snapshot's net was trained on; ``"voc"`` if its meta does not say."""
     return (meta.get("args") or {}).get("dataset", "voc")
 
 
@@ -46,7 +46,7 @@ def save_snapshot(path: str | Path, net: nn.Module, meta: dict, **more: Any) -> 
     """Save ``{"model": state_dict, "meta": meta, **more}`` atomically.
 
     Raises:
-        DiskError: it cannot be written.
+        DiskError: the file cannot be written.
     """
     _save(Path(path), net.state_dict(), meta, **more)
 
@@ -56,20 +56,20 @@ def _save(path: Path, model: Mapping[str, Tensor], meta: dict, **more: Any) -> N
 
 
 def _copy(value: Any) -> Any:
-    """A tensor as it is now, on the host; anything else as it is."""
+    """A copy of a tensor on the host; anything else unchanged."""
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 
 def prefix_of(folder: str | Path) -> str:
-    """The prefix of the snapshots of one's own data: its folder's name; what is no letter, digit, "-" or "_" becomes "_"."""
+    """The snapshot prefix for the user's own data: its folder's name, with "_" for all but letters, digits, "-" and "_"."""
     return re.sub(r"[^\w-]|^-", "_", end_of(Path(folder).resolve().name, 150)) or "data"  # "/" has no name
 
 
 class Snapshots:
-    """The snapshots of a run: ``last.ckpt``, to resume from, and numbered ones, of which the newest ``keep`` stay (0: all).
+    """The snapshots of a run: ``last.ckpt``, to resume from, and the newest ``keep`` numbered ones (0: all of them).
 
     Args:
-        numbers: steps of the numbered ones that this run wrote before; nothing else is ever deleted.
+        numbers: the steps of the numbered snapshots that this run has written; no other file is ever deleted.
         prefix: of their names, see :func:`prefix_of`.
     """
 
@@ -85,20 +85,20 @@ class Snapshots:
     def save(self, net: nn.Module, meta: dict, numbered: bool, **state: Any) -> None:
         """Save ``last.ckpt`` with ``state`` and, if ``numbered``, the step's own snapshot without it, while training goes on.
 
-        What is saved is copied to the host, and written by a thread, of which there is one: a save waits for the one before
-        it. :meth:`problem` says whether it was written.
+        The tensors are copied to the host, and a thread writes the files. There is one thread at a time: a save waits for the
+        one before it. :meth:`problem` reports whether it worked.
         """
         self.wait()
-        model = net.state_dict()  # its metadata stay
+        model = net.state_dict()  # changed in place, which keeps its _metadata
         for name, tensor in model.items():
             model[name] = _copy(tensor)
         self.writing = Future()
-        # Not a pool, whose idle thread would be there when workers are forked.
+        # Not a pool: its idle thread would still run when workers are forked.
         write = partial(self._write, model, meta, numbered, tree_map(_copy, state))
         Thread(target=_run, args=(self.writing, write), name="snapshot").start()
 
     def _write(self, model: Mapping[str, Tensor], meta: dict, numbered: bool, state: dict[str, Any]) -> str:
-        """Write both files; returns what could not be written, else "". The files of before are then as they were."""
+        """Write both files; returns what could not be written, else "". A failed write leaves the earlier file unchanged."""
         step, problems = meta["step"], []
         numbers = [number for number in self.numbers if number != step] + [step] * numbered
         try:
@@ -108,7 +108,7 @@ class Snapshots:
         if numbered:
             try:
                 _save(self.path(step), model, meta)
-                self.numbers = numbers[-self.keep :]  # of 0: all
+                self.numbers = numbers[-self.keep :]  # keep 0: all
                 for number in numbers[: -len(self.numbers)]:
                     self.path(number).unlink(missing_ok=True)
             except (DiskError, OSError) as error:
@@ -116,50 +116,50 @@ class Snapshots:
         return "; ".join(problems)
 
     def problem(self) -> str:
-        """What the last save could not write, once it has ended; "" while it goes on, and where it was asked before."""
+        """What the last save could not write, reported once, after it has ended; else ""."""
         return self.wait() if self.writing and self.writing.done() else ""
 
     def wait(self) -> str:
-        """:meth:`problem`, after the end of the last save."""
+        """Wait for the end of the last save; returns :meth:`problem`."""
         writing, self.writing = self.writing, None
         return writing.result() if writing else ""
 
     def check_space(self, net: nn.Module, optimizer: optim.Optimizer, count: int) -> str:
-        """Make sure, before any work is done, that what is saved first can be written.
+        """Check, before any work is done, that the disk has space for the first snapshots.
 
         Args:
-            count: the numbered snapshots that are going to be made.
+            count: the number of numbered snapshots to come.
 
         Returns:
-            A sentence where they do not all fit, else "".
+            A note if the disk has no space for all of them, else "".
 
         Raises:
-            DiskError: not even the first fits, or nothing can be written.
+            DiskError: it has no space even for the first ones, or the folder cannot be written.
         """
         check_writable(self.folder)
         state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
         model, momentum = (sum(tensor.nbytes for tensor in part) for part in (net.state_dict().values(), state))
         last = model + momentum
         disk = shutil.disk_usage(self.folder)
-        free = disk.free if disk.total else math.inf  # some network disks do not tell
+        free = disk.free if disk.total else math.inf  # some network disks do not report it
         room = f"{self.folder} has {free / 1e6:.0f} MB free"
         if free < last + model:
             raise DiskError(
                 f"{room}, and the first snapshots need {(last + model) / 1e6:.0f} MB (last.ckpt {last / 1e6:.0f}, "
                 f"{self.prefix}_scenes_<step>.pth {model / 1e6:.0f}); free space, or choose another --snapshot-dir"
             )
-        count = min(count, self.keep + 1) if self.keep else count  # the oldest goes when the newest is there
+        count = min(count, self.keep + 1) if self.keep else count  # the oldest is deleted after the newest is written
         whole = (count - 1) * model + 2 * last  # a new last.ckpt is written beside the old one
         if count > 1 and free < whole:
             return (
                 f"note: {room}, and this run's {count} snapshots need {whole / 1e6:.0f} MB; free space, or keep the newest N "
-                "alone with --keep N"
+                "only with --keep N"
             )
         return ""
 
 
 def _run(future: "Future[str]", write: Callable[[], str]) -> None:
-    """Call a function in this thread, for the future's result."""
+    """Call ``write`` in this thread, and give its result to ``future``."""
     try:
         future.set_result(write())
     except BaseException as error:
@@ -167,7 +167,7 @@ def _run(future: "Future[str]", write: Callable[[], str]) -> None:
 
 
 def _is_snapshot(path: Path, step: int) -> bool:
-    """Whether a file is the snapshot of that step, not another that was put there under its name."""
+    """Whether a file is the snapshot of that step, not another file of the same name."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["meta"]["step"] == step
     except Exception:  # torch.load raises many kinds
@@ -175,10 +175,10 @@ def _is_snapshot(path: Path, step: int) -> bool:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A ``last.ckpt``: model, meta, optimizer, step, scaler, ids, numbers, prefix.
+    """The contents of a ``last.ckpt``: model, meta, optimizer, step, scaler, ids, numbers, prefix.
 
     Raises:
-        UserError: the file is missing, broken, of a newer format, or a snapshot without the optimiser's state.
+        UserError: the file is missing, broken, of a newer format, or a snapshot without the state of the optimiser.
     """
     try:
         check_sums(path)

@@ -1,4 +1,4 @@
-"""The command lines of train.py, train_msc.py and evaluate.py: the options that they share, and their defaults."""
+"""The command line options shared by train.py, train_msc.py and evaluate.py, and their defaults."""
 
 import argparse
 import re
@@ -27,31 +27,31 @@ from utils.processes import default_processes
 DATA_DIR = VOCSegmentation.DATA_DIR
 INITIAL_WEIGHTS = "weights/MS_DeepLab_resnet_pretrained_COCO_init.pth"
 TRAINED_WEIGHTS = "snapshots/VOC12_scenes_20000.pth"
-# Choices of the net, written out so that --help and a mistyped flag answer without loading torch;
-# a test compares them with deeplab's own.
+# Choices of deeplab's own, repeated here so that --help and a mistyped option need not wait for torch; a test compares them.
 BATCH_NORM_MODES = ("frozen", "stats", "full")
 LOSS_SIZES = ("output", "input")
 TRUNKS = ("auto", "torchvision", "caffe", "rgb-1x1", "bgr-3x3")
 ABN = ("abs", "signed")
 FUSIONS = ("max", "mean")
 
-# What the processes of one command may be given differently: what lies elsewhere on another machine, and how that works.
-# Lists, weights and the kind of device are compared by what they are.
+# Options that may differ between the processes of one command, as paths, devices and numbers of cores differ between machines.
+# For lists, weights and devices, the contents and the type of device are compared instead.
 OF_A_MACHINE = {
     "data_dir", "data_list", "val_list", "image_dir", "label_dir", "restore_from", "snapshot_dir", "pictures", "device", "gpu",
     "num_workers", "crf_workers", "given",
 }  # fmt: skip
-OUTPUTS = {"save_dir", "save_panels", "save_json", "report", "compare", "submission", "resume"}  # all have them, or none
+# Options that all processes must be given, or none; their values may differ.
+OUTPUTS = {"save_dir", "save_panels", "save_json", "report", "compare", "submission", "resume"}
 
 
 class Options:
-    """Settled options, read by attribute: the same on every process, and nothing sets one afterwards."""
+    """Settled options, read by attribute: the same on every process, and never changed afterwards."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         vars(self).update(values)
 
     def replace(self, **changes: Any) -> "Options":
-        """A copy in which some options are others."""
+        """A copy with some options changed."""
         return Options(vars(self) | changes)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -66,36 +66,36 @@ AnyOptions = argparse.Namespace | Options
 
 
 def flag(name: str) -> str:
-    """The option of a name: ``num_steps`` -> ``--num-steps``."""
+    """An option as it is written on the command line: ``num_steps`` -> ``--num-steps``."""
     return "--" + name.replace("_", "-")
 
 
 def shared_options(args: AnyOptions) -> dict[str, Any]:
-    """The options that all processes of a command must have alike, by their flags."""
+    """The options that must be the same on all processes of a command: flag -> value."""
     options = {name: value for name, value in sorted(vars(args).items()) if name not in OF_A_MACHINE}
     options |= {name: "given" if options[name] else "not given" for name in OUTPUTS & options.keys()}
     return {flag(name): value for name, value in options.items()}
 
 
 def with_own_places(options: Options, asked: Options, resumed: bool) -> Options:
-    """The options that process 0 settled, but with this machine's own paths, devices and numbers of workers.
+    """The options that process 0 settled, with this machine's own paths, devices and numbers of workers.
 
     Args:
-        asked: this process's command line; of a run that is ``resumed`` only what was given on it counts.
+        asked: this process's options; if the run is ``resumed``, only those that were on its command line count.
     """
     own = {name: value for name, value in vars(asked).items() if name in OF_A_MACHINE and name in vars(options)}
     return options.replace(**{name: value for name, value in own.items() if name in asked.given or not resumed})
 
 
 def elsewhere(value: Callable[[type[VOCSegmentation]], Any]) -> str:
-    """For a help text: the defaults of the other data sets than VOC, ``", Cityscapes 769,769"``; None is none."""
+    """For a help text: the defaults for other data sets than VOC, ``", Cityscapes 769,769"``; None means no own default."""
     found = [(kind.TITLE, value(kind)) for kind in DATASETS.values() if kind is not VOCSegmentation]
     texts = [(title, ",".join(map(str, given)) if isinstance(given, tuple) else given) for title, given in found]
     return "".join(f", {title} {text}" for title, text in texts if text is not None)
 
 
 def add_dataset_option(parser: Any, default: str | None = "voc") -> None:
-    """Whose layout and labels are read; :func:`dataset_defaults` brings the defaults that hang on it."""
+    """Add ``--dataset``; :func:`dataset_defaults` sets the defaults that depend on it."""
     parser.add_argument(
         "--dataset",
         choices=DATASETS,
@@ -107,14 +107,14 @@ def add_dataset_option(parser: Any, default: str | None = "voc") -> None:
 
 
 def dataset_defaults(args: AnyOptions, trained_on: str = "voc", more: Mapping[str, Any] | None = None) -> Options:
-    """The options with their data set named, and its defaults in place of what was not given.
+    """The options with the name of their data set, and its defaults for the options that were not given.
 
     Args:
-        trained_on: the data set where the command line names none.
+        trained_on: the data set if the command line names none.
         more: defaults beside the folders.
 
     Raises:
-        UserError: another number of classes was given.
+        UserError: the given number of classes is not the data set's.
     """
     options = Options({**vars(args), "dataset": args.dataset or trained_on})
     kind = DATASETS[options.dataset]
@@ -133,7 +133,7 @@ def trained_weights() -> str:
 
 
 def add_prediction_options(parser: Any) -> None:
-    """How a picture is predicted: at which scales, whole or in tiles, how many at once, and whether the CRF refines it."""
+    """Add the options of prediction: scales, flip, sliding window, batch size and CRF."""
     parser.add_argument(
         "--scales",
         type=partial(numbers, float),
@@ -182,7 +182,7 @@ def add_prediction_options(parser: Any) -> None:
 
 
 def add_data_options(parser: argparse.ArgumentParser, split: str, ignore_label: int | None) -> None:
-    """Where the pictures, the labels and the weights are; shared by training and evaluation."""
+    """Add the options of the data, which training and evaluation share."""
     group = parser.add_argument_group("data")
     add_dataset_option(group, default="voc" if split == "train" else None)
     text = f"its folder (default: %(default)s{elsewhere(lambda kind: kind.DATA_DIR)})"
@@ -217,7 +217,7 @@ def add_data_options(parser: argparse.ArgumentParser, split: str, ignore_label: 
 
 
 def add_net_options(parser: argparse.ArgumentParser) -> None:
-    """The shape of the net; what a weights file says of itself is the default."""
+    """Add the options of the net; by default they are as in the weights file."""
     group = parser.add_argument_group("net")
     text = "deeplabv2, deeplabv3 or pspnet (default: that of the weights, else deeplabv2)"
     group.add_argument("--net", type=net_name, metavar="NAME", help=text)
@@ -227,7 +227,7 @@ def add_net_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_file_options(parser: Any) -> None:
-    """What a weights file may not say of its net."""
+    """Add the options for facts about a net that a weights file may lack."""
     parser.add_argument(
         "--atrous-rates",
         type=partial(numbers, int),
@@ -243,7 +243,7 @@ def add_file_options(parser: Any) -> None:
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
-    """Where and how the arithmetic is done."""
+    """Add the options of the device and its arithmetic."""
     group = parser.add_argument_group("device")
     group.add_argument(
         "--gpu", type=not_negative, default=0, metavar="N", help="index of the CUDA device (default: %(default)s)"

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def run(args: Namespace, loss_function: "LossFunction", data: "Dataset | None" = None) -> int:
-    """Train as ``args`` say; see :func:`utils.training.loop.run`, which is loaded here, as torch takes seconds."""
+    """Train with the options ``args``; see :func:`utils.training.loop.run`, imported only here because torch loads slowly."""
     from utils.training import loop
 
     return loop.run(args, loss_function, data)

@@ -1,4 +1,4 @@
-"""``--class-weights``: the weight of each class in the loss, from a file or balanced by the labels of the training list."""
+"""``--class-weights``: the weight of each class in the loss, from a file or computed from the training labels."""
 
 import math
 from collections.abc import Sequence
@@ -15,31 +15,30 @@ BALANCED = "balanced"
 
 
 def balanced_weights(counts: Sequence[int]) -> list[float]:
-    """The weights with which each class that occurs has the same share of the loss: all / (classes that occur * own pixels).
+    """Weights that give every class that occurs the same share of the loss: all pixels / (classes that occur * own pixels).
 
-    That is the "balanced" of scikit-learn (King and Zeng, "Logistic Regression in Rare Events Data", 2001). The mean weight
-    of a labelled pixel is 1. A class without pixels gets 1: no pixel is multiplied by it, and where one turns up after all, it
-    counts as one does on average.
+    This is scikit-learn's "balanced" (King and Zeng, "Logistic Regression in Rare Events Data", 2001). The mean weight of a
+    labelled pixel is 1. A class without pixels gets 1: if it occurs after all, its pixels count as the average pixel does.
 
     Args:
-        counts: labelled pixels of each class.
+        counts: the number of labelled pixels per class.
     """
     present = sum(count > 0 for count in counts)
     return [sum(counts) / (present * count) if count else 1.0 for count in counts]
 
 
 def read_weights(path: str | Path, num_classes: int) -> list[float]:
-    """The weights of a text file: one number of at least 0 a line, in the order of the classes.
+    """The weights in a text file: one number of at least 0 per line, in the order of the classes.
 
     Raises:
-        DatasetError: it cannot be read.
-        UserError: another number of them, or something else than such numbers.
+        DatasetError: the file cannot be read.
+        UserError: it does not hold ``num_classes`` finite numbers of at least 0, or all of them are 0.
     """
     words = " ".join(read_lines(path, "the class weights")).split()
     try:
         weights = [float(word) for word in words]
     except ValueError as error:
-        raise UserError(f"--class-weights {path}: {error}; expected one number per class, one a line") from None
+        raise UserError(f"--class-weights {path}: {error}; expected one number per class, each on its own line") from None
     if len(weights) != num_classes:
         raise UserError(f"--class-weights {path} holds {len(weights)} numbers; expected {num_classes}, one per class")
     if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
@@ -48,15 +47,15 @@ def read_weights(path: str | Path, num_classes: int) -> list[float]:
 
 
 def find_weights(options: Options, data: Any, begun: list[float] | None, given: bool) -> list[float]:
-    """The weights that ``--class-weights`` asks for, the same on all processes, each of which counts its share of the labels.
+    """The weights that ``--class-weights`` asks for, the same on all processes. Each process counts its share of the labels.
 
     Args:
         data: the training set.
-        begun: those of the run that is resumed; None of a new one.
-        given: the option is on the command line.
+        begun: the weights of the resumed run; None for a new run.
+        given: whether the option is on the command line.
 
     Raises:
-        DatasetError, UserError: a label or the file is wrong, or no longer what it was when the run was begun.
+        DatasetError, UserError: a label or the file is wrong, or the file has changed since the run was begun.
     """
     import torch
 
@@ -77,7 +76,7 @@ def find_weights(options: Options, data: Any, begun: list[float] | None, given: 
 
 
 class LabelCounts:
-    """A map-style data set of label counts: item i is (256,) int64, the pixels of each value in label i of ``data``."""
+    """A map-style dataset: item i is (256,) int64, the number of pixels of each value in label i of ``data``."""
 
     def __init__(self, data: Any) -> None:
         self.data = data
@@ -87,7 +86,7 @@ class LabelCounts:
 
 
 def count_labels(data: Any, num_workers: int) -> np.ndarray:
-    """The pixels of each value in this process's share of the labels of ``data``, (256,) int64."""
+    """The number of pixels of each value in this process's share of the labels of ``data``, (256,) int64."""
     import torch
     from tqdm import tqdm
 

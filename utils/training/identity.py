@@ -1,4 +1,4 @@
-"""What makes a run this run: options, loss, net, images and classes, compared on resuming and between processes."""
+"""What identifies a run: options, loss, net, images and classes, compared on resuming and between processes."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ from utils.training.optimizer import poly_lr
 from utils.training.options import training_parser
 
 NET_OPTIONS = ("net", "backbone", "num_classes", "atrous_rates")
-# What a resumed run may do differently without becoming another run. Everything else would change what is computed.
+# The options that may change when a run is resumed. Every other option would change what is computed.
 MAY_CHANGE = {
     "num_workers", "device", "gpu", "no_tf32", "deterministic", "compile", "grad_checkpoint",
     "one_scale_at_a_time", "data_dir", "data_list", "image_dir", "label_dir",  # other paths of the same images
@@ -36,18 +36,18 @@ MAY_CHANGE = {
 
 
 def loss_name(loss: LossFunction) -> str:
-    """The name of a loss function with its module, by which a resumed run is compared with the one that was begun.
+    """The name of a loss function with its module. On resuming it is compared with the name in the checkpoint.
 
     Raises:
-        UserError: it has none of its own.
+        UserError: the function has no name of its own.
     """
     module, name = getattr(loss, "__module__", None), getattr(loss, "__qualname__", None)
     if not module or not name or "<lambda>" in name:
         raise UserError(
-            f"the loss function {loss!r} has no name, by which --resume could tell it from another; define it with def, at the "
-            "top of a module"
+            f"the loss function {loss!r} has no name, but --resume compares losses by name; define it with def at the top of a "
+            "module"
         )
-    if module == "__main__":  # the script, which may be imported as well
+    if module == "__main__":  # the script's own name, as if it were imported
         module = Path(getattr(sys.modules[module], "__file__", None) or module).stem
     return f"{module}.{name}"
 
@@ -59,7 +59,7 @@ def compare_losses(begun: str, now: str) -> None:
     """Raise :class:`UserError` if a run was begun with another loss function.
 
     Args:
-        begun: its name; files of format 1 hold it without the module, and ours' bare names mean ours.
+        begun: the name of that function. Files of format 1 hold it without the module; the names of our losses then mean ours.
     """
     bare = {name.rpartition(".")[2]: name for name in SCRIPTS}
     if "." not in begun:
@@ -68,18 +68,19 @@ def compare_losses(begun: str, now: str) -> None:
         return
     if begun in SCRIPTS and now in SCRIPTS:
         raise UserError(f"--resume: the run was begun with {SCRIPTS[begun]}, not with {SCRIPTS[now]}; go on with that script")
-    raise UserError(f"--resume: the run was begun with the loss {begun}, not with {now}; go on with that one")
+    raise UserError(f"--resume: the run was begun with the loss {begun}, not with {now}; go on with {begun}")
 
 
 def resumed_options(asked: Options, meta: dict[str, Any], step: int, loss: str) -> tuple[Options, list[str]]:
-    """The options of a resumed run, those given now, else those of its checkpoint, and a line for each that has changed.
+    """The options of a resumed run (those given now, else the checkpoint's), and a line for each that has changed.
 
     Args:
-        meta: of the checkpoint.
-        step: steps done.
+        meta: the checkpoint's meta.
+        step: the number of steps done.
+        loss: the name of the loss function.
 
     Raises:
-        UserError: a given option would make it another run.
+        UserError: a given option would change what the run computes.
     """
     before = {"dataset": "voc", **meta["args"], **{name: meta.get(name) for name in NET_OPTIONS}}
     before["net"] = before["net"] or "deeplabv2"  # of older checkpoints
@@ -94,7 +95,7 @@ def resumed_options(asked: Options, meta: dict[str, Any], step: int, loss: str) 
     if refused := [name for name in changed if name not in MAY_CHANGE]:
         texts = ", ".join(f"{flag(name)} {changed[name][0]} -> {changed[name][1]}" for name in refused)
         raise UserError(
-            f"--resume goes on with the same run, in which these cannot change: {texts} (the run's value -> the one given); "
+            f"--resume goes on with the same run, so these cannot change: {texts} (the run's value -> the value given); "
             "leave them out, or start another run with --restore-from"
         )
     lines = [f"changed: {flag(name)} {old} -> {new}" for name, (old, new) in changed.items()]
@@ -104,31 +105,31 @@ def resumed_options(asked: Options, meta: dict[str, Any], step: int, loss: str) 
         total, *schedule = now["num_steps"], options["power"], options["warmup_steps"]
         if total <= step:
             raise UserError(f"--resume: step {step} is reached already and --num-steps is {total}; give more, or leave it out")
-        rates = [
+        old, new = (
             poly_lr(options["learning_rate"], min(step, steps), steps, *schedule) for steps in (before["num_steps"], total)
-        ]
-        lines.append(f"with --num-steps {total} the base rate goes on at {rates[1]:.3g} instead of {rates[0]:.3g}")
+        )
+        lines.append(f"with --num-steps {total} the base learning rate goes on at {new:.3g} instead of {old:.3g}")
     return Options(options), lines
 
 
 def kept_options(options: Options) -> dict[str, Any]:
-    """The options as a snapshot keeps them: without which of them were given."""
+    """The options as a snapshot stores them: all but ``given``, the names that were on the command line."""
     return {name: value for name, value in vars(options).items() if name != "given"}
 
 
 def compare_data(data: VOCSegmentation, device: str, ids: str | None, classes: list[str] | None) -> str:
-    """Compare what is trained on with the other processes and with the run that is resumed.
+    """Compare the training data with that of the other processes and of the resumed run.
 
     Args:
-        device: the kind of device.
-        ids: what this function returned when the run was begun; None for a new run.
-        classes: names of the classes of the run that is resumed; None for a new run, or where nobody gave them.
+        device: the type of device.
+        ids: the result of this function when the run was begun; None for a new run.
+        classes: the class names of the resumed run; None for a new run, or if nobody gave names.
 
     Returns:
-        A check sum of the ids in their order, which the draws depend on.
+        A checksum of the ids in their order, as the order determines which images are drawn.
 
     Raises:
-        UserError: on all processes, where something differs.
+        UserError: something differs; raised on all processes.
     """
     distributed.check_same({"kinds of device": device, **what_is_compared(data)})
     found = hashlib.sha256("\n".join(data.ids).encode()).hexdigest()
@@ -137,14 +138,14 @@ def compare_data(data: VOCSegmentation, device: str, ids: str | None, classes: l
     if classes and data.names and list(data.names) != classes:
         name, begun = next((a, b) for a, b in zip(data.names, classes) if a != b)
         raise UserError(
-            f"--resume: the run was begun with the class {begun!r} where {data.root} now names {name!r}; resume with the same "
-            "classes, or start another run with --restore-from"
+            f"--resume: the run was begun with the class {begun!r}, but {data.root} now names it {name!r}; resume with the "
+            "same classes, or start another run with --restore-from"
         )
     return found
 
 
 def new_run(options: Options, ids: list[str], net: Net) -> str:
-    """What tells a new run's files from another's: a check sum of options, ids and initial weights. One command is one run."""
+    """The identifier of a new run: a checksum of options, ids and initial weights. The same command is the same run."""
     kept = {name: value for name, value in vars(options).items() if name not in ("snapshot_dir", "resume")}
     digest = hashlib.sha256(json.dumps([kept, ids]).encode())
     for tensor in net.state_dict().values():
@@ -153,17 +154,17 @@ def new_run(options: Options, ids: list[str], net: Net) -> str:
 
 
 class Misfit(Exception):
-    """What a checkpoint holds, and what was expected."""
+    """A checkpoint does not fit its run; the text says what it holds and what was expected."""
 
 
 def compare_meta(checkpoint: dict[str, Any]) -> None:
-    """Raise :class:`Misfit` if what a checkpoint says of its run is not what a run writes, its options included."""
+    """Raise :class:`Misfit` if a checkpoint's meta, its options included, is not what a run writes."""
     meta, step = checkpoint["meta"], checkpoint["step"]
     if not isinstance(meta, dict) or not isinstance(meta.get("args"), dict) or not {"backbone", "num_classes"} <= meta.keys():
         raise Misfit("its meta is not that of a run")
     if type(step) is not int or step < 0 or step != meta.get("step"):
         raise Misfit(
-            f"its step is {brief(step)}, and {brief(meta.get('step'))} in its meta; expected the number of steps that are done"
+            f"its step is {brief(step)}, and {brief(meta.get('step'))} in its meta; expected the number of steps done in both"
         )
     classes, numbers, ids = meta.get("classes"), checkpoint.get("numbers"), checkpoint.get("ids")
     if classes is not None and not (_is_list(classes, str) and len(classes) == meta["num_classes"]):
@@ -171,11 +172,11 @@ def compare_meta(checkpoint: dict[str, Any]) -> None:
     if not _is_list(meta.get("given") or [], str):
         raise Misfit("its given options are not names")
     if not all(isinstance(value, str | None) for value in (ids, meta.get("run"), meta.get("seen_voc_val", ""))):
-        raise Misfit("its ids, run or seen_voc_val is no text")
+        raise Misfit("its ids, run or seen_voc_val is not a text")
     if numbers is not None and not (_is_list(numbers, int) and all(0 < number <= step for number in numbers)):
-        raise Misfit("its numbers are not steps of snapshots")
+        raise Misfit("its numbers are not the steps of snapshots")
     if not (isinstance(prefix := checkpoint.get("prefix", "VOC12"), str) and re.fullmatch(PREFIX, prefix)):
-        raise Misfit(f"its prefix of snapshots is {brief(prefix)}")
+        raise Misfit(f"its prefix of snapshot names is {brief(prefix)}")
     weights: Any = checkpoint.get("class_weights")
     right = _is_list(weights, float) and len(weights) == meta["num_classes"] and all(0 <= x < math.inf for x in weights)
     if not right and (meta["args"].get("class_weights") or weights is not None):
@@ -184,14 +185,14 @@ def compare_meta(checkpoint: dict[str, Any]) -> None:
         if not _could_give(action, value := meta["args"].get(action.dest, action.default)):
             raise Misfit(f"its option {flag(action.dest)} is {brief(value)}")
     if not all(isinstance(name, str) for name in meta["args"]):
-        raise Misfit("its options have no names")
+        raise Misfit("the names of its options are not texts")
 
 
 def _could_give(action: Any, value: Any) -> bool:
-    """Whether an option of the command line, one of argparse's actions, can have that value."""
+    """Whether ``action``, one of argparse's, can give its option this value."""
     if type(value) is type(action.default) and value == action.default:
         return True
-    if action.nargs == 0:  # a switch
+    if action.nargs == 0:  # a flag without a value
         return type(value) is bool
     if not isinstance(value, int | float | str | list | tuple):
         return False
@@ -204,18 +205,18 @@ def _could_give(action: Any, value: Any) -> bool:
 
 
 def net_of_checkpoint(checkpoint: dict[str, Any], options: Options) -> Net:
-    """The net of a checkpoint, on the CPU. All of the file is compared with what the run would build before any is loaded.
+    """The net of a checkpoint, on the CPU. Before anything is loaded, the whole file is compared with what the run would build.
 
-    The hyperparameters in the optimiser's groups are not looked at: they are the run's, and their names differ between versions
-    of torch.
+    The hyperparameters in the optimiser's groups are not compared: the run sets them itself, and their names differ between
+    versions of torch.
 
     Raises:
-        Misfit: a name, a shape, a type, or a parameter's group differs.
+        Misfit: a name, a shape, a dtype or a parameter's group differs.
     """
     try:
         with torch.device("meta"):
             net = make_net({name: value for name, value in checkpoint["meta"].items() if name in CONFIG}, options.batch_norm)
-    except Exception as error:  # of many kinds, by what is wrong in it
+    except Exception as error:  # of many kinds, depending on what is wrong
         raise Misfit(f"its meta describes no net ({type(error).__name__}: {brief(error)})") from None
     names = {id(parameter): name for name, parameter in net.named_parameters()}
     groups = net.parameter_groups()
@@ -231,7 +232,7 @@ def net_of_checkpoint(checkpoint: dict[str, Any], options: Options) -> Net:
                 found[f"momentum of {learning[number]}"] = _kind(buffer)
         found |= _group_of_each(optimizer["param_groups"], lambda number: learning[number])
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise Misfit("its model, or its optimizer, is not what torch saves") from None
+        raise Misfit("its model or its optimizer is not what torch saves") from None
     wrong = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
     if wrong:
         more = f" (and {len(wrong) - 1} more such)" if len(wrong) > 1 else ""
@@ -246,38 +247,38 @@ def net_of_checkpoint(checkpoint: dict[str, Any], options: Options) -> Net:
             f"its loss scaling has the scale {brief(scale)} after {brief(tracker)} steps; expected a finite number above 0"
         )
     net.to_empty(device="cpu")
-    net.load_state_dict(checkpoint["model"])  # copied: tensors in a file may share their memory
+    net.load_state_dict(checkpoint["model"])  # a copy: tensors in a file may share their memory
     return net
 
 
 def _group_of_each(groups: Iterable[dict[str, Any]], name_of: Callable[[Any], str]) -> dict[str, str]:
-    """What the optimiser's groups do with each of their parameters, in words."""
+    """The settings of each parameter's group in the optimiser, in words."""
     return {
-        f"group of {name_of(parameter)}": f"rate x{group['lr_scale']:g}, decay x{group['decay_scale']:g}"
+        f"group of {name_of(parameter)}": f"learning rate x{group['lr_scale']:g}, weight decay x{group['decay_scale']:g}"
         for group in groups
         for parameter in group["params"]
     }
 
 
 def _kind(value: object, device: str = "cpu") -> str:
-    """The type and the shape of a tensor on ``device``, in words."""
+    """The dtype and the shape of a tensor on ``device``, in words."""
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
     if value.is_nested or value.layout != torch.strided or value.device.type != device:
-        return "a tensor that does not hold a number for each place"
+        return "a tensor that is not a plain dense one"
     return f"{value.dtype} of shape {tuple(value.shape)}"
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON keeps it."""
+    """A value as JSON stores it: tuples become lists."""
     return list(value) if isinstance(value, tuple) else value
 
 
 def brief(value: object) -> str:
-    """A value from a file, in one line of at most 60 characters."""
+    """A value from a file, on one line of at most 60 characters."""
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # a number of too many digits, or what is nested too deep
+    except Exception:  # a number with too many digits, or too many nested levels
         text = f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
 

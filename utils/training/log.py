@@ -1,4 +1,4 @@
-"""What a training run tells: a progress bar or lines, ``log.jsonl``, ``args.json`` and, if asked for, TensorBoard scalars."""
+"""The log of a training run: a progress bar or lines, ``log.jsonl``, ``args.json`` and, if asked for, TensorBoard scalars."""
 
 import errno
 import json
@@ -27,21 +27,20 @@ from utils.visualize import save_image
 class RunLog:
     """The log of one run, kept by the main process.
 
-    ``log.jsonl`` gets one JSON object a logged step: step (from 1), the losses (means since the last line, over all
-    processes), lr, images_per_s, data_wait (the share of the time that the device waited for images), seconds of running,
-    those before a restart included, and memory_mb at its peak; and one a validation, see :meth:`scores`. A resumed run goes on
-    behind the last line that its checkpoint knew; later ones, which tell of steps that are done again, are cut off.
+    ``log.jsonl`` gets one JSON object per logged step: step (from 1), the losses (means since the last line, over all
+    processes), lr, images_per_s, data_wait (the share of the time that the device waited for images), seconds of running
+    (those before a restart included) and memory_mb (the peak); and one per validation, see :meth:`scores`. A resumed run
+    appends after the step of its checkpoint; the lines of later steps, which are done again, are removed.
 
-    A disk that is full, or gone, does not end a run: lines of ``log.jsonl`` then wait for the next one that can be written, and
-    TensorBoard ends.
+    A full or missing disk does not end a run: lines of ``log.jsonl`` then wait until one can be written, and TensorBoard ends.
 
     Args:
         lock: of the snapshot folder; while it is lost, lines wait.
         options: the run's options, saved as ``args.json``.
-        first_step: steps that are done already.
+        first_step: the number of steps done already.
 
     Attributes:
-        scored: whether the scores of the first step are in the log of before.
+        scored: whether the log already holds the validation of ``first_step``.
     """
 
     def __init__(self, lock: FolderLock, options: dict[str, Any], first_step: int = 0) -> None:
@@ -58,13 +57,13 @@ class RunLog:
         self.waiting = ""  # lines that could not be written yet
         self.num_steps = options["num_steps"]
         bar = {"total": self.num_steps, "initial": first_step, "unit": "step", "dynamic_ncols": True, "smoothing": 0.1}
-        self.bar = tqdm(**bar, disable=None)  # a bar in a terminal, else a line an entry
+        self.bar = tqdm(**bar, disable=None)  # a bar in a terminal, else one line per entry
         self.writer = None
         if options["tensorboard"]:
-            from torch.utils.tensorboard import SummaryWriter  # slow to load, and seldom asked for
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and seldom used
 
             self.writer = SummaryWriter(str(self.folder), purge_step=first_step + 1)
-        self.images_a_step = options["batch_size"] * options["iter_size"]
+        self.images_per_step = options["batch_size"] * options["iter_size"]
         self.last_time = time.perf_counter()
 
     def __enter__(self) -> "RunLog":
@@ -77,15 +76,15 @@ class RunLog:
         self._board(lambda writer: writer.close())
 
     def say(self, *lines: str) -> None:
-        """Print lines, above the bar if there is one; empty ones are left out. That nobody reads them any more ends no run."""
+        """Print the lines that are not empty, above the bar if there is one. A closed standard output does not end the run."""
         self.bar.clear()
         put(sys.stdout, *filter(None, lines))
         self.bar.refresh()
 
     def _write(self, line: str) -> None:
         """Add a line to ``log.jsonl``, after those that wait."""
-        told, self.waiting = bool(self.waiting), self.waiting + line
-        if self.lock.lost():  # the next save says whether the folder is another run's now
+        warned, self.waiting = bool(self.waiting), self.waiting + line
+        if self.lock.lost():  # the next save reports whether another run has the folder now
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -96,11 +95,11 @@ class RunLog:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self.waiting = ""
         except OSError as error:
-            if not told:
+            if not warned:
                 self.say(f"WARNING: {self.path} cannot be written ({error.strerror}); its lines wait until it can")
 
     def _board(self, write: Callable[[Any], object]) -> None:
-        """Write to TensorBoard, if that was asked for, and for as long as it can be done."""
+        """Write to TensorBoard if it was asked for, until its file cannot be written."""
         try:
             if self.writer:
                 write(self.writer)
@@ -110,7 +109,7 @@ class RunLog:
 
     @property
     def seconds(self) -> float:
-        """How long the run has been going."""
+        """How long the run has been going, parts before a restart included."""
         return time.perf_counter() - self.start
 
     def line(
@@ -119,15 +118,15 @@ class RunLog:
         """Write one line.
 
         Args:
-            step: steps done.
+            step: the number of steps done.
             losses: name -> mean over the last ``steps`` steps.
-            lr: base rate of the last step.
-            steps: since the last line.
+            lr: base learning rate of the last step.
+            steps: the number of steps since the last line.
             data_wait: share of the time since then that the device waited for data, 0..1.
-            rates: of the parameter groups, for TensorBoard.
+            rates: learning rates of the parameter groups, for TensorBoard.
         """
         now = time.perf_counter()
-        speed = steps * self.images_a_step / (now - self.last_time)
+        speed = steps * self.images_per_step / (now - self.last_time)
         self.last_time = now
         entry = {"step": step, **{name: round(value, 6) for name, value in losses.items()}, "lr": lr}
         entry.update(images_per_s=round(speed, 3), data_wait=round(data_wait, 3))
@@ -141,19 +140,19 @@ class RunLog:
         self._add_scalars(step, scalars | {f"rate/group_{number}": rate for number, rate in enumerate(rates)})
 
     def scores(self, step: int, scores: Scores, names: Sequence[str]) -> None:
-        """Write a line of validation: step, val_mean_iou, and val_iou, a number a class (null where it does not occur)."""
+        """Write a line of validation: step, val_mean_iou, and val_iou, one number per class (null if it does not occur)."""
         ious = [None if math.isnan(iou) else round(iou, 6) for iou in scores.class_iou.tolist()]
         entry = {"step": step, "val_mean_iou": round(scores.mean_iou, 6), "val_iou": dict(zip(names, ious))}
         self._write(json.dumps(entry) + "\n")
-        self.last_time = time.perf_counter()  # no part of the speed of training
+        self.last_time = time.perf_counter()  # validation does not count in images_per_s
         known = {f"val_iou/{name}": iou for name, iou in zip(names, ious) if iou is not None}
         self._add_scalars(step, {"val_mean_iou": scores.mean_iou} | known)
 
     def image(self, name: str, step: int, image_rgb: np.ndarray) -> None:
-        """Keep an image of step ``step``, (H, W, 3) uint8 RGB, in ``images/`` and on TensorBoard.
+        """Save an image of step ``step``, (H, W, 3) uint8 RGB, in ``images/`` and to TensorBoard.
 
         Raises:
-            UserError: it would replace what is no image of a run.
+            UserError: it would replace a file that no run wrote.
         """
         path = self.folder / "images" / f"{step:06d}_{end_of(name.replace('/', '_'), 200)}.png"
         if os.path.lexists(path) and not is_output(path):
@@ -166,7 +165,7 @@ class RunLog:
 
 
 def peak_memory() -> int:
-    """The most memory in use so far, in MB: on the GPU where there is one, else of this process; 0 where no one tells."""
+    """The peak memory so far, in MB: of the GPU if one is used, else of this process; 0 if the system does not report it."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() // 2**20
     try:
@@ -178,18 +177,18 @@ def peak_memory() -> int:
 
 
 def cut_log(path: Path, step: int) -> list[dict[str, Any]]:
-    """Keep the lines of ``path`` up to ``step``, and return them; a line that a killed run left half written goes, too."""
+    """Keep the lines of ``path`` up to ``step``, and return them. A line that a killed run left incomplete is removed, too."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); expected the log of this run, move it away") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}); expected the log of this run; move it away") from None
     kept = [(line, entry) for line, entry in log_entries(text) if entry["step"] <= step]
     write_atomically(path, lambda file: file.write("".join(line + "\n" for line, _ in kept).encode()))
     return [entry for _, entry in kept]
 
 
 def log_entries(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of a ``log.jsonl`` that a run can have written, each with what it holds; damaged ones are left out."""
+    """The lines of a ``log.jsonl`` that a run can have written, each with its JSON object; damaged lines are left out."""
     for line in text.split("\n"):
         try:
             entry = json.loads(line)
@@ -201,7 +200,7 @@ def log_entries(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value from a file is a number that can be compared, added and drawn."""
+    """Whether a value from a file is a number that can be compared, added and plotted."""
     return type(value) in (int, float) and abs(value) < 1e300  # type: ignore[arg-type]  # it is one of the two
 
 
@@ -212,7 +211,7 @@ def is_ours(name: str) -> bool:
 
 
 def put_aside(*paths: Path) -> None:
-    """Rename what an earlier run left under these names, ``log.jsonl`` to ``log.1.jsonl`` or the next free number."""
+    """Rename the files that an earlier run left, ``log.jsonl`` to ``log.1.jsonl`` or the next free number."""
     number = 1
     while any(path.with_suffix(f".{number}{path.suffix}").exists() for path in paths):
         number += 1

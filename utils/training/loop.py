@@ -1,4 +1,4 @@
-"""The one training loop: train.py and train_msc.py differ in the loss function that they pass and in their defaults."""
+"""The one training loop: train.py and train_msc.py differ only in their loss function and their defaults."""
 
 from argparse import Namespace
 from contextlib import ExitStack
@@ -22,18 +22,18 @@ from utils.training.validation import save_panels
 
 
 def run(args: Namespace, loss_function: LossFunction, data: Dataset | None = None) -> int:
-    """Train as ``args`` say (see :func:`utils.training.options.training_parser`).
+    """Train with the options ``args`` (see :func:`utils.training.options.training_parser`).
 
     Args:
         loss_function: (net, images, labels, size=...) -> {"loss": scalar, ...}, such as ``deeplab.single_scale_loss``.
-        data: what to train on instead of the files of ``--data-dir``; see :class:`dataset.arrays.ArraySegmentation`.
+        data: a dataset to train on instead of the files of ``--data-dir``; see :class:`dataset.arrays.ArraySegmentation`.
 
     Returns:
         The exit status: 0, or 128 + the number of the signal that ended the run early (with a checkpoint written).
 
     Raises:
-        UserError, DatasetError, WeightsError: the user's to mend; what was reached is saved.
-        Diverged: the loss is no longer a number; the snapshots are as they were.
+        UserError, DatasetError, WeightsError: the user's mistake; the steps done are saved.
+        Diverged: the loss is no longer finite; the snapshots are unchanged.
     """
     with ExitStack() as stack:
         run = Run(args, loss_function, stack, data)
@@ -43,21 +43,21 @@ def run(args: Namespace, loss_function: LossFunction, data: Dataset | None = Non
 
 
 def train(run: Run) -> None:
-    """Take the steps of a run, from where it starts to its last one or to what ends it early."""
+    """The steps of a run, from its first to its last one, or until something ends it early."""
     options, device, ending = run.options, run.device, run.ending
     done = run.start
     catch_up(run)
     for step in range(run.start, options.num_steps):
         with run.data_wait.reading():
             crops = ending.read(run.batches, options.iter_size)
-        if ending.is_due():  # in any process: all leave before the same step
+        if ending.is_due():  # in any process: all leave the loop before the same step
             break
         set_lr(run.optimizer, learning_rate(options, step))
         for number, (images, labels, present) in enumerate(crops, start=1):
             images = to_input(images.to(device, non_blocking=True))  # N 3 H W float32, mean-subtracted BGR, channels last
             labels = labels.to(device, non_blocking=True).long()  # N H W
             seed_dropout(options.random_seed, step, number)
-            run.objective.require_backward_grad_sync = number == options.iter_size  # after the last batch of the step
+            run.objective.require_backward_grad_sync = number == options.iter_size  # at the last batch of the step
             with autocast(device, options.amp):
                 losses = run.objective(images, labels)
             run.scaler.scale(losses["loss"] / options.iter_size).backward()
@@ -65,7 +65,7 @@ def train(run: Run) -> None:
             run.class_watch.add(present)
         if options.clip_grad_norm:
             clip_gradients(run.optimizer, run.scaler, options.clip_grad_norm)
-        run.optimizer.bad = run.losses.end_step()  # 1 after a loss that is not finite: the step then does nothing
+        run.optimizer.bad = run.losses.end_step()  # 1 after a non-finite loss: the step then does nothing
         run.scaler.step(run.optimizer)
         run.scaler.update()
         run.optimizer.zero_grad()
@@ -95,13 +95,13 @@ def learning_rate(options: Options, step: int) -> float:
 
 
 def seed_dropout(seed: int, step: int, batch: int) -> None:
-    """Let dropout draw what belongs to this batch, so that a resumed run, or one of several processes, draws the same."""
+    """Seed dropout for this batch, so that a resumed run, or a run of several processes, draws the same masks."""
     sequence = np.random.SeedSequence((seed, step, batch))
     torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
 
 def catch_up(run: Run) -> None:
-    """Make what a run that was killed, or whose disk was full, still lacks of its last step: the snapshot, the mean IoU."""
+    """Make what the resumed run still lacks for its last step (it was killed, or its disk full): the snapshot, the mean IoU."""
     done, snapshots, validation = run.start, run.snapshots, run.validation
     if not done:
         return
@@ -125,7 +125,7 @@ def report(run: Run, done: int) -> None:
 
 
 def save(run: Run, done: int, numbered: bool = True) -> None:
-    """Save step ``done``; where a loss or a weight is no number, all processes raise alike and none saves."""
+    """Save step ``done``. If a loss or a weight is not finite, all processes raise and nothing is saved."""
     run.losses.check()
     check_weights(run.net, done)
     distributed.from_main(lambda: write(run, done, numbered))
@@ -133,7 +133,7 @@ def save(run: Run, done: int, numbered: bool = True) -> None:
 
 
 def write(run: Run, done: int, numbered: bool) -> None:
-    """Begin to write ``last.ckpt`` and, if ``numbered``, the step's snapshot; save the step's panels."""
+    """Start to write ``last.ckpt`` and, if ``numbered``, the step's snapshot; save the step's panels."""
     assert run.log
     run.lock.check()
     run.log.say(not_saved(run, run.snapshots.wait()))
@@ -145,19 +145,19 @@ def write(run: Run, done: int, numbered: bool) -> None:
 
 
 def not_saved(run: Run, problem: str) -> str:
-    """The warning that the step of the last save is not saved; where the disk is full the run goes on."""
-    text = f"WARNING: step {run.saved} is not saved: {problem}; training goes on, and tries again at the next snapshot"
+    """The warning that the last save has failed, "" without a ``problem``. The run goes on, as with a full disk."""
+    text = f"WARNING: step {run.saved} is not saved: {problem}; training goes on and tries again at the next snapshot"
     return text if problem else ""
 
 
 def finish(run: Run, done: int) -> None:
-    """Save what is not saved yet, say what comes next, and raise what has ended the run."""
+    """Save what is not saved yet, print what to do next, and raise the error that ended the run."""
     if done > run.saved:
         if run.losses.steps:
             report(run, done)
         save(run, done, numbered=done == run.options.num_steps)
     problem = distributed.from_main(run.snapshots.wait)
-    run.ending.is_due()  # asked again for what came in the last save or the last validation
+    run.ending.is_due()  # again, for a signal or an error during the last save or validation
     if run.log and not problem:
         run.log.say(last_words(run, done))
     run.ending.raise_error()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def head_lines(options: Options, data: VOCSegmentation, data_list: Path, seen: str, device: torch.device) -> list[str]:
-    """What is about to happen; ``seen`` is what :func:`seen_val` says."""
+    """Lines on the run that is about to start; ``seen`` is the result of :func:`seen_val`."""
     images = options.batch_size * options.iter_size
     lines = [f"{images_of(data, data_list)}; {images} images per step, {options.num_steps} steps"]
     lines += [f"warning: {seen}, so a mean IoU on that list will mean nothing"] if seen else []
@@ -32,17 +32,17 @@ def head_lines(options: Options, data: VOCSegmentation, data_list: Path, seen: s
     if distributed.world_size() > 1 and options.batch_norm != "frozen" and not options.sync_bn:
         share = options.batch_size // distributed.world_size()
         lines.append(
-            f"note: with --batch-norm {options.batch_norm} each process takes batch statistics of its own {share} images, "
-            "which is another run than that of a single process; between GPUs, --sync-bn shares them"
+            f"note: with --batch-norm {options.batch_norm} each process takes batch statistics of its own {share} images, so "
+            "the results differ from those of a single process; --sync-bn shares the statistics between GPUs"
         )
     return lines
 
 
 def net_line(net: Net, options: Options, given: list[str] | None) -> str:
-    """The net: its name, its size, what of it learns, and its batch norm's mode with the reason.
+    """The net: its name, its size, its trainable parameters, and the mode of its batch norm with the reason.
 
     Args:
-        given: the options that the run was begun with; None where that is not known.
+        given: the names of the options on the command line that began the run; None if unknown.
     """
     name = net.config.get("net", "deeplabv2")
     if given is None:
@@ -54,13 +54,13 @@ def net_line(net: Net, options: Options, given: list[str] | None) -> str:
     else:
         why = f"default of {name}"
     every, learning = (sum(p.numel() for p in net.parameters() if p.requires_grad or all_) for all_ in (True, False))
-    learns = "all of which learn" if learning == every else f"of which {count_text(learning)} learn"
+    trainable = "all trainable" if learning == every else f"{count_text(learning)} trainable"
     batch_norm = f"batch norm {options.batch_norm} ({why})"
-    return f"net: {name} on {net.config['backbone']}, {count_text(every)} parameters, {learns}; {batch_norm}"
+    return f"net: {name} on {net.config['backbone']}, {count_text(every)} parameters, {trainable}; {batch_norm}"
 
 
 def optimizer_line(optimizer: GuardedSGD, lr: float) -> str:
-    """The optimiser: the base learning rate and the weight decay of each of its groups, and how many parameters it has."""
+    """The optimiser: the number of parameters, the base learning rate and the weight decay of each of its groups."""
     groups = [(sum(p.numel() for p in group["params"] if p.requires_grad), group) for group in optimizer.param_groups]
     rates = [
         f"{count_text(count)} parameters at learning rate {lr * group['lr_scale']:g}, weight decay {group['weight_decay']:g}"
@@ -71,12 +71,12 @@ def optimizer_line(optimizer: GuardedSGD, lr: float) -> str:
 
 
 def count_text(count: int) -> str:
-    """A number of parameters, in millions where it has any."""
+    """A number of parameters, in millions from 10,000 on."""
     return f"{count / 1e6:.2f} M" if count >= 10_000 else str(count)
 
 
 def added_lines(options: Options, class_weights: list[float]) -> list[str]:
-    """A line for each thing that is on and not part of the published recipe."""
+    """A line for each option that is on and not part of the published recipe."""
     lines = []
     if class_weights:
         weights = f"{min(class_weights):.3g} to {max(class_weights):.3g}"
@@ -93,10 +93,10 @@ def added_lines(options: Options, class_weights: list[float]) -> list[str]:
 
 
 def seen_val(data: VOCSegmentation) -> str:
-    """Why a mean IoU on the validation list of ``data`` means nothing after training on it; "" where it means something."""
+    """Why a mean IoU on the validation list means nothing after training on ``data``; "" if it means something."""
     trained = {os.path.splitext(str(entry.image))[0] for entry in data.entries.values()}
     for path in (data.root / name for name in data.lists("val", data.image_folder)):
-        with suppress(DatasetError):  # no such list, or none that can be read
+        with suppress(DatasetError):  # no such list, or an unreadable one
             images = (e.image or f"{data.image_folder}/{e.id}.jpg" for e in data.read_list(path, data.image_folder))
             if common := {os.path.splitext(image)[0] for image in images} & trained:
                 return f"{len(common)} of the images that it was trained on are on {path.name}"
@@ -104,15 +104,15 @@ def seen_val(data: VOCSegmentation) -> str:
 
 
 def crop_warning(data: VOCSegmentation, crop: tuple[int, int]) -> str:
-    """The sentence where crops (height, width) are more padding than image, by the sizes of some images; else ""."""
+    """A warning if crops (height, width) would be mostly padding, judged by the sizes of some images; else ""."""
     filled = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of large ones
+        warnings.simplefilter("ignore")  # Pillow's warnings of large images
         for image_id in data.ids[:: max(1, len(data) // 20)]:
             with (
                 suppress(Exception),
                 Image.open(data.image_path(image_id)) as image,
-            ):  # broken ones fail when they are read
+            ):  # a broken image fails later, when it is loaded
                 filled.append(min(image.height, crop[0]) * min(image.width, crop[1]) / (crop[0] * crop[1]))
     if not filled or (share := sum(filled) / len(filled)) > 0.5:
         return ""
@@ -123,7 +123,7 @@ def crop_warning(data: VOCSegmentation, crop: tuple[int, int]) -> str:
 
 
 def last_words(run: "Run", done: int) -> str:
-    """What was saved, and what to do next."""
+    """The run's last line: what was saved, and what to do next."""
     options, validation = run.options, run.validation
     folder = Path(options.snapshot_dir)
     if done < options.num_steps:
@@ -131,7 +131,7 @@ def last_words(run: "Run", done: int) -> str:
         saved = saved if done > run.start else "no step was finished"
         return f"{saved}; add --resume to go on" if done else f"{saved}, nothing was saved"
     if validation and validation.done < done:
-        return f"all {done} steps are done and saved, but the last net is not evaluated; add --resume, which does that"
+        return f"all {done} steps are done and saved, but the last net is not evaluated; add --resume to evaluate it"
     if done == run.start:
         return f"nothing is left to do: all {done} steps are done; to train on, add a larger --num-steps"
     root = Path(options.data_dir or "DATA_DIR")

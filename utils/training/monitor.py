@@ -1,6 +1,6 @@
-"""What a run measures, without a host sync in between: its losses, the classes in its labels, and its waiting for data.
+"""What a run measures, without a host sync in between: its losses, the classes in its labels, and its wait for data.
 
-The losses are kept on the device and over all processes; the host reads them only where something is logged or saved.
+The losses of all processes stay on the device; the host reads them only when something is logged or saved.
 """
 
 import time
@@ -18,18 +18,18 @@ from utils.command import UserError
 from utils.processes import usable_cores
 
 NEVER = 2**62  # the number of a batch that no run reaches
-MUCH_WAITING = 0.1  # of the time; more is worth a word
+MUCH_WAITING = 0.1  # share of the time that the device may wait for data without a warning
 
 
 class ClassWatch:
-    """Notices, once and over all processes, where labels lack classes or hold nothing but one.
+    """Warns, once and over all processes, if the labels lack classes or hold only one class.
 
     Args:
-        labels: how many to look at, over all processes.
+        labels: the number of labels to look at, over all processes.
         names: of all classes, in the order of their indices.
-        ignore_label: a label that means void, beside 255.
-        fixed: the data set has these classes and no fewer.
-        unused: classes that no label of the data set has.
+        ignore_label: a label to ignore, beside 255.
+        fixed: whether the number of classes is fixed by the data set.
+        unused: classes that occur in no label of the data set.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class ClassWatch:
         self.present = torch.zeros(256, dtype=torch.bool)
 
     def add(self, present: Tensor) -> None:
-        """Take the (N, 256) bool label values of a batch of this process."""
+        """Add a batch of this process: (N, 256) bool, the values that occur in each label."""
         self.present |= present.any(dim=0)
         self.left -= len(present) * distributed.world_size()
 
     def warning(self) -> str:
-        """The sentence, at the end of the step in which the last label was looked at, else ""; all processes must ask."""
+        """The warning, once the last of the labels has been added, else "". All processes must call this after each step."""
         if self.over or self.left > 0:
             return ""
         self.over = True
@@ -68,20 +68,20 @@ class ClassWatch:
 
 
 class Diverged(UserError):
-    """The loss is no longer a number."""
+    """The loss is no longer finite."""
 
     exit_status = 1
 
 
 class Meter:
-    """Sums the losses of batches, and remembers the first batch whose loss was not finite on any process.
+    """Sums the losses of the batches, and remembers the first batch with a non-finite loss on any process.
 
     Args:
         device: where the losses are.
-        describe: number of a batch -> what to say of it where its loss is not finite.
+        describe: number of a batch -> its description in the message about a non-finite loss.
 
     Attributes:
-        steps: since the last :meth:`means`.
+        steps: the number of steps since the last :meth:`means`.
     """
 
     def __init__(self, device: torch.device, describe: Callable[[int], str]) -> None:
@@ -92,7 +92,7 @@ class Meter:
         self.batches = self.steps = 0
 
     def add(self, losses: dict[str, Tensor], batch: int) -> None:
-        """Take the losses of batch number ``batch``: scalars on the device, ``"loss"`` among them."""
+        """Add the losses of batch number ``batch``: scalars on the device, ``"loss"`` among them."""
         values = torch.stack(list(losses.values())).detach()
         self.sums = values + self.sums if self.batches else values
         self.names = list(losses)
@@ -100,25 +100,25 @@ class Meter:
         self.batches += 1
 
     def end_step(self) -> Tensor:
-        """Share what this step found with the other processes: 1 if any loss so far was not finite, else 0, on the device."""
+        """Share the finding of this step between the processes: 1 if any loss so far was not finite, else 0, on the device."""
         self.steps += 1
         distributed.min_(self.first_bad)
         return (self.first_bad < NEVER).float()
 
     def check(self) -> None:
-        """Raise :class:`Diverged`, on all processes alike, if some loss was not finite; waits for the device."""
+        """Raise :class:`Diverged`, on all processes alike, if any loss was not finite; a host sync."""
         if (batch := int(self.first_bad)) < NEVER:
             advice = (
-                "the snapshots are as they were; lower the rate (2.5e-4 is published, for pretrained weights with frozen batch "
-                "norm), or look at these pictures, their labels, and whether the weights were made for BGR of 0..255"
+                "the snapshots are unchanged; lower the learning rate (published: 2.5e-4, for pretrained weights with frozen "
+                "batch norm), or check these images, their labels, and whether the weights expect BGR of 0..255"
             )
             raise Diverged(f"the loss is not finite at {self.describe(batch)}: {advice}")
 
     def means(self) -> dict[str, float]:
-        """The mean losses since the last call, over the batches and the processes; waits for the device.
+        """The mean losses since the last call, over the batches and the processes; a host sync.
 
         Raises:
-            Diverged: some loss was not finite.
+            Diverged: a loss was not finite.
         """
         self.check()
         sums = distributed.sum_(self.sums.clone()).tolist()
@@ -128,24 +128,24 @@ class Meter:
 
 
 class DataWait:
-    """The share of its time that the device has nothing to do because the next images are not read yet.
+    """The share of the time that the device is idle because the next images are not loaded yet.
 
-    On CUDA it lies between two events on the stream: the host, which is ahead, may well wait for images while the device is
-    busy. Elsewhere the device waits when the host does.
+    On CUDA the wait is measured between two events on the stream: the host runs ahead, and may wait for images while the device
+    is busy. Other devices wait when the host does.
 
     Args:
-        device: where the steps are done.
-        workers: that read images.
+        device: where the steps are computed.
+        workers: the number of data loading workers.
     """
 
     def __init__(self, device: torch.device, workers: int) -> None:
         self.on_cuda, self.workers = device.type == "cuda", workers
         self.marks: list[tuple[Any, Any]] = []
-        self.since, self.high, self.told = time.perf_counter(), 0, False
+        self.since, self.high, self.warned = time.perf_counter(), 0, False
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Around what waits for the next images."""
+        """A context around the code that waits for the next images."""
         before = self._mark()
         yield
         self.marks.append((before, self._mark()))
@@ -158,7 +158,7 @@ class DataWait:
         return event
 
     def share(self) -> float:
-        """0..1, since the last call; the device must have been waited for, as :meth:`Meter.means` does."""
+        """The share since the last call, 0..1. On CUDA a host sync must come first, as in :meth:`Meter.means`."""
         waits = [a.elapsed_time(b) / 1000 if self.on_cuda else b - a for a, b in self.marks]
         now = time.perf_counter()
         share = min(1.0, sum(waits) / max(now - self.since, 1e-9))
@@ -167,21 +167,21 @@ class DataWait:
         return share
 
     def warning(self) -> str:
-        """A sentence, once, when the share was high three times in a row, else ""; the first steps start the workers."""
-        if self.told or self.high < 3:
+        """A warning, once, if the share was high three times in a row (the first steps start the workers), else ""."""
+        if self.warned or self.high < 3:
             return ""
-        self.told = True
+        self.warned = True
         cores = usable_cores()
         if self.workers < cores:
             advice = f"raise --num-workers, which is {self.workers}; this process may use {cores} cores"
         else:
-            advice = f"give it more than {cores} cores and as many --num-workers, or smaller pictures on a faster disk"
-        return f"warning: the device waits for pictures more than {MUCH_WAITING:.0%} of the time; {advice}"
+            advice = f"use more than {cores} cores and as many --num-workers, or smaller images, or a faster disk"
+        return f"warning: the device waits for images more than {MUCH_WAITING:.0%} of the time; {advice}"
 
 
 def check_weights(net: nn.Module, step: int) -> None:
-    """Raise :class:`Diverged` if the last step has made a weight infinite, which no loss has shown yet."""
+    """Raise :class:`Diverged` if a weight is not finite after the last step, which no loss has shown yet."""
     finite = [tensor.isfinite().all() for tensor in net.state_dict().values() if tensor.is_floating_point()]
     if not bool(torch.stack(finite).all()):
-        advice = "the snapshots are as they were; lower --learning-rate"
+        advice = "the snapshots are unchanged; lower --learning-rate"
         raise Diverged(f"weights of the net are not finite after step {step}: {advice}")

@@ -9,15 +9,16 @@ from deeplab import Net
 
 
 class GuardedSGD(optim.SGD):
-    """SGD in one fused kernel, whose steps do nothing while ``bad`` is 1: that is decided on the device, so no host waits.
+    """SGD in one fused kernel. Its steps do nothing while ``bad`` is 1; the device decides this, without a host sync.
 
-    The momentum buffers are there from the beginning, as zeros. The fused kernel would otherwise take uninitialised memory for
-    them at its first step and, where loss scaling skips that step, go on with whatever was in it.
+    The momentum buffers start as zeros. Otherwise the fused kernel would allocate them uninitialised in its first step and, if
+    loss scaling skips that step, go on with their contents.
 
     Args:
-        net: on the device; it says itself which of its parameters are in which group.
-        lr: base rate; each group has its multiple of it, see :func:`set_lr`.
-        momentum, weight_decay: the latter times each group's ``decay_scale``.
+        net: on the device; its ``parameter_groups()`` says which parameters are in which group.
+        lr: base learning rate; each group has a multiple of it, see :func:`set_lr`.
+        momentum: of all groups.
+        weight_decay: multiplied by each group's ``decay_scale``.
 
     Attributes:
         bad: scalar float32 tensor on the device, 0 or 1.
@@ -33,14 +34,14 @@ class GuardedSGD(optim.SGD):
         self.bad: Tensor = torch.zeros((), device=parameters[0].device)
 
     def load_momentum(self, saved: dict[str, Any]) -> None:
-        """Take the momentum buffers of a ``state_dict()``; all else, the hyperparameters too, is this optimiser's own."""
+        """Copy the momentum buffers from a ``state_dict()``, and nothing else: the hyperparameters stay this optimiser's."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, parameter in enumerate(parameters):
             if buffers := self.state.get(parameter):
                 buffers["momentum_buffer"].copy_(saved["state"][number]["momentum_buffer"])
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is ever given
-        # A GradScaler puts its own finding into `found_inf` for the time of the step and removes it afterwards.
+        # A GradScaler sets `found_inf` to its own finding before the step and removes it afterwards.
         scaler_found = getattr(self, "found_inf", None)
         self.found_inf = self.bad if scaler_found is None else torch.maximum(self.bad, scaler_found)
         super().step()
@@ -51,17 +52,16 @@ class GuardedSGD(optim.SGD):
 def poly_lr(base: float, step: int, total: int, power: float = 0.9, warmup: int = 0) -> float:
     """The learning rate of step ``step`` (from 0) of ``total``: base * (1 - step / total) ** power.
 
-    In the first ``warmup`` steps it is multiplied by (step + 1) / warmup (Goyal et al., arXiv:1706.02677).
+    In the first ``warmup`` steps this is multiplied by (step + 1) / warmup (Goyal et al., arXiv:1706.02677).
     """
     lr = base * (1 - step / total) ** power
     return lr * (step + 1) / warmup if step < warmup else lr
 
 
 def clip_gradients(optimizer: optim.Optimizer, scaler: torch.amp.GradScaler, max_norm: float) -> None:
-    """Scale all gradients down so that their norm together is at most ``max_norm``; no host sync.
+    """Scale all gradients down so that their total norm is at most ``max_norm``; no host sync.
 
-    To be called between the backward pass and ``scaler.step``: the gradients are then those of all processes together, and
-    fp16's loss scaling is taken out of them first.
+    Call it between the backward pass and ``scaler.step``: DDP has then reduced the gradients. They are unscaled here first.
     """
     scaler.unscale_(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -69,6 +69,6 @@ def clip_gradients(optimizer: optim.Optimizer, scaler: torch.amp.GradScaler, max
 
 
 def set_lr(optimizer: optim.Optimizer, lr: float) -> None:
-    """Give every group its multiple of ``lr``."""
+    """Set the learning rate of every group to its multiple of ``lr``."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]

@@ -1,4 +1,4 @@
-"""The command line of train.py and train_msc.py, and what its options mean together."""
+"""The command line of train.py and train_msc.py, and the checks of its options against each other."""
 
 import math
 from argparse import ArgumentTypeError, Namespace
@@ -33,8 +33,8 @@ from utils.options import (
     flag,
 )
 
-# The first torch whose compiled code moves running statistics once a step where activations are computed again: 2.9, 2.10 and
-# 2.14 do; 2.4 to 2.8 move them twice (2.4 with one compiler backend only).
+# The first torch whose compiled code updates running statistics once per step if activations are recomputed: 2.9, 2.10 and 2.14
+# do; 2.4 to 2.8 update them twice (2.4 with one compiler backend only).
 COUNTS_ONCE = "2.9"
 FINE_TUNING_RATE = 2.5e-4  # the published base learning rate
 
@@ -50,7 +50,7 @@ def jitter(text: str) -> tuple[float, ...]:
         values = ()
     if len(values) != 4 or not all(0 <= value < math.inf for value in values) or values[3] > 0.5:
         raise ArgumentTypeError(
-            f"{text[:60]!r} is no colour jitter; write B,C,S,H, numbers of at least 0, H at most 0.5, as in 0.4,0.4,0.4,0.1"
+            f"{text[:60]!r} is not a colour jitter; write B,C,S,H, numbers of at least 0, H at most 0.5, as in 0.4,0.4,0.4,0.1"
         )
     return values
 
@@ -63,7 +63,7 @@ EXAMPLES = """examples:
 
 
 def trained_with(name: str, default: str = "%(default)s") -> str:
-    """For a help text: an option's default, that on the other data sets than VOC, and the toolbox's, where it has one."""
+    """For a help text: an option's default, and its defaults for other data sets than VOC and for the toolbox nets, if any."""
     text = f"(default: {default}{elsewhere(lambda kind: kind.TRAINING.get(name))}"
     toolbox = elsewhere(lambda kind: kind.TOOLBOX_TRAINING.get(name)).removeprefix(", ")
     return f"{text}; deeplabv3, pspnet on {toolbox})" if toolbox else f"{text})"
@@ -224,14 +224,14 @@ def training_parser(description: str, *, batch_size: int, iter_size: int, snapsh
 
 
 def settle(args: Namespace) -> Options:
-    """What the command line says by itself: what is said in two ways as one, and the defaults of its data set.
+    """The options of the command line, with the data set's defaults, and options of the same meaning made consistent.
 
     Raises:
-        UserError: an option that says how another one works, without that one; another number of classes than the data set's.
+        UserError: an option is given without the one that it modifies, or the number of classes is not the data set's.
     """
     given = set(args.given)
     if not (args.ohem or args.resume) and (alone := given & {"ohem_threshold", "ohem_keep"}):
-        raise UserError(f"{flag(min(alone))} says how --ohem chooses its pixels; add --ohem, or leave it out")
+        raise UserError(f"{flag(min(alone))} does nothing without --ohem; add --ohem, or leave it out")
     kind = DATASETS[args.dataset]
     defaults = {**kind.TRAINING, **(kind.TOOLBOX_TRAINING if args.net not in (None, "deeplabv2") else {})}
     options = dataset_defaults(args, more=defaults)
@@ -247,10 +247,10 @@ def settle(args: Namespace) -> Options:
 
 
 def check_net_options(options: Options) -> None:
-    """Refuse options that do not go together with the net's, once these are settled (see :func:`utils.training.start.begin`).
+    """Refuse options that do not fit the net or each other, once the net is known (see :func:`utils.training.start.begin`).
 
     Raises:
-        UserError: the sentence names both.
+        UserError: two options do not go together; the sentence names both.
     """
     import torch
     from torch.torch_version import TorchVersion
@@ -266,26 +266,26 @@ def check_net_options(options: Options) -> None:
         raise UserError("--sync-bn has nothing to do with frozen batch norm; add --batch-norm full")
     auxiliary = issubclass(NETS[options.net], NetWithAuxiliary)
     if not auxiliary and options.aux_weight is not None:
-        raise UserError(f"--aux-weight is of an auxiliary head, which {options.net} has none of; leave it out")
+        raise UserError(f"--aux-weight is for an auxiliary head, but {options.net} has none; leave it out")
     if auxiliary and not frozen and options.batch_size == (1 if options.sync_bn else processes):
         raise UserError(
-            f"--batch-size {options.batch_size} is one image per process, whose mean features are one value per channel, of "
-            f"which --batch-norm {batch_norm} cannot take statistics; give {options.net} at least two per process"
+            f"--batch-size {options.batch_size} is one image per process: its mean features are one value per channel, too few "
+            f"for the statistics of --batch-norm {batch_norm}; give {options.net} at least two images per process"
         )
     if options.warmup_steps > options.num_steps:
         raise UserError(f"--warmup-steps {options.warmup_steps} is more than --num-steps {options.num_steps}; lower it")
-    # 6 pixels a side are a single position of the net's output, at the smallest scale that the loss takes.
+    # A side of up to 6 pixels, at the smallest scale of the loss, gives a single position of the net's output.
     smallest = scaled_size(options.input_size, 0.5 if several_scales else 1.0)
     if not frozen and options.batch_size == processes and max(smallest) <= 6:
         raise UserError(
-            f"--input-size {options.input_size[0]},{options.input_size[1]} gives one position per image, of which --batch-norm "
-            f"{batch_norm} cannot take statistics; enlarge the crop or the batch"
+            f"--input-size {options.input_size[0]},{options.input_size[1]} gives one position per image, too few for the "
+            f"statistics of --batch-norm {batch_norm}; enlarge the crop or the batch"
         )
     version = TorchVersion(torch.__version__)  # compares by numbers: 2.9 is older than 2.10
     if options.compile and options.grad_checkpoint and not frozen and version < COUNTS_ONCE:
         raise UserError(
             f"--compile and --grad-checkpoint with --batch-norm {batch_norm} need torch {COUNTS_ONCE}: torch {version} "
-            "would move the running statistics twice a step; leave one of them out"
+            "would update the running statistics twice per step; leave one of them out"
         )
     if options.compile and several_scales and options.one_scale_at_a_time and version < "2.5":
         raise UserError(f"--compile with --one-scale-at-a-time needs torch 2.5, and this is {version}; leave one of them out")

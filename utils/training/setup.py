@@ -1,4 +1,4 @@
-"""A training run's set-up: everything that the loop needs, made in order."""
+"""The setup of a training run: everything that the loop needs, built in order."""
 
 import inspect
 import sys
@@ -39,33 +39,31 @@ from utils.training.stop import Ending
 from utils.training.validation import Validation
 from utils.visualize import Classes, class_names, make_palette
 
-LABELS_TO_JUDGE = 200  # that are looked at before it is said which classes they lack
+LABELS_TO_JUDGE = 200  # the number of labels in which missing classes are looked for
 
 
 class Run:
-    """A training run, set up: what the loop needs, made in order and compared between the processes.
+    """A training run, set up: everything that the loop needs, built in order and compared between the processes.
 
     Args:
         stack: closes what has to be closed when the run ends.
-        items: what to train on instead of files.
+        items: a dataset to train on instead of files.
 
     Attributes:
         options: settled.
-        start: steps that are done already.
-        saved: the last step that was saved, or was to be.
-        problem: what could not be written of it, else "".
-        objective: (images, labels) -> losses; the net and its loss, under DistributedDataParallel where there are several
-            processes.
-        ids: check sum of the training set's ids.
-        meta: what every snapshot of the run says, but for its step.
-        log: on the main process, None on the others.
+        start: the number of steps done already.
+        saved: the step of the last save, even if that failed.
+        objective: (images, labels) -> losses; the net and its loss, in DistributedDataParallel if there are several processes.
+        ids: checksum of the training set's ids.
+        meta: the meta of every snapshot of the run, except for its step.
+        log: on the main process; None on the others.
 
     Raises:
-        UserError, DatasetError, WeightsError: nothing is trained, and nothing was written over.
+        UserError, DatasetError, WeightsError: nothing was trained, and no file was overwritten.
     """
 
     def __init__(self, args: Namespace, loss_function: LossFunction, stack: ExitStack, items: Dataset | None = None) -> None:
-        # The options, and where the run starts.
+        # The options and the start: new or resumed.
         loss = loss_name(loss_function)
         distributed.start()
         asked = distributed.everywhere(lambda: settle(args))
@@ -94,7 +92,7 @@ class Run:
 
         # The net, its loss and the optimiser.
         run_id = start.run if resumed else new_run(start.options, data.ids, start.net)
-        torch.backends.cudnn.benchmark = not options.deterministic  # the crops are all of one size
+        torch.backends.cudnn.benchmark = not options.deterministic  # all crops have the same size
         net = distributed.everywhere(lambda: start.net.to(device).to(memory_format=torch.channels_last).train())
         net.grad_checkpoint = options.grad_checkpoint
         self.net = net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if options.sync_bn else net
@@ -102,7 +100,7 @@ class Run:
         for dropout in (module for module in net.modules() if isinstance(module, ChannelDropout)):
             dropout.shard = (rank, processes)
         self.optimizer = GuardedSGD(net, options.learning_rate, options.momentum, options.weight_decay)
-        if options.aux_weight == 0:  # its head has no part in the loss, and DistributedDataParallel would wait for it
+        if options.aux_weight == 0:  # no loss reaches that head, and DistributedDataParallel would wait for its gradients
             net.dsn.requires_grad_(False)
         self.scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
         if start.checkpoint:
@@ -115,7 +113,7 @@ class Run:
             self.class_weights = find_weights(options, data, begun, given)
         class_weights = torch.tensor(self.class_weights, device=device) if self.class_weights else None
         objective = Objective(net, loss_function, **loss_options(loss_function, options, class_weights))
-        if options.compile:  # net and loss in one graph; one scale at a time, the scales are recomputed around the net
+        if options.compile:  # net and loss in one graph; --one-scale-at-a-time recomputes the scales outside the net
             (net if getattr(options, "one_scale_at_a_time", False) else objective).compile(dynamic=False)
         self.objective = distributed.wrap(objective, device)
 
@@ -124,11 +122,11 @@ class Run:
         workers, note = fitting_workers(options.num_workers, options.batch_size // processes * crop_bytes)
         first = start.step * options.iter_size
         sampler = StepSampler(len(data), options.batch_size, options.random_seed, first, shard=rank, num_shards=processes)
-        self.ending = stack.enter_context(Ending())  # from here on there is something to save, and workers have its handlers
+        self.ending = stack.enter_context(Ending())  # before the workers, which inherit its handlers
         loader = make_loader(data, sampler, workers, device)
         self.batches = distributed.everywhere(lambda: stack.enter_context(running(loader)))
 
-        # What is watched, saved and said.
+        # Snapshots, validation, monitors and the log.
         seen, colors = seen_val(data), self.classes.palette[: options.num_classes].tolist()
         own_meta = {"seen_voc_val": start.seen_voc_val or seen, "colors": colors, "run": run_id, "given": start.given}
         self.meta = make_meta(net, names, start.step, vars(start.options), **own_meta)
@@ -155,12 +153,12 @@ class Run:
             self.log.say(*head, locked, *start.lines, *recipe, note, space)
 
     def last_save(self) -> None:
-        """Wait for the snapshot that is being written, and say if it cannot be."""
+        """Wait for the snapshot that is being written, and print a warning if that fails."""
         if problem := self.snapshots.wait():
             put(sys.stderr, f"WARNING: step {self.saved} is not saved: {problem}")
 
     def due(self, every: int, done: int) -> bool:
-        """Whether what is done every so many steps is due after ``done`` of them; after the last one it is."""
+        """Whether ``done`` is a multiple of ``every``, or the last step."""
         return done % every == 0 or done == self.options.num_steps
 
     def meta_at(self, done: int, **more: Any) -> dict[str, Any]:
@@ -168,7 +166,7 @@ class Run:
         return {**self.meta, "step": done, **more}
 
     def describe(self, batch: int) -> str:
-        """The step of a batch, its images in all processes, and what else makes a loss explode."""
+        """The step of a batch, its images in all processes, and the options that commonly make a loss diverge."""
         options, ids = self.options, self.data.ids
         draws = StepSampler(len(ids), options.batch_size, options.random_seed).batch(batch)
         images = ", ".join(ids[index] for index, _ in draws)
@@ -178,21 +176,21 @@ class Run:
 
 
 def find_classes(options: Options, items: Dataset | None) -> ClassFile:
-    """What ``items`` say of their classes, else the ``classes.txt`` of ``--data-dir``."""
+    """The classes that ``items`` state, else those in the ``classes.txt`` of ``--data-dir``."""
     classes = classes_of(items)
     return read_class_file(options.data_dir) if classes.rows is None and options.data_dir else classes
 
 
 def choose_device(options: Options, items: Dataset | None) -> torch.device:
-    """The device of this process, once the data set is known to be there and the options to fit the processes.
+    """The device of this process. Also checks that the data set exists and that the options fit the processes and the device.
 
     Raises:
-        UserError, DatasetError: they do not.
+        UserError, DatasetError: a check failed.
     """
     device = select_device(options.device, options.gpu, not options.no_tf32, options.deterministic)
     processes = distributed.world_size()
     if options.batch_size % processes:
-        raise UserError(f"--batch-size {options.batch_size} does not divide into {processes} processes; choose a multiple")
+        raise UserError(f"--batch-size {options.batch_size} cannot be divided among {processes} processes; choose a multiple")
     if options.sync_bn and device.type != "cuda":
         raise UserError(f"--sync-bn works between CUDA devices only, and this run is on {device.type}; leave it out")
     if options.compile:
@@ -200,14 +198,14 @@ def choose_device(options: Options, items: Dataset | None) -> torch.device:
     if items is None:
         list_of(options, "train", options.num_classes)
     elif options.val_every and not options.data_dir:
-        raise UserError("--val-every evaluates on images of --data-dir, which is not given; pass it, or leave --val-every out")
+        raise UserError("--val-every evaluates on images in --data-dir, which is not given; pass it, or leave --val-every out")
     return device
 
 
 def open_training_data(
     options: Options, classes: ClassFile | None = None, items: Dataset | None = None
 ) -> tuple[VOCSegmentation, Path]:
-    """The training set with its augmentation, and the list of ids that it comes from; of ``items``, their class."""
+    """The training set with its augmentation, and the list file of its ids; for ``items``, the name of their class instead."""
     transform = TrainTransform(options.random_seed, training_transforms(options))
     if items is None:
         return open_dataset(options, "train", options.num_classes, transform, classes)
@@ -216,10 +214,10 @@ def open_training_data(
 
 
 def check_not_binary(data: VOCSegmentation) -> None:
-    """Raise :class:`UserError` where labels, up to LABELS_TO_JUDGE of them, hold nothing but 0 and 255."""
+    """Raise :class:`UserError` if the labels (at most LABELS_TO_JUDGE are read) hold nothing but 0 and 255."""
     values: set[int] = set()
     for index in np.linspace(0, len(data) - 1, min(LABELS_TO_JUDGE, len(data)), dtype=int).tolist():
-        with suppress(Exception):  # training stops at what cannot be read, and says so
+        with suppress(Exception):  # training reports an unreadable label
             values |= set(np.unique(data.load_label(index)).tolist())
         if values - {0, IGNORE_LABEL}:
             return
@@ -228,13 +226,13 @@ def check_not_binary(data: VOCSegmentation) -> None:
 
 
 def loss_options(loss_function: LossFunction, options: Options, class_weights: Tensor | None = None) -> dict[str, object]:
-    """What a loss function takes beside net, images and labels; what is off is not passed.
+    """The keyword arguments of a loss function, beside net, images and labels; those that are off are not passed.
 
-    An option that a script adds to the command line is passed as well, if the function has a parameter of its name or takes
-    ``**options``. A resumed run passes what the run was begun with.
+    An option that a script adds to the command line is passed as well, if the function has a parameter of its name or accepts
+    ``**options``. A resumed run passes the values that the run was begun with.
 
     Raises:
-        UserError: the function does not take what it has to.
+        UserError: the function lacks a parameter for an option that is on.
     """
     chosen: dict[str, object] = {"size": options.loss_size, "aux_weight": options.aux_weight or 0.0}
     if options.ohem:
@@ -244,7 +242,7 @@ def loss_options(loss_function: LossFunction, options: Options, class_weights: T
     parameters = inspect.signature(loss_function).parameters
     takes_all = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
     if not takes_all and (missing := [name for name in chosen if name not in parameters]):
-        text = f"the loss {loss_name(loss_function)} does not take {' and '.join(missing)}; add **options to its parameters"
+        text = f"the loss {loss_name(loss_function)} has no parameter {' or '.join(missing)}; add **options to its parameters"
         raise UserError(text + (" to ignore it, or leave --class-weights out" if missing == ["class_weights"] else ""))
     ours = vars(training_parser("", batch_size=1, iter_size=1, snapshot_dir="").parse_args([])).keys() | {"loss"}
     return chosen | {

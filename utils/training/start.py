@@ -1,6 +1,6 @@
-"""Where a training run starts: at a checkpoint (``--resume``), from weights (``--restore-from``) or from random values.
+"""The start of a training run: a checkpoint (``--resume``), pretrained weights (``--restore-from``) or random values.
 
-Process 0 decides and reads, and hands what it found to the others: they need not see its files, and none starts elsewhere.
+Process 0 decides, reads the files and sends the result to the others, so they need no access to its files and all start alike.
 """
 
 import sys
@@ -25,19 +25,19 @@ from utils.training.options import FINE_TUNING_RATE
 
 @dataclass(frozen=True)
 class Start:
-    """What a run begins with, the same on all processes.
+    """The state that a run begins with, the same on all processes.
 
     Attributes:
-        options: settled; those of the checkpoint where one is resumed and they were not given.
+        options: settled; in a resumed run those that were not given are the checkpoint's.
         net: with its weights, on the CPU.
         lines: for the user.
-        classes: the names of the classes, None where nobody gave them.
-        seen_voc_val: why the net's mean IoU on the data set's val means nothing, "" if it means something.
-        step: steps done.
-        given: the names of the options that the run was begun with; None where the checkpoint does not say.
-        run: what tells a resumed run's files from another's; None of a new run, and where it was not written yet.
-        checkpoint: optimizer, scaler, ids (their check sum), numbers (the steps of the snapshots that the run has written)
-            and prefix (of their names) of the checkpoint; {} for a new run.
+        classes: the names of the classes; None if nobody gave them.
+        seen_voc_val: why the net's mean IoU on the data set's val list means nothing; "" if it means something.
+        step: the number of steps done.
+        given: the names of the options on the command line that began the run; None if the checkpoint does not say.
+        run: the identifier of a resumed run; None for a new run, or if the checkpoint has none (earlier versions).
+        checkpoint: of the checkpoint: optimizer, scaler, ids (their checksum), numbers (the steps of the snapshots that the run
+            has written), prefix (of their names) and class_weights; {} for a new run.
     """
 
     options: Options
@@ -52,10 +52,10 @@ class Start:
 
 
 def find_checkpoint(options: Options) -> Path | None:
-    """The checkpoint that ``--resume`` goes on from, the same on all processes; None where a new run is to begin.
+    """The checkpoint to resume, the same on all processes; None for a new run.
 
     Raises:
-        UserError: the processes see different ones.
+        UserError: the processes see different checkpoints.
     """
     if not options.resume:
         return None
@@ -75,7 +75,7 @@ def find_checkpoint(options: Options) -> Path | None:
 
 
 def run_folder(options: Options) -> Path:
-    """The folder that the run writes into: a checkpoint's own, unless another is given."""
+    """The folder that the run writes to: ``--snapshot-dir`` if given, else that of the checkpoint."""
     return Path(options.snapshot_dir) if "snapshot_dir" in options.given else _checkpoint_path(options).parent
 
 
@@ -85,24 +85,24 @@ def _checkpoint_path(options: Options) -> Path:
 
 
 def _step_of(path: Path) -> int:
-    """The step of this process's own checkpoint; -1 where there is none, 0 where it cannot be read."""
+    """The step of the checkpoint that this process sees; -1 if there is none, 0 if it cannot be read."""
     if not path.exists():
         return -1
     try:
         return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"])
-    except Exception:  # the process that needs it says what is wrong with it
+    except Exception:  # process 0 reports what is wrong when it loads the file
         return 0
 
 
 def resume(asked: Options, loss: str, path: Path) -> Start:
-    """The start at a checkpoint, all of which is compared with the run before any of it is used.
+    """The start from a checkpoint. The whole checkpoint is compared with the run before any of it is used.
 
     Args:
-        asked: the options as the command line gives them.
-        loss: see :func:`utils.training.identity.loss_name`; by it train.py's runs differ from train_msc.py's.
+        asked: the options of the command line.
+        loss: see :func:`utils.training.identity.loss_name`; runs of train.py and train_msc.py differ in it.
 
     Raises:
-        UserError: no or a broken checkpoint, an option that cannot change, or a folder that holds another run.
+        UserError: a missing or broken checkpoint, an option that cannot change, or a folder that holds another run.
     """
     checkpoint = load_checkpoint(path)
     meta, step, folder = checkpoint["meta"], checkpoint["step"], run_folder(asked)
@@ -111,10 +111,10 @@ def resume(asked: Options, loss: str, path: Path) -> Start:
         options, lines = resumed_options(asked, meta, step, loss)
         options = options.replace(snapshot_dir=str(folder))
         if step > options.num_steps:
-            raise Misfit(f"its step {step} is behind its last one, {options.num_steps}")
+            raise Misfit(f"its step {step} is after the last step, {options.num_steps}")
         net = net_of_checkpoint(checkpoint, options)
     except Misfit as misfit:
-        raise UserError(f"--resume: {path} does not fit its run: {misfit}; put a whole copy in its place, {ANEW}") from None
+        raise UserError(f"--resume: {path} does not fit its run: {misfit}; put an intact copy in its place, {ANEW}") from None
     if path.parent.resolve() != folder.resolve():
         refuse_other_run(folder)
     kept = {name: checkpoint.get(name) for name in ("optimizer", "scaler", "ids", "numbers", "prefix", "class_weights")}
@@ -127,7 +127,7 @@ def begin(options: Options, loss: str, class_file: ClassFile) -> Start:
     """The start of a new run: from ``--restore-from``, or from random values.
 
     Raises:
-        UserError, WeightsError: nothing to restore from, weights that do not fit, or a folder that holds another run.
+        UserError, WeightsError: missing weights, weights that do not fit, or a folder that holds another run.
     """
     refuse_other_run(Path(options.snapshot_dir))
     torch.manual_seed(options.random_seed)
@@ -151,20 +151,20 @@ def begin(options: Options, loss: str, class_file: ClassFile) -> Start:
     )
     lines = [line, f"{options.restore_from}: {weights.scheme}", *report.lines()] if weights else [line, *report.notes]
     if not weights and options.batch_norm == "frozen":
-        lines.append("warning: a net from scratch learns little with --batch-norm frozen; leave it out, which is full")
+        lines.append("warning: a net from scratch learns little with --batch-norm frozen; leave it out, the default is full")
     if not weights and "learning_rate" not in options.given and options.learning_rate == FINE_TUNING_RATE:
-        rate = f"--learning-rate {FINE_TUNING_RATE:g}, the default,"
-        lines.append(f"note: {rate} is for fine-tuning pretrained weights; from scratch 5e-3 is better")
+        default = f"the default --learning-rate {FINE_TUNING_RATE:g}"
+        lines.append(f"note: {default} is for fine-tuning pretrained weights; from scratch 5e-3 is better")
     settled = kept_options(options) | {key: net.config.get(key) for key in NET_OPTIONS} | {"loss": loss}
     seen = weights.seen_voc_val if weights and dataset_of(weights.meta) == options.dataset else ""
     return Start(Options(settled), net, lines, classes, seen, given=sorted(options.given))
 
 
 def _classes(options: Options, class_file: ClassFile, meta: dict[str, Any]) -> tuple[int, list[str] | None, str]:
-    """How many classes a new run has, their names where somebody gave them, and a line that says who.
+    """The number of classes of a new run, their names if somebody gave them, and a line that says where both come from.
 
     Args:
-        meta: of the snapshot that is started from, {} where it is none.
+        meta: of the snapshot that the run starts from; {} if there is none.
     """
     data = DATASETS[options.dataset]
     if data.NAMES:
@@ -180,11 +180,11 @@ def _classes(options: Options, class_file: ClassFile, meta: dict[str, Any]) -> t
 
 
 def refuse_other_run(folder: Path) -> None:
-    """Raise :class:`UserError` if a new run would overwrite what another one left in ``folder``."""
+    """Raise :class:`UserError` if a new run would overwrite files of another run in ``folder``."""
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--snapshot-dir {folder} is a file; expected a folder, or a name where nothing is yet")
+        raise UserError(f"--snapshot-dir {folder} is a file; expected a folder, or the name of a new one")
     if (folder / "last.ckpt").exists():
-        advice = "add --resume to go on with it, choose another --snapshot-dir, or delete it"
+        advice = "add --resume to go on with that run, choose another --snapshot-dir, or delete it"
         raise UserError(f"--snapshot-dir {folder} holds a run already (last.ckpt); {advice}")
     if numbered := sorted([*folder.glob("*_scenes_*.pth"), *folder.glob("best.pth")]):
         raise UserError(

@@ -1,4 +1,4 @@
-"""What ends a run before its last step: one small piece of state, on one process and on many."""
+"""Signals and errors that end a run before its last step: one small piece of state, on one process and on many."""
 
 import os
 import signal
@@ -11,21 +11,21 @@ from dataset import Crop
 from utils import distributed
 from utils.processes import STOP_SIGNALS, is_heard
 
-LAUNCHER_SECONDS = 2.0  # torchrun sends Ctrl-C on to processes that have it from the terminal already
+LAUNCHER_SECONDS = 2.0  # torchrun sends Ctrl-C again to processes that already got it from the terminal
 
 
 class Ending:
-    """A context in which what ends a run is noted instead of obeyed, so that all processes finish the same step and save.
+    """A context manager that notes signals and errors without ending at once, so that all processes finish a step and save.
 
-    Noted are Ctrl-C, SIGTERM, SIGHUP of a closed terminal and SIGUSR1, which Slurm's --signal and submitit send ahead of the
-    time limit, and what goes wrong while images are read. A second Ctrl-C interrupts at once. Outside the main thread, where
-    Python lets nobody set handlers, no signal is noted.
+    It notes Ctrl-C, SIGTERM, SIGHUP (a closed terminal), SIGUSR1 (which Slurm's --signal and submitit send before the time
+    limit), and errors while images are loaded. A second Ctrl-C interrupts at once. Outside the main thread no signal is noted,
+    as Python sets handlers only there.
 
     Attributes:
         signal: number of the first signal in this process, 0 until one comes.
-        error: what went wrong in this process.
+        error: the error in this process.
         stopped: number of the signal that :meth:`is_due` found, over all processes.
-        failed: whether it found an error in one of them.
+        failed: whether :meth:`is_due` found an error in any process.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Ending:
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal() itself returned
 
     def read(self, batches: Iterator[Crop], count: int) -> list[Crop]:
-        """The next ``count`` batches; [] where one cannot be read, which is noted: raised at once, the others would wait."""
+        """The next ``count`` batches; [] after an error, which is noted: raised here, it would leave the others waiting."""
         try:
             return [next(batches) for _ in range(count)]
         except Exception as error:  # an image, a label, a worker
@@ -53,18 +53,18 @@ class Ending:
             return []
 
     def is_due(self) -> bool:
-        """Whether something was noted in any process; all of them ask together and get the same answer."""
+        """Whether any process noted something. All processes must call this together; the result is the same on all."""
         self.stopped, failed = distributed.agree(self.signal, int(self.error is not None))
         self.failed = bool(failed)
         return self.failed or self.stopped > 0
 
     def raise_error(self) -> None:
-        """Raise what went wrong, here or in another process, unless the run was stopped: then it shows again on resuming."""
+        """Raise the error of this or another process, unless a signal stopped the run: then resuming meets the error again."""
         if self.failed and not self.stopped:
             distributed.raise_any(self.error)
 
     def status(self) -> int:
-        """The exit status: 0, or 128 + the number of the signal, of one that came after the last words as well."""
+        """The exit status: 0, or 128 + the number of the signal, even if that came after the last step."""
         number = self.stopped or self.signal
         return 128 + number if number else 0
 
@@ -78,6 +78,6 @@ class Ending:
         self.signal, self._time = number, now
         if distributed.is_main():
             more = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
-            with suppress(OSError):  # the terminal has gone
+            with suppress(OSError):  # the terminal is closed
                 # Not print(): this may run in the middle of another print.
                 os.write(2, f"\n{signal.Signals(number).name}: stopping after this step{more}\n".encode())

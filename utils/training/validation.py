@@ -1,4 +1,4 @@
-"""Looking at a net while it is trained: the mean IoU of evaluate.py, the best snapshot so far, and panels."""
+"""Evaluation during training: the mean IoU as in evaluate.py, the best snapshot so far, and panels."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,21 +32,21 @@ if TYPE_CHECKING:
 
 
 class Validation:
-    """Evaluates a net that is in training, and leaves the training as it was.
+    """Evaluates a net during training, without an effect on the training.
 
-    The numbers are those of ``evaluate.py`` without options: float32, each image at its own size.
+    The results equal those of ``evaluate.py`` without options: float32, each image at its own size.
 
     Args:
         options: of the training; ``val_list`` names the images.
         class_file: of the data set.
-        run_id: what tells this run's files from another's.
+        run_id: the identifier of this run.
 
     Attributes:
-        done: the step of the last net that was evaluated, 0 where none was.
+        done: the step of the last net that was evaluated, 0 if none was.
 
     Raises:
-        UserError, DatasetError: there is no such list, or not the same in all processes; or the folder has the best snapshot
-            of another run.
+        UserError, DatasetError: the list is missing or differs between the processes, or the folder has the best snapshot of
+            another run.
     """
 
     def __init__(self, options: Options, class_file: ClassFile, run_id: str | None) -> None:
@@ -55,13 +55,13 @@ class Validation:
         self.best_path = Path(options.snapshot_dir) / "best.pth"
         self.best, found = distributed.from_main(lambda: mean_iou_of(self.best_path))
         if self.best >= 0 and found != run_id:
-            raise UserError(f"{self.best_path} is another run's, and this one would replace it by a better one; move it away")
+            raise UserError(f"{self.best_path} is another run's, and this run would replace it; move it away")
         self.done = 0
 
     def run(self, run: "Run", done: int) -> None:
-        """Evaluate the net after ``done`` steps, on all processes together; log it, and save it if no earlier one was better.
+        """Evaluate the net after ``done`` steps, on all processes together; log the result, and save the net if it is the best.
 
-        A request to stop leaves it unfinished; that, and what goes wrong, is noted in ``run.ending``.
+        A stop signal interrupts the evaluation. Signals and errors are noted in ``run.ending``.
         """
         matrix = self.count(run)
         if run.ending.is_due() or matrix is None:
@@ -74,7 +74,7 @@ class Validation:
                 run.log.say(f"WARNING: the best net so far, of step {done}, is not saved: {problem}")
             self.best = self.best if problem else scores.mean_iou
         self.done = done
-        if run.log:  # a line in the log says that all of this is done
+        if run.log:  # last, as a line in the log means that the evaluation is complete
             run.log.scores(done, scores, run.classes.names)
             mean_iou = f"mean IoU {100 * scores.mean_iou:.2f} %"
             run.log.say(f"step {done}: {mean_iou} on the {len(self.data)} images of {self.data_list}")
@@ -87,19 +87,19 @@ class Validation:
                 raise _Stopped
 
         if run.options.batch_norm != "frozen":
-            distributed.broadcast(run.net.buffers())  # the running statistics of the process that saves
+            distributed.broadcast(run.net.buffers())  # the running statistics of process 0, which saves them
         try:
-            with predicting(run.net) as forward, torch.random.fork_rng(devices=[]):  # workers take their seeds from torch's
+            with predicting(run.net) as forward, torch.random.fork_rng(devices=[]):  # workers draw their seeds from torch
                 options = {"num_workers": run.options.num_workers, "finish": stop_between_images}
                 return score(forward, self.data, run.device, **options)[""]
         except _Stopped:
             return None
-        except Exception as error:  # an image, a label, a worker: the other processes must know
+        except Exception as error:  # an image, a label, a worker: is_due() shares it with the other processes
             run.ending.error = error
             return None
 
     def save(self, run: "Run", done: int, mean_iou: float) -> str:
-        """Write ``best.pth``; returns what went wrong, else ""."""
+        """Write ``best.pth``; returns the reason if that fails, else ""."""
         run.lock.check()
         try:
             save_snapshot(self.best_path, run.net, run.meta_at(done, val_mean_iou=mean_iou))
@@ -109,10 +109,10 @@ class Validation:
 
 
 def open_validation_data(options: Options, class_file: ClassFile) -> tuple[VOCSegmentation, Path]:
-    """The data set of ``--val-list``, and that list.
+    """The data set of ``--val-list``, and the path of that list.
 
     Raises:
-        DatasetError: see :func:`utils.data.open_dataset`; where there is no list, the sentence names the option.
+        DatasetError: see :func:`utils.data.open_dataset`; if there is no list, the sentence names the option.
     """
     of_list = options.replace(data_list=options.val_list)
     try:
@@ -125,9 +125,9 @@ def open_validation_data(options: Options, class_file: ClassFile) -> tuple[VOCSe
 
 @contextmanager
 def predicting(net: Net) -> Iterator[Callable[[Tensor], Tensor]]:
-    """A net in training as one that predicts images of many sizes: its forward pass, with batch norm folded once for all.
+    """A context in which a net in training predicts images of any size: gives its forward pass, with batch norm folded once.
 
-    It is the pass itself, since a compiled one would be compiled again, and for each size.
+    This is the uncompiled pass, as a compiled one would be compiled again for every size.
     """
     benchmark = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False
@@ -142,14 +142,14 @@ def predicting(net: Net) -> Iterator[Callable[[Tensor], Tensor]]:
 
 
 class _Stopped(Exception):
-    """A request to stop came between two images."""
+    """A stop signal came between two images."""
 
 
 def mean_iou_of(path: Path) -> tuple[float, str | None]:
-    """The mean IoU and the run of a ``best.pth``, by its meta; -1 and None where there is none.
+    """The mean IoU and the run's identifier in the meta of a ``best.pth``; -1 and None if there is no file.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the file is damaged.
     """
     if not path.exists():
         return -1.0, None
@@ -165,10 +165,10 @@ def mean_iou_of(path: Path) -> tuple[float, str | None]:
 
 
 def save_panels(run: "Run", done: int) -> str:
-    """Save panels of the first ``--save-num-images`` images, without augmentation, large ones shrunk.
+    """Save panels of the first ``--save-num-images`` images, without augmentation; large images are shrunk.
 
     Returns:
-        "", or a sentence where it did not work: an image to look at is no reason to end a run.
+        "", or a warning if it failed: a missing panel is no reason to end a run.
     """
     assert run.log
     try:
