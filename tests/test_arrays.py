@@ -71,7 +71,7 @@ def test_arrays_train_as_their_files_do_and_resume(toy_voc, pairs, tmp_path, cap
 @pytest.mark.usefixtures("thin_nets")
 def test_validation_needs_a_folder(toy_voc, pairs, tmp_path):
     data = Pairs(pairs)
-    with pytest.raises(UserError, match="--val-every evaluates on images of --data-dir, which is not given"):
+    with pytest.raises(UserError, match="--val-every evaluates on images in --data-dir, which is not given"):
         train(tmp_path / "a", data, "--num-steps", "1", "--val-every", "1")
     (toy_voc / "classes.txt").write_text("a\nb\nc\nd\n")
     assert train(tmp_path / "b", data, "--num-steps", "1", "--val-every", "1", "--data-dir", str(toy_voc)) == 0
