@@ -1,1 +1,1 @@
-"""What makes a run: the command line, the training and evaluation loops, snapshots, scores and pictures."""
+"""What makes a run: the command line, the training and evaluation loops, snapshots, metrics and images."""
