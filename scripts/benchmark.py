@@ -22,6 +22,7 @@ on the image and the probabilities.
 """
 
 import argparse
+import importlib.util
 import multiprocessing
 import sys
 import tempfile
@@ -34,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.argtypes import Parser, backbone_name, net_name, positive, size, target_text
-from utils.command import run_command
+from utils.command import UserError, run_command
 from utils.options import add_device_options
 
 if TYPE_CHECKING:  # the parts import torch, which would slow down --help
@@ -100,6 +101,9 @@ def run(args: argparse.Namespace, scratch: Path) -> int:
     from utils.files import save_json
     from utils.outputs import OUTPUT_MARK, Output, check_outputs
 
+    if "crf" in args.parts and importlib.util.find_spec("pydensecrf") is None:
+        others = " ".join(name for name in PART_NAMES if name != "crf")
+        raise UserError(f"the part crf measures pydensecrf, which is not installed; install it, or name other parts: {others}")
     if args.json:
         path = Path(args.json)
         check_outputs([Output("--json", path.parent, path.name, "the figures")], [])

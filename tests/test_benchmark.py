@@ -1,6 +1,7 @@
 """The benchmark: its parts, the measurements, and the reference. No test depends on the speed of the machine."""
 
 import argparse
+import importlib.util
 import itertools
 import json
 import math
@@ -52,9 +53,19 @@ def random_statistics(net: nn.Module) -> nn.Module:
 # ---- each part
 
 
+def test_without_pydensecrf_the_other_parts_are_named(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "pydensecrf" else find(name, *rest))
+    with pytest.raises(UserError, match="not installed; install it, or name other parts: train") as error:
+        benchmark.main(TINY)
+    assert "crf" not in str(error.value).split(": ")[1].split()
+
+
 @pytest.mark.parametrize("name", [name for name in benchmark.PART_NAMES if name != "memory"])
 def test_part(name, small, tmp_path, capsys):
     """Memory is measured in only one of them, as it needs a process per row."""
+    if name == "crf":
+        pytest.importorskip("pydensecrf")
     file = tmp_path / "speed.json"
     options = [name, *TINY, "--json", str(file), *(["--no-memory"] if name != "evaluate" else [])]
     assert benchmark.main(options) == 0
@@ -99,6 +110,7 @@ def test_part(name, small, tmp_path, capsys):
 
 def test_processes_of_the_reference_start_with_spawn(small, tmp_path, monkeypatch):
     """Spawned processes (macOS, Windows) import the functions that they run by name."""
+    pytest.importorskip("pydensecrf")
     monkeypatch.setattr(multiprocessing, "get_context", partial(multiprocessing.get_context, "spawn"))
     args = benchmark.parse_args(["crf", *TINY])
     args.data_dir = tmp_path / "images"
