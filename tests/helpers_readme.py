@@ -8,7 +8,7 @@ from tests.helpers import ROOT
 
 FOLDERS = ("", "utils", "scripts", "dataset", "deeplab", "deeplab/weights", "tests")
 READMES = {f"{folder}/README.md".lstrip("/"): (ROOT / folder / "README.md").read_text(encoding="utf-8") for folder in FOLDERS}
-# What commands hold that work after a change which the text describes; test_changes.py makes it and runs them.
+# Options in commands that work only after a change that the text describes; test_changes.py makes it and runs them.
 AFTER_A_CHANGE = ("--backbone resnext50", "--net fcn", "--dataset streets")
 TEXT = "\n\n".join(READMES.values())
 

@@ -29,7 +29,7 @@ NOT_RUN = {
 
 
 class Parsed(Exception):
-    """The command line is understood."""
+    """The command line was parsed."""
 
 
 def test_there_are_commands():
