@@ -19,6 +19,8 @@ from tests.helpers_nets import THIN, WHOLE, randomise_batch_norm
 from utils.checkpoint import make_meta, save_snapshot
 
 sys.path.insert(0, str(ROOT))
+if hasattr(signal, "SIGHUP"):  # under nohup it is ignored, and so would the tests' own processes
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items):

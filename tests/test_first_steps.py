@@ -32,6 +32,8 @@ BARE = ["--backbone", "resnet18", "--input-size", "33,41", "--batch-size", "2", 
         "--save-num-images", "0", "--num-steps", "1", "--learning-rate", "1e-3"]  # fmt: skip
 SCRATCH = ["--restore-from", "none"]
 
+pytestmark = pytest.mark.usefixtures("thin_nets")
+
 
 def bare(toy_voc, folder, *options, loss=single_scale_loss):
     """A run without the number of classes and the batch norm on its command line, unless they are in ``options``."""

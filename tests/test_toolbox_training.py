@@ -192,7 +192,7 @@ def test_sync_bn_with_frozen_batch_norm_is_refused():
 
 
 def test_atrous_rates_are_only_for_deeplabv2(toy_voc, tmp_path):
-    with pytest.raises(ValueError, match="--atrous-rates are those of DeepLab-v2's head; a pspnet has none"):
+    with pytest.raises(ValueError, match="--atrous-rates are those of DeepLab-v2's head; leave the option out"):
         train(toy_voc, tmp_path / "run", *NONE, "--net", "pspnet", "--atrous-rates", "6,12")
     assert (
         train_msc_script.main(["--data-dir", str(toy_voc), "--snapshot-dir", str(tmp_path / "m"), *SMALL, *NONE, "--ohem"]) == 0
