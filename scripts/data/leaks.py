@@ -1,4 +1,4 @@
-"""Images that are on two lists, as one file or as two files of the same bytes: what was trained on is scored."""
+"""Images on two lists, as one file or as two files of the same bytes: the net would be evaluated on what it was trained on."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from scripts.data.inspection import Inspection
 
 
 def same_sizes(sets: Mapping[str, VOCSegmentation]) -> set[Path]:
-    """The images that may be copies of one on another list: those of a file size that occurs on several lists."""
+    """The images whose file size occurs on several lists: only these can be copies of each other."""
     sizes: dict[Path, int] = {}
     lists: dict[int, set[str]] = defaultdict(set)
     for name, data in sets.items():
@@ -30,8 +30,8 @@ def find_leaks(lists: Mapping[str, Mapping[str, Inspection]]) -> tuple[list[dict
         lists: name -> id -> what was found, with the digests of the images of :func:`same_sizes`.
 
     Returns:
-        For any two lists that share files, their names and the ids; for any two that hold copies, their names and the pairs of
-        ids, a pair per further image of the second list; and a sentence for each.
+        The names and ids of any two lists that share files; the names and pairs of ids of any two that hold copies, one pair
+        per further image of the second list; and a sentence for each.
     """
     shared, copies, warnings = [], [], []
     for one, other in combinations(lists, 2):
@@ -46,6 +46,6 @@ def find_leaks(lists: Mapping[str, Mapping[str, Inspection]]) -> tuple[list[dict
             copies.append({"lists": [one, other], "ids": twice})
             warnings.append(
                 f"{len(twice)} images are on both {one} and {other} under other names, byte for byte: "
-                f"{few(map(' = '.join, twice))}; leave them out of one list, or images that were trained on are scored"
+                f"{few(map(' = '.join, twice))}; leave them out of one list, or the net is evaluated on training images"
             )
     return shared, copies, warnings
